@@ -1,0 +1,1 @@
+"""Masked feature prediction: MaskFeat pre-training, fine-tuning and testing in PyTorch."""

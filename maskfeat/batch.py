@@ -1,0 +1,99 @@
+"""What flows through the program: a `Batch` goes in, a `StepOutput` comes out.
+
+Shape legend: B samples, C channels, T frames, H x W pixels, K classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SampleKey(NamedTuple):
+    """Names one draw of one sample; every random draw in the data is a pure function of (seed, these)."""
+
+    epoch: int
+    index: int
+    view: int = 0
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be read: its place in the data set, its path, and the cause in words."""
+
+    index: int
+    path: str
+    cause: str
+
+
+@dataclass
+class Batch:
+    """One batch, on one device.
+
+    Attributes:
+        clip: (B, C, H, W) or (B, C, T, H, W) float32, normalised.
+        label: (B,) int64 class indices; or (B, K) float soft targets, taken as they are and never mixed again; or None.
+        hidden: (B, *mask_grid) bool, True = removed from the model's view; or None.
+        index: (B,) int64, the place of each sample in its data set.
+        bad: samples that could not be read while this batch was made (already replaced in training; in testing
+            their rows hold zeros and count as wrong).
+    """
+
+    clip: Tensor
+    label: Tensor | None = None
+    hidden: Tensor | None = None
+    index: Tensor | None = None
+    bad: tuple[BadSample, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return self.clip.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch with every tensor on `device`."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "Batch":
+        """Called by the DataLoader's pinning thread: the same batch in page-locked memory."""
+        pinned = {
+            f.name: value.pin_memory()
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **pinned)
+
+    def split(self, size: int) -> list["Batch"]:
+        """Micro-batches of at most `size` samples, in order. `size` 0 keeps the batch whole."""
+        if size <= 0 or size >= len(self):
+            return [self]
+        parts = []
+        for start in range(0, len(self), size):
+            rows = slice(start, start + size)
+            parts.append(
+                Batch(
+                    clip=self.clip[rows],
+                    label=None if self.label is None else self.label[rows],
+                    hidden=None if self.hidden is None else self.hidden[rows],
+                    index=None if self.index is None else self.index[rows],
+                )
+            )
+        return parts
+
+
+@dataclass
+class StepOutput:
+    """What an objective returns for a batch.
+
+    Attributes:
+        loss: scalar float32 with gradient, the mean over the objective's own terms (hidden tokens, samples, ...).
+        metrics: detached scalars on the device of the batch, each a mean over the same terms.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]

@@ -1,0 +1,176 @@
+"""From a config to objects: the only module that reads the config and imports everything."""
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch.optim import Optimizer
+from yacs.config import CfgNode
+
+from maskfeat.masking import Sampler, mask_sampler
+from maskfeat.models.base import Backbone
+from maskfeat.models.mvit import MViT
+from maskfeat.models.vit import ViT
+from maskfeat.objectives.base import Objective
+from maskfeat.objectives.classification import Classification
+from maskfeat.objectives.maskfeat import MaskFeat
+from maskfeat.objectives.mixup import Mixup
+from maskfeat.optim import make_optimizer, parameter_groups
+from maskfeat.schedule import lr_at_epoch
+
+
+def _by_block(rows: Sequence[Sequence[float]]) -> dict[int, list[float]]:
+    """[[block, value, ...], ...] as the YAMLs write it -> {block: [value, ...]}."""
+    return {int(block): list(values) for block, *values in rows}
+
+
+def _pools(cfg: CfgNode) -> bool:
+    mvit = cfg.MVIT
+    return bool(mvit.POOL_Q_STRIDE or mvit.POOL_KV_STRIDE or mvit.POOL_KV_STRIDE_ADAPTIVE)
+
+
+def _build_vit(cfg: CfgNode, maskable: bool) -> ViT:
+    mvit = cfg.MVIT
+    return ViT(
+        image_size=(cfg.DATA.TRAIN_CROP_SIZE,) * 2,
+        patch=mvit.PATCH_STRIDE,
+        width=mvit.EMBED_DIM,
+        depth=mvit.DEPTH,
+        num_heads=mvit.NUM_HEADS,
+        mlp_ratio=mvit.MLP_RATIO,
+        qkv_bias=mvit.QKV_BIAS,
+        drop_path=mvit.DROPPATH_RATE,
+        dropout=mvit.DROPOUT_RATE,
+        class_token=mvit.CLS_EMBED_ON,
+        position=mvit.USE_ABS_POS,
+        maskable=maskable,
+    )
+
+
+def _build_mvit(cfg: CfgNode, maskable: bool) -> MViT:
+    mvit = cfg.MVIT
+    frames = () if mvit.PATCH_2D else (cfg.DATA.NUM_FRAMES,)
+    ones = [1] * len(mvit.PATCH_KERNEL)
+    if mvit.POOL_KVQ_KERNEL is None and _pools(cfg):
+        raise ValueError("MVIT.POOL_KVQ_KERNEL is None, expected a kernel such as [3, 3, 3] where queries are pooled")
+    position = "none"
+    if mvit.USE_ABS_POS:
+        position = "separate" if mvit.SEP_POS_EMBED and not mvit.PATCH_2D else "joint"
+    return MViT(
+        clip_size=(*frames, cfg.DATA.TRAIN_CROP_SIZE, cfg.DATA.TRAIN_CROP_SIZE),
+        kernel=mvit.PATCH_KERNEL,
+        stride=mvit.PATCH_STRIDE,
+        padding=mvit.PATCH_PADDING,
+        width=mvit.EMBED_DIM,
+        depth=mvit.DEPTH,
+        num_heads=mvit.NUM_HEADS,
+        width_mul={block: factor[0] for block, factor in _by_block(mvit.DIM_MUL).items()},
+        head_mul={block: factor[0] for block, factor in _by_block(mvit.HEAD_MUL).items()},
+        stride_q={block: [int(s) for s in stride] for block, stride in _by_block(mvit.POOL_Q_STRIDE).items()},
+        stride_kv={block: [int(s) for s in stride] for block, stride in _by_block(mvit.POOL_KV_STRIDE).items()},
+        stride_kv_adaptive=mvit.POOL_KV_STRIDE_ADAPTIVE,
+        pool_kernel=mvit.POOL_KVQ_KERNEL or ones,
+        mlp_ratio=mvit.MLP_RATIO,
+        qkv_bias=mvit.QKV_BIAS,
+        drop_path=mvit.DROPPATH_RATE,
+        dropout=mvit.DROPOUT_RATE,
+        class_token=mvit.CLS_EMBED_ON,
+        position=position,
+        relative_space=mvit.REL_POS_SPATIAL,
+        relative_time=mvit.REL_POS_TEMPORAL and not mvit.PATCH_2D,
+        relative_zero_init=mvit.REL_POS_ZERO_INIT,
+        residual_pooling=mvit.RESIDUAL_POOLING,
+        maskable=maskable,
+    )
+
+
+def build_backbone(cfg: CfgNode, maskable: bool = False) -> Backbone:
+    """A plain ViT where patches are 2-D, do not overlap and nothing is pooled; an MViTv2 otherwise."""
+    mvit = cfg.MVIT
+    plain = list(mvit.PATCH_KERNEL) == list(mvit.PATCH_STRIDE) and not any(mvit.PATCH_PADDING)
+    if mvit.PATCH_2D and plain and not _pools(cfg) and not mvit.REL_POS_SPATIAL:
+        return _build_vit(cfg, maskable)
+    return _build_mvit(cfg, maskable)
+
+
+def _build_maskfeat(cfg: CfgNode) -> MaskFeat:
+    mask = cfg.MASK
+    backbone = build_backbone(cfg, maskable=True)
+    return MaskFeat(backbone, bins=mask.HOG_BINS, cell=mask.HOG_CELL, window=mask.HOG_GAUSSIAN_WINDOW)
+
+
+def _build_classification(cfg: CfgNode) -> Classification:
+    mixup = None
+    if cfg.MIXUP.ENABLE:
+        mixup = Mixup(
+            alpha=cfg.MIXUP.ALPHA,
+            cutmix_alpha=cfg.MIXUP.CUTMIX_ALPHA,
+            prob=cfg.MIXUP.PROB,
+            switch_prob=cfg.MIXUP.SWITCH_PROB,
+            smoothing=cfg.MIXUP.LABEL_SMOOTH_VALUE,
+            num_classes=cfg.MODEL.NUM_CLASSES,
+        )
+    return Classification(
+        build_backbone(cfg),
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        mean_pooling=cfg.MVIT.USE_MEAN_POOLING,
+        dropout=cfg.MODEL.DROPOUT_RATE,
+        head_init_scale=cfg.MVIT.HEAD_INIT_SCALE,
+        mixup=mixup,
+    )
+
+
+# The registry: MODEL.MODEL_NAME -> objective. A new pre-training method is one line here.
+OBJECTIVES: dict[str, Callable[[CfgNode], Objective]] = {
+    "MaskMViT": _build_maskfeat,
+    "MViT": _build_classification,
+}
+
+
+def build_objective(cfg: CfgNode) -> Objective:
+    """The objective named by MODEL.MODEL_NAME with its backbone: a float32 module on the CPU."""
+    return OBJECTIVES[cfg.MODEL.MODEL_NAME](cfg)
+
+
+def build_optimizer(cfg: CfgNode, objective: Objective) -> Optimizer:
+    """AdamW or SGD; each group has "layer_decay" (its learning rate multiplier) and "weight_decay"."""
+    solver = cfg.SOLVER
+    groups = parameter_groups(
+        objective,
+        weight_decay=solver.WEIGHT_DECAY,
+        layer_decay=solver.LAYER_DECAY,
+        no_decay_1d=solver.ZERO_WD_1D_PARAM,
+        no_decay_names=objective.backbone.no_weight_decay() if cfg.MVIT.ZERO_DECAY_POS_CLS else (),
+    )
+    return make_optimizer(
+        groups,
+        solver.OPTIMIZING_METHOD,
+        lr=lr_at_epoch(cfg, 0.0),
+        betas=solver.BETAS,
+        momentum=solver.MOMENTUM,
+        dampening=solver.DAMPENING,
+        nesterov=solver.NESTEROV,
+    )
+
+
+def build_mask_sampler(cfg: CfgNode) -> Sampler | None:
+    """The mask sampler of pre-training; None where nothing is hidden.
+
+    Images: on the grid of patches. Clips: on AUG.MASK_WINDOW_SIZE.
+    """
+    if not cfg.AUG.GEN_MASK_LOADER:
+        return None
+    aug = cfg.AUG
+    if cfg.MVIT.PATCH_2D:
+        side = cfg.DATA.TRAIN_CROP_SIZE
+        grid = tuple(side // stride for stride in cfg.MVIT.PATCH_STRIDE)
+        if math.prod(grid) == 0:
+            raise ValueError(f"DATA.TRAIN_CROP_SIZE {side} is smaller than a patch, MVIT.PATCH_STRIDE")
+    else:
+        grid = tuple(aug.MASK_WINDOW_SIZE)
+    return mask_sampler(
+        grid,
+        aug.MASK_RATIO,
+        tube=aug.MASK_TUBE,
+        frames=aug.MASK_FRAMES,
+        max_block=aug.MAX_MASK_PATCHES_PER_BLOCK,
+    )

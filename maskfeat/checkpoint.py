@@ -1,0 +1,126 @@
+"""Checkpoint files: PySlowFast's format and naming, written atomically, read without running anything.
+
+OUTPUT_DIR/checkpoints/[TASK_]checkpoint_epoch_00010.pyth holds `epoch` (counted from 0; the name counts from 1),
+`model_state` (released names), `optimizer_state`, `cfg` (YAML text), and `scaler_state` under fp16.
+"""
+
+import logging
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+import yaml
+from iopath.common.file_io import HTTPURLHandler, PathManagerFactory
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_paths = PathManagerFactory.get("maskfeat")
+_paths.register_handler(HTTPURLHandler(), allow_override=True)
+
+
+def checkpoint_path(output_dir: str | Path, task: str, epoch: int) -> Path:
+    """Where the checkpoint after `epoch` (counted from 0) of a run lies."""
+    name = f"checkpoint_epoch_{epoch + 1:05d}.pyth"
+    return Path(output_dir) / "checkpoints" / (f"{task}_{name}" if task else name)
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint so that `path` holds either all of it or what it held before.
+
+    Raises:
+        OSError: where the disk is full or fails; the message names the file, and nothing half-written is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch.save reports a short write as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise OSError(f"could not write the checkpoint {path}: {error}") from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a file from here or from an http(s) address, on the CPU, never running what it contains.
+
+    Raises:
+        ValueError: where it is missing, damaged, or holds more than tensors and plain values.
+    """
+    given = str(path)
+    try:
+        content = torch.load(_paths.get_local_path(given), map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no checkpoint at {given}: see TRAIN.CHECKPOINT_FILE_PATH") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{given} is damaged or holds more than tensors and plain values, and is not loaded: {error}"
+        ) from error
+    except (RuntimeError, EOFError, BadZipFile, KeyError, OSError) as error:
+        raise ValueError(f"{given} is not a readable checkpoint: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{given} holds a {type(content).__name__}, expected a dict of parameters")
+    return content
+
+
+def model_state(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The parameters in a checkpoint: under `model_state`, `model` or `state_dict`, or the file itself."""
+    for key in ("model_state", "model", "state_dict"):
+        if isinstance(content.get(key), Mapping):
+            return content[key]
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return content
+    raise ValueError(f"no parameters in this file: it holds {sorted(map(str, content))[:8]}")
+
+
+def trained_model(content: Mapping[str, Any]) -> str | None:
+    """MODEL.MODEL_NAME of the run that wrote a checkpoint; None where the file does not say."""
+    try:
+        cfg = yaml.safe_load(content["cfg"]) if isinstance(content.get("cfg"), str) else None
+    except yaml.YAMLError:
+        return None
+    model = cfg.get("MODEL") if isinstance(cfg, Mapping) else None
+    return model.get("MODEL_NAME") if isinstance(model, Mapping) else None
+
+
+def find_checkpoints(output_dir: str | Path, task: str) -> list[Path]:
+    """Checkpoints of this task in OUTPUT_DIR, oldest first; those of other tasks are left out."""
+    prefix = re.escape(f"{task}_" if task else "")
+    pattern = re.compile(rf"{prefix}checkpoint_epoch_(\d+)\.pyth")
+    folder = Path(output_dir) / "checkpoints"
+    found = [path for path in folder.glob("*.pyth") if pattern.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+
+
+def last_checkpoint(output_dir: str | Path, task: str, model_name: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint from which this run may go on, and its content.
+
+    Raises:
+        ValueError: where checkpoints under this run's names were written by another model (pre-training and
+            fine-tuning with the same TASK and OUTPUT_DIR): going on would mix or overwrite them.
+    """
+    found = find_checkpoints(output_dir, task)
+    if not found:
+        return None
+    path = found[-1]
+    content = read_checkpoint(path)
+    wrote = trained_model(content)
+    if wrote not in (None, model_name):
+        raise ValueError(
+            f"{path} was written by MODEL.MODEL_NAME {wrote}, this run trains {model_name}: "
+            "give it an OUTPUT_DIR or a TASK of its own"
+        )
+    return path, content

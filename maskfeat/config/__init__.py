@@ -1,0 +1,91 @@
+"""Config: defaults <- `_BASE_` files <- the YAML <- overrides, checked as a whole, then frozen."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from yacs.config import CfgNode
+
+from maskfeat.config.defaults import get_defaults
+from maskfeat.config.merge import full_keys, merge_entries, override_entries
+from maskfeat.config.validate import validate
+from maskfeat.config.yaml_io import read_chain
+
+__all__ = ["dump_config", "get_defaults", "load_config", "save_config", "validate"]
+
+logger = logging.getLogger("maskfeat.config")
+
+
+def load_config(path: str | Path | None, opts: Sequence[object] = ()) -> CfgNode:
+    """Reads a YAML and overrides into a frozen config.
+
+    Args:
+        path: the YAML; None = the defaults.
+        opts: KEY, VALUE, KEY, VALUE, ... as text (as from a command line) or as Python values.
+
+    Returns:
+        Every effective key in its own type, and the inert keys that were given. Inert keys (of PySlowFast's
+        other models) are named in one warning, unless they come from one of the project's own recipes.
+
+    Raises:
+        ValueError: a file, key or value that cannot be used, or values that do not go together. The message
+            says what was given, what was expected, and which key mends it.
+    """
+    cfg = get_defaults()
+    known = {key: _lookup(cfg, key) for key in full_keys(cfg)}
+    layers = [] if path is None else read_chain(Path(path))
+    inert: dict[str, None] = {}
+    for entries in [*layers, override_entries(opts)]:
+        inert.update(dict.fromkeys(merge_entries(cfg, entries, known)))
+    if inert:
+        logger.warning("Keys of other models, accepted and without effect here: %s", ", ".join(inert))
+    validate(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def _lookup(cfg: CfgNode, key: str) -> object:
+    node: object = cfg
+    for part in key.split("."):
+        assert isinstance(node, CfgNode)
+        node = node[part]
+    return node
+
+
+def dump_config(cfg: CfgNode) -> str:
+    """The whole config as YAML text, which `load_config` (and yacs) reads back to the same values."""
+    return str(cfg.dump(default_flow_style=None, sort_keys=True, width=100))
+
+
+def save_config(
+    path: str | Path | None, opts: Sequence[object], cfg: CfgNode, output_dir: str | Path
+) -> None:
+    """Writes `config_given.yaml` (the YAML as given) and `config.yaml` (as resolved).
+
+    The overrides stand in `config_given.yaml` as comments, after the YAML.
+
+    Args:
+        path: the YAML that was given, or None.
+        opts: the overrides that were given.
+        cfg: what `load_config` made of them.
+        output_dir: the folder, made where it does not exist.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    given = "" if path is None else Path(path).read_text(encoding="utf-8-sig")
+    if given and not given.endswith("\n"):
+        given += "\n"
+    for key, entry in override_entries(opts).items():
+        value = entry.value if isinstance(entry.value, str) else repr(entry.value)
+        line = yaml.safe_dump([key, value], default_flow_style=True, width=float("inf")).strip()
+        given += f"# override: {line}\n"
+    _write(folder / "config_given.yaml", given)
+    _write(folder / "config.yaml", dump_config(cfg))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

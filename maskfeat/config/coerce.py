@@ -1,0 +1,174 @@
+"""One value as given, to the type of its key: yacs' coercions, and none that loses information."""
+
+import math
+import os
+from ast import literal_eval
+from collections.abc import Callable
+
+from maskfeat.config.defaults import KINDS
+from maskfeat.config.yaml_io import Entry
+
+_MAX_LITERAL = 20_000
+_WORDS = {
+    "bool": "True or False",
+    "int": "a whole number",
+    "float": "a number",
+    "number": "a number",
+    "str": "text",
+    "precision": "False (off), True (fp16), bf16 or fp16",
+}
+
+
+class _Mismatch(Exception):
+    """A value that is not of the kind asked for; `coerce` turns it into a message."""
+
+
+def kind_of(key: str, default: object) -> str:
+    """The kind of an effective key, e.g. "float", "list[int]", "list[int] or None"."""
+    return KINDS.get(key, type(default).__name__)
+
+
+def coerce(key: str, entry: Entry, default: object) -> object:
+    """The entry's value in the type of its key.
+
+    Text that is a Python literal is decoded ("(3, 7, 7)", "None", "1e-8"), a whole number may stand for a
+    float, and lists and tuples for one another. A float is never cut to an int, and a number never taken for
+    True or False. A key that holds text keeps the characters that were written, be they a number or a date.
+
+    Raises:
+        ValueError: the value is not of that type; names the key, the value and what was expected.
+    """
+    kind = kind_of(key, default)
+    try:
+        if kind == "str":
+            return _text(entry)
+        value = decode(entry.value)
+        if kind.endswith(" or None"):
+            if value is None:
+                return None
+            kind = kind.removesuffix(" or None")
+        result = _convert(value, kind)
+    except _Mismatch as error:
+        raise ValueError(
+            f"{entry.where}: {key} must be {_describe(kind_of(key, default))}; given {entry.value!r}{error}"
+        ) from None
+    return tuple(result) if isinstance(default, tuple) and isinstance(result, list) else result
+
+
+def decode(value: object) -> object:
+    """Text that is a Python literal becomes its value; tuples become lists; everything else stays."""
+    if isinstance(value, str) and len(value) <= _MAX_LITERAL:
+        try:
+            value = literal_eval(value.strip())
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            return value
+    if isinstance(value, list | tuple):
+        return [decode(item) if isinstance(item, list | tuple) else item for item in value]
+    return value
+
+
+def plain(value: object) -> object:
+    """A decoded value of an inert key, as YAML can hold it."""
+    value = decode(value)
+    if value is None or isinstance(value, bool | int | float | str | list):
+        return value
+    return str(value)
+
+
+def _text(entry: Entry) -> str:
+    value, text = entry.value, entry.text
+    if value is None or text == "None":
+        return ""  # an empty string is how this config says "none" where text is expected
+    if isinstance(value, str | os.PathLike):
+        text = os.fspath(value) if text is None else text
+    if isinstance(value, list | tuple | dict) or isinstance(text, bytes):
+        raise _Mismatch("")
+    text = str(value) if text is None else text
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        quoted = decode(text)
+        return quoted if isinstance(quoted, str) else text
+    return text
+
+
+def _convert(value: object, kind: str) -> object:
+    if kind.startswith("list["):
+        return _list(value, kind.removeprefix("list[").removesuffix("]"))
+    return _SCALARS[kind](value)
+
+
+def _list(value: object, item: str) -> list[object]:
+    if value is None or value == "":
+        return []
+    if item == "str" and isinstance(value, str):  # head.*  or  [head.*, norm.*]  as typed on a command line
+        inner = value.strip().strip("[]()")
+        value = [part.strip().strip("'\"") for part in inner.split(",") if part.strip()]
+    if not isinstance(value, list):
+        raise _Mismatch("")
+    return [_convert(v if item == "str" else decode(v), item) for v in value]
+
+
+def _bool(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    raise _Mismatch("")
+
+
+def _int(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise _Mismatch(" (a float is not rounded)" if isinstance(value, float) else "")
+
+
+def _float(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _Mismatch("")
+    if not math.isfinite(value):
+        raise _Mismatch(" (not finite)")
+    return float(value)
+
+
+def _number(value: object) -> int | float:
+    return value if isinstance(value, int) and not isinstance(value, bool) else _float(value)
+
+
+def _str(value: object) -> str:
+    if not isinstance(value, str):
+        raise _Mismatch("")
+    return value
+
+
+def _precision(value: object) -> bool | str:
+    if isinstance(value, bool):
+        return value
+    known: dict[str, bool | str] = {
+        "off": False,
+        "false": False,
+        "true": True,
+        "bf16": "bf16",
+        "fp16": "fp16",
+    }
+    if isinstance(value, str) and value.strip().lower() in known:
+        return known[value.strip().lower()]
+    raise _Mismatch("")
+
+
+_SCALARS: dict[str, Callable[[object], object]] = {
+    "bool": _bool,
+    "int": _int,
+    "float": _float,
+    "number": _number,
+    "str": _str,
+    "precision": _precision,
+}
+
+
+def _describe(kind: str) -> str:
+    if kind.endswith(" or None"):
+        return f"{_describe(kind.removesuffix(' or None'))} or None"
+    if kind.startswith("list["):
+        inner = kind.removeprefix("list[").removesuffix("]")
+        words = {"int": "whole numbers", "float": "numbers", "number": "numbers", "str": "names"}
+        return f"a list of {words.get(inner, 'lists of numbers')}"
+    return _WORDS[kind]

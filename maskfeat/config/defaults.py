@@ -1,0 +1,321 @@
+"""Every key of the config with its default: one flat list of sections, read from top to bottom.
+
+Names and defaults are PySlowFast's, so that YAML files written for it mean the same here. Three of its
+defaults name models that this project does not have (MODEL.ARCH, MODEL.MODEL_NAME, DATA.INPUT_CHANNEL_NUM): ours
+name MViT. A key marked "ours" is not in PySlowFast. What a default does not tell about a key's type stands in
+`KINDS`.
+"""
+
+from yacs.config import CfgNode
+
+
+def get_defaults() -> CfgNode:
+    """A fresh config that holds every effective key at its default, not frozen."""
+    cfg = CfgNode()
+    _run(cfg)
+    _train(cfg)
+    _test(cfg)
+    _data(cfg)
+    _aug(cfg)
+    _mixup(cfg)
+    _model(cfg)
+    _mvit(cfg)
+    _mask(cfg)
+    _solver(cfg)
+    return cfg
+
+
+def _run(cfg: CfgNode) -> None:
+    cfg.TASK = ""  # a name for the run, put before checkpoint names: [TASK_]checkpoint_epoch_00010.pyth
+    cfg.OUTPUT_DIR = "."  # folder for checkpoints, logs and the saved config
+    cfg.RNG_SEED = 1  # seed of every random draw
+    cfg.NUM_GPUS = 1  # GPUs (processes) per machine; 0 = one process on the CPU
+    cfg.NUM_SHARDS = 1  # machines of the job
+    cfg.SHARD_ID = 0  # which machine this is, 0 .. NUM_SHARDS - 1
+    cfg.DIST_BACKEND = "nccl"  # "nccl" | "gloo"
+    cfg.LOG_PERIOD = 10  # iterations between two progress lines
+    cfg.LOG_MODEL_INFO = True  # log the model's structure and parameter count at the start
+
+    cfg.DATA_LOADER = CfgNode()
+    cfg.DATA_LOADER.NUM_WORKERS = 8  # data processes per training process; 0 = none, load in the loop
+    cfg.DATA_LOADER.PIN_MEMORY = True  # page-locked batches: faster copies to a GPU
+
+    cfg.TENSORBOARD = CfgNode()
+    cfg.TENSORBOARD.ENABLE = True  # write event files (off in PySlowFast)
+    cfg.TENSORBOARD.LOG_DIR = ""  # folder below OUTPUT_DIR; "" = runs-<TRAIN.DATASET>
+
+
+def _train(cfg: CfgNode) -> None:
+    cfg.TRAIN = CfgNode()
+    cfg.TRAIN.ENABLE = True  # train (or not: test only)
+    cfg.TRAIN.DATASET = "kinetics"  # "imagenet" | "kinetics"
+    cfg.TRAIN.BATCH_SIZE = 64  # samples per optimisation step and machine, split over its GPUs
+    cfg.TRAIN.MICRO_BATCH_SIZE = 0  # ours: samples per process and forward pass; 0 = all at once
+    cfg.TRAIN.MIXED_PRECISION = False  # False ("off") | True ("fp16") | "bf16" | "fp16"
+    cfg.TRAIN.EVAL_PERIOD = 10  # epochs between two validations; 0 = never
+    cfg.TRAIN.CHECKPOINT_PERIOD = 10  # epochs between two checkpoints
+    cfg.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint in OUTPUT_DIR
+    cfg.TRAIN.CHECKPOINT_FILE_PATH = ""  # weights to start from
+    cfg.TRAIN.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"
+    cfg.TRAIN.CHECKPOINT_INFLATE = False  # make 3-D weights from a 2-D checkpoint
+    cfg.TRAIN.CHECKPOINT_EPOCH_RESET = False  # start at epoch 0 with a fresh optimizer
+    cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN = ()  # parts of names to remove from the file's parameter names
+    cfg.TRAIN.CHECKPOINT_ALLOW = []  # ours: glob patterns of parameters that may stay fresh or be left over
+
+
+def _test(cfg: CfgNode) -> None:
+    cfg.TEST = CfgNode()
+    cfg.TEST.ENABLE = True  # test after training, or alone
+    cfg.TEST.DATASET = "kinetics"  # "imagenet" | "kinetics"
+    cfg.TEST.BATCH_SIZE = 8  # views per step and machine, split over its GPUs
+    cfg.TEST.CHECKPOINT_FILE_PATH = ""  # weights to test; "" = the newest in OUTPUT_DIR
+    cfg.TEST.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"
+    cfg.TEST.NUM_ENSEMBLE_VIEWS = 10  # clips per video, spread evenly over it
+    cfg.TEST.NUM_TEMPORAL_CLIPS = []  # numbers of clips to report in turn; [] = NUM_ENSEMBLE_VIEWS alone
+    cfg.TEST.NUM_SPATIAL_CROPS = 3  # crops per clip: 1 (centre) | 3
+    cfg.TEST.SAVE_RESULTS_PATH = ""  # file below OUTPUT_DIR for the scores; "" = none
+
+
+def _data(cfg: CfgNode) -> None:
+    cfg.DATA = CfgNode()
+    cfg.DATA.PATH_TO_DATA_DIR = ""  # holds train/ and val/, or train.csv, val.csv and test.csv
+    cfg.DATA.PATH_PREFIX = ""  # put before every path of a csv
+    cfg.DATA.PATH_LABEL_SEPARATOR = " "  # between path and label in a csv line
+    cfg.DATA.MEAN = [0.45, 0.45, 0.45]  # per colour channel, of pixels in [0, 1]
+    cfg.DATA.STD = [0.225, 0.225, 0.225]
+    cfg.DATA.NUM_FRAMES = 8  # frames per clip; 1 for images
+    cfg.DATA.SAMPLING_RATE = 8  # frames (at TARGET_FPS) from one sampled frame to the next
+    cfg.DATA.TARGET_FPS = 30  # frames per second that SAMPLING_RATE counts in
+    cfg.DATA.USE_OFFSET_SAMPLING = False  # uniform clips are a whole number of frames apart
+    cfg.DATA.DECODING_BACKEND = "torchvision"  # "pyav" | "torchvision": both mean the built-in PyAV decoder
+    cfg.DATA.INPUT_CHANNEL_NUM = [3]  # only [3]: one pathway of colour images
+    cfg.DATA.TRAIN_CROP_SIZE = 224  # pixels
+    cfg.DATA.TEST_CROP_SIZE = 256  # pixels
+    cfg.DATA.TRAIN_JITTER_SCALES = [256, 320]  # short side range in pixels; used where the next key is []
+    cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE = []  # [low, high]: share of the area kept by a crop
+    cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE = []  # [low, high]: width / height of such a crop
+    cfg.DATA.RANDOM_FLIP = True  # horizontal, with probability 0.5
+    cfg.DATA.MAX_BAD_FRACTION = 0.01  # ours: share of unreadable samples, 0 .. 1, above which the run stops
+
+
+def _aug(cfg: CfgNode) -> None:
+    cfg.AUG = CfgNode()
+    cfg.AUG.ENABLE = False  # the augmentations of this section
+    cfg.AUG.NUM_SAMPLE = 1  # differently augmented copies of each sample in a batch
+    cfg.AUG.COLOR_JITTER = 0.4  # strength, >= 0, or None; used where AA_TYPE is ""
+    cfg.AUG.AA_TYPE = "rand-m9-mstd0.5-inc1"  # timm's RandAugment policy, or ""
+    cfg.AUG.INTERPOLATION = "bicubic"  # | "bilinear" | "lanczos" | "nearest": RandAugment and image crops
+    cfg.AUG.RE_PROB = 0.25  # random erasing: probability, 0 .. 1
+    cfg.AUG.RE_MODE = "pixel"  # "pixel" (noise per pixel) | "rand" (one colour) | "const" (zero)
+    cfg.AUG.RE_COUNT = 1  # boxes erased at most
+    cfg.AUG.RE_SPLIT = False  # leave the first copy of a repeated augmentation unerased
+    cfg.AUG.GEN_MASK_LOADER = False  # draw masks in the data workers (pre-training needs it)
+    cfg.AUG.MASK_TUBE = False  # video masks: the same patches in every frame ...
+    cfg.AUG.MASK_FRAMES = False  # ... or whole frames; neither = cubes
+    cfg.AUG.MASK_WINDOW_SIZE = [8, 7, 7]  # (t, h, w) grid on which video masks are drawn
+    cfg.AUG.MASK_RATIO = 0.0  # share of patches hidden, 0 .. 1
+    cfg.AUG.MAX_MASK_PATCHES_PER_BLOCK = None  # image masks: patches per block at most; None = no limit
+
+
+def _mixup(cfg: CfgNode) -> None:
+    cfg.MIXUP = CfgNode()
+    cfg.MIXUP.ENABLE = False  # mixup, cutmix and label smoothing
+    cfg.MIXUP.ALPHA = 0.8  # Beta parameter of mixup; 0 = no mixup
+    cfg.MIXUP.CUTMIX_ALPHA = 1.0  # Beta parameter of cutmix; 0 = no cutmix
+    cfg.MIXUP.PROB = 1.0  # probability of either, 0 .. 1
+    cfg.MIXUP.SWITCH_PROB = 0.5  # probability of cutmix where both are on, 0 .. 1
+    cfg.MIXUP.LABEL_SMOOTH_VALUE = 0.1  # 0 .. 1
+
+
+def _model(cfg: CfgNode) -> None:
+    cfg.MODEL = CfgNode()
+    cfg.MODEL.ARCH = "mvit"  # "mvit" | "maskmvit"
+    cfg.MODEL.MODEL_NAME = "MViT"  # "MViT" classifies; "MaskMViT" is pre-trained by masked feature prediction
+    cfg.MODEL.NUM_CLASSES = 400
+    cfg.MODEL.LOSS_FUNC = "cross_entropy"  # or "soft_cross_entropy"; "multi_mse" pre-trains
+    cfg.MODEL.DROPOUT_RATE = 0.5  # before the classifier, 0 .. 1
+    cfg.MODEL.HEAD_ACT = "softmax"  # only "softmax", in evaluation
+    cfg.MODEL.ACT_CHECKPOINT = False  # recompute activations in the backward pass: less memory, more time
+
+
+def _mvit(cfg: CfgNode) -> None:
+    cfg.MVIT = CfgNode()
+    cfg.MVIT.MODE = "conv"  # how queries, keys and values are pooled: only "conv"
+    cfg.MVIT.POOL_FIRST = False  # only False
+    cfg.MVIT.CLS_EMBED_ON = True  # a class token
+    cfg.MVIT.PATCH_2D = False  # True: images, and two numbers in each PATCH_* key; False: clips, and three
+    cfg.MVIT.PATCH_KERNEL = [3, 7, 7]  # frames, pixels, pixels
+    cfg.MVIT.PATCH_STRIDE = [2, 4, 4]
+    cfg.MVIT.PATCH_PADDING = [2, 4, 4]
+    cfg.MVIT.EMBED_DIM = 96  # width of the first block
+    cfg.MVIT.NUM_HEADS = 1  # attention heads of the first block
+    cfg.MVIT.MLP_RATIO = 4.0  # hidden width of an MLP over the width of its block
+    cfg.MVIT.QKV_BIAS = True
+    cfg.MVIT.DROPOUT_RATE = 0.0  # after attention and in MLPs, 0 .. 1
+    cfg.MVIT.DROPPATH_RATE = 0.1  # of the last block, 0 .. 1; grows linearly from 0
+    cfg.MVIT.LAYER_SCALE_INIT_VALUE = 0.0  # only 0.0: no layer scale
+    cfg.MVIT.DEPTH = 16  # blocks
+    cfg.MVIT.NORM = "layernorm"  # only "layernorm"
+    cfg.MVIT.NORM_STEM = False  # only False
+    cfg.MVIT.DIM_MUL = []  # [[block, factor], ...]: the width grows on the way into that block
+    cfg.MVIT.DIM_MUL_IN_ATT = False  # only False: the MLP of the block before widens
+    cfg.MVIT.HEAD_MUL = []  # [[block, factor], ...]: heads
+    cfg.MVIT.POOL_Q_STRIDE = []  # [[block, t, h, w], ...]: stride of the query pooling
+    cfg.MVIT.POOL_KV_STRIDE = []  # the same for keys and values; [] where the next key is given
+    cfg.MVIT.POOL_KV_STRIDE_ADAPTIVE = None  # [t, h, w], divided by each query stride as it happens
+    cfg.MVIT.POOL_KVQ_KERNEL = None  # [t, h, w]: pooling kernel; None = stride + 1 where there is a stride
+    cfg.MVIT.RESIDUAL_POOLING = False  # add the pooled query to the attention's output
+    cfg.MVIT.SEPARATE_QKV = False  # only False: one linear layer for q, k and v
+    cfg.MVIT.USE_ABS_POS = True  # absolute positions
+    cfg.MVIT.SEP_POS_EMBED = False  # absolute positions in space and in time apart
+    cfg.MVIT.REL_POS_SPATIAL = False  # relative positions in space
+    cfg.MVIT.REL_POS_TEMPORAL = False  # relative positions in time
+    cfg.MVIT.REL_POS_ZERO_INIT = False  # start relative positions at zero
+    cfg.MVIT.ZERO_DECAY_POS_CLS = True  # no weight decay on positions and the class token
+    cfg.MVIT.USE_MEAN_POOLING = False  # classify the mean of the tokens, not the class token
+    cfg.MVIT.HEAD_INIT_SCALE = 1.0  # factor on the classifier's first weights
+
+
+def _mask(cfg: CfgNode) -> None:
+    cfg.MASK = CfgNode()
+    cfg.MASK.ENABLE = False  # masked pre-training
+    cfg.MASK.PRETRAIN_DEPTH = [15]  # the block whose output is predicted from: only [MVIT.DEPTH - 1]
+    cfg.MASK.HEAD_TYPE = "separate"  # only "separate": a linear head
+    cfg.MASK.PRED_HOG = False  # predict histograms of oriented gradients
+    cfg.MASK.HOG_BINS = 9  # ours: orientations
+    cfg.MASK.HOG_CELL = 8  # ours: side of a histogram's cell in pixels
+    cfg.MASK.HOG_GAUSSIAN_WINDOW = 0  # ours: side in pixels of a Gaussian weight on gradients; 0 = none
+    cfg.MASK.MAE_ON = False  # only False
+    cfg.MASK.MAE_RND_MASK = False  # only False
+    cfg.MASK.PER_FRAME_MASKING = False  # only False
+
+
+def _solver(cfg: CfgNode) -> None:
+    cfg.SOLVER = CfgNode()
+    cfg.SOLVER.OPTIMIZING_METHOD = "sgd"  # "sgd" | "adamw"
+    cfg.SOLVER.BASE_LR = 0.1  # learning rate after warm-up
+    cfg.SOLVER.BASE_LR_SCALE_NUM_SHARDS = False  # multiply base, warm-up start and end rate by NUM_SHARDS
+    cfg.SOLVER.LR_POLICY = "cosine"  # "cosine" | "steps_with_relative_lrs"
+    cfg.SOLVER.COSINE_END_LR = 0.0  # learning rate at the end of the cosine
+    cfg.SOLVER.COSINE_AFTER_WARMUP = False  # start the cosine where warm-up ends, not at epoch 0
+    cfg.SOLVER.STEPS = []  # epochs at which the rates of LRS begin; the first is 0
+    cfg.SOLVER.LRS = []  # factors on BASE_LR, as many as STEPS
+    cfg.SOLVER.GAMMA = 0.1  # accepted; neither policy uses it
+    cfg.SOLVER.MAX_EPOCH = 300
+    cfg.SOLVER.WARMUP_EPOCHS = 0.0  # epochs of linear warm-up
+    cfg.SOLVER.WARMUP_START_LR = 0.01  # learning rate at its start
+    cfg.SOLVER.MOMENTUM = 0.9  # sgd
+    cfg.SOLVER.DAMPENING = 0.0  # sgd
+    cfg.SOLVER.NESTEROV = True  # sgd
+    cfg.SOLVER.BETAS = (0.9, 0.999)  # adamw
+    cfg.SOLVER.WEIGHT_DECAY = 1e-4
+    cfg.SOLVER.ZERO_WD_1D_PARAM = False  # no weight decay on biases and one-dimensional parameters
+    cfg.SOLVER.LAYER_DECAY = 1.0  # factor on the learning rate per block towards the input, 0 .. 1; 1 = none
+    cfg.SOLVER.CLIP_GRAD_VAL = None  # clip each gradient entry to +- this; None = no
+    cfg.SOLVER.CLIP_GRAD_L2NORM = None  # clip the norm of the whole gradient; None = no
+
+
+# The type of keys whose default does not show it. The others have the type of their default.
+KINDS: dict[str, str] = {
+    "TRAIN.MIXED_PRECISION": "precision",
+    "TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN": "list[str]",
+    "TRAIN.CHECKPOINT_ALLOW": "list[str]",
+    "TEST.NUM_TEMPORAL_CLIPS": "list[int]",
+    "DATA.MEAN": "list[float]",
+    "DATA.STD": "list[float]",
+    "DATA.INPUT_CHANNEL_NUM": "list[int]",
+    "DATA.TRAIN_JITTER_SCALES": "list[int]",
+    "DATA.TRAIN_JITTER_SCALES_RELATIVE": "list[float]",
+    "DATA.TRAIN_JITTER_ASPECT_RELATIVE": "list[float]",
+    "AUG.COLOR_JITTER": "float or None",
+    "AUG.MASK_WINDOW_SIZE": "list[int]",
+    "AUG.MAX_MASK_PATCHES_PER_BLOCK": "int or None",
+    "MVIT.PATCH_KERNEL": "list[int]",
+    "MVIT.PATCH_STRIDE": "list[int]",
+    "MVIT.PATCH_PADDING": "list[int]",
+    "MVIT.DIM_MUL": "list[list[number]]",
+    "MVIT.HEAD_MUL": "list[list[number]]",
+    "MVIT.POOL_Q_STRIDE": "list[list[int]]",
+    "MVIT.POOL_KV_STRIDE": "list[list[int]]",
+    "MVIT.POOL_KV_STRIDE_ADAPTIVE": "list[int] or None",
+    "MVIT.POOL_KVQ_KERNEL": "list[int] or None",
+    "MASK.PRETRAIN_DEPTH": "list[int]",
+    "SOLVER.STEPS": "list[int]",
+    "SOLVER.LRS": "list[float]",
+    "SOLVER.BETAS": "list[float]",
+    "SOLVER.CLIP_GRAD_VAL": "float or None",
+    "SOLVER.CLIP_GRAD_L2NORM": "float or None",
+}
+
+# Sections of PySlowFast's other models and tools: any key in them is accepted, kept, and has no effect.
+INERT_SECTIONS = (
+    "ASSEMBLE",
+    "AVA",
+    "BENCHMARK",
+    "BN",
+    "CONTRASTIVE",
+    "DEMO",
+    "DETECTION",
+    "MULTIGRID",
+    "NONLOCAL",
+    "RESNET",
+    "SLOWFAST",
+    "SSL",
+    "VIS_MASK",
+    "X3D",
+    "MVIT.REV",
+    "TENSORBOARD.CONFUSION_MATRIX",
+    "TENSORBOARD.HISTOGRAM",
+    "TENSORBOARD.MODEL_VIS",
+    "TENSORBOARD.WRONG_PRED_VIS",
+)
+
+# Single keys of that kind, and families of keys (ending in *).
+INERT_KEYS = (
+    "DATA.COLOR_RND_GRAYSCALE",
+    "DATA.CROP_SIZE",
+    "DATA.DECODING_SHORT_SIZE",
+    "DATA.DUMMY_LOAD",
+    "DATA.ENSEMBLE_METHOD",
+    "DATA.IN22K_TRAINVAL",
+    "DATA.IN22k_VAL_IN1K",
+    "DATA.INV_UNIFORM_SAMPLE",
+    "DATA.IN_VAL_CROP_RATIO",
+    "DATA.LOADER_CHUNK_OVERALL_SIZE",
+    "DATA.LOADER_CHUNK_SIZE",
+    "DATA.MULTI_LABEL",
+    "DATA.PATH_TO_PRELOAD_IMDB",
+    "DATA.REVERSE_INPUT_CHANNEL",
+    "DATA.SKIP_ROWS",
+    "DATA.SSL_*",
+    "DATA.TIME_DIFF_PROB",
+    "DATA.TRAIN_CROP_NUM_SPATIAL",
+    "DATA.TRAIN_CROP_NUM_TEMPORAL",
+    "DATA.TRAIN_JITTER_FPS",
+    "DATA.TRAIN_JITTER_MOTION_SHIFT",
+    "DATA.TRAIN_PCA_EIGVAL",
+    "DATA.TRAIN_PCA_EIGVEC",
+    "DATA_LOADER.ENABLE_MULTI_THREAD_DECODE",
+    "MASK.DECODER_*",
+    "MASK.DEC_KV_KERNEL",
+    "MASK.DEC_KV_STRIDE",
+    "MASK.NORM_PRED_PIXEL",
+    "MASK.SCALE_INIT_BY_DEPTH",
+    "MASK.TIME_STRIDE_LOSS",
+    "MODEL.DETACH_FINAL_FC",
+    "MODEL.DROPCONNECT_RATE",
+    "MODEL.FC_INIT_STD",
+    "MODEL.FP16_ALLREDUCE",
+    "MODEL.FROZEN_BN",
+    "MODEL.MULTI_PATHWAY_ARCH",
+    "MODEL.SINGLE_PATHWAY_ARCH",
+    "MVIT.USE_FIXED_SINCOS_POS",
+    "SOLVER.LARS_ON",
+    "SOLVER.STEP_SIZE",
+    "SOLVER.WARMUP_FACTOR",
+    "TENSORBOARD.CATEGORIES_PATH",
+    "TENSORBOARD.CLASS_NAMES_PATH",
+    "TENSORBOARD.PREDICTIONS_PATH",
+    "TRAIN.CHECKPOINT_IN_INIT",
+    "TRAIN.KILL_LOSS_EXPLOSION_FACTOR",
+)

@@ -1,0 +1,108 @@
+"""Strict merging: entries into a config, every key known, every value of its key's type."""
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from yacs.config import CfgNode
+
+from maskfeat.config.coerce import coerce, plain
+from maskfeat.config.defaults import INERT_KEYS, INERT_SECTIONS
+from maskfeat.config.yaml_io import Entry
+
+
+def full_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    """The full names of all values in a config: "TRAIN.BATCH_SIZE", ..."""
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from full_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def is_inert(key: str) -> bool:
+    """Whether a key belongs to PySlowFast's other models or tools: accepted, kept, without effect."""
+    in_section = any(key.startswith(f"{section}.") for section in INERT_SECTIONS)
+    return in_section or any(fnmatchcase(key, pattern) for pattern in INERT_KEYS)
+
+
+def merge_entries(cfg: CfgNode, entries: Mapping[str, Entry], known: Mapping[str, object]) -> list[str]:
+    """Writes entries into `cfg`, and returns the inert keys among them that do not stand in a shipped recipe.
+
+    Args:
+        cfg: changed in place.
+        entries: full key -> value as given.
+        known: every effective key and its default.
+
+    Raises:
+        ValueError: an unknown key (names the nearest known one), or a value of the wrong type.
+    """
+    sections = {key.rsplit(".", 1)[0] for key in known if "." in key} | set(INERT_SECTIONS)
+    inert = []
+    for key, entry in entries.items():
+        if key in known:
+            _set(cfg, key, coerce(key, entry, known[key]), entry)
+        elif key in sections:
+            if entry.value is not None:  # a section with nothing below it (all commented out) is fine
+                raise ValueError(
+                    f"{entry.where}: {key} is a section and takes keys below it; given {entry.value!r}"
+                )
+        elif is_inert(key):
+            _set(cfg, key, plain(entry.value), entry)
+            if not entry.shipped:
+                inert.append(key)
+        else:
+            raise ValueError(_unknown(key, entry, known))
+    return inert
+
+
+def override_entries(opts: Sequence[object]) -> dict[str, Entry]:
+    """A flat list KEY VALUE KEY VALUE ... as entries. Values may be text or Python objects.
+
+    Raises:
+        ValueError: an odd number of items, or a key that is not text.
+    """
+    if isinstance(opts, str):
+        raise ValueError(f"overrides must be a list [KEY, VALUE, ...]; given the text {opts!r}")
+    if len(opts) % 2:
+        hint = "; write KEY VALUE, not KEY=VALUE" if any("=" in str(o) for o in opts[::2]) else ""
+        raise ValueError(
+            f"overrides must come in pairs KEY VALUE; given {len(opts)} items: {list(opts)!r}{hint}"
+        )
+    entries = {}
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        if not isinstance(key, str):
+            raise ValueError(f"overrides must come in pairs KEY VALUE; {key!r} is not a key")
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        entries[key] = Entry(value, value if isinstance(value, str) else None, "command line")
+    return entries
+
+
+def _set(cfg: CfgNode, key: str, value: object, entry: Entry) -> None:
+    *path, name = key.split(".")
+    node = cfg
+    for part in path:
+        if part not in node:
+            node[part] = CfgNode()
+        node = node[part]
+        if not isinstance(node, CfgNode):
+            raise ValueError(f"{entry.where}: {key} lies below {part}, which already has a value")
+    if isinstance(node.get(name), CfgNode):
+        raise ValueError(
+            f"{entry.where}: {key} is a section and takes keys below it; given the value {value!r}"
+        )
+    node[name] = value
+
+
+def _unknown(key: str, entry: Entry, known: Mapping[str, object]) -> str:
+    names = [*known, *(name for name in INERT_KEYS if "*" not in name)]
+    folded = {name.upper(): name for name in reversed(names)}
+
+    def likeness(name: str) -> float:
+        whole = difflib.SequenceMatcher(None, key.upper(), name).ratio()
+        last = difflib.SequenceMatcher(None, key.upper().rsplit(".", 1)[-1], name.rsplit(".", 1)[-1]).ratio()
+        return max(whole, 0.99 * last)  # a right name in the wrong section is near, too
+
+    nearest = folded[max(folded, key=likeness)]
+    return f"{entry.where}: unknown config key {key}; did you mean {nearest}?"

@@ -1,0 +1,171 @@
+"""What a single key may hold: choices, ranges, lengths. Checks between keys stand in `validate`."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from yacs.config import CfgNode
+
+DATASETS = ("imagenet", "kinetics")
+_RANDAUGMENT = re.compile(r"rand(-[a-z]+[0-9.]*)*")
+
+CHOICES: dict[str, tuple[object, ...]] = {
+    "DIST_BACKEND": ("nccl", "gloo"),
+    "TRAIN.CHECKPOINT_TYPE": ("pytorch",),
+    "TEST.CHECKPOINT_TYPE": ("pytorch",),
+    "TEST.NUM_SPATIAL_CROPS": (1, 3),
+    "DATA.DECODING_BACKEND": ("pyav", "torchvision"),
+    "AUG.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest"),
+    "AUG.RE_MODE": ("pixel", "rand", "const"),
+    "MODEL.ARCH": ("mvit", "maskmvit"),
+    "MODEL.MODEL_NAME": ("MViT", "MaskMViT"),
+    "MODEL.LOSS_FUNC": ("cross_entropy", "soft_cross_entropy", "multi_mse"),
+    "MODEL.HEAD_ACT": ("softmax",),
+    "SOLVER.OPTIMIZING_METHOD": ("sgd", "adamw"),
+    "SOLVER.LR_POLICY": ("cosine", "steps_with_relative_lrs"),
+    "MVIT.MODE": ("conv",),
+    "MVIT.NORM": ("layernorm",),
+    "MVIT.LAYER_SCALE_INIT_VALUE": (0.0,),
+    "MVIT.POOL_FIRST": (False,),
+    "MVIT.NORM_STEM": (False,),
+    "MVIT.DIM_MUL_IN_ATT": (False,),
+    "MVIT.SEPARATE_QKV": (False,),
+    "MASK.HEAD_TYPE": ("separate",),
+    "MASK.MAE_ON": (False,),
+    "MASK.MAE_RND_MASK": (False,),
+    "MASK.PER_FRAME_MASKING": (False,),
+    # Without effect here, but the same YAML would train another model elsewhere if they were True.
+    "MVIT.REV.ENABLE": (False,),
+    "MVIT.USE_FIXED_SINCOS_POS": (False,),
+    "SOLVER.LARS_ON": (False,),
+}
+"""The values that a key may have. A choice of one is a feature of PySlowFast that is not supported here."""
+
+
+class Range(NamedTuple):
+    """A range in words, and its test."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+_AT_LEAST_0 = Range("at least 0", lambda v: v >= 0)
+_AT_LEAST_1 = Range("at least 1", lambda v: v >= 1)
+_POSITIVE = Range("above 0", lambda v: v > 0)
+_SHARE = Range("between 0 and 1", lambda v: 0 <= v <= 1)
+_BELOW_1 = Range("at least 0 and below 1", lambda v: 0 <= v < 1)
+_DECAY = Range("above 0 and at most 1", lambda v: 0 < v <= 1)
+_POSITIVE_OR_NONE = Range("above 0 (None = no clipping)", lambda v: v > 0)
+
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(("RNG_SEED", "NUM_GPUS", "SHARD_ID", "DATA_LOADER.NUM_WORKERS"), _AT_LEAST_0),
+    **dict.fromkeys(("NUM_SHARDS", "LOG_PERIOD"), _AT_LEAST_1),
+    **dict.fromkeys(("TRAIN.EVAL_PERIOD", "TRAIN.MICRO_BATCH_SIZE"), _AT_LEAST_0),
+    **dict.fromkeys(("TRAIN.BATCH_SIZE", "TEST.BATCH_SIZE", "TRAIN.CHECKPOINT_PERIOD"), _AT_LEAST_1),
+    **dict.fromkeys(("TEST.NUM_ENSEMBLE_VIEWS", "TEST.NUM_TEMPORAL_CLIPS"), _AT_LEAST_1),
+    **dict.fromkeys(("DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TARGET_FPS"), _AT_LEAST_1),
+    **dict.fromkeys(("DATA.TRAIN_CROP_SIZE", "DATA.TEST_CROP_SIZE", "DATA.TRAIN_JITTER_SCALES"), _AT_LEAST_1),
+    **dict.fromkeys(("DATA.STD", "DATA.TRAIN_JITTER_ASPECT_RELATIVE"), _POSITIVE),
+    "DATA.TRAIN_JITTER_SCALES_RELATIVE": _DECAY,
+    "DATA.MAX_BAD_FRACTION": _SHARE,
+    **dict.fromkeys(("AUG.NUM_SAMPLE", "AUG.RE_COUNT", "AUG.MASK_WINDOW_SIZE"), _AT_LEAST_1),
+    **dict.fromkeys(("AUG.RE_PROB", "AUG.MASK_RATIO"), _SHARE),
+    "AUG.COLOR_JITTER": _AT_LEAST_0,
+    "AUG.MAX_MASK_PATCHES_PER_BLOCK": _AT_LEAST_1,
+    **dict.fromkeys(("MIXUP.ALPHA", "MIXUP.CUTMIX_ALPHA"), _AT_LEAST_0),
+    **dict.fromkeys(("MIXUP.PROB", "MIXUP.SWITCH_PROB"), _SHARE),
+    **dict.fromkeys(("MIXUP.LABEL_SMOOTH_VALUE", "MODEL.DROPOUT_RATE"), _BELOW_1),
+    "MODEL.NUM_CLASSES": _AT_LEAST_1,
+    **dict.fromkeys(("MVIT.DROPOUT_RATE", "MVIT.DROPPATH_RATE"), _BELOW_1),
+    **dict.fromkeys(("MVIT.EMBED_DIM", "MVIT.NUM_HEADS", "MVIT.DEPTH"), _AT_LEAST_1),
+    **dict.fromkeys(("MVIT.PATCH_KERNEL", "MVIT.PATCH_STRIDE"), _AT_LEAST_1),
+    **dict.fromkeys(("MVIT.POOL_KV_STRIDE_ADAPTIVE", "MVIT.POOL_KVQ_KERNEL"), _AT_LEAST_1),
+    **dict.fromkeys(("MVIT.PATCH_PADDING", "MVIT.HEAD_INIT_SCALE"), _AT_LEAST_0),
+    "MVIT.MLP_RATIO": _POSITIVE,
+    **dict.fromkeys(("MASK.HOG_BINS", "MASK.HOG_CELL"), _AT_LEAST_1),
+    "MASK.HOG_GAUSSIAN_WINDOW": _AT_LEAST_0,
+    **dict.fromkeys(("SOLVER.BASE_LR", "SOLVER.COSINE_END_LR", "SOLVER.WARMUP_START_LR"), _AT_LEAST_0),
+    **dict.fromkeys(
+        ("SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY", "SOLVER.LRS", "SOLVER.STEPS"), _AT_LEAST_0
+    ),
+    **dict.fromkeys(("SOLVER.MOMENTUM", "SOLVER.BETAS"), _BELOW_1),
+    "SOLVER.DAMPENING": _SHARE,
+    "SOLVER.LAYER_DECAY": _DECAY,
+    "SOLVER.MAX_EPOCH": _AT_LEAST_1,
+    **dict.fromkeys(("SOLVER.CLIP_GRAD_VAL", "SOLVER.CLIP_GRAD_L2NORM"), _POSITIVE_OR_NONE),
+}
+"""The range of a number, or of every number of a list."""
+
+LENGTHS: dict[str, tuple[int, ...]] = {
+    "DATA.MEAN": (3,),
+    "DATA.STD": (3,),
+    "DATA.TRAIN_JITTER_SCALES": (2,),
+    "DATA.TRAIN_JITTER_SCALES_RELATIVE": (0, 2),
+    "DATA.TRAIN_JITTER_ASPECT_RELATIVE": (0, 2),
+    "AUG.MASK_WINDOW_SIZE": (3,),
+    "MVIT.POOL_KV_STRIDE_ADAPTIVE": (3,),
+    "MVIT.POOL_KVQ_KERNEL": (3,),
+    "SOLVER.BETAS": (2,),
+}
+
+_ASCENDING = (
+    "DATA.TRAIN_JITTER_SCALES",
+    "DATA.TRAIN_JITTER_SCALES_RELATIVE",
+    "DATA.TRAIN_JITTER_ASPECT_RELATIVE",
+)
+
+
+def lookup(cfg: CfgNode, key: str) -> Any:
+    """The value of a full key; None where it (an inert key) was not given."""
+    node: Any = cfg
+    for part in key.split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            return None
+        node = node[part]
+    return node
+
+
+def check_single_keys(cfg: CfgNode) -> Iterator[str]:
+    """What is wrong with single values, one message each: key, value given, what was expected."""
+    yield from _choices(cfg)
+    for key, length in LENGTHS.items():
+        value = lookup(cfg, key)
+        if isinstance(value, list | tuple) and len(value) not in length:
+            expected = " or ".join(str(n) for n in length)
+            yield f"{key} must have {expected} numbers; given {value!r}"
+    for key, bounds in RANGES.items():
+        value = lookup(cfg, key)
+        numbers = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if not all(bounds.holds(number) for number in numbers):
+            yield f"{key} must be {bounds.words}; given {value!r}"
+    for key in _ASCENDING:
+        value = lookup(cfg, key)
+        if isinstance(value, list) and value != sorted(value):
+            yield f"{key} must be [low, high]; given {value!r}"
+
+
+def _choices(cfg: CfgNode) -> Iterator[str]:
+    for key, allowed in CHOICES.items():
+        value = lookup(cfg, key)
+        if value is None or (value in allowed and isinstance(value, bool) == isinstance(allowed[0], bool)):
+            continue
+        if len(allowed) == 1:
+            yield f"{key} {value!r} is not supported here; the only value is {allowed[0]!r}"
+        else:
+            yield f"{key} must be one of {', '.join(repr(a) for a in allowed)}; given {value!r}"
+    for section in ("TRAIN", "TEST"):
+        if cfg[section].DATASET.lower() not in DATASETS:
+            yield f"{section}.DATASET must be one of {', '.join(DATASETS)}; given {cfg[section].DATASET!r}"
+    if cfg.DATA.INPUT_CHANNEL_NUM != [3]:
+        yield f"DATA.INPUT_CHANNEL_NUM must be [3] (one pathway, RGB); given {cfg.DATA.INPUT_CHANNEL_NUM!r}"
+    if cfg.AUG.AA_TYPE and not _RANDAUGMENT.fullmatch(cfg.AUG.AA_TYPE):
+        yield (
+            f"AUG.AA_TYPE must be '' or a RandAugment policy such as 'rand-m9-mstd0.5-inc1'; "
+            f"given {cfg.AUG.AA_TYPE!r}"
+        )
+    if not cfg.DATA.PATH_LABEL_SEPARATOR:
+        yield "DATA.PATH_LABEL_SEPARATOR must be at least one character; given ''"
+    if not cfg.OUTPUT_DIR:
+        yield "OUTPUT_DIR must name a folder; given ''"
+    if any(mark in cfg.TASK for mark in "/\\\0"):
+        yield f"TASK becomes part of file names and must not contain a slash; given {cfg.TASK!r}"

@@ -1,0 +1,257 @@
+"""YAML text to flat entries (full key -> value, text, place), and the `_BASE_` chain.
+
+Only plain YAML is read: no tag constructs an object. Size, depth, aliases and the number of values are
+bounded, so that a file from a stranger can neither run code nor hang the program.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+logger = logging.getLogger("maskfeat.config")
+
+BASE_KEY = "_BASE_"
+CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
+"""The project's own recipes: any YAML may build on them, and their inert keys are not warned about."""
+
+MAX_BYTES = 1_000_000
+MAX_EVENTS = 50_000
+MAX_ALIASES = 100
+MAX_DEPTH = 20
+MAX_BASES = 10
+
+_PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "value")}
+_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value as it was given.
+
+    Attributes:
+        value: plain Python (None, bool, int, float, str, list, dict), or any object given in code.
+        text: the characters of a single value, before YAML made a number or a date of them; None for a list.
+        where: file and line, or "command line", for messages.
+        file: the YAML it stands in; None for an override.
+    """
+
+    value: object
+    text: str | None
+    where: str
+    file: Path | None = None
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it stands in one of the project's own YAML files."""
+        return self.file is not None and self.file.is_relative_to(CONFIG_ROOT)
+
+
+Tree = dict[str, "Tree | Entry"]
+
+
+def read_chain(path: Path) -> list[dict[str, Entry]]:
+    """The entries of a YAML and of its `_BASE_` files, the outermost base first.
+
+    `_BASE_` is a path relative to the file it stands in. It must stay in the folder of the YAML that the user
+    named (or below it), or in the project's own configs/ folder.
+
+    Raises:
+        ValueError: a file is missing, too large or not a mapping; `_BASE_` leaves these folders or is a cycle.
+    """
+    first = path.expanduser().resolve()
+    roots = (first.parent, CONFIG_ROOT)
+    layers: list[dict[str, Entry]] = []
+    seen: list[Path] = []
+    current: Path | None = first
+    while current is not None:
+        if current in seen:
+            names = " -> ".join(p.name for p in [*seen, current])
+            raise ValueError(f"{BASE_KEY} is a cycle: {names}; remove it from one of these files")
+        if len(seen) > MAX_BASES:
+            raise ValueError(f"{path}: more than {MAX_BASES} files in the {BASE_KEY} chain")
+        seen.append(current)
+        entries = read_entries(current)
+        base = entries.pop(BASE_KEY, None)
+        layers.append(entries)
+        current = None if base is None else _base_path(base, current, roots)
+    return layers[::-1]
+
+
+def _base_path(base: Entry, file: Path, roots: tuple[Path, ...]) -> Path:
+    rule = (
+        f"{base.where}: {BASE_KEY} must be a path, relative to this file, to a YAML in the folder (or below "
+        f"it) of the YAML that was named, or in the project's configs/ folder"
+    )
+    if not isinstance(base.value, str) or not base.value or "://" in base.value:
+        raise ValueError(f"{rule}; given {base.value!r}")
+    found = (file.parent / base.value).resolve()
+    if not any(found.is_relative_to(root) for root in roots):
+        raise ValueError(f"{rule}; given {base.value!r}, which lies outside")
+    if not found.is_file():
+        raise ValueError(f"{base.where}: {BASE_KEY} {base.value!r} does not exist")
+    return found
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """The values of one YAML under their full keys, in the order of the file.
+
+    A key written twice is warned about, with both lines; the last one wins, as in every YAML loader.
+
+    Raises:
+        ValueError: the file is missing, too large, not UTF-8 text, not YAML, or not a mapping of sections.
+    """
+    if not path.is_file():
+        raise ValueError(f"config file {path} does not exist (or is not a file); --cfg names a YAML file")
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"config file {path} has {size} bytes; a config has {MAX_BYTES} at most")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config file {path} is not UTF-8 text: {error}") from error
+    try:
+        _check_size(text, path)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config file {path} is not valid YAML: {error}") from error
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(
+            f"config file {path} must hold sections and keys (a YAML mapping); it holds a {_word(node)}"
+        )
+    return _flatten(_Reader(path).mapping(node, ""), path)
+
+
+def _check_size(text: str, path: Path) -> None:
+    depth = aliases = 0
+    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        aliases += isinstance(event, yaml.AliasEvent)
+        if depth > MAX_DEPTH or aliases > MAX_ALIASES or count > MAX_EVENTS:
+            raise ValueError(
+                f"config file {path} is too large: at most {MAX_EVENTS} values, {MAX_ALIASES} aliases and "
+                f"{MAX_DEPTH} levels"
+            )
+
+
+class _Reader:
+    """Turns YAML nodes of one file into a tree of entries, and counts them (aliases repeat nodes)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.scalars = yaml.SafeLoader("")
+        self.count = 0
+
+    def where(self, node: yaml.Node) -> str:
+        return f"{self.path} line {node.start_mark.line + 1}"
+
+    def check(self, node: yaml.Node, depth: int = 0) -> None:
+        self.count += 1
+        if self.count > MAX_EVENTS or depth > MAX_DEPTH:
+            raise ValueError(f"{self.where(node)}: aliases make this file too large or refer to themselves")
+
+    def mapping(self, node: yaml.MappingNode, prefix: str, depth: int = 0) -> Tree:
+        self.check(node, depth)
+        if node.tag != "tag:yaml.org,2002:map":
+            raise ValueError(f"{self.where(node)}: tag {node.tag!r} is not allowed in a config")
+        tree: Tree = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag == _MERGE:
+                for key, value in self.merged(value_node, prefix, depth).items():
+                    tree.setdefault(key, value)
+                continue
+            key = self.key(key_node)
+            line = key_node.start_mark.line + 1
+            if key in lines:
+                logger.warning(
+                    "%s: key %s is written twice, on lines %d and %d; the last one wins",
+                    self.path,
+                    prefix + key,
+                    lines[key],
+                    line,
+                )
+            lines[key] = line
+            if isinstance(value_node, yaml.MappingNode):
+                tree[key] = self.mapping(value_node, f"{prefix}{key}.", depth + 1)
+            else:
+                tree[key] = self.leaf(value_node, key_node, depth + 1)
+        return tree
+
+    def merged(self, node: yaml.Node, prefix: str, depth: int) -> Tree:
+        """The keys of `<<: *name` or `<<: [*name, ...]`, the first mapping first."""
+        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        tree: Tree = {}
+        for part in nodes:
+            if not isinstance(part, yaml.MappingNode):
+                raise ValueError(f"{self.where(node)}: '<<' takes a mapping")
+            for key, value in self.mapping(part, prefix, depth + 1).items():
+                tree.setdefault(key, value)
+        return tree
+
+    def key(self, node: yaml.Node) -> str:
+        if not isinstance(node, yaml.ScalarNode):
+            raise ValueError(f"{self.where(node)}: a key must be a name, not a {_word(node)}")
+        return str(node.value)
+
+    def leaf(self, node: yaml.Node, key_node: yaml.Node, depth: int) -> Entry:
+        text = node.value if isinstance(node, yaml.ScalarNode) else None
+        return Entry(self.plain(node, depth), text, self.where(key_node), self.path)
+
+    def plain(self, node: yaml.Node, depth: int) -> object:
+        """The node as None, bool, int, float, str, list or dict."""
+        self.check(node, depth)
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag == _TIMESTAMP:  # a date in a config is a name
+                return str(node.value)
+            if node.tag in _PLAIN:
+                try:
+                    return self.scalars.construct_object(node)
+                except (ValueError, yaml.YAMLError) as error:
+                    raise ValueError(f"{self.where(node)}: cannot read {node.value!r}: {error}") from error
+        elif isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+            return [self.plain(item, depth + 1) for item in node.value]
+        elif isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+            return {self.key(k): self.plain(v, depth + 1) for k, v in node.value}
+        raise ValueError(f"{self.where(node)}: tag {node.tag!r} is not allowed in a config")
+
+
+def _flatten(tree: Tree, path: Path) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    for key, entry in _leaves(tree, ""):
+        if key in entries:  # once as `A: {B: 1}` and once as `A.B: 1`
+            logger.warning(
+                "%s: key %s is written twice, at %s and %s; the last one wins",
+                path,
+                key,
+                entries[key].where,
+                entry.where,
+            )
+        entries[key] = entry
+    return entries
+
+
+def _leaves(tree: Mapping[str, "Tree | Entry"], prefix: str) -> Iterator[tuple[str, Entry]]:
+    for key, value in tree.items():
+        if isinstance(value, Entry):
+            yield prefix + key, value
+        else:
+            yield from _leaves(value, f"{prefix}{key}.")
+
+
+def _word(node: yaml.Node) -> str:
+    return (
+        "list"
+        if isinstance(node, yaml.SequenceNode)
+        else "section"
+        if isinstance(node, yaml.MappingNode)
+        else "value"
+    )

@@ -1,0 +1,1 @@
+"""Images and clips: reading, augmenting, loading. Never imports models or objectives."""

@@ -1,0 +1,205 @@
+"""Samples that cannot be read: how they are named, counted and listed, and when there are too many of
+them."""
+
+import contextlib
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from maskfeat.batch import BadSample
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: the list is then written without a lock
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+LISTED = 20
+"""How many bad samples the error names before it points to the file."""
+
+
+class UnreadableSample(ValueError):
+    """A file that cannot be turned into a picture or a clip.
+
+    Attributes:
+        path: the file.
+        cause: why, in words, without the path.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], cause: str = "") -> None:
+        # One argument suffices, because a DataLoader rebuilds a worker's error from its message alone.
+        self.path = os.fspath(path)
+        self.cause = cause
+        super().__init__(f"{self.path}: {cause}" if cause else self.path)
+
+
+class TooManyBadSamples(RuntimeError):
+    """More samples cannot be read than DATA.MAX_BAD_FRACTION allows."""
+
+
+def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a local, regular, non-empty file for reading.
+
+    Pipes and devices are refused (a worker would hang on them), and nothing but the file system is asked, so
+    that a name that looks like a URL is only a file that does not exist.
+
+    Raises:
+        UnreadableSample: the file is missing, empty, not regular, or may not be read.
+    """
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise UnreadableSample(path, "is a folder, not a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableSample(path, "not a regular file")
+        if status.st_size == 0:
+            raise UnreadableSample(path, "the file is empty")
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise UnreadableSample(path, "no such file") from None
+    except OSError as error:
+        raise UnreadableSample(path, f"cannot be opened: {error.strerror or error}") from error
+
+
+class naming_sample:
+    """`with naming_sample(path):` adds the sample's path to any error that does not name it yet.
+
+    A worker's error reaches the user as text only, and "index 3 is out of bounds" helps nobody who has a
+    million files. Nothing is swallowed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and self.path not in str(error):
+            raise RuntimeError(
+                f"while {self.path} was made ready: {type(error).__name__}: {error}"
+            ) from error
+
+
+class BadSampleLedger:
+    """Names each sample of one split that cannot be read once, counts it, and stops the run when there are
+    too many.
+
+    The list is OUTPUT_DIR/bad_samples.jsonl, one object a line with the keys split, index, path and cause.
+    It outlives
+    the process: lines of an earlier run, or of another rank, count here as well and are not written again.
+
+    Args:
+        output_dir: the folder of bad_samples.jsonl, made when needed; None keeps the list in memory alone.
+        num_samples: how many samples the split has.
+        max_fraction: the largest share of them that may be bad, 0 to 1.
+        split: "train", "val" or "test".
+    """
+
+    def __init__(
+        self, output_dir: str | os.PathLike[str] | None, num_samples: int, max_fraction: float, split: str
+    ) -> None:
+        if not 0.0 <= max_fraction <= 1.0:
+            raise ValueError(f"DATA.MAX_BAD_FRACTION must lie in [0, 1], not be {max_fraction}")
+        self.path = None if output_dir is None else Path(output_dir) / "bad_samples.jsonl"
+        self.num_samples = num_samples
+        self.max_fraction = max_fraction
+        self.split = split
+        self._known: dict[int, BadSample] = {}
+        if self.path is not None and self.path.exists():
+            with self.path.open("rb") as file:
+                self._read_lines(file.read())
+
+    @property
+    def indices(self) -> frozenset[int]:
+        """The places of all bad samples of this split that are known so far."""
+        return frozenset(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def record(self, bad: Iterable[BadSample]) -> None:
+        """Takes note of the samples that a batch could not read.
+
+        Raises:
+            TooManyBadSamples: more than `max_fraction` of the split is bad by now.
+        """
+        news = {sample.index: sample for sample in bad if sample.index not in self._known}
+        if not news:
+            return
+        self._append(news)
+        if len(self._known) > self.max_fraction * self.num_samples:
+            raise TooManyBadSamples(self._complaint())
+
+    def _append(self, news: dict[int, BadSample]) -> None:
+        if self.path is None:
+            self._name(news)
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file, _locked(file):
+            file.seek(0)
+            text = file.read()
+            self._read_lines(text)  # another rank may have met the same sample in the meantime
+            news = {index: sample for index, sample in news.items() if index not in self._known}
+            lines = "".join(
+                json.dumps({"split": self.split, "index": s.index, "path": s.path, "cause": s.cause}) + "\n"
+                for s in news.values()
+            )
+            # A run that was killed while it wrote leaves half a line: the next one must not be glued to it.
+            file.write((b"\n" if text and not text.endswith(b"\n") else b"") + lines.encode())
+        self._name(news)
+
+    def _name(self, news: dict[int, BadSample]) -> None:
+        for sample in news.values():
+            self._known[sample.index] = sample
+            logger.warning(
+                "bad sample %d of %s, number %d: %s (%s)",
+                sample.index,
+                self.split,
+                len(self._known),
+                sample.path,
+                sample.cause,
+            )
+
+    def _read_lines(self, text: bytes) -> None:
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                split, index = entry["split"], int(entry["index"])
+                sample = BadSample(index=index, path=str(entry["path"]), cause=str(entry["cause"]))
+            except (ValueError, KeyError, TypeError):
+                continue  # half a line of a run that was killed: it is met again and written whole
+            if split == self.split and 0 <= index < self.num_samples:
+                self._known.setdefault(index, sample)
+
+    def _complaint(self) -> str:
+        samples = sorted(self._known.values(), key=lambda sample: sample.index)
+        lines = [
+            f"{len(samples)} of {self.num_samples} samples of {self.split} cannot be read, more than "
+            f"DATA.MAX_BAD_FRACTION = {self.max_fraction:g} allows:"
+        ]
+        lines += [f"  {sample.index}: {sample.path}: {sample.cause}" for sample in samples[:LISTED]]
+        if len(samples) > LISTED:
+            lines.append(f"  ... and {len(samples) - LISTED} more")
+        if self.path is not None:
+            lines.append(f"All of them are listed in {self.path}.")
+        lines.append("Mend or remove these files (and delete that list), or raise DATA.MAX_BAD_FRACTION.")
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _locked(file: BinaryIO) -> Iterator[None]:
+    """Keeps other ranks of this machine out while one reads and appends; does without where locks do not
+    exist."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # some network file systems know no locks
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+    yield  # closing the file releases the lock

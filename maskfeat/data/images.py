@@ -1,0 +1,193 @@
+"""Folders of images: one folder a class, and reading what real data sets contain."""
+
+import logging
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from maskfeat.batch import BadSample, SampleKey
+from maskfeat.data.bad_samples import UnreadableSample, naming_sample, open_regular_file
+from maskfeat.data.samples import DrawHidden, Sample, draw_mask, first_readable
+from maskfeat.data.seeding import seeded
+from maskfeat.data.transforms import ImageTransform
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 80_000_000
+"""Of one image; below Pillow's own limit (89 million), so that nothing larger is ever decoded."""
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+ImageList = list[tuple[str, int]]
+
+
+def list_image_folder(
+    root: str | os.PathLike[str], classes: Sequence[str] | None = None
+) -> tuple[ImageList, list[str]]:
+    """Lists `root/<class>/<image>`.
+
+    Args:
+        root: a split's folder, such as DATA.PATH_TO_DATA_DIR/train.
+        classes: the class names in the order of their numbers; None takes the folders of `root`, sorted by
+            name. A validation set that lacks some classes needs the training set's names here.
+
+    Returns:
+        [(path, class number)] sorted by class and name, and the class names.
+
+    Raises:
+        ValueError: no such folder, no image in it, or a folder that `classes` does not know.
+    """
+    root = Path(root)
+    layout = (
+        "DATA.PATH_TO_DATA_DIR must hold train/ and val/ with one folder a class: train/<class>/<image>.JPEG"
+    )
+    if not root.is_dir():
+        raise ValueError(f"no folder {root}: {layout}")
+    folders = sorted(
+        entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
+    )
+    names = folders if classes is None else list(classes)
+    unknown = sorted(set(folders) - set(names))
+    if unknown:
+        raise ValueError(
+            f"{root} has {len(unknown)} class folders that the training set lacks "
+            f"({', '.join(unknown[:5])}): {layout}"
+        )
+    number = {name: place for place, name in enumerate(names)}
+    samples: ImageList = []
+    empty = []
+    for folder in folders:
+        files = sorted(
+            entry.path for entry in os.scandir(root / folder) if entry.name.lower().endswith(SUFFIXES)
+        )
+        samples += [(path, number[folder]) for path in files]
+        if not files:
+            empty.append(folder)
+    if not samples:
+        raise ValueError(f"no image ({', '.join(SUFFIXES)}) in the class folders of {root}: {layout}")
+    if empty:
+        logger.warning("%d class folders of %s hold no image: %s", len(empty), root, ", ".join(empty[:20]))
+    return samples, names
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Reads a JPEG, PNG or WebP file, told by its content and not by its name.
+
+    Returns:
+        An RGB image, turned as its EXIF orientation says. Grey, palette, CMYK and 16-bit pictures are
+        converted; alpha is dropped.
+
+    Raises:
+        UnreadableSample: missing, empty, another format, more than MAX_PIXELS, damaged or cut short.
+    """
+    with open_regular_file(path) as file:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise UnreadableSample(
+                        path, f"{image.width}x{image.height} pixels, more than {MAX_PIXELS / 1e6:.0f} million"
+                    )
+                orientation = _orientation(image)
+                image.load()
+                picture = _to_rgb(image)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise UnreadableSample(path, f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from error
+        except Image.UnidentifiedImageError as error:
+            raise UnreadableSample(path, f"not a {', '.join(FORMATS)} picture") from error
+        except UnreadableSample:
+            raise
+        # What Pillow's parsers raise on damaged files.
+        except (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error) as error:
+            raise UnreadableSample(path, f"damaged picture ({error})") from error
+    return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error):
+        return 1  # a broken EXIF block does not spoil the picture
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip at 255 instead of scaling
+        grey = np.asarray(image).astype(np.int64)
+        return Image.fromarray((np.clip(grey, 0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+class ImageFolder(Dataset[list[Sample]]):
+    """Images with their classes, augmented.
+
+    Args:
+        samples: [(path, class number)], see `list_image_folder`.
+        transform: an image and a generator into (3, crop, crop) float32.
+        seed: of all draws.
+        draw_hidden: draws a mask for every view; None where the method hides nothing here.
+        replace_bad: True shows the next readable image in place of one that cannot be read (training);
+            False shows zeros.
+        num_views: how many augmentations of each image a key asks for (repeated augmentation).
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[tuple[str, int]],
+        transform: ImageTransform,
+        seed: int,
+        draw_hidden: DrawHidden | None = None,
+        replace_bad: bool = True,
+        num_views: int = 1,
+    ) -> None:
+        self.samples = list(samples)
+        self.transform = transform
+        self.seed = seed
+        self.draw_hidden = draw_hidden
+        self.replace_bad = replace_bad
+        self.num_views = num_views
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def path(self, index: int) -> str:
+        """The file of a sample."""
+        return self.samples[index][0]
+
+    def __getitem__(self, key: Any) -> list[Sample]:
+        """All views of the sample that `key` (a SampleKey) names: `num_views` of them, from view `key.view`
+        on."""
+        key = SampleKey(*key)
+        image, index, bad = first_readable(self, lambda place: read_image(self.path(place)), key.index)
+        with naming_sample(self.path(index)):
+            return [self._view(image, key, key.view + i, index, bad) for i in range(self.num_views)]
+
+    def _view(
+        self, image: Image.Image | None, key: SampleKey, view: int, index: int, bad: tuple[BadSample, ...]
+    ) -> Sample:
+        with seeded(self.seed, key.epoch, key.index, view) as rng:
+            clip = self._zeros() if image is None else self.transform(image, rng)
+        hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
+        return Sample(clip, self.samples[index][1], hidden, index, bad)
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(3, self.transform.crop, self.transform.crop)

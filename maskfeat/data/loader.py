@@ -1,0 +1,168 @@
+"""Which samples make which batch, and the worker processes that make them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from maskfeat.batch import Batch, SampleKey
+from maskfeat.data.bad_samples import BadSampleLedger
+from maskfeat.data.samples import Sample, collate
+
+
+class EpochSampler(Sampler[list[SampleKey]]):
+    """The batches of an epoch, as lists of keys, for one of several ranks.
+
+    The order depends on (seed, epoch) alone. Global batch g holds the items g x batch_size x world_size and
+    following, of which rank r takes its r-th contiguous share: W ranks with batches of B see what one rank
+    with W x B sees.
+
+    Without `drop_last` every item is shown exactly once over all ranks: the last global batch may be short,
+    so that later ranks have a smaller last batch or one batch less. Nothing is padded, so whoever adds up
+    results of several ranks must not expect them to have taken the same number of steps.
+
+    Args:
+        num_samples: in the data set.
+        batch_size: items a batch, per rank.
+        rank, world_size: this process and how many there are.
+        shuffle: a new order every epoch; otherwise that of the data set.
+        drop_last: leaves out a last global batch that is not full (training).
+        seed: of the order.
+        views: every sample makes this many items, with views 0, 1, ... side by side (testing).
+
+    Raises:
+        ValueError: with `drop_last`, if the data set does not fill a single global batch.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        seed: int = 0,
+        views: int = 1,
+    ) -> None:
+        assert batch_size >= 1 and 0 <= rank < world_size and views >= 1
+        self.num_samples, self.views = num_samples, views
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
+        self.epoch, self.start = 0, 0
+        if drop_last and num_samples * views < batch_size * world_size:
+            raise ValueError(
+                f"{num_samples} training samples do not fill one batch of {batch_size * world_size} "
+                f"({world_size} processes x {batch_size}): lower TRAIN.BATCH_SIZE"
+            )
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this rank, wherever it starts."""
+        full, rest = divmod(self.num_samples * self.views, self.batch_size * self.world_size)
+        return full + (not self.drop_last and rest > self.rank * self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is epoch `epoch`, from its first batch on."""
+        self.epoch, self.start = epoch, 0
+
+    def set_start(self, step: int) -> None:
+        """The next iterations of this epoch leave out the first `step` batches. To be called after
+        `set_epoch`."""
+        assert step >= 0
+        self.start = step
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        # Computed now and not when the first batch is fetched: the epoch may have been set anew by then.
+        epoch, start = self.epoch, self.start
+        order = np.arange(self.num_samples)
+        if self.shuffle:
+            order = np.random.default_rng(np.random.SeedSequence((self.seed, epoch))).permutation(
+                self.num_samples
+            )
+        return (self._batch(order, epoch, step) for step in range(start, len(self)))
+
+    def _batch(self, order: np.ndarray, epoch: int, step: int) -> list[SampleKey]:
+        first = (step * self.world_size + self.rank) * self.batch_size
+        last = min(first + self.batch_size, self.num_samples * self.views)
+        return [
+            SampleKey(epoch, int(order[item // self.views]), item % self.views) for item in range(first, last)
+        ]
+
+
+class Loader:
+    """Batches of a data set, made by worker processes; samples that cannot be read are entered in a ledger.
+
+    Every epoch: `set_epoch(e)`, on resuming in its middle `set_start(step)`, then iterate. Keys carry the
+    epoch, so the workers stay alive from one epoch to the next.
+
+    Args:
+        dataset: maps a SampleKey to a list of samples.
+        sampler: the batches of keys.
+        ledger: where bad samples are named and counted; None ignores them.
+        num_workers: processes; 0 makes the data in this one.
+        pin_memory: page-locks batches for the way to a CUDA device; without effect where there is none.
+        prefetch_factor: batches that each worker makes ahead.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[list[Sample]],
+        sampler: EpochSampler,
+        ledger: BadSampleLedger | None = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        prefetch_factor: int = 2,
+    ) -> None:
+        self.dataset = dataset
+        self.sampler = sampler
+        self.ledger = ledger
+        workers: dict[str, Any] = {}
+        if num_workers > 0:
+            workers = {"persistent_workers": True, "prefetch_factor": prefetch_factor}
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            # The DataLoader draws a seed for its workers every epoch; from here, and not from the model's
+            # generator.
+            generator=torch.Generator(),
+            **workers,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Items a batch, on this rank."""
+        return self.sampler.batch_size
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this rank."""
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is epoch `epoch`, from its first batch on."""
+        self.sampler.set_epoch(epoch)
+
+    def set_start(self, step: int) -> None:
+        """The next iterations of this epoch leave out the first `step` batches. To be called after
+        `set_epoch`."""
+        self.sampler.set_start(step)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches.
+
+        Raises:
+            TooManyBadSamples: more than DATA.MAX_BAD_FRACTION of the data set cannot be read.
+        """
+        for batch in self._loader:
+            if self.ledger is not None:
+                self.ledger.record(batch.bad)
+            yield batch
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)  # the workers are the parallelism

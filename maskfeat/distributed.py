@@ -1,0 +1,144 @@
+"""Processes: who they are, how they start, and the few collectives that the program needs.
+
+torchrun and `torch.multiprocessing` are the engines. A set-up that fails raises; nothing falls back in silence.
+"""
+
+import os
+import random
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """Where a process stands: its rank of `size`, and among those of its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def torchrun_world() -> World | None:
+    """The world that torchrun describes in the environment; None where it did not start this process."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if any(name not in os.environ for name in names):
+        return None
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+    return World(rank, size, local_rank, local_size)
+
+
+def choose_device(num_gpus: int, local_rank: int, backend: str) -> torch.device:
+    """The device of a process: the CPU for NUM_GPUS 0, else the GPU of its local rank.
+
+    Raises:
+        ValueError: where the machine has fewer GPUs than asked for. Several CPU processes are had by NUM_GPUS > 1
+            with DIST_BACKEND gloo on a machine without a GPU.
+    """
+    if num_gpus == 0:
+        return torch.device("cpu")
+    available = torch.cuda.device_count()
+    if available == 0 and num_gpus > 1 and backend == "gloo":
+        return torch.device("cpu")
+    if available < num_gpus or local_rank >= available:
+        raise ValueError(
+            f"NUM_GPUS is {num_gpus}, but this machine shows {available} CUDA device(s): set NUM_GPUS {available}"
+            + (" to run on the CPU" if available == 0 else "")
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def join(world: World, backend: str, device: torch.device, init_method: str = "env://") -> None:
+    """Join the process group; gloo on the CPU whatever the backend asked for."""
+    if world.size == 1:
+        return
+    dist.init_process_group(
+        backend if device.type == "cuda" else "gloo",
+        init_method=init_method,
+        rank=world.rank,
+        world_size=world.size,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def leave() -> None:
+    """Leave the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def free_address() -> str:
+    """A tcp:// address on this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def _spawned(local_rank: int, job: Callable[..., None], plan: World, init_method: str, args: tuple[Any, ...]) -> None:
+    world = World(plan.rank + local_rank, plan.size, local_rank, plan.local_size)
+    job(world, init_method, *args)
+
+
+def launch(
+    job: Callable[..., None],
+    args: tuple[Any, ...],
+    *,
+    processes: int,
+    num_shards: int = 1,
+    shard_id: int = 0,
+    init_method: str = "",
+) -> None:
+    """Run `job(world, init_method, *args)` in every process of this machine, and wait.
+
+    Under torchrun this process is one of them. Otherwise `processes` are spawned where there are several in all, and
+    `init_method` is where the machines meet (one machine finds an address by itself).
+    """
+    world = torchrun_world()
+    if world is not None:
+        job(world, "env://", *args)
+        return
+    size = processes * num_shards
+    if size == 1:
+        job(World(), "", *args)
+        return
+    if num_shards > 1 and not init_method:
+        raise ValueError(f"NUM_SHARDS is {num_shards}: give --init_method tcp://HOST:PORT of the first machine")
+    plan = World(shard_id * processes, size, 0, processes)
+    mp.spawn(_spawned, (job, plan, init_method or free_address(), args), nprocs=processes)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """`value` summed over all ranks, in place where there are several."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def seed_draws(*key: int) -> None:
+    """Seed the global generators of Python, numpy and torch (all devices) by a key such as (seed, step, rank).
+
+    Called at every step, so that a resumed run draws what an uninterrupted one draws.
+    """
+    words = np.random.SeedSequence(key).generate_state(4)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    torch.manual_seed(int(words[2]) << 32 | int(words[3]))

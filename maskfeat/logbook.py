@@ -1,0 +1,115 @@
+"""What a run says: log lines, `json_stats:` lines, TensorBoard, and sums of metrics that stay on the device."""
+
+import datetime
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import simplejson
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from maskfeat.distributed import World, sum_over_ranks
+
+logger = logging.getLogger(__name__)
+
+
+def setup_logging(output_dir: str | Path, world: World) -> None:
+    """The main process logs to the screen and to OUTPUT_DIR/stdout.log; others only warnings, named by rank."""
+    root = logging.getLogger("maskfeat")
+    root.handlers.clear()
+    root.propagate = False
+    root.setLevel(logging.INFO)
+    who = "" if world.is_main else f"[rank {world.rank}] "
+    form = logging.Formatter(f"[%(asctime)s] {who}%(message)s", datefmt="%m/%d %H:%M:%S")
+    screen = logging.StreamHandler(sys.stdout)
+    screen.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    screen.setFormatter(form)
+    root.addHandler(screen)
+    if world.is_main:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(Path(output_dir) / "stdout.log")
+        file.setFormatter(form)
+        root.addHandler(file)
+
+
+class Window:
+    """Sums of scalars on the device, read a few times an epoch: reading is what stops for the device.
+
+    `add(weight, values)` takes means over `weight` terms; `read()` gives the means over all ranks since the last
+    read.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+
+    def add(self, weight: Tensor, values: Mapping[str, Tensor]) -> None:
+        """weight: scalar; values: scalars on one device."""
+        names = list(values)
+        stacked = torch.stack([v.detach().float().reshape(()) for v in values.values()] + [weight.new_ones(())])
+        weighted = (stacked * weight).double()
+        if self._sums is None:
+            self._names, self._sums = names, weighted
+            return
+        assert names == self._names, f"metrics changed from {self._names} to {names}"
+        self._sums += weighted
+
+    def read(self) -> dict[str, float]:
+        """Means by name, over all ranks; empty where nothing was added. Starts the next window."""
+        if self._sums is None:
+            return {}
+        total = sum_over_ranks(self._sums).tolist()
+        self._sums = None
+        weight = total[-1]
+        return {
+            name: value / weight if weight else math.nan for name, value in zip(self._names, total, strict=False)
+        }
+
+
+def eta(seconds: float) -> str:
+    """Seconds as h:mm:ss (with days where it takes any)."""
+    return str(datetime.timedelta(seconds=int(seconds)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return simplejson.RawJSON(f"{value:.6g}") if math.isfinite(value) else str(value)
+    return value
+
+
+class Logbook:
+    """One line for people and one `json_stats:` line for scripts, for every entry; TensorBoard beside them.
+
+    Args:
+        world: only the main process writes.
+        tensorboard_dir: None switches TensorBoard off.
+    """
+
+    def __init__(self, world: World, tensorboard_dir: Path | None) -> None:
+        self._writer = SummaryWriter(str(tensorboard_dir)) if world.is_main and tensorboard_dir else None
+
+    def write(self, kind: str, line: str, stats: Mapping[str, Any], step: int) -> None:
+        """`kind` ("train_iter", "train_epoch", "val_epoch", "test_final"), a readable line, the values by name.
+
+        Learning rates go by scientific notation in both lines.
+        """
+        if line:
+            logger.info(line)
+        plain = {name: _plain(value) for name, value in stats.items()}
+        if "lr" in stats:
+            plain["lr"] = simplejson.RawJSON(f"{stats['lr']:.5e}")
+        logger.info("json_stats: %s", simplejson.dumps({"_type": kind, **plain}))
+        if self._writer is not None:
+            for name, value in stats.items():
+                if isinstance(value, int | float):
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close TensorBoard's file."""
+        if self._writer is not None:
+            self._writer.close()

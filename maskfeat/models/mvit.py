@@ -1,0 +1,287 @@
+"""MViTv2 (Li et al., CVPR 2022) for clips and images, with released parameter names.
+
+The number of axes follows from the patch: a (t, h, w) patch makes a video model, an (h, w) patch an image model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.layers import DropPath, Mlp, make_divisible
+from torch import Tensor, nn
+
+from maskfeat.masking import resize_mask
+from maskfeat.models.attention import PoolingAttention
+from maskfeat.models.base import (
+    Tokens,
+    check_clip_size,
+    conv_grid,
+    init_weights,
+    layer_id,
+    token_parameter,
+)
+from maskfeat.models.layers import drop_path_rates, layer_norm
+
+
+class PatchStem(nn.Module):
+    """Overlapping patches by one convolution: (B, C, [T,] H, W) -> (B, N, D)."""
+
+    def __init__(
+        self, channels: int, width: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+    ) -> None:
+        super().__init__()
+        conv = nn.Conv3d if len(kernel) == 3 else nn.Conv2d
+        self.proj = conv(channels, width, tuple(kernel), tuple(stride), tuple(padding))
+
+    def forward(self, clip: Tensor) -> Tensor:
+        return self.proj(clip).flatten(2).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What one block does to width, heads and grid; see `plan_blocks`."""
+
+    width: int
+    width_out: int
+    num_heads: int
+    stride_q: tuple[int, ...]
+    stride_kv: tuple[int, ...]
+
+
+def plan_blocks(
+    depth: int,
+    width: int,
+    num_heads: int,
+    width_mul: Mapping[int, float],
+    head_mul: Mapping[int, float],
+    stride_q: Mapping[int, Sequence[int]],
+    stride_kv: Mapping[int, Sequence[int]],
+    stride_kv_adaptive: Sequence[int] | None,
+    axes: int,
+) -> list[BlockPlan]:
+    """Width, heads and strides of every block.
+
+    Width and heads grow at the blocks named in `width_mul` and `head_mul`; the width grows in the MLP of the block
+    before. With `stride_kv_adaptive` the key/value stride is that at block 0, divided by every query stride as it
+    happens, so that keys and values keep one size.
+    """
+    ones = (1,) * axes
+    adaptive = tuple(stride_kv_adaptive) if stride_kv_adaptive else None
+    plans = []
+    for i in range(depth):
+        num_heads = int(make_divisible(num_heads * head_mul.get(i, 1.0), 1))
+        width = make_divisible(width * width_mul.get(i, 1.0), num_heads)
+        heads_next = int(make_divisible(num_heads * head_mul.get(i + 1, 1.0), 1))
+        width_out = make_divisible(width * width_mul.get(i + 1, 1.0), heads_next)
+        q = tuple(stride_q.get(i, ones))
+        if adaptive is not None:
+            adaptive = tuple(max(kv // s, 1) for kv, s in zip(adaptive, q, strict=True))
+            kv = adaptive
+        else:
+            kv = tuple(stride_kv.get(i, ones))
+        plans.append(BlockPlan(width, width_out, num_heads, q, kv))
+    return plans
+
+
+class MultiScaleBlock(nn.Module):
+    """One MViTv2 block; its grid in and out are fixed when it is built."""
+
+    def __init__(
+        self,
+        plan: BlockPlan,
+        *,
+        grid: Sequence[int],
+        kernel: Sequence[int],
+        mlp_ratio: float,
+        drop_path: float,
+        dropout: float,
+        class_token: bool,
+        qkv_bias: bool,
+        relative_space: bool,
+        relative_time: bool,
+        relative_zero_init: bool,
+        residual_pooling: bool,
+    ) -> None:
+        super().__init__()
+        self.grid, self.prefix = tuple(grid), int(class_token)
+        self.norm1 = layer_norm(plan.width)
+        self.attn = PoolingAttention(
+            width=plan.width,
+            num_heads=plan.num_heads,
+            grid=grid,
+            kernel=kernel,
+            stride_q=plan.stride_q,
+            stride_kv=plan.stride_kv,
+            qkv_bias=qkv_bias,
+            class_token=class_token,
+            relative_space=relative_space,
+            relative_time=relative_time,
+            relative_zero_init=relative_zero_init,
+            residual_pooling=residual_pooling,
+            dropout=dropout,
+        )
+        self.grid_out = self.attn.q_grid
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = layer_norm(plan.width)
+        self.mlp = Mlp(plan.width, int(plan.width * mlp_ratio), plan.width_out, drop=dropout)
+        self.proj = nn.Linear(plan.width, plan.width_out) if plan.width != plan.width_out else None
+        self.pool_skip: nn.Module | None = None
+        if any(s > 1 for s in plan.stride_q):
+            skip_kernel = tuple(s + 1 if s > 1 else s for s in plan.stride_q)
+            pool = nn.MaxPool3d if len(grid) == 3 else nn.MaxPool2d
+            self.pool_skip = pool(skip_kernel, plan.stride_q, tuple(k // 2 for k in skip_kernel))
+
+    def _skip(self, x: Tensor) -> Tensor:
+        """The residual path: max-pooled on the grid where the queries are strided; the class token as it is."""
+        if self.pool_skip is None:
+            return x
+        patches = x[:, self.prefix :]
+        on_grid = patches.transpose(1, 2).reshape(len(x), -1, *self.grid)
+        pooled = self.pool_skip(on_grid).flatten(2).transpose(1, 2)
+        return torch.cat([x[:, : self.prefix], pooled], dim=1) if self.prefix else pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, prefix + prod(grid), D) -> (B, prefix + prod(grid_out), D_out)."""
+        x = self._skip(x) + self.drop_path(self.attn(self.norm1(x)))
+        normed = self.norm2(x)
+        if self.proj is not None:
+            x = self.proj(normed)
+        return x + self.drop_path(self.mlp(normed))
+
+
+class MViT(nn.Module):
+    """MViTv2 without a final norm: that belongs to whoever reads the tokens.
+
+    Args:
+        clip_size: ([T,] H, W) frames and pixels.
+        kernel, stride, padding: of the patch convolution, along the axes of `clip_size`.
+        width, num_heads: of block 0; `width_mul`, `head_mul` say at which block they grow by what factor.
+        stride_q, stride_kv: query and key/value pooling strides by block; `stride_kv_adaptive`: see `plan_blocks`.
+        pool_kernel: of the pooling convolutions.
+        drop_path: rate of the last block; it grows linearly from 0 over the blocks.
+        position: "none", "joint" (one table) or "separate" (space and time).
+        maskable: whether to carry a mask token, so that `hidden` may be given.
+    """
+
+    def __init__(
+        self,
+        *,
+        clip_size: Sequence[int] = (16, 224, 224),
+        kernel: Sequence[int] = (3, 7, 7),
+        stride: Sequence[int] = (2, 4, 4),
+        padding: Sequence[int] = (1, 3, 3),
+        in_channels: int = 3,
+        width: int = 96,
+        depth: int = 16,
+        num_heads: int = 1,
+        width_mul: Mapping[int, float] | None = None,
+        head_mul: Mapping[int, float] | None = None,
+        stride_q: Mapping[int, Sequence[int]] | None = None,
+        stride_kv: Mapping[int, Sequence[int]] | None = None,
+        stride_kv_adaptive: Sequence[int] | None = None,
+        pool_kernel: Sequence[int] = (3, 3, 3),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        class_token: bool = True,
+        position: str = "none",
+        relative_space: bool = True,
+        relative_time: bool = True,
+        relative_zero_init: bool = False,
+        residual_pooling: bool = True,
+        maskable: bool = False,
+    ) -> None:
+        super().__init__()
+        self.clip_size, self.num_blocks = tuple(clip_size), depth
+        self.stem_grid = conv_grid(clip_size, kernel, stride, padding)
+        self.supports_hidden = maskable
+        self.cls_token = token_parameter(1, 1, width) if class_token else None
+        self.mask_token = token_parameter(1, 1, width) if maskable else None
+        self._add_positions(position, width, class_token)
+        self.patch_embed = PatchStem(in_channels, width, kernel, stride, padding)
+        plans = plan_blocks(
+            depth,
+            width,
+            num_heads,
+            width_mul or {},
+            head_mul or {},
+            stride_q or {},
+            stride_kv or {},
+            stride_kv_adaptive,
+            len(clip_size),
+        )
+        blocks: list[MultiScaleBlock] = []
+        grid = self.stem_grid
+        for plan, rate in zip(plans, drop_path_rates(drop_path, depth), strict=True):
+            block = MultiScaleBlock(
+                plan,
+                grid=grid,
+                kernel=pool_kernel,
+                mlp_ratio=mlp_ratio,
+                drop_path=rate,
+                dropout=dropout,
+                class_token=class_token,
+                qkv_bias=qkv_bias,
+                relative_space=relative_space,
+                relative_time=relative_time,
+                relative_zero_init=relative_zero_init,
+                residual_pooling=residual_pooling,
+            )
+            blocks.append(block)
+            grid = block.grid_out
+        self.blocks = nn.ModuleList(blocks)
+        self.grid, self.width = grid, plans[-1].width_out
+        self.token_pixels = (clip_size[-2] // grid[-2], clip_size[-1] // grid[-1])
+        self.frame_stride = clip_size[0] // grid[0] if len(grid) == 3 else 1
+        self.apply(init_weights)
+
+    def _add_positions(self, position: str, width: int, class_token: bool) -> None:
+        if position not in ("none", "joint", "separate"):
+            raise ValueError(f"position is {position!r}, expected 'none', 'joint' or 'separate'")
+        if position == "joint":
+            num = int(class_token) + int(torch.tensor(self.stem_grid).prod())
+            self.pos_embed = token_parameter(1, num, width)
+        elif position == "separate":
+            frames, height, columns = self.stem_grid
+            self.pos_embed_spatial = token_parameter(1, height * columns, width)
+            self.pos_embed_temporal = token_parameter(1, frames, width)
+            if class_token:
+                self.pos_embed_class = token_parameter(1, 1, width)
+        self.position = position
+
+    def _positions(self) -> Tensor:
+        if self.position == "joint":
+            return self.pos_embed
+        # (1, T, 1, D) + (1, 1, H W, D)
+        table = (self.pos_embed_temporal[:, :, None] + self.pos_embed_spatial[:, None]).flatten(1, 2)
+        return torch.cat([self.pos_embed_class, table], dim=1) if self.cls_token is not None else table
+
+    def forward_tokens(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
+        """clip (B, C, [T,] H, W) float, hidden (B, *mask_grid) bool or None -> Tokens on the output grid."""
+        check_clip_size(clip, self.clip_size)
+        x = self.patch_embed(clip)
+        if hidden is not None:
+            assert self.mask_token is not None, "this backbone was built without a mask token"
+            swap = resize_mask(hidden, self.stem_grid).flatten(1).unsqueeze(-1)
+            x = torch.where(swap, self.mask_token.to(x.dtype), x)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        if self.position != "none":
+            x = x + self._positions()
+        for block in self.blocks:
+            x = block(x)
+        return Tokens(x, self.grid)
+
+    def no_weight_decay(self) -> set[str]:
+        positions = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class")
+        names = {name for name in positions if hasattr(self, name)}
+        if self.cls_token is not None:
+            names.add("cls_token")
+        for name, _ in self.named_parameters():
+            if ".rel_pos_" in name:
+                names.add(name)
+        return names
+
+    def layer_id(self, name: str) -> int:
+        return layer_id(name, self.num_blocks)

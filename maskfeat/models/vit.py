@@ -1,0 +1,93 @@
+"""Vision Transformer (Dosovitskiy et al., ICLR 2021) on timm's layers, with released parameter names."""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from maskfeat.masking import resize_mask
+from maskfeat.models.base import Tokens, check_clip_size, init_weights, layer_id, token_parameter
+from maskfeat.models.layers import drop_path_rates, layer_norm
+
+
+class ViT(nn.Module):
+    """A plain ViT without a final norm: that belongs to whoever reads the tokens.
+
+    Args:
+        image_size: (H, W) pixels.
+        patch: (h, w) pixels of a patch.
+        width, depth, num_heads, mlp_ratio, qkv_bias: as usual.
+        drop_path: rate of the last block; it grows linearly from 0 over the blocks.
+        dropout: rate on the outputs of attention and MLP.
+        class_token, position: whether to add them.
+        maskable: whether to carry a mask token, so that `hidden` may be given.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: Sequence[int] = (224, 224),
+        patch: Sequence[int] = (16, 16),
+        in_channels: int = 3,
+        width: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        class_token: bool = True,
+        position: bool = True,
+        maskable: bool = False,
+    ) -> None:
+        super().__init__()
+        size, patch_size = (image_size[0], image_size[1]), (patch[0], patch[1])
+        self.clip_size = size
+        self.width, self.num_blocks = width, depth
+        self.grid: tuple[int, ...] = (size[0] // patch_size[0], size[1] // patch_size[1])
+        self.token_pixels, self.frame_stride = patch_size, 1
+        self.supports_hidden = maskable
+        prefix = int(class_token)
+        num_tokens = self.grid[0] * self.grid[1]
+        self.cls_token = token_parameter(1, 1, width) if class_token else None
+        self.pos_embed = token_parameter(1, num_tokens + prefix, width) if position else None
+        self.mask_token = token_parameter(1, 1, width) if maskable else None
+        self.patch_embed = PatchEmbed(size, patch_size, in_channels, width)
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_drop=dropout,
+                drop_path=rate,
+                norm_layer=layer_norm,
+            )
+            for rate in drop_path_rates(drop_path, depth)
+        )
+        self.apply(init_weights)
+
+    def forward_tokens(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
+        """clip (B, C, H, W) float, hidden (B, *mask_grid) bool or None -> Tokens(x (B, [1 +] H W, D), (H, W))."""
+        check_clip_size(clip, self.clip_size)
+        x = self.patch_embed(clip)
+        if hidden is not None:
+            assert self.mask_token is not None, "this backbone was built without a mask token"
+            swap = resize_mask(hidden, self.grid).flatten(1).unsqueeze(-1)
+            x = torch.where(swap, self.mask_token.to(x.dtype), x)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return Tokens(x, self.grid)
+
+    def no_weight_decay(self) -> set[str]:
+        names = {"cls_token": self.cls_token, "pos_embed": self.pos_embed}
+        return {name for name, parameter in names.items() if parameter is not None}
+
+    def layer_id(self, name: str) -> int:
+        return layer_id(name, self.num_blocks)

@@ -1,0 +1,53 @@
+"""Mixup (Zhang et al., ICLR 2018) and CutMix (Yun et al., ICCV 2019) for images and clips, on timm's arithmetic."""
+
+import numpy as np
+import torch
+from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
+from torch import Tensor
+
+
+class Mixup:
+    """One draw a batch; the partner of a sample is its mirror in the reversed batch; a box spans all frames.
+
+    Draws come from numpy's global generator, which the training loop seeds for every step.
+
+    Args:
+        alpha, cutmix_alpha: of the Beta distributions; 0 switches one off.
+        prob: probability that a batch is mixed at all.
+        switch_prob: probability of CutMix where both are on.
+        smoothing: label smoothing eps: 1 - eps + eps/K on, eps/K off.
+        num_classes: K.
+    """
+
+    def __init__(
+        self,
+        alpha: float,
+        cutmix_alpha: float,
+        prob: float,
+        switch_prob: float,
+        smoothing: float,
+        num_classes: int,
+    ) -> None:
+        if alpha <= 0 and cutmix_alpha <= 0:
+            raise ValueError(
+                f"MIXUP.ALPHA is {alpha} and MIXUP.CUTMIX_ALPHA is {cutmix_alpha}: expected one above 0, "
+                "or MIXUP.ENABLE False"
+            )
+        self.alpha, self.cutmix_alpha = alpha, cutmix_alpha
+        self.prob, self.switch_prob = prob, switch_prob
+        self.smoothing, self.num_classes = smoothing, num_classes
+
+    def __call__(self, clip: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """clip (B, C, [T,] H, W), label (B,) int64 -> mixed clip of the same shape, soft targets (B, K) float32."""
+        lam = 1.0
+        if np.random.rand() < self.prob:
+            cut = self.alpha <= 0 or (self.cutmix_alpha > 0 and np.random.rand() < self.switch_prob)
+            alpha = self.cutmix_alpha if cut else self.alpha
+            lam = float(np.random.beta(alpha, alpha))
+            if cut:
+                (top, bottom, left, right), lam = cutmix_bbox_and_lam(clip.shape, lam)
+                clip = clip.clone()
+                clip[..., top:bottom, left:right] = clip.flip(0)[..., top:bottom, left:right]
+            else:
+                clip = torch.lerp(clip.flip(0), clip, lam)
+        return clip, mixup_target(label, self.num_classes, float(lam), self.smoothing)

@@ -1,0 +1,106 @@
+"""Parameter groups and optimizers."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from maskfeat.objectives.base import Objective
+
+
+def parameter_groups(
+    objective: Objective,
+    *,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    no_decay_1d: bool = False,
+    no_decay_names: Iterable[str] = (),
+) -> list[dict[str, Any]]:
+    """Groups in the order of the published files, so that optimizer states can be exchanged.
+
+    Without layer decay: two groups, decayed first. With it: a group for each (layer, decayed or not) in the order in
+    which they are met, with learning rate multiplier layer_decay ^ (depth + 1 - layer) (BEiT; ELECTRA).
+
+    Args:
+        weight_decay: for parameters that decay.
+        layer_decay: 1.0 = off.
+        no_decay_1d: exempt one-dimensional parameters and biases.
+        no_decay_names: released names exempted as well; one that does not exist is a ValueError.
+
+    Returns:
+        dicts with "params", "weight_decay" and "layer_decay".
+    """
+    named = [(objective.released_name(n), p) for n, p in objective.named_parameters() if p.requires_grad]
+    exempt = set(no_decay_names)
+    unknown = exempt - {name for name, _ in named}
+    if unknown:
+        raise ValueError(f"no weight decay was asked for parameters that do not exist: {sorted(unknown)}")
+    last = objective.backbone.num_blocks + 1
+    groups: OrderedDict[tuple[int, bool], dict[str, Any]] = OrderedDict()
+    if layer_decay == 1.0:
+        for decayed in (True, False):
+            groups[(0, decayed)] = {"params": [], "weight_decay": weight_decay * decayed, "layer_decay": 1.0}
+    for name, parameter in named:
+        decayed = not (name in exempt or (no_decay_1d and (parameter.dim() == 1 or name.endswith(".bias"))))
+        layer = objective.layer_id(name) if layer_decay != 1.0 else 0
+        group = groups.setdefault(
+            (layer, decayed),
+            {
+                "params": [],
+                "weight_decay": weight_decay * decayed,
+                "layer_decay": layer_decay ** (last - layer),
+            },
+        )
+        group["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def make_optimizer(
+    groups: Sequence[dict[str, Any]],
+    method: str,
+    *,
+    lr: float,
+    betas: Sequence[float] = (0.9, 0.999),
+    momentum: float = 0.9,
+    dampening: float = 0.0,
+    nesterov: bool = True,
+) -> Optimizer:
+    """AdamW (Loshchilov and Hutter, ICLR 2019; eps 1e-8) or SGD; fused kernels on a GPU."""
+    initial = [{**group, "lr": lr * group["layer_decay"]} for group in groups]
+    on_gpu = any(p.is_cuda for group in groups for p in group["params"])
+    if method == "adamw":
+        return torch.optim.AdamW(initial, lr=lr, betas=(betas[0], betas[1]), eps=1e-8, fused=on_gpu or None)
+    if method == "sgd":
+        return torch.optim.SGD(
+            initial, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, fused=on_gpu or None
+        )
+    raise ValueError(f"SOLVER.OPTIMIZING_METHOD is {method!r}, expected 'adamw' or 'sgd'")
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load moments and steps; which kernels run stays this machine's choice, not the file's.
+
+    Raises:
+        ValueError: where the file's groups are not this model's.
+    """
+    mine = [(g.get("fused"), g.get("foreach"), g["layer_decay"], g["weight_decay"]) for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, (fused, foreach, layer_decay, weight_decay) in zip(optimizer.param_groups, mine, strict=True):
+        group["fused"], group["foreach"] = fused, foreach
+        group["layer_decay"], group["weight_decay"] = layer_decay, weight_decay
+
+
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float | None, max_value: float | None
+) -> torch.Tensor:
+    """Clip in place; the total L2 norm before clipping, a scalar on the parameters' device."""
+    with_grad = [p for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None])
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
+    elif max_value:
+        torch.nn.utils.clip_grad_value_(with_grad, max_value)
+    return norm

@@ -1,0 +1,180 @@
+"""The training loop: fetch, accumulate, clip, step, log, save. It knows nothing of what is learned."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from maskfeat.batch import Batch
+from maskfeat.data.loader import Loader
+from maskfeat.distributed import World, seed_draws, sum_over_ranks
+from maskfeat.logbook import Logbook, Window, eta
+from maskfeat.objectives.base import Objective
+from maskfeat.optim import clip_gradients
+from maskfeat.schedule import set_lr
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; see the config keys of the same names.
+
+    Attributes:
+        lr: learning rate at a fractional epoch.
+        precision: "off", "bf16" or "fp16": of the forward pass; losses and targets are float32.
+        micro_batch: samples of a process in one forward pass; 0 = all.
+    """
+
+    max_epoch: int
+    lr: Callable[[float], float]
+    seed: int
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    precision: str = "off"
+    micro_batch: int = 0
+    log_period: int = 10
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision on `device`; does nothing for "off"."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def optimisation_step(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    batch: Batch,
+    settings: Settings,
+    window: Window,
+    world: World,
+) -> None:
+    """One step on this rank's share of a batch, in micro-batches.
+
+    Every loss is a mean over its own terms; weighing each by its terms over those of the whole step (all ranks, all
+    micro-batches) makes the gradient that of the mean over the step.
+
+    Args:
+        model: `objective`, perhaps wrapped for several processes.
+        window: takes loss, metrics, the gradient norm before clipping and whether it was clipped.
+    """
+    parts = batch.split(settings.micro_batch)
+    weights = [objective.weight(part) for part in parts]
+    total = sum_over_ranks(torch.stack(weights).sum()).clamp(min=1)
+    optimizer.zero_grad(set_to_none=True)
+    outputs = []
+    for part, weight in zip(parts, weights, strict=True):
+        # Gradients are exchanged once, with the last micro-batch.
+        waits = isinstance(model, nn.parallel.DistributedDataParallel) and part is not parts[-1]
+        with model.no_sync() if waits else nullcontext():
+            with autocast(batch.clip.device, settings.precision):
+                out = model(part)
+            scaler.scale(out.loss * (weight * world.size / total)).backward()
+        outputs.append((weight, out))
+    scaler.unscale_(optimizer)
+    norm = clip_gradients(model.parameters(), settings.clip_norm, settings.clip_value)
+    scaler.step(optimizer)
+    scaler.update()
+    clipped = (norm > settings.clip_norm).float() if settings.clip_norm else torch.zeros_like(norm)
+    for weight, out in outputs:
+        window.add(
+            weight, {"loss": out.loss, **out.metrics, "grad_norm": norm.float(), "clipped": clipped}
+        )
+
+
+class Progress:
+    """Times a run and writes its lines."""
+
+    def __init__(self, logbook: Logbook, steps: int, settings: Settings, start_epoch: int) -> None:
+        self.logbook, self.steps, self.settings = logbook, steps, settings
+        self.done, self.todo = 0, (settings.max_epoch - start_epoch) * steps
+        self.started = self.since = time.perf_counter()
+        self.waited, self.samples, self.since_step = 0.0, 0, 0
+
+    def fetched(self, seconds: float, samples: int) -> None:
+        """Note the wait for one batch and its size over all ranks."""
+        self.waited += seconds
+        self.samples += samples
+        self.done += 1
+
+    def write(self, epoch: int, step: int, lr: float, window: Window, device: torch.device) -> None:
+        """Read the window and write its line; raises FloatingPointError where the loss is no longer a number."""
+        values = window.read()
+        now = time.perf_counter()
+        spent = now - self.since
+        steps = self.done - self.since_step
+        left = (now - self.started) / self.done * (self.todo - self.done)
+        stats = {
+            "epoch": f"{epoch + 1}/{self.settings.max_epoch}",
+            "iter": f"{step + 1}/{self.steps}",
+            "dt": spent / steps,
+            "dt_data": self.waited / steps,
+            **values,
+            "lr": lr,
+            "samples_per_second": self.samples / spent,
+            "eta": eta(left),
+        }
+        if device.type == "cuda":
+            stats["gpu_mem"] = f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f}G"
+        extra = {k: v for k, v in values.items() if k not in ("loss", "grad_norm", "clipped")}
+        beside = f" ({', '.join(f'{k} {v:.4g}' for k, v in extra.items())})" if extra else ""
+        line = (
+            f"epoch {stats['epoch']}  step {stats['iter']}  loss {values['loss']:.4g}{beside}  lr {lr:.3e}  "
+            f"grad norm {values['grad_norm']:.3g}, {values['clipped']:.0%} clipped  "
+            f"{stats['samples_per_second']:.4g} samples/s, {self.waited / spent:.0%} waiting for data  "
+            f"eta {stats['eta']}" + (f"  mem {stats['gpu_mem']}" if "gpu_mem" in stats else "")
+        )
+        self.logbook.write("train_iter", line, stats, epoch * self.steps + step)
+        self.since, self.waited, self.samples, self.since_step = now, 0.0, 0, self.done
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"the loss is {values['loss']} at epoch {epoch + 1}, step {step + 1}: try a lower SOLVER.BASE_LR, "
+                "SOLVER.CLIP_GRAD_L2NORM, or TRAIN.MIXED_PRECISION bf16 in place of fp16"
+            )
+
+
+def train(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    loader: Loader,
+    settings: Settings,
+    *,
+    start_epoch: int,
+    device: torch.device,
+    world: World,
+    logbook: Logbook,
+    after_epoch: Callable[[int], None],
+) -> None:
+    """Train from `start_epoch` (counted from 0); `after_epoch(epoch)` saves and evaluates."""
+    steps = len(loader)
+    progress = Progress(logbook, steps, settings, start_epoch)
+    window = Window()
+    for epoch in range(start_epoch, settings.max_epoch):
+        model.train()
+        loader.set_epoch(epoch)
+        asked = time.perf_counter()
+        for step, batch in enumerate(loader):
+            progress.fetched(time.perf_counter() - asked, len(batch) * world.size)
+            lr = settings.lr(epoch + step / steps)
+            set_lr(optimizer, lr)
+            seed_draws(settings.seed, epoch * steps + step, world.rank)
+            batch = batch.to(device, non_blocking=True)
+            optimisation_step(model, objective, optimizer, scaler, batch, settings, window, world)
+            if (step + 1) % settings.log_period == 0 or step + 1 == steps:
+                progress.write(epoch, step, lr, window, device)
+            asked = time.perf_counter()
+        after_epoch(epoch)
+

@@ -1,0 +1,221 @@
+"""Fitting weights from files to a model: names, shapes, and a report of what became of each parameter.
+
+Sources: released MaskFeat files, PySlowFast's other MViT files, our own. Names are released names throughout.
+"""
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LoadRules:
+    """Patterns (`fnmatch`) of names that an objective itself expects.
+
+    Attributes:
+        fresh: may be missing from the file; they keep their initial values.
+        dropped: may be in the file without a place in the model.
+    """
+
+    fresh: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass
+class LoadReport:
+    """What became of each parameter.
+
+    Attributes:
+        loaded: taken as they are.
+        resized: name -> "(shape in the file) -> (shape in the model)", taken after resizing.
+        fresh: not in the file; initial values kept.
+        dropped: in the file, not in the model.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    resized: "OrderedDict[str, str]" = field(default_factory=OrderedDict)
+    fresh: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    def table(self) -> str:
+        """A short table for people: counts, and the names where they fit a line."""
+        rows = (
+            ("loaded", self.loaded),
+            ("resized", [f"{name} {change}" for name, change in self.resized.items()]),
+            ("fresh", self.fresh),
+            ("dropped", self.dropped),
+        )
+        return "\n".join(f"  {what:<8}{len(names):>5}  {_short(what, names)}".rstrip() for what, names in rows)
+
+
+def _short(what: str, names: Sequence[str], most: int = 6) -> str:
+    if what == "loaded":
+        return ""
+    shown = ", ".join(names[:most])
+    return shown + (f", and {len(names) - most} more" if len(names) > most else "")
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def fuse_qkv(state: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
+    """Older MViT files carry attn.q, attn.k and attn.v: stack them into attn.qkv, as the model has it."""
+    fused: OrderedDict[str, Tensor] = OrderedDict()
+    for name, value in state.items():
+        part = re.fullmatch(r"(.*\.attn\.)([qkv])\.(weight|bias)", name)
+        if part is None:
+            fused[name] = value
+            continue
+        stem, which, kind = part.groups()
+        if which == "q":
+            try:
+                parts = [state[f"{stem}{letter}.{kind}"] for letter in "qkv"]
+            except KeyError as missing:
+                raise ValueError(f"the file has {name} but not {missing}: q, k and v come together") from missing
+            fused[f"{stem}qkv.{kind}"] = torch.cat(parts)
+    return fused
+
+
+def clean_names(state: Mapping[str, Tensor], remove: Sequence[str] = ()) -> "OrderedDict[str, Tensor]":
+    """Names without the prefix `module.` of wrapped models and without each string of `remove`."""
+    cleaned: OrderedDict[str, Tensor] = OrderedDict()
+    for name, value in state.items():
+        short = name.removeprefix("module.")
+        for part in remove:
+            short = short.replace(part, "")
+        cleaned[short] = value
+    return cleaned
+
+
+def _resize_line(value: Tensor, rows: int, dim: int) -> Tensor:
+    """Linear resize of one dimension of a 2-D table."""
+    table = value.float().movedim(dim, -1)
+    return F.interpolate(table[None], size=rows, mode="linear")[0].movedim(-1, dim).to(value.dtype)
+
+
+def _resize_square(value: Tensor, places: int) -> Tensor | None:
+    """Bicubic resize of (1, n^2, D) to (1, places, D); None where either is not a square."""
+    have, want = math.isqrt(value.shape[1]), math.isqrt(places)
+    if have * have != value.shape[1] or want * want != places:
+        return None
+    on_grid = value.float().reshape(1, have, have, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(on_grid, size=(want, want), mode="bicubic", align_corners=False)
+    return resized.flatten(2).transpose(1, 2).to(value.dtype)
+
+
+def _resize_positions(name: str, value: Tensor, shape: torch.Size) -> Tensor | None:
+    """Tables of positions of another clip or image size."""
+    if re.search(r"rel_pos_[thw]$", name) and value.dim() == 2 and value.shape[1] == shape[1]:
+        return _resize_line(value, shape[0], 0)
+    if value.dim() != 3 or value.shape[2] != shape[2]:
+        return None
+    if name == "pos_embed_temporal":
+        return _resize_line(value[0], shape[1], 0)[None]
+    if name == "pos_embed_spatial":
+        return _resize_square(value, shape[1])
+    if name == "pos_embed":
+        for prefix in (1, 0):  # with a class token, whose own position is kept, or without
+            body = _resize_square(value[:, prefix:], shape[1] - prefix)
+            if body is not None:
+                return torch.cat([value[:, :prefix], body], dim=1)
+    return None
+
+
+def _change_axes(name: str, value: Tensor, shape: torch.Size) -> Tensor | None:
+    """2-D convolution weights for a 3-D model and the reverse.
+
+    The patch kernel is placed at the centre frame (an inflated model then sees what the image model saw); pooling
+    kernels are repeated over time (a LayerNorm that follows takes the scale out). 3-D weights are summed over time.
+    """
+    # Image models are also written as 3-D weights with one frame.
+    if value.dim() == 4 and len(shape) == 5:
+        value = value.unsqueeze(2)
+    if value.dim() == 5 and len(shape) == 4:
+        return value.sum(dim=2) if value.sum(dim=2).shape == shape else None
+    if value.dim() != 5 or len(shape) != 5 or value.shape[:2] != shape[:2] or value.shape[3:] != shape[3:]:
+        return None
+    if value.shape[2] != 1:
+        return None
+    if ".pool_" in name:
+        return value.expand(shape).clone()
+    inflated = value.new_zeros(shape)
+    inflated[:, :, shape[2] // 2] = value[:, :, 0]
+    return inflated
+
+
+def resize_weight(name: str, value: Tensor, shape: torch.Size) -> Tensor | None:
+    """`value` in the shape of the model, or None where there is no rule for it."""
+    for rule in (_resize_positions, _change_axes):
+        resized = rule(name, value, shape)
+        if resized is not None and resized.shape == shape:
+            return resized
+    return None
+
+
+def fit_state(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], rules: LoadRules, allow: Sequence[str] = ()
+) -> tuple["OrderedDict[str, Tensor]", LoadReport]:
+    """Match a file's parameters with a model's.
+
+    Args:
+        own: the model's released names and tensors (only shapes are read).
+        state: the file's.
+        rules: what the objective expects to be fresh or dropped.
+        allow: what the user allows beyond that.
+
+    Returns:
+        tensors by name for the model, and the report.
+
+    Raises:
+        ValueError: listing every parameter that is missing, left over or of another shape.
+    """
+    state = fuse_qkv(clean_names(state))
+    fitted: OrderedDict[str, Tensor] = OrderedDict()
+    report = LoadReport()
+    problems: list[str] = []
+    for name, parameter in own.items():
+        if name not in state:
+            if _matches(name, rules.fresh) or _matches(name, allow):
+                report.fresh.append(name)
+            else:
+                problems.append(f"{name} is not in the file")
+            continue
+        value = state[name]
+        if value.shape == parameter.shape:
+            fitted[name] = value
+            report.loaded.append(name)
+            continue
+        change = f"{tuple(value.shape)} -> {tuple(parameter.shape)}"
+        resized = resize_weight(name, value, parameter.shape)
+        if resized is not None:
+            fitted[name] = resized
+            report.resized[name] = change
+        elif _matches(name, allow):
+            report.fresh.append(name)
+            report.dropped.append(name)
+        else:
+            problems.append(f"{name} has another shape: {change}")
+    for name in state:
+        if name in own:
+            continue
+        if _matches(name, rules.dropped) or _matches(name, allow):
+            report.dropped.append(name)
+        else:
+            problems.append(f"{name} is in the file but not in the model")
+    if problems:
+        shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise ValueError(
+            f"{len(problems)} parameters do not fit the model:\n  {shown}\n"
+            "Allow them by name, patterns welcome: TRAIN.CHECKPOINT_ALLOW \"['name.*']\""
+        )
+    if not report.loaded and not report.resized:
+        raise ValueError("nothing of the file fits the model: is it a checkpoint of this architecture?")
+    return fitted, report
