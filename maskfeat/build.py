@@ -2,10 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
+from maskfeat.data.bad_samples import BadSampleLedger
+from maskfeat.data.images import ImageFolder, list_image_folder
+from maskfeat.data.kinetics import VideoClips, read_video_list
+from maskfeat.data.loader import EpochSampler, Loader
+from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform, ImageEvalTransform, ImageTrainTransform
+from maskfeat.distributed import World
 from maskfeat.masking import Sampler, mask_sampler
 from maskfeat.models.base import Backbone
 from maskfeat.models.mvit import MViT
@@ -173,4 +180,136 @@ def build_mask_sampler(cfg: CfgNode) -> Sampler | None:
         tube=aug.MASK_TUBE,
         frames=aug.MASK_FRAMES,
         max_block=aug.MAX_MASK_PATCHES_PER_BLOCK,
+    )
+
+
+SPLITS = ("train", "val", "test")
+
+
+def _augmentation(cfg: CfgNode) -> dict[str, object]:
+    """What images and clips share in training; AUG.ENABLE False leaves crop and flip."""
+    aug, data = cfg.AUG, cfg.DATA
+    on = aug.ENABLE
+    return {
+        "crop": data.TRAIN_CROP_SIZE,
+        "mean": data.MEAN,
+        "std": data.STD,
+        "flip": data.RANDOM_FLIP,
+        "auto_augment": aug.AA_TYPE if on else "",
+        "interpolation": aug.INTERPOLATION,
+        "erase_prob": aug.RE_PROB if on else 0.0,
+        "erase_mode": aug.RE_MODE,
+        "erase_count": aug.RE_COUNT,
+    }
+
+
+def _image_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None) -> ImageFolder:
+    """ImageNet layout; `test` reads the folder `val`. Classes are numbered by the training folder where there is one."""
+    data, root = cfg.DATA, Path(cfg.DATA.PATH_TO_DATA_DIR)
+    classes = None
+    if split != "train" and (root / "train").is_dir():
+        classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
+    samples, _ = list_image_folder(root / ("train" if split == "train" else "val"), classes)
+    if split == "train":
+        transform: ImageTrainTransform | ImageEvalTransform = ImageTrainTransform(
+            scale=data.TRAIN_JITTER_SCALES_RELATIVE or (0.08, 1.0),
+            ratio=data.TRAIN_JITTER_ASPECT_RELATIVE or (3 / 4, 4 / 3),
+            color_jitter=cfg.AUG.COLOR_JITTER if cfg.AUG.ENABLE else None,
+            **_augmentation(cfg),
+        )
+    else:
+        transform = ImageEvalTransform(data.TEST_CROP_SIZE, data.MEAN, data.STD)
+    return ImageFolder(
+        samples,
+        transform,
+        seed=cfg.RNG_SEED,
+        draw_hidden=draw_hidden,
+        replace_bad=split == "train",
+        num_views=cfg.AUG.NUM_SAMPLE if split == "train" and cfg.AUG.ENABLE else 1,
+    )
+
+
+def _clip_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, num_clips: int) -> VideoClips:
+    """Kinetics layout: PATH_TO_DATA_DIR/{train,val,test}.csv."""
+    data = cfg.DATA
+    videos = read_video_list(
+        Path(data.PATH_TO_DATA_DIR) / f"{split}.csv", data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX
+    )
+    num_crops = cfg.TEST.NUM_SPATIAL_CROPS if split == "test" else 1
+    if split == "train":
+        transform: ClipTrainTransform | ClipTestTransform = ClipTrainTransform(
+            scale=data.TRAIN_JITTER_SCALES_RELATIVE,
+            ratio=data.TRAIN_JITTER_ASPECT_RELATIVE,
+            short_sides=data.TRAIN_JITTER_SCALES,
+            **_augmentation(cfg),
+        )
+    else:
+        # One crop is cut from the centre of a larger picture; several cover one whose short side is the crop.
+        short_side = max(data.TRAIN_JITTER_SCALES[0], data.TEST_CROP_SIZE) if num_crops == 1 else data.TEST_CROP_SIZE
+        transform = ClipTestTransform(data.TEST_CROP_SIZE, short_side, num_crops, data.MEAN, data.STD)
+    return VideoClips(
+        videos,
+        transform,
+        num_frames=data.NUM_FRAMES,
+        sampling_rate=data.SAMPLING_RATE,
+        target_fps=data.TARGET_FPS,
+        seed=cfg.RNG_SEED,
+        mode=split,
+        use_offset=data.USE_OFFSET_SAMPLING,
+        num_clips=num_clips,
+        num_crops=num_crops,
+        num_views=cfg.AUG.NUM_SAMPLE if split == "train" and cfg.AUG.ENABLE else 1,
+        draw_hidden=draw_hidden,
+        replace_bad=split == "train",
+    )
+
+
+def build_loader(cfg: CfgNode, split: str, world: World | None = None, num_clips: int | None = None) -> Loader:
+    """Batches of a split for one process.
+
+    Args:
+        split: "train" (shuffled, augmented, full batches only), "val" (one central view) or "test" (every view).
+        world: where this process stands; None = alone on its machine.
+        num_clips: clips a video in testing; None = TEST.NUM_ENSEMBLE_VIEWS.
+
+    Raises:
+        ValueError: where the data is not there or smaller than a batch; the message names the key.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
+    if split != "train" and cfg.DATA.TEST_CROP_SIZE != cfg.DATA.TRAIN_CROP_SIZE:
+        raise ValueError(
+            f"DATA.TEST_CROP_SIZE is {cfg.DATA.TEST_CROP_SIZE} and DATA.TRAIN_CROP_SIZE {cfg.DATA.TRAIN_CROP_SIZE}: "
+            "ViT and MViTv2 are built for one size, set both to it"
+        )
+    world = world or World()
+    section = cfg.TEST if split == "test" else cfg.TRAIN
+    draw_hidden = build_mask_sampler(cfg)
+    views = 1
+    dataset: ImageFolder | VideoClips
+    if section.DATASET.lower() == "imagenet":
+        dataset = _image_dataset(cfg, split, draw_hidden)
+    else:
+        clips = num_clips or cfg.TEST.NUM_ENSEMBLE_VIEWS
+        dataset = _clip_dataset(cfg, split, draw_hidden, clips)
+        views = clips * cfg.TEST.NUM_SPATIAL_CROPS if split == "test" else 1
+    per_process, left = divmod(section.BATCH_SIZE, world.local_size)
+    if left or not per_process:
+        key = "TEST.BATCH_SIZE" if split == "test" else "TRAIN.BATCH_SIZE"
+        raise ValueError(
+            f"{key} is {section.BATCH_SIZE} a machine, which {world.local_size} processes cannot share evenly"
+        )
+    sampler = EpochSampler(
+        len(dataset),
+        per_process,
+        rank=world.rank,
+        world_size=world.size,
+        shuffle=split == "train",
+        drop_last=split == "train",
+        seed=cfg.RNG_SEED,
+        views=views,
+    )
+    ledger = BadSampleLedger(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split)
+    return Loader(
+        dataset, sampler, ledger, num_workers=cfg.DATA_LOADER.NUM_WORKERS, pin_memory=cfg.DATA_LOADER.PIN_MEMORY
     )

@@ -27,3 +27,10 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def _fresh_torch_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """Small tensors are slower on several threads, most of all where cores are shared; full-size models take all."""
+    wide = request.node.get_closest_marker("full_size") is not None
+    torch.set_num_threads((os.cpu_count() or 1) if wide else 1)

@@ -30,12 +30,12 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=32, help="frames of a clip (default %(default)s)")
     parser.add_argument("--fps", type=int, default=30, help="frames a second (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same pixels (default %(default)s)")
-    parser.add_argument("--clutter", type=float, default=0.5, help="0 to 1 (default %(default)s)")
+    parser.add_argument("--difficulty", type=float, default=0.2, help="0 to 1 (default %(default)s)")
     args = parser.parse_args()
     if not (args.images or args.clips):
         parser.error("give --images DIR, --clips DIR or both")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    common = {"seed": args.seed, "clutter": args.clutter}
+    common = {"seed": args.seed, "difficulty": args.difficulty}
     if args.size:
         common["size"] = args.size
     held_out = args.val_per_class

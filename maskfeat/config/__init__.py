@@ -1,15 +1,16 @@
 """Config: defaults <- `_BASE_` files <- the YAML <- overrides, checked as a whole, then frozen."""
 
+import json
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from yacs.config import CfgNode
 
 from maskfeat.config.defaults import get_defaults
 from maskfeat.config.merge import full_keys, merge_entries, override_entries
+from maskfeat.config.ranges import lookup
 from maskfeat.config.validate import validate
 from maskfeat.config.yaml_io import read_chain
 
@@ -34,7 +35,7 @@ def load_config(path: str | Path | None, opts: Sequence[object] = ()) -> CfgNode
             says what was given, what was expected, and which key mends it.
     """
     cfg = get_defaults()
-    known = {key: _lookup(cfg, key) for key in full_keys(cfg)}
+    known = {key: lookup(cfg, key) for key in full_keys(cfg)}
     layers = [] if path is None else read_chain(Path(path))
     inert: dict[str, None] = {}
     for entries in [*layers, override_entries(opts)]:
@@ -44,14 +45,6 @@ def load_config(path: str | Path | None, opts: Sequence[object] = ()) -> CfgNode
     validate(cfg)
     cfg.freeze()
     return cfg
-
-
-def _lookup(cfg: CfgNode, key: str) -> object:
-    node: object = cfg
-    for part in key.split("."):
-        assert isinstance(node, CfgNode)
-        node = node[part]
-    return node
 
 
 def dump_config(cfg: CfgNode) -> str:
@@ -74,13 +67,11 @@ def save_config(
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    given = "" if path is None else Path(path).read_text(encoding="utf-8-sig")
+    given = "" if path is None else Path(path).expanduser().read_text(encoding="utf-8-sig")
     if given and not given.endswith("\n"):
         given += "\n"
-    for key, entry in override_entries(opts).items():
-        value = entry.value if isinstance(entry.value, str) else repr(entry.value)
-        line = yaml.safe_dump([key, value], default_flow_style=True, width=float("inf")).strip()
-        given += f"# override: {line}\n"
+    for key, entry in override_entries(opts).items():  # as JSON: one line, whatever the value holds
+        given += f"# override: {json.dumps([key, entry.value], default=str)}\n"
     _write(folder / "config_given.yaml", given)
     _write(folder / "config.yaml", dump_config(cfg))
 

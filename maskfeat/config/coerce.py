@@ -1,7 +1,6 @@
 """One value as given, to the type of its key: yacs' coercions, and none that loses information."""
 
 import math
-import os
 from ast import literal_eval
 from collections.abc import Callable
 
@@ -79,9 +78,7 @@ def _text(entry: Entry) -> str:
     value, text = entry.value, entry.text
     if value is None or text == "None":
         return ""  # an empty string is how this config says "none" where text is expected
-    if isinstance(value, str | os.PathLike):
-        text = os.fspath(value) if text is None else text
-    if isinstance(value, list | tuple | dict) or isinstance(text, bytes):
+    if isinstance(value, list | tuple | dict):
         raise _Mismatch("")
     text = str(value) if text is None else text
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":

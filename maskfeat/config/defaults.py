@@ -1,9 +1,9 @@
 """Every key of the config with its default: one flat list of sections, read from top to bottom.
 
 Names and defaults are PySlowFast's, so that YAML files written for it mean the same here. Three of its
-defaults name models that this project does not have (MODEL.ARCH, MODEL.MODEL_NAME, DATA.INPUT_CHANNEL_NUM): ours
-name MViT. A key marked "ours" is not in PySlowFast. What a default does not tell about a key's type stands in
-`KINDS`.
+defaults name models that this project does not have (MODEL.ARCH, MODEL.MODEL_NAME, DATA.INPUT_CHANNEL_NUM):
+ours name MViT. A key marked "ours" is not in PySlowFast. What a default does not tell about a key's type
+stands in `KINDS`.
 """
 
 from yacs.config import CfgNode
@@ -42,7 +42,7 @@ def _run(cfg: CfgNode) -> None:
 
     cfg.TENSORBOARD = CfgNode()
     cfg.TENSORBOARD.ENABLE = True  # write event files (off in PySlowFast)
-    cfg.TENSORBOARD.LOG_DIR = ""  # folder below OUTPUT_DIR; "" = runs-<TRAIN.DATASET>
+    cfg.TENSORBOARD.LOG_DIR = "tensorboard"  # folder below OUTPUT_DIR
 
 
 def _train(cfg: CfgNode) -> None:
@@ -240,7 +240,7 @@ KINDS: dict[str, str] = {
     "MVIT.POOL_KV_STRIDE_ADAPTIVE": "list[int] or None",
     "MVIT.POOL_KVQ_KERNEL": "list[int] or None",
     "MASK.PRETRAIN_DEPTH": "list[int]",
-    "SOLVER.STEPS": "list[int]",
+    "SOLVER.STEPS": "list[number]",
     "SOLVER.LRS": "list[float]",
     "SOLVER.BETAS": "list[float]",
     "SOLVER.CLIP_GRAD_VAL": "float or None",

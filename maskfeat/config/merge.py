@@ -97,12 +97,12 @@ def _set(cfg: CfgNode, key: str, value: object, entry: Entry) -> None:
 
 def _unknown(key: str, entry: Entry, known: Mapping[str, object]) -> str:
     names = [*known, *(name for name in INERT_KEYS if "*" not in name)]
-    folded = {name.upper(): name for name in reversed(names)}
+    folded = key.upper()
 
-    def likeness(name: str) -> float:
-        whole = difflib.SequenceMatcher(None, key.upper(), name).ratio()
-        last = difflib.SequenceMatcher(None, key.upper().rsplit(".", 1)[-1], name.rsplit(".", 1)[-1]).ratio()
-        return max(whole, 0.99 * last)  # a right name in the wrong section is near, too
+    def likeness(name: str) -> tuple[float, float]:
+        whole = difflib.SequenceMatcher(None, folded, name.upper()).ratio()
+        same_name = folded.rsplit(".", 1)[-1] == name.upper().rsplit(".", 1)[-1]
+        return max(whole, 0.8 * same_name), whole  # the right name in a wrong section is near, too
 
-    nearest = folded[max(folded, key=likeness)]
+    nearest = max(names, key=likeness)
     return f"{entry.where}: unknown config key {key}; did you mean {nearest}?"

@@ -37,26 +37,23 @@ def _lists(cfg: CfgNode) -> Iterator[str]:
                 f"given {mvit[key]!r}; set MVIT.{key} or MVIT.PATCH_2D"
             )
     for key in _MUL_KEYS:
-        for entry in mvit[key.removeprefix("MVIT.")]:
+        for entry in lookup(cfg, key):
             if len(entry) != 2 or not isinstance(entry[0], int) or entry[1] <= 0:
                 yield f"{key} must be a list of [block, factor above 0]; given {entry!r}"
-            else:
-                yield from _block(cfg, key, entry[0], 1 if key == "MVIT.DIM_MUL" else 0)
     for key in _STRIDE_KEYS:
-        for entry in mvit[key.removeprefix("MVIT.")]:
+        for entry in lookup(cfg, key):
             if len(entry) != 4 or min(entry[1:]) < 1:
                 yield f"{key} must be a list of [block, t, h, w] with strides of at least 1; given {entry!r}"
-            else:
-                yield from _block(cfg, key, entry[0], 0)
-
-
-def _block(cfg: CfgNode, key: str, block: int, first: int) -> Iterator[str]:
-    depth = cfg.MVIT.DEPTH
-    if not first <= block < depth:
-        yield (
-            f"{key} names block {block}, but with MVIT.DEPTH {depth} it may name blocks {first} to "
-            f"{depth - 1}; set {key} or MVIT.DEPTH"
-        )
+    for key in (*_MUL_KEYS, *_STRIDE_KEYS):
+        first = 1 if key == "MVIT.DIM_MUL" else 0  # the width can only change after block 0
+        outside = [
+            str(entry[0]) for entry in lookup(cfg, key) if entry and not first <= entry[0] < mvit.DEPTH
+        ]
+        if outside:
+            yield (
+                f"{key} names block {', '.join(outside)}, but with MVIT.DEPTH {mvit.DEPTH} it may name "
+                f"blocks {first} to {mvit.DEPTH - 1}; set {key} or MVIT.DEPTH"
+            )
 
 
 def _combinations(cfg: CfgNode) -> Iterator[str]:
@@ -131,8 +128,8 @@ def _widths(cfg: CfgNode) -> Iterator[str]:
         heads = mvit.NUM_HEADS * prod(factor for at, factor in mvit.HEAD_MUL if at <= block)
         if width % 1 or heads % 1 or width < 1 or heads < 1 or width % heads:
             yield (
-                f"block {block} would be {width:g} wide with {heads:g} attention heads, and the width must be "
-                f"a multiple of the heads; set MVIT.EMBED_DIM, MVIT.NUM_HEADS, MVIT.DIM_MUL or MVIT.HEAD_MUL"
+                f"block {block} would be {width:g} wide with {heads:g} attention heads, and must be a "
+                f"multiple of them; set MVIT.EMBED_DIM, MVIT.NUM_HEADS, MVIT.DIM_MUL or MVIT.HEAD_MUL"
             )
             return
 
@@ -216,8 +213,8 @@ def _targets(cfg: CfgNode) -> Iterator[str]:
     if not (fits and meets):
         yield (
             f"AUG.MASK_WINDOW_SIZE must divide the stem's grid {stem} (DATA.NUM_FRAMES and "
-            f"DATA.TRAIN_CROP_SIZE over MVIT.PATCH_STRIDE) and be a whole multiple or part of the last block's "
-            f"{tokens}; given {window}; {tokens} would do"
+            f"DATA.TRAIN_CROP_SIZE over MVIT.PATCH_STRIDE) and be a whole multiple or part of the last "
+            f"block's {tokens}; given {window}; {tokens} would do"
         )
 
 

@@ -23,8 +23,8 @@ MAX_ALIASES = 100
 MAX_DEPTH = 20
 MAX_BASES = 10
 
-_PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "value")}
-_TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
+_NAMES = {"tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}  # a date, or "=": text in a config
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -60,7 +60,7 @@ def read_chain(path: Path) -> list[dict[str, Entry]]:
     named (or below it), or in the project's own configs/ folder.
 
     Raises:
-        ValueError: a file is missing, too large or not a mapping; `_BASE_` leaves these folders or is a cycle.
+        ValueError: a file is missing, too large or not a mapping; `_BASE_` leaves them or is a cycle.
     """
     first = path.expanduser().resolve()
     roots = (first.parent, CONFIG_ROOT)
@@ -210,7 +210,7 @@ class _Reader:
         """The node as None, bool, int, float, str, list or dict."""
         self.check(node, depth)
         if isinstance(node, yaml.ScalarNode):
-            if node.tag == _TIMESTAMP:  # a date in a config is a name
+            if node.tag in _NAMES:
                 return str(node.value)
             if node.tag in _PLAIN:
                 try:

@@ -32,7 +32,7 @@ DECODERS = ("h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav
 MAX_SIDE = 8192
 MAX_PIXELS = 8192 * 4352
 """Of one frame: 8K. Checked by the decoder as well, before it allocates."""
-MAX_BYTES = 4 << 30
+MAX_BYTES = 1 << 30
 """Of the frames that one call returns."""
 
 _ATTACHED_PICTURE = 0x0400
@@ -164,7 +164,9 @@ class Video:
         packets = PacketTimes()
         for packet in self._demux():
             packets.add(packet, self._stream.codec_context.name)
-        packets.finish()
+        # AVI keeps no time of display: what FFmpeg makes up for it is wrong where frames are reordered.
+        reordered = bool(self._stream.codec_context.has_b_frames)
+        packets.finish(trusted=not (reordered and self._container.format.name == "avi"))
         if not packets.count:
             raise UnreadableSample(self.path, "the video stream is empty")
         return packets

@@ -45,8 +45,8 @@ def read_video_list(csv_path: str | os.PathLike[str], separator: str = " ", pref
         text = csv_path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(
-            f"the list of videos {csv_path} cannot be read ({error.strerror}): DATA.PATH_TO_DATA_DIR must hold "
-            "train.csv, val.csv and test.csv"
+            f"the list of videos {csv_path} cannot be read ({error.strerror}): "
+            "DATA.PATH_TO_DATA_DIR must hold train.csv, val.csv and test.csv"
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"the list of videos {csv_path} is not UTF-8 text ({error})") from error
@@ -126,6 +126,7 @@ class VideoClips(Dataset[list[Sample]]):
         self.num_views = num_views
         self.draw_hidden = draw_hidden
         self.replace_bad = replace_bad
+        self._last: tuple[tuple[int, int], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -148,7 +149,13 @@ class VideoClips(Dataset[list[Sample]]):
             start, end = self._span(info, key)
             return frame_indices(start, end, self.num_frames, info.frames)
 
-        return decode_frames(self.path(place), wanted)[0]
+        if self.mode == "train":
+            return decode_frames(self.path(place), wanted)[0]
+        # The crops of a clip are asked for one after the other: it is decoded once.
+        clip = (place, key.view // self.num_crops)
+        if self._last is None or self._last[0] != clip:
+            self._last = clip, decode_frames(self.path(place), wanted)[0]
+        return self._last[1]
 
     def _span(self, info: VideoInfo, key: SampleKey) -> tuple[float, float]:
         length = clip_length(self.num_frames, self.sampling_rate, self.target_fps, info.fps)

@@ -27,13 +27,14 @@ class PacketTimes:
         elif self._times is not None:
             self._times.append(pts)
 
-    def finish(self) -> None:
-        """After the last packet. Time stamps that are not there or not distinct are of no use: frames are
-        counted."""
+    def finish(self, trusted: bool) -> None:
+        """After the last packet. Time stamps that are not trusted, not there or not distinct are of no use:
+        then frames are counted from the beginning."""
         self._keys.sort()
         if self._times is not None:
             self._times.sort()
-            if any(a == b for a, b in zip(self._times, self._times[1:], strict=False)):
+            distinct = all(a < b for a, b in zip(self._times, self._times[1:], strict=False))
+            if not (trusted and distinct):
                 self._times = None
 
     def number(self, pts: int | None) -> int | None:

@@ -67,15 +67,17 @@ def contour(shape: str) -> Float:
         points = np.concatenate([_rotated(quarter, k * np.pi / 2) for k in range(4)])
     elif shape == "star":
         points = _radial(10) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]
-    elif shape in ("square", "triangle"):
-        points = _radial(4 if shape == "square" else 3)
+    elif shape == "triangle":
+        points = _radial(3)
+    elif shape == "square":
+        points = _rotated(_radial(4), np.pi / 4)
     else:
         raise ValueError(f"unknown shape {shape!r}: the shapes are {', '.join(SHAPES)}")
     return _unit_area(points)
 
 
 def _radial(count: int) -> Float:
-    turn = np.arange(count) * 2 * np.pi / count
+    turn = np.arange(count) * 2 * np.pi / count - np.pi / 2  # the first point is at the top
     return np.stack([np.cos(turn), np.sin(turn)], axis=1)
 
 
@@ -103,9 +105,7 @@ def _rng(seed: int, *names: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
-def _texture(
-    rng: np.random.Generator, height: int, width: int, base: Float, contrast: float
-) -> Image.Image:
+def _texture(rng: np.random.Generator, height: int, width: int, base: Float, contrast: float) -> Image.Image:
     """Stripes, checks, noise or blobs, of random frequency and orientation, around `base` (3,) in 0..255."""
     kind = rng.integers(4)
     cycles, angle = rng.uniform(2.5, 8.0), rng.uniform(0.0, np.pi)
@@ -130,12 +130,17 @@ def _texture(
     return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
 
 
-def _colour_apart(rng: np.random.Generator, other: Float, distance: float = 90.0) -> Float:
-    """A random colour at least `distance` from `other` (both (3,) in 0..255), or the farthest of 16 draws."""
-    draws = rng.uniform(30.0, 225.0, size=(16, 3))
-    gaps = np.linalg.norm(draws - other, axis=1)
-    good = np.flatnonzero(gaps >= distance)
-    return np.asarray(draws[good[0] if len(good) else int(gaps.argmax())])
+def _two_colours(rng: np.random.Generator, difficulty: float) -> tuple[Float, Float]:
+    """The colours of a background and of a shape on it, each (3,) in 0..255 and of any hue.
+
+    They differ in brightness. At difficulty 0 the shape is always the lighter one, so that a small model can learn
+    from few images; at 1 it is the lighter one in half of them.
+    """
+    hues = rng.uniform(-40.0, 40.0, size=(2, 3))
+    hues -= hues.mean(axis=1, keepdims=True)
+    dark, light = rng.uniform((50.0, 150.0), (100.0, 210.0))
+    levels = (light, dark) if rng.random() < difficulty / 2 else (dark, light)
+    return levels[0] + hues[0], levels[1] + hues[1]
 
 
 @dataclass(frozen=True)
@@ -168,10 +173,10 @@ class Scene:
 
 def _scene(rng: np.random.Generator, shape: str, height: int, width: int, difficulty: float) -> Scene:
     side = min(height, width)
-    base = rng.uniform(30.0, 225.0, size=3)
+    ground, body = _two_colours(rng, difficulty)
     contrasts = rng.uniform(0.4, 1.0, size=2) * (8.0 + 42.0 * difficulty)
-    background = _texture(rng, height, width, base, contrasts[0])
-    tile = _texture(rng, side, side, _colour_apart(rng, base), contrasts[1])
+    background = _texture(rng, height, width, ground, contrasts[0])
+    tile = _texture(rng, side, side, body, contrasts[1])
     bars = []
     for _ in range(rng.integers(0, 1 + round(8 * difficulty))):
         length, thick = rng.uniform(0.15, 0.5) * side, rng.uniform(0.015, 0.04) * side
@@ -238,7 +243,12 @@ def _turn(rng: np.random.Generator, difficulty: float) -> float:
 
 
 def render_image(
-    shape: str, split: str, number: int, size: tuple[int, int] = (96, 96), seed: int = 0, difficulty: float = 0.2
+    shape: str,
+    split: str,
+    number: int,
+    size: tuple[int, int] = (96, 96),
+    seed: int = 0,
+    difficulty: float = 0.2,
 ) -> Pixels:
     """One image (H, W, 3) uint8, RGB: a pure function of the arguments."""
     rng = _rng(seed, "image", split, shape, number)

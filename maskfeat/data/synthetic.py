@@ -52,7 +52,7 @@ def make_images(
     val_per_class: int = 25,
     size: tuple[int, int] = (96, 96),
     seed: int = 0,
-    clutter: float = 0.5,
+    difficulty: float = 0.2,
 ) -> Path:
     """Write `root/{train,val}/<shape>/NNNN.jpg`, ImageNet's layout; labels follow the sorted names.
 
@@ -63,20 +63,20 @@ def make_images(
         train_per_class, val_per_class: images of each class, at least 1.
         size: (height, width) in pixels, at least 32.
         seed: the same seed gives the same pixels.
-        clutter: 0 (none) to 1; how many bars lie behind and in front of the shape.
+        difficulty: 0 to 1: contrast of the textures, clutter, and how far from upright shapes are turned.
 
     Returns the folder. Raises ValueError for bad arguments, and for a folder that holds anything else.
     """
     counts = {"train": train_per_class, "val": val_per_class}
     root = Path(root)
-    stamp = _stamp("images", SHAPES, classes, counts, size, seed, clutter)
+    stamp = _stamp("images", SHAPES, classes, counts, size, seed, difficulty)
     jobs = [(s, c, n) for s, count in counts.items() for c in stamp["classes"] for n in range(count)]
     if not _claim(root, stamp, [root / s / c / f"{n:04d}.jpg" for s, c, n in jobs]):
         return root
     for split, shape, number in _reported(jobs, f"images in {root}"):
         path = root / split / shape / f"{number:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = render_image(shape, split, number, size, seed, clutter)
+        pixels = render_image(shape, split, number, size, seed, difficulty)
         Image.fromarray(pixels).save(path, quality=92)
     _write_stamp(root, stamp | {"complete": True})
     return root
@@ -92,7 +92,7 @@ def make_clips(
     fps: int = 30,
     size: tuple[int, int] = (96, 128),
     seed: int = 0,
-    clutter: float = 0.5,
+    difficulty: float = 0.2,
 ) -> Path:
     """Write `root/videos/<split>/<motion>_NNNN.mp4` and `root/{train,val,test}.csv`, Kinetics' layout.
 
@@ -103,7 +103,7 @@ def make_clips(
     """
     counts = {"train": train_per_class, "val": val_per_class, "test": test_per_class}
     root = Path(root)
-    stamp = _stamp("clips", MOTIONS, classes, counts, size, seed, clutter)
+    stamp = _stamp("clips", MOTIONS, classes, counts, size, seed, difficulty)
     if num_frames < 1 or fps < 1 or size[0] % 2 or size[1] % 2:
         raise ValueError(
             f"num_frames {num_frames}, fps {fps} and size {tuple(size)} given: expected at least 1 frame and "
@@ -117,7 +117,7 @@ def make_clips(
     lines: dict[str, list[str]] = {split: [] for split in counts}
     for name, (split, motion, number) in _reported(list(zip(names, jobs, strict=True)), f"clips in {root}"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        frames = render_clip(motion, split, number, num_frames, fps, size, seed, clutter)
+        frames = render_clip(motion, split, number, num_frames, fps, size, seed, difficulty)
         write_video(root / name, frames, fps)
         lines[split].append(f"{name} {stamp['classes'].index(motion)}\n")
     for split, rows in lines.items():
@@ -133,7 +133,7 @@ def _stamp(
     counts: dict[str, int],
     size: tuple[int, int],
     seed: int,
-    clutter: float,
+    difficulty: float,
 ) -> dict[str, Any]:
     """What `dataset.json` says of a folder: everything its pixels depend on."""
     strangers = sorted(set(classes) - set(known))
@@ -143,8 +143,8 @@ def _stamp(
         raise ValueError(f"{counts} samples of a class given: expected at least 1 in each split")
     if len(size) != 2 or min(size) < 32:
         raise ValueError(f"size {tuple(size)} given: expected (height, width) of at least 32 pixels")
-    if not 0.0 <= clutter <= 1.0:
-        raise ValueError(f"clutter {clutter} given: expected a number from 0 to 1")
+    if not 0.0 <= difficulty <= 1.0:
+        raise ValueError(f"difficulty {difficulty} given: expected a number from 0 to 1")
     return {
         "made_by": "maskfeat.data.synthetic",
         "version": VERSION,
@@ -153,7 +153,7 @@ def _stamp(
         "per_class": counts,
         "size": [int(v) for v in size],
         "seed": int(seed),
-        "clutter": float(clutter),
+        "difficulty": float(difficulty),
         "complete": False,
     }
 

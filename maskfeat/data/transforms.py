@@ -7,28 +7,21 @@ Shape legend: C channels (3), T frames, H x W pixels.
 """
 
 import math
-import random
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import ColorJitter
 
 from maskfeat.data.erasing import RandomErasing
+from maskfeat.data.rand_augment import augment_frames, make_rand_augment, pil_mode
 
-_PIL_MODES = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-_TRANSLATE = 0.45
-"""timm's RandAugment shifts by up to this share of the short side."""
+MAX_GROWTH = 8
+"""Above this aspect an image is not resized whole before it is cropped."""
 
 
 class ImageTransform(Protocol):
@@ -72,85 +65,79 @@ def random_area_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(..., 3) uint8 into (3, ...) float32: (x / 255 - mean) / std per channel."""
-    tensor = torch.from_numpy(np.array(pixels, dtype=np.uint8, copy=True)).movedim(-1, 0)
+def to_float(pixels: np.ndarray) -> Tensor:
+    """(..., 3) uint8 into (3, ...) float32, still 0 to 255."""
+    tensor = torch.from_numpy(np.array(pixels, dtype=np.uint8, copy=True))
+    return tensor.movedim(-1, 0).to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def normalise(tensor: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(3, ...) float32 of 0 to 255, in place: (x / 255 - mean) / std per channel."""
     shape = (-1,) + (1,) * (tensor.ndim - 1)
     centre = torch.tensor(mean, dtype=torch.float32).view(shape)
     spread = torch.tensor(std, dtype=torch.float32).view(shape)
-    return tensor.to(torch.float32).div_(255).sub_(centre).div_(spread).contiguous()
+    return tensor.div_(255).sub_(centre).div_(spread)
 
 
-def make_rand_augment(
-    policy: str, short_side: int, interpolation: str, fill: Sequence[int] | None = None
-) -> Any:
-    """timm's RandAugment for a policy string such as "rand-m9-mstd0.5-inc1"; draws from `random` and
-    numpy's globals.
+def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """(height, width) once the short side is `short_side`; the long side keeps the aspect, rounded down."""
+    if min(height, width) == short_side:
+        return height, width
+    if width < height:
+        return math.floor(height / width * short_side), short_side
+    return short_side, math.floor(width / height * short_side)
+
+
+def crop_corner(height: int, width: int, size: int, position: int) -> tuple[int, int]:
+    """(top, left) of one of three square crops that lie evenly along the longer side.
 
     Args:
-        policy: timm's notation.
-        short_side: of the picture in pixels; shifts are a share of it.
-        interpolation: "bilinear", "bicubic", ... or "random".
-        fill: RGB 0-255 of the pixels that move into view; None for timm's grey.
-
-    Raises:
-        ValueError: not a RandAugment policy, or an unknown interpolation (AUG.AA_TYPE, AUG.INTERPOLATION).
+        height, width: of the picture.
+        size: side of the crop.
+        position: 0 left (or top), 1 centre, 2 right (or bottom).
     """
-    if not policy.startswith("rand"):
-        raise ValueError(f"AUG.AA_TYPE must be a policy such as 'rand-m9-mstd0.5-inc1', not {policy!r}")
-    params: dict[str, Any] = {"translate_const": max(int(short_side * _TRANSLATE), 1)}
-    if interpolation != "random":
-        params["interpolation"] = pil_mode(interpolation)
-    if fill is not None:
-        params["img_mean"] = tuple(fill)
-    return rand_augment_transform(policy, params)
-
-
-def pil_mode(interpolation: str) -> Image.Resampling:
-    """Pillow's constant for a mode's name."""
-    if interpolation not in _PIL_MODES:
-        raise ValueError(f"interpolation must be one of {', '.join(_PIL_MODES)}, not {interpolation!r}")
-    return _PIL_MODES[interpolation]
-
-
-def resize_short_side(clip: Tensor, short_side: int) -> Tensor:
-    """(C, T, H, W) float to a given short side; the long side keeps the aspect, rounded down. Bilinear, no
-    antialias."""
-    height, width = clip.shape[-2:]
-    if min(height, width) == short_side:
-        return clip
-    if width < height:
-        size = (math.floor(height / width * short_side), short_side)
-    else:
-        size = (short_side, math.floor(width / height * short_side))
-    return _interpolate(clip, size)
+    assert position in (0, 1, 2), f"crop {position} of three"
+    assert size <= min(height, width), f"a crop of {size} from {height}x{width}"
+    top, left = math.ceil((height - size) / 2), math.ceil((width - size) / 2)
+    if position == 1:
+        return top, left
+    if height > width:
+        return (0 if position == 0 else height - size), left
+    return top, (0 if position == 0 else width - size)
 
 
 def uniform_crop(clip: Tensor, size: int, short_side: int, position: int) -> Tensor:
-    """One of three square crops that lie evenly along the longer side, after the short side has become
-    `short_side`.
+    """Resizes the short side of (C, T, H, W) float (bilinear, no antialias) and takes one of three crops.
 
     Args:
         clip: (C, T, H, W) float.
         size: side of the crop, at most `short_side`.
         short_side: what the short side is resized to first.
-        position: 0 left (or top), 1 centre, 2 right (or bottom).
+        position: see `crop_corner`.
 
     Returns:
         (C, T, size, size).
     """
-    assert position in (0, 1, 2), f"crop {position} of three"
-    assert size <= short_side, f"a crop of {size} needs a short side of at least that, not {short_side}"
-    clip = resize_short_side(clip, short_side)
-    height, width = clip.shape[-2:]
-    top, left = math.ceil((height - size) / 2), math.ceil((width - size) / 2)
-    if position != 1:
-        end = position == 2
-        if height > width:
-            top = height - size if end else 0
-        else:
-            left = width - size if end else 0
-    return clip[..., top : top + size, left : left + size].contiguous()
+    height, width = short_side_size(clip.shape[-2], clip.shape[-1], short_side)
+    if (height, width) != tuple(clip.shape[-2:]):
+        clip = F.interpolate(clip, size=(height, width), mode="bilinear", align_corners=False)
+    top, left = crop_corner(height, width, size, position)
+    return clip[..., top : top + size, left : left + size].clone(memory_format=torch.contiguous_format)
+
+
+def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """(T, H, W, 3) uint8 into (3, T, *size) float32 of 0 to 255. Bilinear, no antialias.
+
+    Frame by frame with the channels last: a fraction of the time and memory of resizing the clip as one
+    tensor, and within 1e-5 of its values.
+    """
+    if frames.shape[1:3] == tuple(size):
+        return to_float(frames)
+    clip = torch.empty(3, len(frames), *size)
+    for place, frame in enumerate(frames):
+        picture = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].to(torch.float32)
+        clip[:, place] = F.interpolate(picture, size=size, mode="bilinear", align_corners=False)[0]
+    return clip
 
 
 class ImageTrainTransform:
@@ -204,7 +191,7 @@ class ImageTrainTransform:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.augment is not None:
             image = self.augment(image)
-        tensor = normalise(np.asarray(image), self.mean, self.std)
+        tensor = normalise(to_float(np.asarray(image)), self.mean, self.std)
         return self.erase(tensor[:, None], rng)[:, 0]
 
 
@@ -239,14 +226,15 @@ class ImageEvalTransform:
         new_width = self.short_side if width <= height else int(self.short_side * width / height)
         new_height = self.short_side if height <= width else int(self.short_side * height / width)
         left, top = round((new_width - self.crop) / 2), round((new_height - self.crop) / 2)
-        # Resizing only what the crop shows is the same, and a picture of 1 x 10,000 pixels does not grow to
-        # 256 x 2.5 M.
-        step_x, step_y = width / new_width, height / new_height
-        box = (left * step_x, top * step_y, (left + self.crop) * step_x, (top + self.crop) * step_y)
-        box = (box[0], box[1], min(box[2], width), min(box[3], height))
-        return normalise(
-            np.asarray(image.resize((self.crop, self.crop), self.mode, box=box)), self.mean, self.std
-        )
+        if new_width * new_height <= MAX_GROWTH * self.short_side**2:
+            image = image.resize((new_width, new_height), self.mode)
+            image = image.crop((left, top, left + self.crop, top + self.crop))
+        else:  # 1 x 10,000 pixels must not grow to 256 x 2.5 million: only what the crop shows is made
+            step_x, step_y = width / new_width, height / new_height
+            right, bottom = (left + self.crop) * step_x, (top + self.crop) * step_y
+            box = (left * step_x, top * step_y, min(right, width), min(bottom, height))
+            image = image.resize((self.crop, self.crop), self.mode, box=box)
+        return normalise(to_float(np.asarray(image)), self.mean, self.std)
 
 
 class ClipTrainTransform:
@@ -298,20 +286,22 @@ class ClipTrainTransform:
         """(T, H, W, 3) uint8 into (3, T, crop, crop) float32. `position` has no meaning here."""
         if self.auto_augment:
             frames = augment_frames(frames, self.auto_augment, self.interpolation)
+        height, width = frames.shape[1:3]
         if self.scale:
-            height, width = frames.shape[1:3]
             top, left, h, w = random_area_box(height, width, self.scale, self.ratio, rng)
-            clip = normalise(frames[:, top : top + h, left : left + w], self.mean, self.std)
-            clip = _interpolate(clip, (self.crop, self.crop))
+            clip = resize_frames(frames[:, top : top + h, left : left + w], (self.crop, self.crop))
         else:
             side = round(rng.uniform(self.short_sides[0], self.short_sides[-1]))
-            clip = resize_short_side(normalise(frames, self.mean, self.std), side)
-            top = int(rng.integers(0, clip.shape[-2] - self.crop + 1))
-            left = int(rng.integers(0, clip.shape[-1] - self.crop + 1))
+            height, width = short_side_size(height, width, side)
+            clip = resize_frames(frames, (height, width))
+            top = int(rng.integers(0, height - self.crop + 1))
+            left = int(rng.integers(0, width - self.crop + 1))
             clip = clip[..., top : top + self.crop, left : left + self.crop]
         if self.flip and rng.random() < 0.5:
             clip = clip.flip(-1)
-        return self.erase(clip.contiguous(), rng)
+        # The published code normalises first; afterwards it is the same (the resize is linear) on fewer
+        # pixels.
+        return self.erase(normalise(clip.contiguous(), self.mean, self.std), rng)
 
 
 class ClipTestTransform:
@@ -339,26 +329,7 @@ class ClipTestTransform:
     ) -> Tensor:
         """(T, H, W, 3) uint8 into (3, T, crop, crop) float32: the crop `position` of `num_crops`. Draws
         nothing."""
-        clip = normalise(frames, self.mean, self.std)
-        return uniform_crop(clip, self.crop, self.short_side, 1 if self.num_crops == 1 else position)
-
-
-def augment_frames(frames: np.ndarray, policy: str, interpolation: str) -> np.ndarray:
-    """RandAugment on (T, H, W, 3) uint8, with the same draw for every frame.
-
-    timm draws from the globals while it works, so each frame starts from the state that the first one found.
-    """
-    augment = make_rand_augment(policy, min(frames.shape[1:3]), interpolation)
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    images = []
-    for frame in frames:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        images.append(np.asarray(augment(Image.fromarray(frame))))
-    return np.stack(images)
-
-
-def _interpolate(clip: Tensor, size: tuple[int, int]) -> Tensor:
-    # Frames as the batch: (C, T, H, W) is a batch of C pictures with T channels, which is the same
-    # arithmetic.
-    return F.interpolate(clip, size=size, mode="bilinear", align_corners=False)
+        height, width = short_side_size(frames.shape[1], frames.shape[2], self.short_side)
+        top, left = crop_corner(height, width, self.crop, 1 if self.num_crops == 1 else position)
+        clip = resize_frames(frames, (height, width))[..., top : top + self.crop, left : left + self.crop]
+        return normalise(clip.contiguous(), self.mean, self.std)

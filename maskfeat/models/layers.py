@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import torch
 from torch import nn
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)  # eps of the published models
@@ -10,4 +9,4 @@ layer_norm = partial(nn.LayerNorm, eps=1e-6)  # eps of the published models
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Stochastic depth (Huang et al., ECCV 2016): rates that grow linearly from 0 to `rate` over the blocks."""
-    return torch.linspace(0, rate, depth, dtype=torch.float64).tolist()
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]

@@ -1,16 +1,23 @@
 """Rebuilds the inputs and weights behind the golden values (the recipe stands in the golden files' README)."""
 
+import gzip
+import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from yacs.config import CfgNode
 
 from maskfeat.batch import Batch
 from maskfeat.build import build_mask_sampler, build_objective
+from maskfeat.config import load_config
 from maskfeat.objectives.base import Objective
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def salted_state(shapes: Mapping[str, tuple[int, ...]], salt: int) -> dict[str, Tensor]:
@@ -55,6 +62,12 @@ def golden_batch(cfg: CfgNode, seed: int, size: int) -> Batch:
     return Batch(clip, hidden=torch.from_numpy(hidden.reshape(size, *grid)), index=index)
 
 
-def grad_norms(module: nn.Module, name_of: object = None) -> dict[str, float]:
-    """L2 norm of every parameter's gradient in float64, by the module's own names."""
-    return {n: float(p.grad.double().norm()) for n, p in module.named_parameters() if p.grad is not None}
+def load_golden(name: str) -> Any:
+    """One of the compact copies beside this file."""
+    with gzip.open(Path(__file__).with_name(f"{name}.json.gz"), "rt") as file:
+        return json.load(file)
+
+
+def recipe(name: str, opts: Sequence[str] = ()) -> CfgNode:
+    """The resolved config of a recipe."""
+    return load_config(REPO / "configs" / "masked_ssl" / f"{name}.yaml", opts)

@@ -1,0 +1,302 @@
+"""One run of the program: train, validate, save, test. tools/run_net.py calls `main`."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from yacs.config import CfgNode
+
+from maskfeat.build import build_loader, build_objective, build_optimizer
+from maskfeat.checkpoint import (
+    checkpoint_path,
+    last_checkpoint,
+    model_state,
+    read_checkpoint,
+    save_checkpoint,
+    trained_model,
+)
+from maskfeat.config import dump_config, load_config, save_config
+from maskfeat.distributed import World, barrier, choose_device, join, launch, leave, seed_draws
+from maskfeat.evaluate import multi_view_test, validate
+from maskfeat.logbook import Logbook, setup_logging
+from maskfeat.objectives.base import Objective
+from maskfeat.optim import load_optimizer_state
+from maskfeat.schedule import lr_at_epoch
+from maskfeat.train import Settings, train
+from maskfeat.weights import clean_names
+
+logger = logging.getLogger(__name__)
+
+
+def precision_of(cfg: CfgNode) -> str:
+    """TRAIN.MIXED_PRECISION as "off", "bf16" or "fp16" (True is fp16, as in PySlowFast)."""
+    return {False: "off", True: "fp16"}.get(cfg.TRAIN.MIXED_PRECISION, cfg.TRAIN.MIXED_PRECISION)
+
+
+def _load_weights(cfg: CfgNode, objective: Objective, path: str, content: dict[str, Any]) -> None:
+    state = clean_names(model_state(content), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
+    try:
+        report = objective.load_released_state(state, allow=cfg.TRAIN.CHECKPOINT_ALLOW)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    logger.info("weights from %s\n%s", path, report.table())
+
+
+def _resume(
+    objective: Objective, optimizer: Optimizer, scaler: torch.amp.GradScaler, path: Path, content: dict[str, Any]
+) -> int:
+    """Take over weights, optimizer and epoch; returns the epoch to start with."""
+    objective.load_released_state(model_state(content))
+    try:
+        load_optimizer_state(optimizer, content["optimizer_state"])
+        if scaler.is_enabled() and "scaler_state" in content:
+            scaler.load_state_dict(content["scaler_state"])
+        epoch = int(content["epoch"]) + 1
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}: only its weights can be used, TRAIN.CHECKPOINT_EPOCH_RESET True") from error
+    logger.info("resumed from %s: going on with epoch %d", path, epoch + 1)
+    return epoch
+
+
+def start_training_state(
+    cfg: CfgNode, objective: Objective, optimizer: Optimizer, scaler: torch.amp.GradScaler
+) -> int:
+    """Weights (and, on resuming, optimizer and epoch) to start from; returns the first epoch, counted from 0.
+
+    A checkpoint of this very run in OUTPUT_DIR comes first (TRAIN.AUTO_RESUME), then TRAIN.CHECKPOINT_FILE_PATH:
+    weights alone with TRAIN.CHECKPOINT_EPOCH_RESET or where another objective wrote it, everything otherwise.
+    """
+    name = cfg.MODEL.MODEL_NAME
+    found = last_checkpoint(cfg.OUTPUT_DIR, cfg.TASK, name)
+    if found is not None:
+        if cfg.TRAIN.AUTO_RESUME:
+            return _resume(objective, optimizer, scaler, *found)
+        logger.warning("%s is there, but TRAIN.AUTO_RESUME is False: it will be overwritten in time", found[0])
+    given = cfg.TRAIN.CHECKPOINT_FILE_PATH
+    if not given:
+        return 0
+    content = read_checkpoint(given)
+    if not cfg.TRAIN.CHECKPOINT_EPOCH_RESET and trained_model(content) == name:
+        return _resume(objective, optimizer, scaler, Path(given), content)
+    _load_weights(cfg, objective, given, content)
+    return 0
+
+
+def _save(
+    cfg: CfgNode, objective: Objective, optimizer: Optimizer, scaler: torch.amp.GradScaler, epoch: int
+) -> None:
+    content = {
+        "epoch": epoch,
+        "model_state": objective.released_state(),
+        "optimizer_state": optimizer.state_dict(),
+        "cfg": dump_config(cfg),
+    }
+    if scaler.is_enabled():
+        content["scaler_state"] = scaler.state_dict()
+    path = checkpoint_path(cfg.OUTPUT_DIR, cfg.TASK, epoch)
+    save_checkpoint(path, content)
+    logger.info("saved %s", path)
+
+
+def _is_due(epoch: int, period: int, max_epoch: int) -> bool:
+    """Every `period` epochs, and after the last one unless the period is longer than the run; 0 = never."""
+    if not 0 < period <= max_epoch:
+        return False
+    return (epoch + 1) % period == 0 or epoch + 1 == max_epoch
+
+
+def _announce(cfg: CfgNode, objective: Objective, device: torch.device, world: World) -> None:
+    count = sum(p.numel() for p in objective.parameters())
+    batch = cfg.TRAIN.BATCH_SIZE * (world.size // world.local_size)
+    logger.info(
+        "%s, %.2f M parameters, on %d x %s, %s precision; %d samples a step",
+        type(objective).__name__,
+        count / 1e6,
+        world.size,
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        {"off": "fp32"}.get(precision_of(cfg), precision_of(cfg)),
+        batch,
+    )
+
+
+def run_training(cfg: CfgNode, world: World, device: torch.device, logbook: Logbook) -> Objective:
+    """Train as configured; returns the trained objective, on `device`."""
+    seed_draws(cfg.RNG_SEED)
+    objective = build_objective(cfg).to(device)
+    _announce(cfg, objective, device, world)
+    optimizer = build_optimizer(cfg, objective)
+    precision = precision_of(cfg)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    loader = build_loader(cfg, "train", world)
+    max_epoch = cfg.SOLVER.MAX_EPOCH
+    evaluates = _is_due(max_epoch - 1, cfg.TRAIN.EVAL_PERIOD, max_epoch)
+    val_loader = build_loader(cfg, "val", world) if evaluates else None
+    start_epoch = start_training_state(cfg, objective, optimizer, scaler)
+    model: nn.Module = objective
+    if world.size > 1:
+        model = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    settings = Settings(
+        max_epoch=max_epoch,
+        lr=lambda epoch: lr_at_epoch(cfg, epoch),
+        seed=cfg.RNG_SEED,
+        clip_norm=cfg.SOLVER.CLIP_GRAD_L2NORM,
+        clip_value=cfg.SOLVER.CLIP_GRAD_VAL,
+        precision=precision,
+        micro_batch=cfg.TRAIN.MICRO_BATCH_SIZE,
+        log_period=cfg.LOG_PERIOD,
+    )
+
+    def after_epoch(epoch: int) -> None:
+        last = epoch + 1 == max_epoch
+        if world.is_main and ((epoch + 1) % cfg.TRAIN.CHECKPOINT_PERIOD == 0 or last):
+            _save(cfg, objective, optimizer, scaler, epoch)
+        barrier()
+        if val_loader is not None and _is_due(epoch, cfg.TRAIN.EVAL_PERIOD, max_epoch):
+            _validate(cfg, objective, val_loader, device, logbook, epoch)
+
+    if start_epoch >= max_epoch:
+        logger.info("nothing left to train: SOLVER.MAX_EPOCH is %d", max_epoch)
+    train(
+        model,
+        objective,
+        optimizer,
+        scaler,
+        loader,
+        settings,
+        start_epoch=start_epoch,
+        device=device,
+        world=world,
+        logbook=logbook,
+        after_epoch=after_epoch,
+    )
+    return objective
+
+
+def _validate(
+    cfg: CfgNode, objective: Objective, loader: Any, device: torch.device, logbook: Logbook, epoch: int
+) -> None:
+    values = validate(objective, loader, device, precision_of(cfg))
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    stats = {"epoch": f"{epoch + 1}/{cfg.SOLVER.MAX_EPOCH}", **values}
+    logbook.write("val_epoch", f"validation after epoch {epoch + 1}: {shown}", stats, epoch)
+
+
+def _load_for_testing(cfg: CfgNode, device: torch.device) -> Objective:
+    """The objective with TEST.CHECKPOINT_FILE_PATH, else the last checkpoint of OUTPUT_DIR, else TRAIN's path."""
+    objective = build_objective(cfg)
+    path: str | Path = cfg.TEST.CHECKPOINT_FILE_PATH
+    if path:
+        content = read_checkpoint(path)
+    else:
+        found = last_checkpoint(cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
+        if found is not None:
+            path, content = found
+        elif cfg.TRAIN.CHECKPOINT_FILE_PATH:
+            path = cfg.TRAIN.CHECKPOINT_FILE_PATH
+            content = read_checkpoint(path)
+        else:
+            raise ValueError(
+                f"nothing to test: give TEST.CHECKPOINT_FILE_PATH, or an OUTPUT_DIR (now {cfg.OUTPUT_DIR}) with checkpoints"
+            )
+    state = clean_names(model_state(content), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
+    missing_head = [n for n in objective.released_state() if n.startswith("head.") and n not in state]
+    if missing_head and not cfg.TRAIN.CHECKPOINT_ALLOW:
+        raise ValueError(
+            f"{path} has no classifier ({', '.join(missing_head)}): a pre-trained checkpoint is fine-tuned before it is "
+            "tested; see TEST.CHECKPOINT_FILE_PATH"
+        )
+    _load_weights(cfg, objective, str(path), content)
+    return objective.to(device)
+
+
+def run_testing(
+    cfg: CfgNode, world: World, device: torch.device, logbook: Logbook, objective: Objective | None
+) -> None:
+    """Multi-view testing, once for each of TEST.NUM_TEMPORAL_CLIPS (or TEST.NUM_ENSEMBLE_VIEWS)."""
+    if objective is None:
+        objective = _load_for_testing(cfg, device)
+    images = cfg.TEST.DATASET.lower() == "imagenet"
+    counts = [1] if images else (cfg.TEST.NUM_TEMPORAL_CLIPS or [cfg.TEST.NUM_ENSEMBLE_VIEWS])
+    for count in counts:
+        loader = build_loader(cfg, "test", world, num_clips=count)
+        samples = loader.dataset.samples if images else loader.dataset.videos
+        crops = 1 if images else cfg.TEST.NUM_SPATIAL_CROPS
+        path = Path(cfg.TEST.SAVE_RESULTS_PATH or f"test_results_{count}x{crops}.json")
+        result = multi_view_test(
+            objective,
+            loader,
+            [label for _, label in samples],
+            device,
+            precision_of(cfg),
+            Path(cfg.OUTPUT_DIR) / path if world.is_main else None,
+        )
+        line = (
+            f"test: top1 {result['top1']:.2f} %, top5 {result['top5']:.2f} % of {len(samples)} "
+            f"({count} x {crops} views), {result['unreadable']} unreadable"
+        )
+        stats = {"split": "test_final", "views": f"{count}x{crops}", **result}
+        stats["top1_acc"], stats["top5_acc"] = f"{result['top1']:.2f}", f"{result['top5']:.2f}"
+        logbook.write("test_final", line, stats, count)
+
+
+def work(world: World, init_method: str, cfg: CfgNode) -> None:
+    """What every process does."""
+    setup_logging(cfg.OUTPUT_DIR, world)
+    device = choose_device(cfg.NUM_GPUS, world.local_rank, cfg.DIST_BACKEND)
+    join(world, cfg.DIST_BACKEND, device, init_method)
+    folder = Path(cfg.OUTPUT_DIR) / cfg.TENSORBOARD.LOG_DIR if cfg.TENSORBOARD.ENABLE else None
+    logbook = Logbook(world, folder)
+    try:
+        objective = run_training(cfg, world, device, logbook) if cfg.TRAIN.ENABLE else None
+        if cfg.TEST.ENABLE:
+            run_testing(cfg, world, device, logbook, objective)
+    finally:
+        logbook.close()
+        leave()
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line: --cfg FILE and KEY VALUE overrides; PySlowFast's cluster flags are taken as well."""
+    parser = argparse.ArgumentParser(
+        description="Pre-train, fine-tune and test as a YAML says.",
+        epilog="example: run_net.py --cfg configs/masked_ssl/in1k_VIT_B_MaskFeat_PT.yaml "
+        "DATA.PATH_TO_DATA_DIR /data/imagenet OUTPUT_DIR runs/pt NUM_GPUS 8 TRAIN.MIXED_PRECISION bf16",
+    )
+    parser.add_argument("--cfg", "--cfg_files", dest="cfg", required=True, metavar="FILE", help="the YAML of a recipe")
+    parser.add_argument("--num_shards", type=int, default=None, help="machines (default: NUM_SHARDS of the config)")
+    parser.add_argument("--shard_id", type=int, default=None, help="this machine's number, from 0")
+    parser.add_argument("--init_method", default="", help="tcp://HOST:PORT where several machines meet")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides, such as SOLVER.BASE_LR 1e-4"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; the exit code. What a user can mend is said in one line, without a traceback."""
+    args = parse_args(argv)
+    opts = list(args.opts)
+    for key, value in (("NUM_SHARDS", args.num_shards), ("SHARD_ID", args.shard_id)):
+        if value is not None:
+            opts += [key, str(value)]
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        cfg = load_config(args.cfg, opts)
+        save_config(args.cfg, opts, cfg, cfg.OUTPUT_DIR)
+        launch(
+            work,
+            (cfg,),
+            processes=max(cfg.NUM_GPUS, 1),
+            num_shards=cfg.NUM_SHARDS,
+            shard_id=cfg.SHARD_ID,
+            init_method=args.init_method,
+        )
+    except ValueError as error:
+        logging.getLogger("maskfeat").error("error: %s", error)
+        return 2
+    return 0

@@ -1,0 +1,270 @@
+"""Loading: coercions, overrides, unknown keys, duplicates, saving."""
+
+import logging
+
+import pytest
+import yaml
+from yacs.config import CfgNode
+
+from maskfeat.config import dump_config, get_defaults, load_config, save_config
+from maskfeat.config.defaults import KINDS
+from maskfeat.config.merge import full_keys, is_inert
+from maskfeat.config.yaml_io import CONFIG_ROOT
+from tests.config.helpers import MVIT_FT, VIT_FT, VIT_PT, load_text, value_of
+
+ACCEPTED = [
+    # key, value as given (text, as on a command line), value as resolved
+    ("SOLVER.BASE_LR", "1e-4", 1e-4),
+    ("SOLVER.BASE_LR", "1", 1.0),
+    ("SOLVER.MAX_EPOCH", "40", 40),
+    ("SOLVER.CLIP_GRAD_L2NORM", "None", None),
+    ("SOLVER.CLIP_GRAD_L2NORM", "3", 3.0),
+    ("SOLVER.CLIP_GRAD_VAL", "1e-2", 0.01),
+    ("SOLVER.BETAS", "[0.9, 0.95]", (0.9, 0.95)),
+    ("AUG.COLOR_JITTER", "None", None),
+    ("AUG.COLOR_JITTER", "0", 0.0),
+    ("AUG.AA_TYPE", "", ""),
+    ("AUG.AA_TYPE", "None", ""),
+    ("AUG.MAX_MASK_PATCHES_PER_BLOCK", "80", 80),
+    ("AUG.MASK_WINDOW_SIZE", "(8, 14, 14)", [8, 14, 14]),
+    ("MVIT.QKV_BIAS", "False", False),
+    ("MVIT.QKV_BIAS", "false", False),
+    ("TRAIN.MIXED_PRECISION", "False", False),
+    ("TRAIN.MIXED_PRECISION", "off", False),
+    ("TRAIN.MIXED_PRECISION", "True", True),
+    ("TRAIN.MIXED_PRECISION", "bf16", "bf16"),
+    ("TRAIN.MIXED_PRECISION", "fp16", "fp16"),
+    ("TRAIN.CHECKPOINT_ALLOW", "['head.*', 'norm.*']", ["head.*", "norm.*"]),
+    ("TRAIN.CHECKPOINT_ALLOW", "[head.*, norm.*]", ["head.*", "norm.*"]),
+    ("TRAIN.CHECKPOINT_ALLOW", "head.*", ["head.*"]),
+    ("TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN", '("backbone.",)', ("backbone.",)),
+    ("TEST.NUM_TEMPORAL_CLIPS", "(5, 10)", [5, 10]),
+    ("TEST.NUM_TEMPORAL_CLIPS", "[]", []),
+    ("DATA.PATH_LABEL_SEPARATOR", ",", ","),
+    ("DATA.PATH_LABEL_SEPARATOR", "=", "="),
+    ("OUTPUT_DIR", "2024", "2024"),
+    ("OUTPUT_DIR", "2024-01-01", "2024-01-01"),
+    ("OUTPUT_DIR", "'quoted'", "quoted"),
+    ("TASK", "1", "1"),
+    ("TASK", "True", "True"),
+    ("TASK", "010", "010"),
+]
+
+REFUSED = [
+    ("SOLVER.MAX_EPOCH", "40.0"),
+    ("SOLVER.MAX_EPOCH", "1e2"),
+    ("SOLVER.MAX_EPOCH", "True"),
+    ("SOLVER.MAX_EPOCH", "None"),
+    ("SOLVER.BASE_LR", "fast"),
+    ("SOLVER.BASE_LR", "1e999"),
+    ("SOLVER.BASE_LR", "False"),
+    ("SOLVER.BASE_LR", "None"),
+    ("SOLVER.BASE_LR", "[0.1]"),
+    ("MVIT.QKV_BIAS", "1"),
+    ("MVIT.QKV_BIAS", "0"),
+    ("MVIT.QKV_BIAS", "None"),
+    ("MVIT.DIM_MUL", "[1, 2.0]"),
+    ("MVIT.POOL_Q_STRIDE", "[[0, 1, 1.5, 1]]"),
+    ("MVIT.PATCH_STRIDE", "16"),
+    ("TRAIN.MIXED_PRECISION", "fp8"),
+    ("TRAIN.MIXED_PRECISION", "1"),
+    ("TEST.NUM_TEMPORAL_CLIPS", "[1, 2.5]"),
+    ("TEST.NUM_TEMPORAL_CLIPS", "5"),
+    ("AUG.COLOR_JITTER", "strong"),
+]
+
+
+def same(a: object, b: object) -> bool:
+    return a == b and type(a) is type(b)
+
+
+@pytest.mark.parametrize(("key", "given", "resolved"), ACCEPTED)
+def test_coercion_of_overrides(key, given, resolved):
+    assert same(value_of(load_config(VIT_FT, [key, given]), key), resolved)
+
+
+@pytest.mark.parametrize(("key", "given", "resolved"), ACCEPTED)
+def test_coercion_of_yaml(key, given, resolved, tmp_path):
+    """The same characters in a YAML, and as a quoted YAML string, mean the same."""
+    bare = f"{key}: {given}\n" if given not in ("", ",") else f"{key}: '{given}'\n"
+    for text in (bare, yaml.safe_dump({key: given})):
+        cfg = load_text(tmp_path, text)
+        assert same(value_of(cfg, key), resolved), text
+
+
+@pytest.mark.parametrize(("key", "given"), REFUSED)
+def test_refused_values(key, given, tmp_path):
+    with pytest.raises(ValueError, match=f"command line: {key} must be .*; given"):
+        load_config(VIT_FT, [key, given])
+    with pytest.raises(ValueError, match=f"given.yaml line 1: {key} must be .*; given"):
+        load_text(tmp_path, f"{key}: {given}\n")
+
+
+def test_python_values_as_overrides(tmp_path):
+    opts = [
+        "SOLVER.MAX_EPOCH",
+        40,
+        "SOLVER.WARMUP_EPOCHS",
+        2,
+        "SOLVER.BETAS",
+        [0.9, 0.95],
+        "AUG.COLOR_JITTER",
+        None,
+    ]
+    cfg = load_config(VIT_FT, [*opts, "OUTPUT_DIR", tmp_path, "TASK", 2024, "AUG.ENABLE", True])
+    assert (cfg.SOLVER.MAX_EPOCH, cfg.SOLVER.WARMUP_EPOCHS, cfg.SOLVER.BETAS) == (40, 2.0, (0.9, 0.95))
+    assert cfg.AUG.COLOR_JITTER is None and cfg.AUG.ENABLE is True
+    assert str(tmp_path) == cfg.OUTPUT_DIR and cfg.TASK == "2024"
+    with pytest.raises(ValueError, match="SOLVER.MAX_EPOCH must be a whole number"):
+        load_config(VIT_FT, ["SOLVER.MAX_EPOCH", 40.0])
+
+
+def test_overrides_come_last_and_the_last_wins():
+    assert load_config(VIT_FT, ["RNG_SEED", "3", "RNG_SEED", "4"]).RNG_SEED == 4
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (["RNG_SEED"], "in pairs KEY VALUE; given 1 item"),
+        (["RNG_SEED=3"], "not KEY=VALUE"),
+        ("RNG_SEED 3", "must be a list"),
+        ([3, "RNG_SEED"], "3 is not a key"),
+        (["TRAIN", "3"], "TRAIN is a section"),
+        (["BN", "3"], "BN is a section"),
+        (["_BASE_", "x.yaml"], "unknown config key _BASE_"),
+    ],
+)
+def test_malformed_overrides(opts, words):
+    with pytest.raises(ValueError, match=words):
+        load_config(VIT_FT, opts)
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("TRAIN.BATCHSIZE", "TRAIN.BATCH_SIZE"),
+        ("TRIAN.ENABLE", "TRAIN.ENABLE"),
+        ("train.batch_size", "TRAIN.BATCH_SIZE"),
+        ("DATA.BASE_LR", "SOLVER.BASE_LR"),
+        ("NUM_GPU", "NUM_GPUS"),
+        ("SOLVER.WARM_UP_EPOCHS", "SOLVER.WARMUP_EPOCHS"),
+        ("DATA.DECODE_SHORT_SIZE", "DATA.DECODING_SHORT_SIZE"),
+        ("TRAIN.BATCH_SIZE.X", "TRAIN.BATCH_SIZE"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(typo, meant, tmp_path):
+    with pytest.raises(ValueError, match=f"command line: unknown config key {typo}; did you mean {meant}\\?"):
+        load_config(None, [typo, "1"])
+    with pytest.raises(
+        ValueError, match=f"given.yaml line 3: unknown config key {typo}; did you mean {meant}\\?"
+    ):
+        load_text(tmp_path, f"TASK: a\n\n{typo}: 1\n")
+
+
+def test_inert_keys_are_kept_and_named_once(tmp_path, caplog):
+    text = """
+BN: {USE_PRECISE_STATS: True, ANYTHING: [1, 2]}
+CONTRASTIVE: {DELTA_CLIPS_MIN: -.inf}
+DETECTION: {ENABLE: False}
+DATA: {SSL_COLOR_HUE: 0.2, DECODING_SHORT_SIZE: "320", TRAIN_PCA_EIGVEC: [[1.0, 2.0]]}
+MVIT: {REV: {ENABLE: False, BUFFER_LAYERS: "(1, 2)"}}
+TENSORBOARD: {MODEL_VIS: {GRAD_CAM: {ENABLE: True}}}
+"""
+    with caplog.at_level(logging.WARNING):
+        cfg = load_text(tmp_path, text, "SOLVER.LARS_ON", "False", "DETECTION.ENABLE", "True")
+    assert cfg.BN.USE_PRECISE_STATS is True and cfg.BN.ANYTHING == [1, 2]
+    assert cfg.DATA.DECODING_SHORT_SIZE == 320 and cfg.MVIT.REV.BUFFER_LAYERS == [1, 2]
+    assert cfg.TENSORBOARD.MODEL_VIS.GRAD_CAM.ENABLE is True and cfg.DETECTION.ENABLE is True
+    (record,) = caplog.records
+    assert record.name == "maskfeat.config" and record.getMessage().count("DETECTION.ENABLE") == 1
+    for key in ("BN.ANYTHING", "DATA.SSL_COLOR_HUE", "MVIT.REV.ENABLE", "SOLVER.LARS_ON"):
+        assert key in record.getMessage()
+
+
+def test_no_effective_key_is_inert_and_kinds_name_keys():
+    keys = set(full_keys(get_defaults()))
+    assert len(keys) > 120 and not [key for key in keys if is_inert(key)]
+    assert set(KINDS) <= keys
+    unclear = {k for k in keys if isinstance(value_of(get_defaults(), k), list | tuple | type(None))}
+    assert unclear <= set(KINDS)
+
+
+def test_the_defaults_alone_load():
+    assert load_config(None) == get_defaults()
+
+
+def test_duplicates_name_both_lines_and_the_winner(tmp_path, caplog):
+    text = "TASK: a\nTRAIN:\n  EVAL_PERIOD: 1\n  EVAL_PERIOD: 2\nTASK: b\n"
+    text += "SOLVER.BASE_LR: 1.0\nSOLVER: {BASE_LR: 2.0}\n"
+    with caplog.at_level(logging.WARNING):
+        cfg = load_text(tmp_path, text)
+    assert (cfg.TASK, cfg.TRAIN.EVAL_PERIOD, cfg.SOLVER.BASE_LR) == ("b", 2, 2.0)
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == 3 and all("the last one wins" in m for m in messages)
+    assert any("key TRAIN.EVAL_PERIOD is written twice, on lines 3 and 4" in m for m in messages)
+    assert any("key TASK is written twice, on lines 1 and 5" in m for m in messages)
+    assert any("SOLVER.BASE_LR is written twice" in m and "line 6" in m and "line 7" in m for m in messages)
+
+
+def test_a_section_written_twice_is_the_last(tmp_path, caplog):
+    """As every YAML loader has it, the first section is gone as a whole; the warning says so."""
+    with caplog.at_level(logging.WARNING):
+        cfg = load_text(tmp_path, "SOLVER: {BASE_LR: 1.0}\nSOLVER: {MAX_EPOCH: 7}\n")
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_EPOCH) == (get_defaults().SOLVER.BASE_LR, 7)
+    assert "key SOLVER is written twice, on lines 1 and 2" in caplog.text
+
+
+def test_dotted_keys_merge_keys_and_empty_sections(tmp_path, caplog):
+    text = "x: &x {MAX_EPOCH: 9, BASE_LR: 3.0}\n"
+    with pytest.raises(ValueError, match="unknown config key x.MAX_EPOCH"):
+        load_text(tmp_path, text)
+    text = "SOLVER: &s {MAX_EPOCH: 9}\nBN:\n  <<: *s\nTRAIN:\nMVIT.DEPTH: 4\n"
+    cfg = load_text(tmp_path, text)
+    assert cfg.MVIT.DEPTH == 4 and cfg.BN.MAX_EPOCH == 9 and cfg.SOLVER.MAX_EPOCH == 9
+    assert load_text(tmp_path, "") == get_defaults()
+    caplog.clear()
+    cfg = load_text(tmp_path, "SSL: &s {A: 1, B: 1}\nBN: {A: 2, <<: *s}\n")
+    assert (cfg.BN.A, cfg.BN.B) == (2, 1) and "twice" not in caplog.text
+
+
+def test_frozen():
+    cfg = load_config(VIT_FT)
+    with pytest.raises(AttributeError):
+        cfg.RNG_SEED = 5
+    with pytest.raises(AttributeError):
+        cfg.TRAIN.BATCH_SIZE = 5
+
+
+HARD = ["OUTPUT_DIR", "2024", "TASK", "no", "DATA.PATH_LABEL_SEPARATOR", ",", "SOLVER.COSINE_END_LR", "1e-7"]
+
+
+@pytest.mark.parametrize("path", [None, VIT_PT, MVIT_FT], ids=str)
+def test_saved_configs_load_back(path, tmp_path):
+    opts = [*HARD, "TRAIN.MIXED_PRECISION", "bf16", "BN.X", "(1, None)", "DATA.PATH_PREFIX", "a\nTASK: b"]
+    cfg = load_config(path, opts)
+    save_config(path, opts, cfg, tmp_path / "new" / "out")
+    assert sorted(p.name for p in (tmp_path / "new" / "out").iterdir()) == [
+        "config.yaml",
+        "config_given.yaml",
+    ]
+    resolved = load_config(tmp_path / "new" / "out" / "config.yaml")
+    assert resolved == cfg and type(resolved.SOLVER.BETAS) is tuple and resolved.OUTPUT_DIR == "2024"
+    given = (tmp_path / "new" / "out" / "config_given.yaml").read_text()
+    assert '# override: ["OUTPUT_DIR", "2024"]' in given
+    if path is not None:
+        assert given.startswith(path.read_text())
+    inside = {} if path is None else yaml.safe_load(path.read_text())
+    assert (yaml.safe_load(given) or {}) == inside  # no override leaks out of its comment
+
+
+def test_yacs_reads_what_we_dump():
+    cfg = load_config(MVIT_FT)
+    theirs = get_defaults()
+    theirs.set_new_allowed(True)
+    theirs.merge_from_other_cfg(CfgNode.load_cfg(dump_config(cfg)))
+    assert theirs == cfg
+
+
+def test_config_root_is_the_projects(repo):
+    assert repo / "configs" == CONFIG_ROOT

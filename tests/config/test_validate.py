@@ -1,0 +1,195 @@
+"""Every rule between keys: the recipe with one thing wrong is refused, and the message names the key."""
+
+import re
+
+import pytest
+
+from maskfeat.config import load_config
+from maskfeat.config.ranges import CHOICES, LENGTHS, RANGES
+from tests.config.helpers import MVIT_FT, MVIT_PT, VIT_FT, VIT_PT
+
+STEPS = ["SOLVER.LR_POLICY", "steps_with_relative_lrs", "SOLVER.LRS", "[1, 0.1]"]
+
+WRONG = [
+    # recipe, overrides, every word that the message must hold
+    (VIT_FT, ["TRAIN.BATCH_SIZE", "510"], ["TRAIN.BATCH_SIZE", "NUM_GPUS", "510", "8"]),
+    (MVIT_FT, ["TEST.BATCH_SIZE", "63"], ["TEST.BATCH_SIZE", "NUM_GPUS", "63", "8"]),
+    (VIT_FT, ["SHARD_ID", "1"], ["SHARD_ID", "NUM_SHARDS", "1"]),
+    (VIT_FT, ["NUM_GPUS", "-1"], ["NUM_GPUS", "-1"]),
+    (VIT_FT, ["TRAIN.MICRO_BATCH_SIZE", "-1"], ["TRAIN.MICRO_BATCH_SIZE", "-1"]),
+    (VIT_FT, ["DATA.MAX_BAD_FRACTION", "1.5"], ["DATA.MAX_BAD_FRACTION", "1.5", "0 and 1"]),
+    (VIT_FT, ["TRAIN.DATASET", "cifar"], ["TRAIN.DATASET", "imagenet, kinetics", "cifar"]),
+    (VIT_FT, ["TRAIN.DATASET", "kinetics"], ["DATA.NUM_FRAMES", "MVIT.PATCH_2D"]),
+    (VIT_FT, ["DATA.NUM_FRAMES", "2"], ["DATA.NUM_FRAMES", "imagenet"]),
+    (MVIT_FT, ["DATA.NUM_FRAMES", "1"], ["DATA.NUM_FRAMES", "kinetics"]),
+    (MVIT_FT, ["DATA.NUM_FRAMES", "15"], ["DATA.NUM_FRAMES", "MVIT.PATCH_STRIDE", "15"]),
+    (MVIT_FT, ["TEST.DATASET", "imagenet"], ["TRAIN.DATASET", "TEST.DATASET"]),
+    (MVIT_FT, ["DATA.TRAIN_JITTER_SCALES_RELATIVE", "[]", "DATA.TRAIN_JITTER_SCALES", "[200, 256]"],
+     ["DATA.TRAIN_JITTER_SCALES", "DATA.TRAIN_CROP_SIZE"]),
+    (VIT_FT, ["DATA.TRAIN_CROP_SIZE", "220"], ["DATA.TRAIN_CROP_SIZE", "MVIT.PATCH_STRIDE", "220"]),
+    (VIT_FT, ["DATA.TEST_CROP_SIZE", "220"], ["DATA.TEST_CROP_SIZE", "MVIT.PATCH_STRIDE"]),
+    (VIT_FT, ["MVIT.PATCH_2D", "False"], ["MVIT.PATCH_KERNEL", "MVIT.PATCH_STRIDE", "MVIT.PATCH_2D"]),
+    (MVIT_FT, ["MVIT.PATCH_KERNEL", "[7, 7]"], ["MVIT.PATCH_KERNEL", "3 numbers", "MVIT.PATCH_2D"]),
+    (MVIT_FT, ["MVIT.DEPTH", "4"], ["MVIT.DIM_MUL", "MVIT.HEAD_MUL", "MVIT.POOL_Q_STRIDE", "MVIT.DEPTH 4"]),
+    (MVIT_PT, ["MVIT.DEPTH", "15"], ["MVIT.POOL_Q_STRIDE", "block 15", "MVIT.DEPTH 15"]),
+    (MVIT_FT, ["MVIT.DIM_MUL", "[[0, 2.0]]"], ["MVIT.DIM_MUL", "block 0"]),
+    (MVIT_FT, ["MVIT.DIM_MUL", "[[1, 2.0, 3]]"], ["MVIT.DIM_MUL", "[block, factor"]),
+    (MVIT_FT, ["MVIT.HEAD_MUL", "[[1.5, 2]]"], ["MVIT.HEAD_MUL", "[block, factor"]),
+    (MVIT_FT, ["MVIT.POOL_Q_STRIDE", "[[1, 2, 2]]"], ["MVIT.POOL_Q_STRIDE", "[block, t, h, w]"]),
+    (MVIT_FT, ["MVIT.POOL_Q_STRIDE", "[[1, 1, 0, 2]]"], ["MVIT.POOL_Q_STRIDE", "at least 1"]),
+    (MVIT_FT, ["MVIT.POOL_KV_STRIDE", "[[16, 1, 8, 8]]"], ["MVIT.POOL_KV_STRIDE", "MVIT.DEPTH"]),
+    (MVIT_FT, ["MVIT.POOL_KV_STRIDE", "[[0, 1, 8, 8]]"], ["MVIT.POOL_KV_STRIDE", "POOL_KV_STRIDE_ADAPTIVE"]),
+    (VIT_FT, ["MVIT.NUM_HEADS", "7"], ["MVIT.EMBED_DIM", "MVIT.NUM_HEADS", "768", "7"]),
+    (MVIT_FT, ["MVIT.HEAD_MUL", "[[3, 5]]"], ["block 3", "384", "5", "MVIT.HEAD_MUL"]),
+    (MVIT_FT, ["MVIT.DIM_MUL", "[[3, 1.01]]"], ["block 3", "MVIT.DIM_MUL"]),
+    (VIT_FT, ["SOLVER.MAX_EPOCH", "10"], ["SOLVER.WARMUP_EPOCHS", "SOLVER.MAX_EPOCH", "20", "10"]),
+    (VIT_FT, ["SOLVER.MAX_EPOCH", "20"], ["SOLVER.WARMUP_EPOCHS", "SOLVER.MAX_EPOCH"]),
+    (VIT_FT, ["SOLVER.COSINE_END_LR", "1"], ["SOLVER.COSINE_END_LR", "SOLVER.BASE_LR"]),
+    (VIT_FT, [*STEPS, "SOLVER.STEPS", "[0]"], ["SOLVER.STEPS", "SOLVER.LRS"]),
+    (VIT_FT, [*STEPS, "SOLVER.STEPS", "[5, 9]"], ["SOLVER.STEPS", "start at 0"]),
+    (VIT_FT, [*STEPS, "SOLVER.STEPS", "[0, 0]"], ["SOLVER.STEPS", "ascend"]),
+    (VIT_FT, ["MODEL.LOSS_FUNC", "cross_entropy"], ["MODEL.LOSS_FUNC", "MIXUP.ENABLE", "soft_cross_entropy"]),
+    (VIT_FT, ["MODEL.LOSS_FUNC", "multi_mse"], ["MODEL.LOSS_FUNC", "MODEL.MODEL_NAME", "multi_mse"]),
+    (VIT_FT, ["MASK.ENABLE", "True"], ["MASK.ENABLE", "MODEL.MODEL_NAME"]),
+    (VIT_FT, ["MASK.PRED_HOG", "True"], ["MASK.PRED_HOG", "MODEL.MODEL_NAME"]),
+    (VIT_FT, ["AUG.GEN_MASK_LOADER", "True"], ["AUG.GEN_MASK_LOADER", "MODEL.MODEL_NAME"]),
+    (VIT_PT, ["MODEL.MODEL_NAME", "MViT"],
+     ["MASK.ENABLE", "MASK.PRED_HOG", "AUG.GEN_MASK_LOADER", "MODEL.LOSS_FUNC"]),
+    (VIT_FT, ["MODEL.MODEL_NAME", "MaskMViT"],
+     ["MASK.ENABLE", "MASK.PRED_HOG", "AUG.GEN_MASK_LOADER", "MODEL.LOSS_FUNC", "MIXUP.ENABLE"]),
+    (VIT_PT, ["MASK.ENABLE", "False"], ["MASK.ENABLE", "MaskMViT"]),
+    (VIT_PT, ["MASK.PRED_HOG", "False"], ["MASK.PRED_HOG", "MaskMViT"]),
+    (VIT_PT, ["AUG.GEN_MASK_LOADER", "False"], ["AUG.GEN_MASK_LOADER", "MaskMViT"]),
+    (VIT_PT, ["MODEL.LOSS_FUNC", "cross_entropy"], ["MODEL.LOSS_FUNC", "multi_mse", "cross_entropy"]),
+    (VIT_PT, ["MIXUP.ENABLE", "True"], ["MIXUP.ENABLE", "MaskMViT"]),
+    (VIT_PT, ["TEST.ENABLE", "True"], ["TEST.ENABLE", "MaskMViT"]),
+    (VIT_PT, ["AUG.MASK_RATIO", "0.0"], ["AUG.MASK_RATIO", "above 0"]),
+    (VIT_PT, ["AUG.MASK_RATIO", "1.0"], ["AUG.MASK_RATIO", "below 1"]),
+    (VIT_PT, ["MVIT.DEPTH", "6"], ["MASK.PRETRAIN_DEPTH", "MVIT.DEPTH", "[5]", "[11]"]),
+    (VIT_PT, ["MASK.PRETRAIN_DEPTH", "[5, 11]"], ["MASK.PRETRAIN_DEPTH", "MVIT.DEPTH"]),
+    (MVIT_PT, ["AUG.MASK_TUBE", "True", "AUG.MASK_FRAMES", "True"], ["AUG.MASK_TUBE", "AUG.MASK_FRAMES"]),
+    (VIT_PT, ["MASK.HOG_CELL", "5"], ["MASK.HOG_CELL", "16 pixels", "5"]),
+    (MVIT_PT, ["DATA.TRAIN_CROP_SIZE", "72"], ["DATA.TRAIN_CROP_SIZE", "72", "16 pixels"]),
+    (MVIT_PT, ["MVIT.POOL_Q_STRIDE", "[[1, 2, 2, 2], [3, 1, 2, 2]]"], ["MVIT.POOL_Q_STRIDE", "time"]),
+    (MVIT_PT, ["AUG.MASK_WINDOW_SIZE", "[8, 5, 5]"], ["AUG.MASK_WINDOW_SIZE", "[8, 56, 56]", "[8, 5, 5]"]),
+    (MVIT_PT, ["AUG.MASK_WINDOW_SIZE", "[8, 8, 8]"], ["AUG.MASK_WINDOW_SIZE", "[8, 14, 14]"]),
+    (MVIT_PT, ["DATA.TRAIN_CROP_SIZE", "64"], ["AUG.MASK_WINDOW_SIZE", "DATA.TRAIN_CROP_SIZE", "[8, 4, 4]"]),
+    (MVIT_PT, ["DATA.NUM_FRAMES", "8"], ["AUG.MASK_WINDOW_SIZE", "DATA.NUM_FRAMES"]),
+    (MVIT_PT, ["AUG.MASK_WINDOW_SIZE", "[7, 7]"], ["AUG.MASK_WINDOW_SIZE", "3 numbers"]),
+    (VIT_FT, ["AUG.AA_TYPE", "original"], ["AUG.AA_TYPE", "original"]),
+    (VIT_FT, ["DATA.INPUT_CHANNEL_NUM", "[3, 3]"], ["DATA.INPUT_CHANNEL_NUM", "[3, 3]"]),
+    (VIT_FT, ["DATA.PATH_LABEL_SEPARATOR", ""], ["DATA.PATH_LABEL_SEPARATOR"]),
+    (VIT_FT, ["OUTPUT_DIR", ""], ["OUTPUT_DIR"]),
+    (VIT_FT, ["TASK", "../x"], ["TASK", "../x"]),
+    (VIT_PT, ["DATA.TRAIN_JITTER_SCALES_RELATIVE", "[1.0, 0.5]"], ["SCALES_RELATIVE", "low"]),
+    (VIT_FT, ["MVIT.DEPTH", "1000000000"], ["MVIT.DEPTH"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "opts", "words"), WRONG, ids=lambda v: "-".join(v[:2]) if isinstance(v, list) else ""
+)
+def test_wrong_combinations(path, opts, words):
+    load_config(path)
+    with pytest.raises(ValueError) as caught:
+        load_config(path, opts)
+    for word in words:
+        assert word in str(caught.value)
+
+
+UNSUPPORTED = [
+    ("MASK.MAE_ON", "True"),
+    ("MASK.MAE_RND_MASK", "True"),
+    ("MASK.PER_FRAME_MASKING", "True"),
+    ("MASK.HEAD_TYPE", "separate_xformer"),
+    ("MVIT.MODE", "max"),
+    ("MVIT.NORM", "batchnorm"),
+    ("MVIT.LAYER_SCALE_INIT_VALUE", "1e-5"),
+    ("MVIT.DIM_MUL_IN_ATT", "True"),
+    ("MVIT.SEPARATE_QKV", "True"),
+    ("MVIT.POOL_FIRST", "True"),
+    ("MVIT.NORM_STEM", "True"),
+    ("MVIT.REV.ENABLE", "True"),
+    ("MVIT.USE_FIXED_SINCOS_POS", "True"),
+    ("TRAIN.CHECKPOINT_TYPE", "caffe2"),
+    ("TEST.CHECKPOINT_TYPE", "caffe2"),
+    ("SOLVER.LARS_ON", "True"),
+    ("SOLVER.OPTIMIZING_METHOD", "adam"),
+    ("SOLVER.LR_POLICY", "exp"),
+    ("MODEL.ARCH", "slowfast"),
+    ("MODEL.MODEL_NAME", "SlowFast"),
+    ("MODEL.HEAD_ACT", "sigmoid"),
+    ("MODEL.LOSS_FUNC", "bce"),
+    ("DATA.DECODING_BACKEND", "decord"),
+    ("AUG.INTERPOLATION", "sharp"),
+    ("AUG.RE_MODE", "grey"),
+    ("TEST.NUM_SPATIAL_CROPS", "2"),
+    ("DIST_BACKEND", "mpi"),
+]
+
+
+@pytest.mark.parametrize(("key", "given"), UNSUPPORTED)
+def test_unsupported_values(key, given):
+    with pytest.raises(ValueError, match=f"{key} .*{re.escape(given)}|{key} 1e-05"):
+        load_config(VIT_FT, [key, given])
+
+
+def test_every_choice_is_tested():
+    assert {key for key, _ in UNSUPPORTED} == set(CHOICES)
+
+
+LISTS = {"DATA.STD": "[{0}, {0}, {0}]", "AUG.MASK_WINDOW_SIZE": "[8, 7, {0}]", "SOLVER.BETAS": "(0.9, {0})"}
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_every_range_refuses(key):
+    """-1 is outside of every range."""
+    pair = {"DATA.TRAIN_JITTER": "[{0}, {0}]", "MVIT.POOL_KV": "[1, 1, {0}]", "MVIT.PATCH_": "[1, {0}]"}
+    shape = LISTS.get(key) or next((s for p, s in pair.items() if key.startswith(p)), "{0}")
+    if key in ("SOLVER.STEPS", "SOLVER.LRS", "TEST.NUM_TEMPORAL_CLIPS"):
+        shape = "[{0}]"
+    with pytest.raises(ValueError) as caught:
+        load_config(VIT_FT, [key, shape.format(-1)])
+    assert f"{key} must be {RANGES[key].words}" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", LENGTHS)
+def test_every_length_refuses(key):
+    with pytest.raises(ValueError, match=f"{key} must have"):
+        load_config(VIT_FT, [key, "(1, 1, 1, 1)" if key != "SOLVER.BETAS" else "(0.5,)"])
+
+
+ALLOWED = [
+    (VIT_FT, ["TRAIN.BATCH_SIZE", "1", "NUM_GPUS", "0"]),
+    (VIT_FT, ["TRAIN.BATCH_SIZE", "1", "NUM_GPUS", "1"]),
+    (VIT_FT, ["TEST.BATCH_SIZE", "3"]),
+    (VIT_FT, ["TRAIN.ENABLE", "False", "TRAIN.BATCH_SIZE", "3"]),
+    (VIT_FT, ["TRAIN.DATASET", "ImageNet", "TEST.DATASET", "IMAGENET", "TEST.ENABLE", "True"]),
+    (VIT_FT, ["SOLVER.WARMUP_EPOCHS", "0"]),
+    (VIT_FT, ["SOLVER.WARMUP_EPOCHS", "0.5", "SOLVER.MAX_EPOCH", "1"]),
+    (VIT_FT, ["MIXUP.ENABLE", "False", "MODEL.LOSS_FUNC", "cross_entropy"]),
+    (VIT_FT, ["MIXUP.ENABLE", "False"]),
+    (VIT_FT, ["AUG.ENABLE", "False"]),
+    (VIT_FT, [*STEPS, "SOLVER.STEPS", "[0, 30]"]),
+    (VIT_FT, ["NUM_SHARDS", "4", "SHARD_ID", "3"]),
+    (VIT_FT, ["DATA.PATH_TO_DATA_DIR", "/no/such/folder"]),
+    (VIT_PT, ["MVIT.DEPTH", "2", "MASK.PRETRAIN_DEPTH", "[1]", "DATA.TRAIN_CROP_SIZE", "64"]),
+    (VIT_PT, ["MASK.HOG_CELL", "4", "MASK.HOG_BINS", "6", "MASK.HOG_GAUSSIAN_WINDOW", "16"]),
+    (MVIT_PT, ["AUG.MASK_TUBE", "True"]),
+    (MVIT_PT, ["AUG.MASK_WINDOW_SIZE", "[4, 14, 14]"]),
+    (MVIT_PT, ["DATA.TRAIN_CROP_SIZE", "112", "DATA.TEST_CROP_SIZE", "112"]),
+    (MVIT_FT, ["TEST.NUM_SPATIAL_CROPS", "3", "TEST.NUM_TEMPORAL_CLIPS", "[]"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "opts"), ALLOWED, ids=lambda v: "-".join(v[:2]) if isinstance(v, list) else ""
+)
+def test_right_combinations(path, opts):
+    load_config(path, opts)
+
+
+def test_all_problems_at_once():
+    with pytest.raises(ValueError, match="the config has 2 problems") as caught:
+        load_config(VIT_FT, ["DATA.TEST_CROP_SIZE", "220", "SHARD_ID", "9"])
+    assert len(str(caught.value).splitlines()) == 3

@@ -1,0 +1,272 @@
+"""Augmentation: exact where it is deterministic, the right distribution where it draws, one draw for a
+whole clip."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop, v2
+
+from maskfeat.data.erasing import RandomErasing
+from maskfeat.data.rand_augment import augment_frames, make_rand_augment
+from maskfeat.data.seeding import seeded
+from maskfeat.data.transforms import (
+    ClipTestTransform,
+    ClipTrainTransform,
+    ImageEvalTransform,
+    ImageTrainTransform,
+    normalise,
+    random_area_box,
+    resize_frames,
+    short_side_size,
+    to_float,
+    uniform_crop,
+)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+GOLDEN = Path(__file__).parents[1] / "golden" / "spatial_test_crops_small.npz"
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    """Smooth, without any symmetry."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / 9 + y / 17 + k) * np.cos(y / 13 - k) for k in range(3)]
+    return ((np.stack(waves, -1) + 1) * 127).astype(np.uint8)
+
+
+def plain(pixels: np.ndarray) -> torch.Tensor:
+    return normalise(to_float(pixels), MEAN, STD)
+
+
+def check_crops(golden: dict[str, np.ndarray]) -> None:
+    for name in ("landscape", "portrait"):
+        for position in range(3):
+            crop = uniform_crop(torch.from_numpy(golden[name]), 32, 36, position)
+            torch.testing.assert_close(
+                crop, torch.from_numpy(golden[f"{name}_{position}"]), atol=1e-5, rtol=0
+            )
+
+
+def test_published_crops() -> None:
+    check_crops(dict(np.load(GOLDEN)))
+
+
+def test_published_crops_in_full(shared: Path) -> None:
+    check_crops(dict(np.load(shared / "goldens" / "spatial_test_crops.npz")))
+
+
+def test_resize_of_the_short_side_floors_the_long_one() -> None:
+    assert short_side_size(40, 64, 36) == (36, 57)
+    assert short_side_size(64, 40, 36) == (57, 36)
+    assert short_side_size(36, 50, 36) == (36, 50)
+    assert short_side_size(50, 50, 36) == (36, 36)
+
+
+def test_frames_are_resized_as_a_clip_would_be() -> None:
+    frames = noise(3, 50, 70, 3)
+    for size in ((36, 50), (64, 64), (50, 70), (9, 100)):
+        expected = torch.nn.functional.interpolate(to_float(frames), size=size, mode="bilinear")
+        torch.testing.assert_close(resize_frames(frames, size), expected, atol=2e-3, rtol=0)  # of 255
+    turned = resize_frames(frames[:, ::-1], (36, 50))  # as it comes from a video that is upside down
+    torch.testing.assert_close(turned, resize_frames(frames, (36, 50)).flip(2), atol=2e-3, rtol=0)
+
+
+def test_normalise() -> None:
+    pixels = noise(4, 5, 6, 3)
+    expected = (torch.from_numpy(pixels).double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    result = plain(pixels)
+    assert result.dtype == torch.float32 and result.shape == (3, 4, 5, 6) and result.is_contiguous()
+    torch.testing.assert_close(result, expected.permute(3, 0, 1, 2).float(), atol=1e-6, rtol=1e-6)
+    flipped = pixels[:, ::-1]
+    torch.testing.assert_close(plain(flipped), plain(pixels).flip(2))
+
+
+@pytest.mark.parametrize("size", [(300, 400), (400, 300), (90, 90), (256, 257), (37, 250)])
+@pytest.mark.parametrize("crop", [224, 96])
+def test_image_evaluation_equals_resize_and_centre_crop(size: tuple[int, int], crop: int) -> None:
+    image = Image.fromarray(picture(*size))
+    reference = v2.Compose([v2.Resize(int(256 / 224 * crop), Image.BICUBIC), v2.CenterCrop(crop)])(image)
+    assert torch.equal(ImageEvalTransform(crop, MEAN, STD)(image), plain(np.asarray(reference)))
+
+
+def test_image_evaluation_of_slivers_shows_the_same() -> None:
+    image = Image.fromarray(picture(20, 400))
+    reference = v2.Compose([v2.Resize(36, Image.BICUBIC), v2.CenterCrop(32)])(image)
+    difference = ImageEvalTransform(32, MEAN, STD, short_side=36)(image) - plain(np.asarray(reference))
+    assert difference.abs().mean() < 0.5 / 255 / min(STD)
+
+
+def test_image_evaluation_of_extreme_shapes() -> None:
+    for size in ((1, 1), (2000, 4), (4, 2000)):
+        assert ImageEvalTransform(224, MEAN, STD)(Image.new("RGB", size)).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("scale, ratio", [((0.5, 1.0), (3 / 4, 4 / 3)), ((0.08, 1.0), (0.8, 1.25))])
+def test_random_area_box_is_distributed_as_in_torchvision(scale: tuple, ratio: tuple) -> None:
+    rng = np.random.default_rng(0)
+    ours = np.array([random_area_box(300, 400, scale, ratio, rng) for _ in range(3000)], dtype=float)
+    picture = torch.zeros(3, 300, 400)
+    theirs = np.array([RandomResizedCrop.get_params(picture, scale, ratio) for _ in range(3000)], dtype=float)
+    top, left, height, width = ours.T
+    assert (
+        (top >= 0).all() and (left >= 0).all() and (top + height <= 300).all() and (left + width <= 400).all()
+    )
+    shares = np.linspace(0.02, 0.98, 13)
+    for measure in (
+        lambda b: b[:, 2] * b[:, 3] / 120_000,
+        lambda b: np.log(b[:, 3] / b[:, 2]),
+        lambda b: b[:, 0] / np.maximum(300 - b[:, 2], 1),
+        lambda b: b[:, 1] / np.maximum(400 - b[:, 3], 1),
+    ):
+        np.testing.assert_allclose(
+            np.quantile(measure(ours), shares), np.quantile(measure(theirs), shares), atol=0.05
+        )
+
+
+def test_random_area_box_of_slivers_is_central() -> None:
+    rng = np.random.default_rng(0)
+    assert random_area_box(4, 2000, (0.9, 1.0), (3 / 4, 4 / 3), rng) == (0, 997, 4, 5)
+    assert random_area_box(2000, 4, (0.9, 1.0), (3 / 4, 4 / 3), rng) == (997, 0, 5, 4)
+    assert random_area_box(1, 1, (0.5, 1.0), (3 / 4, 4 / 3), rng) == (0, 0, 1, 1)
+
+
+def test_image_training_without_randomness_is_a_resize() -> None:
+    image = Image.fromarray(picture(100, 100))
+    transform = ImageTrainTransform(64, (1.0, 1.0), (1.0, 1.0), MEAN, STD, flip=False)
+    result = transform(image, np.random.default_rng(0))
+    torch.testing.assert_close(result, plain(np.asarray(image.resize((64, 64), Image.BICUBIC))))
+    mirrored = ImageTrainTransform(64, (1.0, 1.0), (1.0, 1.0), MEAN, STD)
+    flips = [torch.equal(mirrored(image, np.random.default_rng(i)), result.flip(-1)) for i in range(60)]
+    assert 15 < sum(flips) < 45
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_erasing_takes_the_same_box_in_all_frames(mode: str) -> None:
+    shares = []
+    for seed in range(40):
+        clip = RandomErasing(1.0, mode)(torch.full((3, 4, 48, 64), 9.0), np.random.default_rng(seed))
+        gone = (clip != 9.0).any(0)
+        assert torch.equal(gone, gone[:1].expand_as(gone))
+        rows, columns = gone[0].any(1), gone[0].any(0)
+        assert gone[0].sum() == rows.sum() * columns.sum()  # a solid rectangle
+        shares.append(float(gone[0].float().mean()))
+        box = clip[:, :, rows][..., columns]
+        assert (box == 0).all() if mode == "const" else True
+        assert mode != "rand" or torch.equal(box, box[:, :1, :1, :1].expand_as(box))
+        assert mode != "pixel" or not torch.equal(box[:, 0], box[:, 1])
+    assert 0.005 < min(shares) < 0.1 and 0.2 < max(shares) < 0.36
+
+
+def test_erasing_happens_as_often_as_asked() -> None:
+    rng = np.random.default_rng(0)
+    erase = RandomErasing(0.25, "pixel")
+    hits = sum(bool((erase(torch.zeros(3, 1, 16, 16), rng) != 0).any()) for _ in range(800))
+    assert 150 < hits < 250
+    clip = torch.zeros(3, 1, 16, 16)
+    assert RandomErasing(0.0)(clip, rng) is clip and not clip.any()
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m7-n4-mstd0.5-inc1"])
+def test_rand_augment_is_the_same_for_all_frames_and_differs_between_clips(policy: str) -> None:
+    frames = np.repeat(picture(48, 64)[None], 4, axis=0)
+    results = []
+    for index in range(12):
+        with seeded(0, 0, index, 0):
+            result = augment_frames(frames, policy, "bicubic")
+        assert all(np.array_equal(result[0], frame) for frame in result), index
+        results.append(result[0])
+    assert len({r.tobytes() for r in results}) > 6
+    moving = np.stack([picture(48, 64), noise(48, 64, 3)])
+    with seeded(0, 0, 3, 0):
+        together = augment_frames(moving, policy, "bicubic")
+    with seeded(0, 0, 3, 0):
+        alone = augment_frames(moving[1:], policy, "bicubic")
+    assert np.array_equal(together[1], alone[0])
+
+
+def test_rand_augment_at_full_strength() -> None:
+    augment = make_rand_augment("rand-m10-n15-p1-inc1", 32, "bilinear")
+    image = Image.fromarray(picture(32, 32))
+    for op in augment.ops:
+        with seeded(0, 0, 0, 0):
+            assert op(image).size == (32, 32), op.name
+
+
+@pytest.mark.parametrize("policy", ["original", "rand-q3", "augmix-m3"])
+def test_unknown_policy_names_the_key(policy: str) -> None:
+    with pytest.raises(ValueError, match="AUG.AA_TYPE"):
+        make_rand_augment(policy, 32, "bilinear")
+
+
+def test_clip_training_is_a_crop_and_a_resize() -> None:
+    frames = np.stack([picture(90, 120), noise(90, 120, 3)])
+    transform = ClipTrainTransform(64, (0.3, 0.5), (3 / 4, 4 / 3), MEAN, STD, flip=False)
+    result = transform(frames, np.random.default_rng(1))
+    top, left, height, width = random_area_box(90, 120, (0.3, 0.5), (3 / 4, 4 / 3), np.random.default_rng(1))
+    region = plain(frames)[..., top : top + height, left : left + width]
+    expected = torch.nn.functional.interpolate(region, size=(64, 64), mode="bilinear")
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_clip_training_by_short_side() -> None:
+    frames = np.repeat(picture(90, 120)[None], 2, axis=0)
+    transform = ClipTrainTransform(64, (), (), MEAN, STD, short_sides=(64, 80))
+    for seed in range(5):
+        assert transform(frames, np.random.default_rng(seed)).shape == (3, 2, 64, 64)
+    with pytest.raises(ValueError, match="DATA.TRAIN_JITTER_SCALES"):
+        ClipTrainTransform(64, (), (), MEAN, STD, short_sides=(40, 80))
+
+
+def test_clip_training_shows_every_frame_the_same_way() -> None:
+    frames = np.repeat(picture(90, 120)[None], 3, axis=0)
+    transform = ClipTrainTransform(
+        64,
+        (0.08, 1.0),
+        (3 / 4, 4 / 3),
+        MEAN,
+        STD,
+        auto_augment="rand-m7-n4-mstd0.5-inc1",
+        erase_prob=1.0,
+        erase_mode="const",
+    )
+    for index in range(6):
+        with seeded(0, 0, index, 0) as rng:
+            clip = transform(frames, rng)
+        assert clip.shape == (3, 3, 64, 64) and clip.dtype == torch.float32 and clip.is_contiguous()
+        assert torch.equal(clip[:, :1].expand_as(clip), clip)
+
+
+def test_clip_testing() -> None:
+    frames = np.stack([picture(60, 100)] * 2)
+    three = ClipTestTransform(32, 36, 3, MEAN, STD)
+    crops = [three(frames, position=position) for position in range(3)]
+    for position, crop in enumerate(crops):
+        torch.testing.assert_close(crop, uniform_crop(plain(frames), 32, 36, position), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(crops[0], crops[2])
+    torch.testing.assert_close(ClipTestTransform(32, 36, 1, MEAN, STD)(frames), crops[1])
+    with pytest.raises(ValueError, match="TEST.NUM_SPATIAL_CROPS"):
+        ClipTestTransform(32, 36, 2, MEAN, STD)
+
+
+def test_transforms_are_a_function_of_the_seed_alone() -> None:
+    image = Image.fromarray(picture(80, 100))
+    transform = ImageTrainTransform(
+        48, (0.08, 1.0), (3 / 4, 4 / 3), MEAN, STD, auto_augment="rand-m9-mstd0.5-inc1", erase_prob=0.5
+    )
+    jitter = ImageTrainTransform(48, (0.5, 1.0), (3 / 4, 4 / 3), MEAN, STD, color_jitter=0.4)
+    for maker in (transform, jitter):
+        outcomes = []
+        for _ in range(2):
+            random.random(), np.random.rand(), torch.rand(3)  # whatever happened before
+            with seeded(7, 1, 5, 0) as rng:
+                outcomes.append(maker(image, rng))
+        assert torch.equal(*outcomes)
+        with seeded(7, 1, 6, 0) as rng:
+            assert not torch.equal(maker(image, rng), outcomes[0])
