@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=32, help="frames of a clip (default %(default)s)")
     parser.add_argument("--fps", type=int, default=30, help="frames a second (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same pixels (default %(default)s)")
-    parser.add_argument("--difficulty", type=float, default=0.2, help="0 to 1 (default %(default)s)")
+    parser.add_argument("--difficulty", type=float, default=0.1, help="0 to 1 (default %(default)s)")
     args = parser.parse_args()
     if not (args.images or args.clips):
         parser.error("give --images DIR, --clips DIR or both")

@@ -133,8 +133,8 @@ def _texture(rng: np.random.Generator, height: int, width: int, base: Float, con
 def _two_colours(rng: np.random.Generator, difficulty: float) -> tuple[Float, Float]:
     """The colours of a background and of a shape on it, each (3,) in 0..255 and of any hue.
 
-    They differ in brightness. At difficulty 0 the shape is always the lighter one, so that a small model can learn
-    from few images; at 1 it is the lighter one in half of them.
+    They differ in brightness. At difficulty 0 the shape is always the lighter one, so that a small model can
+    learn from few images; at 1 it is the lighter one in half of them.
     """
     hues = rng.uniform(-40.0, 40.0, size=(2, 3))
     hues -= hues.mean(axis=1, keepdims=True)
@@ -248,7 +248,7 @@ def render_image(
     number: int,
     size: tuple[int, int] = (96, 96),
     seed: int = 0,
-    difficulty: float = 0.2,
+    difficulty: float = 0.1,
 ) -> Pixels:
     """One image (H, W, 3) uint8, RGB: a pure function of the arguments."""
     rng = _rng(seed, "image", split, shape, number)
@@ -295,7 +295,7 @@ def render_clip(
     fps: int = 30,
     size: tuple[int, int] = (96, 128),
     seed: int = 0,
-    difficulty: float = 0.2,
+    difficulty: float = 0.1,
 ) -> Pixels:
     """One clip (T, H, W, 3) uint8, RGB: a pure function of the arguments. It shows any of `SHAPES`."""
     rng = _rng(seed, "clip", split, motion, number)

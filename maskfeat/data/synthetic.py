@@ -52,7 +52,7 @@ def make_images(
     val_per_class: int = 25,
     size: tuple[int, int] = (96, 96),
     seed: int = 0,
-    difficulty: float = 0.2,
+    difficulty: float = 0.1,
 ) -> Path:
     """Write `root/{train,val}/<shape>/NNNN.jpg`, ImageNet's layout; labels follow the sorted names.
 
@@ -63,7 +63,8 @@ def make_images(
         train_per_class, val_per_class: images of each class, at least 1.
         size: (height, width) in pixels, at least 32.
         seed: the same seed gives the same pixels.
-        difficulty: 0 to 1: contrast of the textures, clutter, and how far from upright shapes are turned.
+        difficulty: 0 to 1. It raises the contrast of the textures, the clutter, the angles that shapes are
+            turned by, and how often a shape is darker than its background.
 
     Returns the folder. Raises ValueError for bad arguments, and for a folder that holds anything else.
     """
@@ -92,7 +93,7 @@ def make_clips(
     fps: int = 30,
     size: tuple[int, int] = (96, 128),
     seed: int = 0,
-    difficulty: float = 0.2,
+    difficulty: float = 0.1,
 ) -> Path:
     """Write `root/videos/<split>/<motion>_NNNN.mp4` and `root/{train,val,test}.csv`, Kinetics' layout.
 

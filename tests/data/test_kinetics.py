@@ -105,11 +105,14 @@ def test_training_draws_a_span_that_all_views_share(videos: list[tuple[str, int]
     assert read_numbers(again.transform.seen[0])[0] == starts[39]  # whatever the number of views
 
 
-def test_target_rate_is_scaled_by_the_videos_own(videos: list[tuple[str, int]]) -> None:
+def test_target_rate_is_scaled_by_the_videos_own(videos: list[tuple[str, int]], tmp_path: Path) -> None:
     raw = Raw()
     dataset = VideoClips(videos, raw, 4, 4, target_fps=15, seed=0, mode="test")
     dataset[SampleKey(0, 0, 0)]
     assert read_numbers(raw.seen[0]) == [0, 10, 20, 31]  # 4 x 4 frames at 15 a second are 32 at 30
+    slow = [(str(write_video(tmp_path / "slow.mp4", frames=60, rate=10)), 0)]
+    VideoClips(slow, raw, 4, 4, target_fps=15, seed=0, mode="test")[SampleKey(0, 0, 0)]
+    assert read_numbers(raw.seen[1]) == frame_indices(0, 16 / 15 * 10 - 1, 4, 60) == [0, 3, 6, 9]
 
 
 @pytest.mark.parametrize("use_offset", [False, True])

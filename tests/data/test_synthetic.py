@@ -65,7 +65,7 @@ def test_only_the_shape_differs_between_classes() -> None:
     for number in range(5):
         disc, ring = (render_image(shape, "train", number).astype(int) for shape in ("disc", "ring"))
         differs = (disc != ring).any(axis=2).mean()
-        assert 0.01 < differs < 0.3  # the hole, and the rim that makes up for its area
+        assert 0.01 < differs < 0.4  # the hole, and the rim that makes up for its area
 
 
 def test_colour_does_not_tell_the_class() -> None:

@@ -1,0 +1,123 @@
+"""Backbones behind their protocol: grids, initialisation, the mask token, other sizes and axes."""
+
+import pytest
+import torch
+
+from maskfeat.models.base import Backbone
+from maskfeat.models.mvit import MViT, plan_blocks
+from maskfeat.models.vit import ViT
+
+
+def small_vit(**changes: object) -> ViT:
+    return ViT(**{"image_size": (32, 48), "patch": (16, 16), "width": 24, "depth": 2, "num_heads": 2, **changes})
+
+
+def small_mvit(**changes: object) -> MViT:
+    options = {
+        "clip_size": (4, 32, 32),
+        "width": 16,
+        "depth": 3,
+        "width_mul": {1: 2.0},
+        "head_mul": {1: 2.0},
+        "stride_q": {1: (1, 2, 2)},
+        "stride_kv_adaptive": (1, 4, 4),
+    }
+    return MViT(**{**options, **changes})
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_vit_tokens(class_token: bool) -> None:
+    vit = small_vit(class_token=class_token)
+    tokens = vit.forward_tokens(torch.randn(2, 3, 32, 48))
+    assert tokens.grid == vit.grid == (2, 3)
+    assert tokens.has_class_token == class_token
+    assert tokens.patches.shape == (2, 6, 24)
+    assert tokens.x.shape == (2, 6 + class_token, 24)
+
+
+def test_mvit_tokens() -> None:
+    mvit = small_mvit()
+    tokens = mvit.forward_tokens(torch.randn(2, 3, 4, 32, 32))
+    assert mvit.stem_grid == (2, 8, 8)
+    assert tokens.grid == mvit.grid == (2, 4, 4)
+    assert tokens.patches.shape == (2, 32, 32)
+    assert (mvit.token_pixels, mvit.frame_stride, mvit.width) == ((8, 8), 2, 32)
+
+
+@pytest.mark.parametrize("position", ["joint", "separate"])
+def test_mvit_positions_matter(position: str) -> None:
+    mvit = small_mvit(position=position, relative_space=False, relative_time=False)
+    assert "pos_embed" in " ".join(name for name, _ in mvit.named_parameters())
+    assert mvit.no_weight_decay() <= {name for name, _ in mvit.named_parameters()}
+    before = mvit.forward_tokens(torch.ones(1, 3, 4, 32, 32)).x
+    table = mvit.pos_embed if position == "joint" else mvit.pos_embed_temporal
+    with torch.no_grad():
+        table.mul_(-3.0)
+    assert not torch.allclose(before, mvit.forward_tokens(torch.ones(1, 3, 4, 32, 32)).x, atol=1e-4)
+
+
+def test_image_mvit_has_two_axes() -> None:
+    mvit = small_mvit(
+        clip_size=(32, 32),
+        kernel=(7, 7),
+        stride=(4, 4),
+        padding=(3, 3),
+        stride_q={1: (2, 2)},
+        stride_kv_adaptive=(4, 4),
+        pool_kernel=(3, 3),
+    )
+    tokens = mvit.forward_tokens(torch.randn(2, 3, 32, 32))
+    assert tokens.grid == (4, 4) and mvit.frame_stride == 1
+    assert mvit.blocks[0].attn.pool_q.weight.shape == (16, 1, 3, 3)
+
+
+@pytest.mark.parametrize("make", [small_vit, small_mvit])
+def test_hidden_pixels_cannot_be_seen(make: object) -> None:
+    """With everything hidden the output does not depend on the clip, and the mask token is what is seen."""
+    backbone: Backbone = make(maskable=True)  # type: ignore[operator]
+    size = backbone.clip_size  # type: ignore[attr-defined]
+    hidden = torch.ones(1, *([2] * len(size)), dtype=torch.bool)
+    outputs = [backbone.forward_tokens(torch.randn(1, 3, *size), hidden).x for _ in range(2)]
+    torch.testing.assert_close(outputs[0], outputs[1])
+    visible = [backbone.forward_tokens(torch.randn(1, 3, *size), ~hidden).x for _ in range(2)]
+    assert not torch.allclose(visible[0], visible[1], atol=1e-4)
+
+
+def test_wrong_size_names_the_keys() -> None:
+    with pytest.raises(ValueError, match="DATA.TRAIN_CROP_SIZE"):
+        small_vit().forward_tokens(torch.randn(1, 3, 64, 64))
+
+
+def test_initialisation() -> None:
+    for backbone in (small_vit(width=96, maskable=True), small_mvit(width=96, maskable=True)):
+        for name, parameter in backbone.named_parameters():
+            if name.endswith("bias"):
+                assert (parameter == 0.02).all(), name
+            elif ".norm" in name:
+                assert (parameter == 1.0).all(), name
+            elif parameter.numel() > 3000:
+                assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+    assert (small_mvit(relative_zero_init=True).blocks[0].attn.rel_pos_h == 0).all()
+
+
+def test_adaptive_strides_follow_the_queries() -> None:
+    plans = plan_blocks(4, 96, 1, {1: 2.0, 3: 2.0}, {1: 2.0, 3: 2.0}, {1: (1, 2, 2), 3: (1, 2, 2)}, {}, (1, 8, 8), 3)
+    assert [p.stride_kv for p in plans] == [(1, 8, 8), (1, 4, 4), (1, 4, 4), (1, 2, 2)]
+    assert [(p.width, p.width_out, p.num_heads) for p in plans] == [
+        (96, 192, 1),
+        (192, 192, 2),
+        (192, 384, 2),
+        (384, 384, 4),
+    ]
+
+
+def test_drop_path_grows_linearly() -> None:
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in small_mvit(drop_path=0.3).blocks]
+    assert rates == pytest.approx([0.0, 0.15, 0.3])
+
+
+def test_layers() -> None:
+    vit = small_vit(maskable=True)
+    expected = {"cls_token": 0, "pos_embed": 0, "mask_token": 0, "patch_embed.proj.weight": 0}
+    expected |= {"blocks.0.norm1.weight": 1, "blocks.1.mlp.fc1.bias": 2, "norm.weight": 3}
+    assert {name: vit.layer_id(name) for name in expected} == expected

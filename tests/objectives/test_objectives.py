@@ -1,0 +1,182 @@
+"""MaskFeat and classification: what the loss looks at, what it does not, and what a step means."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from maskfeat.batch import Batch
+from maskfeat.models.mvit import MViT
+from maskfeat.models.vit import ViT
+from maskfeat.objectives.classification import Classification
+from maskfeat.objectives.maskfeat import MaskFeat
+from maskfeat.objectives.mixup import Mixup
+
+
+def vit(**changes: object) -> ViT:
+    return ViT(**{"image_size": (64, 64), "patch": (16, 16), "width": 24, "depth": 2, "num_heads": 2, **changes})
+
+
+def masked_batch(size: int = 3) -> Batch:
+    hidden = torch.rand(size, 4, 4) > 0.5
+    hidden[:, 0, 0] = True
+    return Batch(torch.randn(size, 3, 64, 64), hidden=hidden, index=torch.arange(size))
+
+
+def test_loss_is_the_mean_square_over_hidden_tokens() -> None:
+    objective, batch = MaskFeat(vit(maskable=True)), masked_batch()
+    prediction, target = objective.predict_hidden(batch)
+    assert prediction.shape == target.shape == (int(batch.hidden.sum()), 108)
+    assert objective.weight(batch) == batch.hidden.sum()
+    out = objective(batch)
+    torch.testing.assert_close(out.loss, (prediction - target).square().mean())
+    assert not any(value.requires_grad for value in out.metrics.values())
+    assert out.metrics["zero_predictor"].item() == pytest.approx(1 / 9, rel=1e-4)
+    assert out.metrics["mean_hog_predictor"] < out.metrics["zero_predictor"]
+
+
+def test_target_is_of_the_unmasked_input_and_without_gradient() -> None:
+    objective, batch = MaskFeat(vit(maskable=True)), masked_batch()
+    batch.clip.requires_grad_(True)
+    _, target = objective.predict_hidden(batch)
+    assert not target.requires_grad and target.dtype == torch.float32
+    everything = Batch(batch.clip, hidden=torch.ones_like(batch.hidden), index=batch.index)
+    _, complete = objective.predict_hidden(everything)
+    torch.testing.assert_close(complete[batch.hidden.flatten()], target)
+
+
+def test_visible_pixels_get_gradient_hidden_ones_none() -> None:
+    objective, batch = MaskFeat(vit(maskable=True)), masked_batch()
+    batch.clip.requires_grad_(True)
+    objective(batch).loss.backward()
+    gradient = batch.clip.grad.reshape(3, 3, 4, 16, 4, 16).abs().sum(dim=(1, 3, 5))
+    assert (gradient[batch.hidden] == 0).all()
+    assert (gradient[~batch.hidden] > 0).all()
+
+
+def test_clips_use_every_second_frame_and_three_grids() -> None:
+    backbone = MViT(
+        clip_size=(8, 64, 64),
+        width=16,
+        depth=2,
+        stride_q={1: (1, 2, 2)},
+        stride_kv_adaptive=(1, 4, 4),
+        maskable=True,
+    )
+    assert (backbone.stem_grid, backbone.grid) == ((4, 16, 16), (4, 8, 8))
+    objective = MaskFeat(backbone, cell=4)
+    clip = torch.randn(2, 3, 8, 64, 64)
+    hidden = torch.zeros(2, 4, 4, 4, dtype=torch.bool)
+    hidden[0, 1, 2, 3] = hidden[1, 0, 0, 0] = True
+    batch = Batch(clip, hidden=hidden, index=torch.arange(2))
+    _, target = objective.predict_hidden(batch)
+    assert target.shape == (2 * 4, 108)
+    odd = clip.clone()
+    odd[:, :, 1::2] = 0
+    torch.testing.assert_close(objective.target(odd), objective.target(clip))
+    # The second hidden token of sample 0 is place (t, y, x) = (1, 4, 7) of the output grid.
+    torch.testing.assert_close(target[1], objective.target(clip).reshape(2, 4, 8, 8, 108)[0, 1, 4, 7])
+
+
+def test_mask_is_asked_for_by_its_key() -> None:
+    with pytest.raises(ValueError, match="AUG.GEN_MASK_LOADER"):
+        MaskFeat(vit(maskable=True))(Batch(torch.randn(1, 3, 64, 64)))
+    with pytest.raises(ValueError, match="MASK.HOG_CELL"):
+        MaskFeat(vit(maskable=True), cell=5)
+
+
+@pytest.mark.parametrize("mean_pooling", [True, False])
+@pytest.mark.parametrize("class_token", [True, False])
+def test_pooling(mean_pooling: bool, class_token: bool) -> None:
+    objective = Classification(vit(class_token=class_token), num_classes=5, mean_pooling=mean_pooling).eval()
+    clip = torch.randn(2, 3, 64, 64)
+    tokens = objective.backbone.forward_tokens(clip)
+    if mean_pooling:
+        pooled = objective.norm(tokens.x[:, int(class_token) :].mean(dim=1))
+    else:
+        normed = objective.norm(tokens.x)
+        pooled = normed[:, 0] if class_token else normed.mean(dim=1)
+    probabilities = objective.predict(Batch(clip))
+    torch.testing.assert_close(probabilities, objective.head.projection(pooled).softmax(dim=1))
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(2))
+
+
+def test_hard_soft_and_mixed_targets() -> None:
+    mixup = Mixup(alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, smoothing=0.1, num_classes=5)
+    objective = Classification(vit(), num_classes=5, mixup=mixup)
+    clip, hard = torch.randn(4, 3, 64, 64), torch.tensor([0, 3, 2, 4])
+    soft = torch.nn.functional.one_hot(hard, 5).float()
+    kept = clip.clone()
+    assert objective(Batch(clip, label=hard)).metrics == {}, "no accuracy on mixed images"
+    assert (clip == kept).all(), "mixing must not change the batch itself"
+    by_soft = objective(Batch(clip, label=soft))
+    assert by_soft.metrics == {}
+    out = objective.eval()(Batch(clip, label=hard))
+    torch.testing.assert_close(out.loss, by_soft.loss, msg="soft targets are never mixed")
+    right = objective.predict(Batch(clip)).argmax(1) == hard
+    assert out.metrics["top1"] == right.float().mean()
+
+
+def test_labels_out_of_range_name_the_key() -> None:
+    with pytest.raises(ValueError, match="MODEL.NUM_CLASSES"):
+        Classification(vit(), num_classes=5)(Batch(torch.randn(2, 3, 64, 64), label=torch.tensor([0, 5])))
+    with pytest.raises(ValueError, match="labels"):
+        Classification(vit(), num_classes=5)(Batch(torch.randn(2, 3, 64, 64)))
+
+
+def test_head_scale() -> None:
+    torch.manual_seed(3)
+    plain = Classification(vit(), num_classes=5)
+    torch.manual_seed(3)
+    scaled = Classification(vit(), num_classes=5, head_init_scale=0.001)
+    torch.testing.assert_close(scaled.head.projection.weight, plain.head.projection.weight * 0.001)
+    assert scaled.head.projection.bias.tolist() == pytest.approx([2e-5] * 5)
+
+
+def mix(clip: Tensor, label: Tensor, seed: int, **changes: float) -> tuple[Tensor, Tensor]:
+    np.random.seed(seed)
+    options = {"alpha": 0.8, "cutmix_alpha": 1.0, "prob": 1.0, "switch_prob": 0.5, "smoothing": 0.0, **changes}
+    return Mixup(num_classes=4, **options)(clip, label)
+
+
+@pytest.mark.parametrize("frames", [(), (3,)])
+@pytest.mark.parametrize("size", [4, 5])
+def test_mixup_partner_is_the_reversed_batch(size: int, frames: tuple[int, ...]) -> None:
+    clip, label = torch.randn(size, 3, *frames, 16, 16), torch.arange(size) % 4
+    for seed in range(5):
+        mixed, target = mix(clip, label, seed, cutmix_alpha=0.0)
+        one_hot = torch.nn.functional.one_hot(label, 4).float()
+        # lambda is read off a row whose partner has another label; images and targets must agree on it.
+        share = target[1, label[1]].item()
+        torch.testing.assert_close(mixed, clip * share + clip.flip(0) * (1 - share), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(target, one_hot * share + one_hot.flip(0) * (1 - share))
+
+
+@pytest.mark.parametrize("frames", [(), (3,)])
+def test_cutmix_pastes_one_box_through_all_frames(frames: tuple[int, ...]) -> None:
+    clip, label = torch.randn(4, 3, *frames, 16, 16), torch.tensor([0, 1, 2, 3])
+    for seed in range(10):
+        mixed, target = mix(clip, label, seed, alpha=0.0)
+        pasted = mixed == clip.flip(0)
+        same = mixed == clip
+        assert (pasted | same).all()
+        box = pasted.flatten(0, -3).all(dim=0)
+        assert (pasted == box).all(), "the box is the same in every sample, channel and frame"
+        share = 1 - box.float().mean().item()
+        assert target[0, 0].item() == pytest.approx(share, abs=1e-6)
+        rows, columns = box.any(1).sum(), box.any(0).sum()
+        assert rows * columns == box.sum(), "it is a rectangle"
+
+
+def test_mixup_smoothing_and_chances() -> None:
+    clip, label = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    mixed, target = mix(clip, label, 0, prob=0.0, smoothing=0.1)
+    assert (mixed == clip).all()
+    assert target[0].tolist() == pytest.approx([0.925, 0.025, 0.025, 0.025])
+    cut = 0
+    for seed in range(60):
+        mixed, _ = mix(clip, label, seed, switch_prob=0.5)
+        cut += bool(((mixed == clip) | (mixed == clip.flip(0))).all())
+    assert 15 < cut < 45
+    with pytest.raises(ValueError, match="MIXUP.ALPHA"):
+        mix(clip, label, 0, alpha=0.0, cutmix_alpha=0.0)

@@ -1,0 +1,108 @@
+"""Checkpoint files: names, atomic writes, refusal of what is damaged or could run."""
+
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskfeat import checkpoint
+from maskfeat.checkpoint import (
+    checkpoint_path,
+    find_checkpoints,
+    last_checkpoint,
+    model_state,
+    read_checkpoint,
+    save_checkpoint,
+    trained_model,
+)
+
+CONTENT = {"epoch": 3, "model_state": {"a": torch.arange(5.0)}, "cfg": "MODEL:\n  MODEL_NAME: MViT\n"}
+
+
+def test_published_names(tmp_path: Path) -> None:
+    assert checkpoint_path("out", "ssl", 9) == Path("out/checkpoints/ssl_checkpoint_epoch_00010.pyth")
+    assert checkpoint_path("out", "", 1599).name == "checkpoint_epoch_01600.pyth"
+    for task, epoch in (("", 1), ("", 10), ("", 9), ("ssl", 30), ("ssl_eval", 99)):
+        save_checkpoint(checkpoint_path(tmp_path, task, epoch), CONTENT)
+    assert [p.name for p in find_checkpoints(tmp_path, "")] == [
+        "checkpoint_epoch_00002.pyth",
+        "checkpoint_epoch_00010.pyth",
+        "checkpoint_epoch_00011.pyth",
+    ]
+    assert [p.name for p in find_checkpoints(tmp_path, "ssl")] == ["ssl_checkpoint_epoch_00031.pyth"]
+    assert find_checkpoints(tmp_path / "nowhere", "") == []
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = checkpoint_path(tmp_path, "", 3)
+    save_checkpoint(path, CONTENT)
+    content = read_checkpoint(path)
+    assert content["epoch"] == 3 and (content["model_state"]["a"] == torch.arange(5.0)).all()
+    assert trained_model(content) == "MViT"
+    assert os.listdir(path.parent) == [path.name], "nothing temporary is left"
+
+
+def test_other_models_are_not_resumed(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path, "", "MViT") is None
+    save_checkpoint(checkpoint_path(tmp_path, "", 3), CONTENT)
+    found = last_checkpoint(tmp_path, "", "MViT")
+    assert found is not None and found[1]["epoch"] == 3
+    assert last_checkpoint(tmp_path, "ssl", "MaskMViT") is None
+    with pytest.raises(ValueError, match="OUTPUT_DIR or a TASK"):
+        last_checkpoint(tmp_path, "", "MaskMViT")
+
+
+def test_failed_write_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint_path(tmp_path, "", 0)
+    save_checkpoint(path, CONTENT)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(OSError, match="checkpoint_epoch_00001.pyth.*No space left"):
+        save_checkpoint(path, {"epoch": 99})
+    monkeypatch.undo()
+    assert read_checkpoint(path)["epoch"] == 3
+    assert os.listdir(path.parent) == [path.name]
+
+
+class _Gadget:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch gadget_ran",)
+
+
+def test_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model_state": {"a": _Gadget()}}, tmp_path / "gadget.pyth")
+    (tmp_path / "bare.pyth").write_bytes(pickle.dumps(_Gadget()))
+    for name in ("gadget.pyth", "bare.pyth"):
+        with pytest.raises(ValueError, match="not loaded|not a readable"):
+            read_checkpoint(tmp_path / name)
+    assert not (tmp_path / "gadget_ran").exists()
+
+
+def test_damaged_and_missing(tmp_path: Path) -> None:
+    path = checkpoint_path(tmp_path, "", 0)
+    save_checkpoint(path, CONTENT)
+    whole = path.read_bytes()
+    for keep in (0, 10, len(whole) // 2):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(ValueError, match="checkpoint_epoch_00001"):
+            read_checkpoint(path)
+    with pytest.raises(ValueError, match="TRAIN.CHECKPOINT_FILE_PATH"):
+        read_checkpoint(tmp_path / "none.pyth")
+    torch.save([1, 2], tmp_path / "list.pyth")
+    with pytest.raises(ValueError, match="expected a dict"):
+        read_checkpoint(tmp_path / "list.pyth")
+
+
+def test_where_parameters_lie() -> None:
+    state = OrderedDict(a=torch.zeros(1))
+    for content in ({"model_state": state}, {"model": state}, {"state_dict": state}, state):
+        assert model_state(content) == state
+    with pytest.raises(ValueError, match="no parameters"):
+        model_state({"epoch": 1})

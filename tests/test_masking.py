@@ -1,0 +1,89 @@
+"""Masks: aims, bounds, shapes of the hidden regions, and carrying them to other grids."""
+
+import numpy as np
+import pytest
+import torch
+
+from maskfeat.masking import block_mask, cube_mask, frame_mask, mask_sampler, resize_mask, tube_mask
+
+
+def draws(number: int = 200) -> list[np.random.Generator]:
+    return [np.random.default_rng(seed) for seed in range(number)]
+
+
+def test_image_blocks_aim_at_78_of_196() -> None:
+    sampler = mask_sampler((14, 14), 0.4)
+    counts = np.array([sampler(rng).sum() for rng in draws()])
+    assert counts.max() <= 78
+    assert counts.mean() > 70, "blocks should come close to their aim"
+    share = np.mean([sampler(rng) for rng in draws()], axis=0)
+    assert share.min() > 0.01 and share.max() < 0.8, "every place is hidden sometimes and seen sometimes"
+
+
+def test_first_block_has_the_published_size_and_aspect() -> None:
+    """With an aim of one smallest block, what is hidden is a single rectangle of 15 patches or a little around."""
+    for rng in draws():
+        hidden = block_mask((14, 14), 18, rng)
+        rows, columns = np.where(hidden.any(1))[0], np.where(hidden.any(0))[0]
+        if not hidden.any():
+            continue
+        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+        if hidden.sum() == height * width:
+            assert 9 <= hidden.sum() <= 18
+            assert 0.2 <= height / width <= 5.0
+
+
+def test_clip_cubes_aim_at_157_of_392() -> None:
+    sampler = mask_sampler((8, 7, 7), 0.4)
+    masks = [sampler(rng) for rng in draws()]
+    counts = np.array([mask.sum() for mask in masks])
+    assert masks[0].shape == (8, 7, 7) and masks[0].dtype == bool
+    assert counts.max() <= 157
+    assert counts.mean() > 130
+    differing = [not (mask == mask[:1]).all() for mask in masks]
+    assert np.mean(differing) > 0.9, "cubes begin and end in time"
+
+
+def test_single_cube_bounds() -> None:
+    for rng in draws():
+        hidden = cube_mask((8, 7, 7), 8 * 9, rng)
+        per_frame = hidden.sum(axis=(1, 2))
+        assert per_frame.max() <= 49
+
+
+def test_tubes_are_the_same_in_every_frame() -> None:
+    sampler = mask_sampler((8, 14, 14), 0.4, tube=True)
+    for rng in draws(50):
+        hidden = sampler(rng)
+        assert (hidden == hidden[:1]).all()
+        assert 0 < hidden.sum() <= 0.4 * hidden.size
+    assert tube_mask((8, 7, 7), 157, np.random.default_rng(0)).sum() <= 157
+
+
+def test_frames_are_hidden_whole() -> None:
+    hidden = frame_mask((8, 7, 7), 157, np.random.default_rng(0))
+    assert hidden.all(axis=(1, 2)).sum() == round(157 / 49) == hidden.any(axis=(1, 2)).sum()
+    assert mask_sampler((8, 7, 7), 0.4, frames=True)(np.random.default_rng(0)).sum() == hidden.sum()
+
+
+def test_a_draw_is_a_function_of_its_generator() -> None:
+    for sampler in (mask_sampler((14, 14), 0.4), mask_sampler((8, 7, 7), 0.4)):
+        assert (sampler(np.random.default_rng(5)) == sampler(np.random.default_rng(5))).all()
+        assert (sampler(np.random.default_rng(5)) != sampler(np.random.default_rng(6))).any()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1])
+def test_ratio_must_leave_something(ratio: float) -> None:
+    with pytest.raises(ValueError, match="AUG.MASK_RATIO"):
+        mask_sampler((14, 14), ratio)
+
+
+def test_resize_mask() -> None:
+    hidden = torch.rand(2, 2, 2, 3) > 0.5
+    up = resize_mask(hidden, (4, 8, 3))
+    assert up.shape == (2, 4, 8, 3)
+    expected = torch.nn.functional.interpolate(hidden[:, None].float(), size=(4, 8, 3), mode="nearest")[:, 0].bool()
+    assert (up == expected).all()
+    assert (resize_mask(up, (2, 2, 3)) == hidden).all()
+    with pytest.raises(ValueError, match="grid"):
+        resize_mask(hidden, (4, 8))

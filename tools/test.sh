@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Own virtual environment, install, lint, types, tests.
+#   bash tools/test.sh            everything
+#   bash tools/test.sh --quick    without the tests marked slow
+#   MASKFEAT_VENV=DIR             where the environment lies (default: .venv)
+#   PYTHON=python3.12             which interpreter makes it
+set -euo pipefail
+cd "$(dirname "$0")/.."
+case "${1:-}" in
+  -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+  --quick) select=(-m "not slow") ;;
+  "") select=() ;;
+  *) echo "test.sh: unknown option $1 (see --help)" >&2; exit 2 ;;
+esac
+. tools/venv.sh
+echo "== lint"
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+echo "== types"
+"$venv/bin/mypy"
+echo "== tests"
+"$venv/bin/python" -m pytest -q --durations=15 "${select[@]}"
