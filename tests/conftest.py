@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskfeat.data.scenes import MOTIONS, SHAPES
+from maskfeat.data.synthetic import make_clips, make_images
+
 REPO = Path(__file__).resolve().parents[1]
 
 
@@ -34,3 +37,19 @@ def _threads(request: pytest.FixtureRequest) -> None:
     """Small tensors are slower on several threads, most of all where cores are shared; full-size models take all."""
     wide = request.node.get_closest_marker("full_size") is not None
     torch.set_num_threads((os.cpu_count() or 1) if wide else 1)
+
+
+@pytest.fixture(scope="session")
+def image_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small labelled set of images in ImageNet's layout: 4 classes, 40 to train, 16 to validate."""
+    root = tmp_path_factory.mktemp("images")
+    return make_images(root / "set", SHAPES[:4], train_per_class=10, val_per_class=4, size=(48, 48))
+
+
+@pytest.fixture(scope="session")
+def clip_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small labelled set of H.264 clips in Kinetics' layout: 3 classes, 12 to train, 6 to validate and test."""
+    root = tmp_path_factory.mktemp("clips")
+    return make_clips(
+        root / "set", MOTIONS[:3], train_per_class=4, val_per_class=2, test_per_class=2, num_frames=20, size=(48, 64)
+    )

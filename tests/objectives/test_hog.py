@@ -19,10 +19,10 @@ def slow_hog(image: np.ndarray, bins: int, cell: int, window: int) -> np.ndarray
     for y in range(height):
         for x in range(width):
             patch = padded[y : y + 3, x : x + 3]
-            # Row by row, so that mirrored pixels at the border cancel exactly: a gradient along an axis lies on the
+            # Line by line, so that mirrored pixels at the border cancel exactly: a gradient along an axis lies on the
             # edge of a bin.
             gx = sum((kernel[row] * patch[row]).sum() for row in range(3))
-            gy = (kernel.T * patch).sum()
+            gy = sum((kernel[row] * patch[:, row]).sum() for row in range(3))
             vote = math.hypot(gx, gy)
             if window:
                 offset = [(i % window) - (window - 1) / 2 for i in (y, x)]
