@@ -16,7 +16,7 @@ setup(
         "fvcore",
         "iopath",
         "yacs>=0.1.8",
-        "av>=14",
+        "av>=17",
         "pillow>=12.0",
         "numpy",
         "simplejson",

@@ -3,8 +3,8 @@
 Shape legend: B samples, C channels, T frames, H x W pixels, K classes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ class SampleKey(NamedTuple):
     """Names one draw of one sample; every random draw in the data is a pure function of (seed, these)."""
 
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     view: int = 0
 
 
@@ -45,45 +45,36 @@ class Batch:
     label: Tensor | None = None
     hidden: Tensor | None = None
     index: Tensor | None = None
-    bad: tuple[BadSample, ...] = field(default=())
+    bad: tuple[BadSample, ...] = ()
 
     def __len__(self) -> int:
         return self.clip.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch with every tensor on `device`."""
-        moved = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader's pinning thread: the same batch in page-locked memory."""
-        pinned = {
-            f.name: value.pin_memory()
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **pinned)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with every tensor changed."""
+
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return Batch(change(self.clip), changed(self.label), changed(self.hidden), changed(self.index), self.bad)
 
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of at most `size` samples, in order. `size` 0 keeps the batch whole."""
         if size <= 0 or size >= len(self):
             return [self]
-        parts = []
-        for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            parts.append(
-                Batch(
-                    clip=self.clip[rows],
-                    label=None if self.label is None else self.label[rows],
-                    hidden=None if self.hidden is None else self.hidden[rows],
-                    index=None if self.index is None else self.index[rows],
-                )
-            )
-        return parts
+
+        def rows(start: int) -> "Batch":
+            return replace(self._map(lambda tensor: tensor[start : start + size]), bad=())
+
+        return [rows(start) for start in range(0, len(self), size)]
 
 
 @dataclass

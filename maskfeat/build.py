@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch.optim import Optimizer
 from yacs.config import CfgNode
@@ -11,7 +12,12 @@ from maskfeat.data.bad_samples import BadSampleLedger
 from maskfeat.data.images import ImageFolder, list_image_folder
 from maskfeat.data.kinetics import VideoClips, read_video_list
 from maskfeat.data.loader import EpochSampler, Loader
-from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform, ImageEvalTransform, ImageTrainTransform
+from maskfeat.data.transforms import (
+    ClipTestTransform,
+    ClipTrainTransform,
+    ImageEvalTransform,
+    ImageTrainTransform,
+)
 from maskfeat.distributed import World
 from maskfeat.masking import Sampler, mask_sampler
 from maskfeat.models.base import Backbone
@@ -186,7 +192,7 @@ def build_mask_sampler(cfg: CfgNode) -> Sampler | None:
 SPLITS = ("train", "val", "test")
 
 
-def _augmentation(cfg: CfgNode) -> dict[str, object]:
+def _augmentation(cfg: CfgNode) -> dict[str, Any]:
     """What images and clips share in training; AUG.ENABLE False leaves crop and flip."""
     aug, data = cfg.AUG, cfg.DATA
     on = aug.ENABLE
@@ -232,9 +238,7 @@ def _image_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None) -> Ima
 def _clip_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, num_clips: int) -> VideoClips:
     """Kinetics layout: PATH_TO_DATA_DIR/{train,val,test}.csv."""
     data = cfg.DATA
-    videos = read_video_list(
-        Path(data.PATH_TO_DATA_DIR) / f"{split}.csv", data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX
-    )
+    videos = read_video_list(Path(data.PATH_TO_DATA_DIR) / f"{split}.csv", data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX)
     num_crops = cfg.TEST.NUM_SPATIAL_CROPS if split == "test" else 1
     if split == "train":
         transform: ClipTrainTransform | ClipTestTransform = ClipTrainTransform(
@@ -293,6 +297,10 @@ def build_loader(cfg: CfgNode, split: str, world: World | None = None, num_clips
         clips = num_clips or cfg.TEST.NUM_ENSEMBLE_VIEWS
         dataset = _clip_dataset(cfg, split, draw_hidden, clips)
         views = clips * cfg.TEST.NUM_SPATIAL_CROPS if split == "test" else 1
+    if OBJECTIVES[cfg.MODEL.MODEL_NAME] is _build_classification and max(dataset.labels) >= cfg.MODEL.NUM_CLASSES:
+        raise ValueError(
+            f"labels of {split} go up to {max(dataset.labels)}, but MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}"
+        )
     per_process, left = divmod(section.BATCH_SIZE, world.local_size)
     if left or not per_process:
         key = "TEST.BATCH_SIZE" if split == "test" else "TRAIN.BATCH_SIZE"
@@ -311,5 +319,9 @@ def build_loader(cfg: CfgNode, split: str, world: World | None = None, num_clips
     )
     ledger = BadSampleLedger(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split)
     return Loader(
-        dataset, sampler, ledger, num_workers=cfg.DATA_LOADER.NUM_WORKERS, pin_memory=cfg.DATA_LOADER.PIN_MEMORY
+        dataset,
+        sampler,
+        ledger,
+        num_workers=cfg.DATA_LOADER.NUM_WORKERS,
+        pin_memory=cfg.DATA_LOADER.PIN_MEMORY,
     )

@@ -127,6 +127,15 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return value
 
 
+def gather_from_ranks(value: Any) -> list[Any]:
+    """One plain value of every rank, in the order of ranks. Not for the training loop: it waits for all."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():

@@ -70,7 +70,7 @@ def validate(objective: Objective, loader: Loader, device: torch.device, precisi
                 out = objective(batch)
                 window.add(objective.weight(batch), {"loss": out.loss, **out.metrics})
         pace.step(step)
-    return window.read()
+    return window.read(uneven=True)
 
 
 def in_top(scores: Tensor, label: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
@@ -115,8 +115,7 @@ def multi_view_test(
         spoiled.index_add_(0, batch.index, bad.float())
         pace.step(step)
     if scores is None:  # a rank without a share
-        width = objective.num_classes if hasattr(objective, "num_classes") else 1
-        scores = torch.zeros(len(labels), int(width), device=device)
+        scores = torch.zeros(len(labels), objective.num_classes, device=device)
     scores, spoiled = sum_over_ranks(scores).cpu(), sum_over_ranks(spoiled).cpu()
     truth = torch.as_tensor(labels)
     hits = in_top(scores, truth, (1, 5))
@@ -128,9 +127,7 @@ def multi_view_test(
     return result
 
 
-def _write_results(
-    path: Path, result: Mapping[str, float], truth: Tensor, scores: Tensor, readable: Tensor
-) -> None:
+def _write_results(path: Path, result: Mapping[str, float], truth: Tensor, scores: Tensor, readable: Tensor) -> None:
     """One JSON file: accuracies, and for every index its label, the five best classes and whether it was read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     best = scores.topk(min(5, scores.shape[1]), dim=1).indices.tolist()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from maskfeat.distributed import World, sum_over_ranks
+from maskfeat.distributed import World, gather_from_ranks, sum_over_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +59,28 @@ class Window:
         assert names == self._names, f"metrics changed from {self._names} to {names}"
         self._sums += weighted
 
-    def read(self) -> dict[str, float]:
-        """Means by name, over all ranks; empty where nothing was added. Starts the next window."""
-        if self._sums is None:
+    def read(self, uneven: bool = False) -> dict[str, float]:
+        """Means by name, over all ranks; empty where nothing was added. Starts the next window.
+
+        Args:
+            uneven: whether some rank may have added nothing, as in evaluation; slower.
+        """
+        if uneven:
+            shares = gather_from_ranks((self._names, None if self._sums is None else self._sums.tolist()))
+            filled = [(names, sums) for names, sums in shares if sums is not None]
+            if not filled:
+                return {}
+            names, total = (
+                filled[0][0],
+                [sum(parts) for parts in zip(*(sums for _, sums in filled), strict=True)],
+            )
+        elif self._sums is None:
             return {}
-        total = sum_over_ranks(self._sums).tolist()
+        else:
+            names, total = self._names, sum_over_ranks(self._sums).tolist()
         self._sums = None
         weight = total[-1]
-        return {
-            name: value / weight if weight else math.nan for name, value in zip(self._names, total, strict=False)
-        }
+        return {name: value / weight if weight else math.nan for name, value in zip(names, total, strict=False)}
 
 
 def eta(seconds: float) -> str:

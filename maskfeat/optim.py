@@ -93,9 +93,7 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         group["layer_decay"], group["weight_decay"] = layer_decay, weight_decay
 
 
-def clip_gradients(
-    parameters: Iterable[nn.Parameter], max_norm: float | None, max_value: float | None
-) -> torch.Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, max_value: float | None) -> torch.Tensor:
     """Clip in place; the total L2 norm before clipping, a scalar on the parameters' device."""
     with_grad = [p for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None])

@@ -157,9 +157,7 @@ def _hog_tiles(row: HogRow, side: int) -> list[Pixels]:
     ]
 
 
-def _tinted(
-    brightness: Floats, where_hidden: Colour, where_seen: Colour, hidden: NDArray[np.bool_]
-) -> Pixels:
+def _tinted(brightness: Floats, where_hidden: Colour, where_seen: Colour, hidden: NDArray[np.bool_]) -> Pixels:
     """(H, W) in 0..1 -> (H, W, 3) uint8 from the ground of hidden or seen patches to their colour."""
     colour = np.where(hidden[..., None], where_hidden, where_seen)
     ground = np.where(hidden[..., None], HIDDEN_GROUND, SEEN_GROUND)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 from torch import nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
@@ -21,6 +22,7 @@ from maskfeat.checkpoint import (
     trained_model,
 )
 from maskfeat.config import dump_config, load_config, save_config
+from maskfeat.data.bad_samples import TooManyBadSamples
 from maskfeat.distributed import World, barrier, choose_device, join, launch, leave, seed_draws
 from maskfeat.evaluate import multi_view_test, validate
 from maskfeat.logbook import Logbook, setup_logging
@@ -31,6 +33,9 @@ from maskfeat.train import Settings, train
 from maskfeat.weights import clean_names
 
 logger = logging.getLogger(__name__)
+
+# What a user can mend, or the machine has to: said in one line, without a traceback.
+EXPECTED = (ValueError, TooManyBadSamples, FloatingPointError, OSError)
 
 
 def precision_of(cfg: CfgNode) -> str:
@@ -48,7 +53,11 @@ def _load_weights(cfg: CfgNode, objective: Objective, path: str, content: dict[s
 
 
 def _resume(
-    objective: Objective, optimizer: Optimizer, scaler: torch.amp.GradScaler, path: Path, content: dict[str, Any]
+    objective: Objective,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    path: Path,
+    content: dict[str, Any],
 ) -> int:
     """Take over weights, optimizer and epoch; returns the epoch to start with."""
     objective.load_released_state(model_state(content))
@@ -58,14 +67,14 @@ def _resume(
             scaler.load_state_dict(content["scaler_state"])
         epoch = int(content["epoch"]) + 1
     except KeyError as error:
-        raise ValueError(f"{path} has no {error}: only its weights can be used, TRAIN.CHECKPOINT_EPOCH_RESET True") from error
+        raise ValueError(
+            f"{path} has no {error}: only its weights can be used, TRAIN.CHECKPOINT_EPOCH_RESET True"
+        ) from error
     logger.info("resumed from %s: going on with epoch %d", path, epoch + 1)
     return epoch
 
 
-def start_training_state(
-    cfg: CfgNode, objective: Objective, optimizer: Optimizer, scaler: torch.amp.GradScaler
-) -> int:
+def start_training_state(cfg: CfgNode, objective: Objective, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> int:
     """Weights (and, on resuming, optimizer and epoch) to start from; returns the first epoch, counted from 0.
 
     A checkpoint of this very run in OUTPUT_DIR comes first (TRAIN.AUTO_RESUME), then TRAIN.CHECKPOINT_FILE_PATH:
@@ -87,9 +96,7 @@ def start_training_state(
     return 0
 
 
-def _save(
-    cfg: CfgNode, objective: Objective, optimizer: Optimizer, scaler: torch.amp.GradScaler, epoch: int
-) -> None:
+def _save(cfg: CfgNode, objective: Objective, optimizer: Optimizer, scaler: torch.amp.GradScaler, epoch: int) -> None:
     content = {
         "epoch": epoch,
         "model_state": objective.released_state(),
@@ -201,14 +208,15 @@ def _load_for_testing(cfg: CfgNode, device: torch.device) -> Objective:
             content = read_checkpoint(path)
         else:
             raise ValueError(
-                f"nothing to test: give TEST.CHECKPOINT_FILE_PATH, or an OUTPUT_DIR (now {cfg.OUTPUT_DIR}) with checkpoints"
+                f"nothing to test: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this run, and neither "
+                "TEST.CHECKPOINT_FILE_PATH nor TRAIN.CHECKPOINT_FILE_PATH is given"
             )
     state = clean_names(model_state(content), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
     missing_head = [n for n in objective.released_state() if n.startswith("head.") and n not in state]
     if missing_head and not cfg.TRAIN.CHECKPOINT_ALLOW:
         raise ValueError(
-            f"{path} has no classifier ({', '.join(missing_head)}): a pre-trained checkpoint is fine-tuned before it is "
-            "tested; see TEST.CHECKPOINT_FILE_PATH"
+            f"{path} has no classifier ({', '.join(missing_head)}): a pre-trained checkpoint is fine-tuned "
+            "before it is tested; see TEST.CHECKPOINT_FILE_PATH"
         )
     _load_weights(cfg, objective, str(path), content)
     return objective.to(device)
@@ -224,19 +232,18 @@ def run_testing(
     counts = [1] if images else (cfg.TEST.NUM_TEMPORAL_CLIPS or [cfg.TEST.NUM_ENSEMBLE_VIEWS])
     for count in counts:
         loader = build_loader(cfg, "test", world, num_clips=count)
-        samples = loader.dataset.samples if images else loader.dataset.videos
         crops = 1 if images else cfg.TEST.NUM_SPATIAL_CROPS
         path = Path(cfg.TEST.SAVE_RESULTS_PATH or f"test_results_{count}x{crops}.json")
         result = multi_view_test(
             objective,
             loader,
-            [label for _, label in samples],
+            loader.labels,
             device,
             precision_of(cfg),
             Path(cfg.OUTPUT_DIR) / path if world.is_main else None,
         )
         line = (
-            f"test: top1 {result['top1']:.2f} %, top5 {result['top5']:.2f} % of {len(samples)} "
+            f"test: top1 {result['top1']:.2f} %, top5 {result['top5']:.2f} % of {len(loader.labels)} "
             f"({count} x {crops} views), {result['unreadable']} unreadable"
         )
         stats = {"split": "test_final", "views": f"{count}x{crops}", **result}
@@ -296,7 +303,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             shard_id=cfg.SHARD_ID,
             init_method=args.init_method,
         )
-    except ValueError as error:
+    except EXPECTED as error:
+        logging.getLogger("maskfeat").error("error: %s", error)
+        return 2
+    except mp.ProcessRaisedException as error:
+        # The traceback of the process that failed, ending with what it said.
         logging.getLogger("maskfeat").error("error: %s", error)
         return 2
     return 0

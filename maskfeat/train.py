@@ -76,8 +76,8 @@ def optimisation_step(
     outputs = []
     for part, weight in zip(parts, weights, strict=True):
         # Gradients are exchanged once, with the last micro-batch.
-        waits = isinstance(model, nn.parallel.DistributedDataParallel) and part is not parts[-1]
-        with model.no_sync() if waits else nullcontext():
+        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+        with model.no_sync() if wrapped and part is not parts[-1] else nullcontext():  # type: ignore[operator]
             with autocast(batch.clip.device, settings.precision):
                 out = model(part)
             scaler.scale(out.loss * (weight * world.size / total)).backward()
@@ -88,9 +88,7 @@ def optimisation_step(
     scaler.update()
     clipped = (norm > settings.clip_norm).float() if settings.clip_norm else torch.zeros_like(norm)
     for weight, out in outputs:
-        window.add(
-            weight, {"loss": out.loss, **out.metrics, "grad_norm": norm.float(), "clipped": clipped}
-        )
+        window.add(weight, {"loss": out.loss, **out.metrics, "grad_norm": norm.float(), "clipped": clipped})
 
 
 class Progress:
@@ -177,4 +175,3 @@ def train(
                 progress.write(epoch, step, lr, window, device)
             asked = time.perf_counter()
         after_epoch(epoch)
-

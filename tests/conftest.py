@@ -51,5 +51,11 @@ def clip_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small labelled set of H.264 clips in Kinetics' layout: 3 classes, 12 to train, 6 to validate and test."""
     root = tmp_path_factory.mktemp("clips")
     return make_clips(
-        root / "set", MOTIONS[:3], train_per_class=4, val_per_class=2, test_per_class=2, num_frames=20, size=(48, 64)
+        root / "set",
+        MOTIONS[:3],
+        train_per_class=4,
+        val_per_class=2,
+        test_per_class=2,
+        num_frames=20,
+        size=(48, 64),
     )

@@ -25,7 +25,14 @@ MVIT_PT = [
     *COMMON, *MVIT, "MVIT.POOL_Q_STRIDE", "[[0, 1, 1, 1], [1, 1, 4, 4]]", "AUG.MASK_WINDOW_SIZE", "[2, 2, 2]",
     "MASK.PRETRAIN_DEPTH", "[1]",
 ]  # fmt: skip
-MVIT_FT = [*COMMON, *MVIT, "MVIT.POOL_Q_STRIDE", "[[0, 1, 1, 1], [1, 1, 2, 2]]", "TEST.NUM_TEMPORAL_CLIPS", "[2]"]
+MVIT_FT = [
+    *COMMON,
+    *MVIT,
+    "MVIT.POOL_Q_STRIDE",
+    "[[0, 1, 1, 1], [1, 1, 2, 2]]",
+    "TEST.NUM_TEMPORAL_CLIPS",
+    "[2]",
+]
 
 
 def images(root: Path) -> list[str]:

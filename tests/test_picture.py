@@ -148,9 +148,7 @@ def test_hog_figure_takes_rows_of_different_sizes_and_summed_channels() -> None:
     picture = hog_figure([small, large])
     tile = MIN_CELL * 32
     assert picture.size == (4 * tile + 5 * 8, 8 + 20 + 14 * 2 + 2 * (tile + 20 + 8))
-    summed = HogRow(
-        small.image, small.seen, small.target.sum(0), small.predicted.sum(0), small.hidden, "small"
-    )
+    summed = HogRow(small.image, small.seen, small.target.sum(0), small.predicted.sum(0), small.hidden, "small")
     np.testing.assert_array_equal(np.asarray(hog_figure([summed, large])), np.asarray(picture))
 
 

@@ -64,7 +64,12 @@ def test_missing_left_over_and_misshapen_are_errors_that_can_be_allowed() -> Non
     state["head.projection.weight"] = torch.zeros(7, 16)
     with pytest.raises(ValueError) as error:
         objective.load_released_state(state)
-    for word in ("blocks.1.norm1.weight", "blocks.9.norm1.weight", "(7, 16) -> (3, 16)", "TRAIN.CHECKPOINT_ALLOW"):
+    for word in (
+        "blocks.1.norm1.weight",
+        "blocks.9.norm1.weight",
+        "(7, 16) -> (3, 16)",
+        "TRAIN.CHECKPOINT_ALLOW",
+    ):
         assert word in str(error.value)
     report = objective.load_released_state(state, allow=["blocks.?.norm1.weight", "head.*"])
     assert report.fresh == ["blocks.1.norm1.weight", "head.projection.weight"]

@@ -52,9 +52,7 @@ def dump_config(cfg: CfgNode) -> str:
     return str(cfg.dump(default_flow_style=None, sort_keys=True, width=100))
 
 
-def save_config(
-    path: str | Path | None, opts: Sequence[object], cfg: CfgNode, output_dir: str | Path
-) -> None:
+def save_config(path: str | Path | None, opts: Sequence[object], cfg: CfgNode, output_dir: str | Path) -> None:
     """Writes `config_given.yaml` (the YAML as given) and `config.yaml` (as resolved).
 
     The overrides stand in `config_given.yaml` as comments, after the YAML.

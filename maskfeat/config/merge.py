@@ -45,9 +45,7 @@ def merge_entries(cfg: CfgNode, entries: Mapping[str, Entry], known: Mapping[str
             _set(cfg, key, coerce(key, entry, known[key]), entry)
         elif key in sections:
             if entry.value is not None:  # a section with nothing below it (all commented out) is fine
-                raise ValueError(
-                    f"{entry.where}: {key} is a section and takes keys below it; given {entry.value!r}"
-                )
+                raise ValueError(f"{entry.where}: {key} is a section and takes keys below it; given {entry.value!r}")
         elif is_inert(key):
             _set(cfg, key, plain(entry.value), entry)
             if not entry.shipped:
@@ -67,9 +65,7 @@ def override_entries(opts: Sequence[object]) -> dict[str, Entry]:
         raise ValueError(f"overrides must be a list [KEY, VALUE, ...]; given the text {opts!r}")
     if len(opts) % 2:
         hint = "; write KEY VALUE, not KEY=VALUE" if any("=" in str(o) for o in opts[::2]) else ""
-        raise ValueError(
-            f"overrides must come in pairs KEY VALUE; given {len(opts)} items: {list(opts)!r}{hint}"
-        )
+        raise ValueError(f"overrides must come in pairs KEY VALUE; given {len(opts)} items: {list(opts)!r}{hint}")
     entries = {}
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if not isinstance(key, str):
@@ -89,9 +85,7 @@ def _set(cfg: CfgNode, key: str, value: object, entry: Entry) -> None:
         if not isinstance(node, CfgNode):
             raise ValueError(f"{entry.where}: {key} lies below {part}, which already has a value")
     if isinstance(node.get(name), CfgNode):
-        raise ValueError(
-            f"{entry.where}: {key} is a section and takes keys below it; given the value {value!r}"
-        )
+        raise ValueError(f"{entry.where}: {key} is a section and takes keys below it; given the value {value!r}")
     node[name] = value
 
 

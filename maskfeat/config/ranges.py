@@ -86,9 +86,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("MASK.HOG_BINS", "MASK.HOG_CELL"), _AT_LEAST_1),
     "MASK.HOG_GAUSSIAN_WINDOW": _AT_LEAST_0,
     **dict.fromkeys(("SOLVER.BASE_LR", "SOLVER.COSINE_END_LR", "SOLVER.WARMUP_START_LR"), _AT_LEAST_0),
-    **dict.fromkeys(
-        ("SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY", "SOLVER.LRS", "SOLVER.STEPS"), _AT_LEAST_0
-    ),
+    **dict.fromkeys(("SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY", "SOLVER.LRS", "SOLVER.STEPS"), _AT_LEAST_0),
     **dict.fromkeys(("SOLVER.MOMENTUM", "SOLVER.BETAS"), _BELOW_1),
     "SOLVER.DAMPENING": _SHARE,
     "SOLVER.LAYER_DECAY": _DECAY,
@@ -161,8 +159,7 @@ def _choices(cfg: CfgNode) -> Iterator[str]:
         yield f"DATA.INPUT_CHANNEL_NUM must be [3] (one pathway, RGB); given {cfg.DATA.INPUT_CHANNEL_NUM!r}"
     if cfg.AUG.AA_TYPE and not _RANDAUGMENT.fullmatch(cfg.AUG.AA_TYPE):
         yield (
-            f"AUG.AA_TYPE must be '' or a RandAugment policy such as 'rand-m9-mstd0.5-inc1'; "
-            f"given {cfg.AUG.AA_TYPE!r}"
+            f"AUG.AA_TYPE must be '' or a RandAugment policy such as 'rand-m9-mstd0.5-inc1'; given {cfg.AUG.AA_TYPE!r}"
         )
     if not cfg.DATA.PATH_LABEL_SEPARATOR:
         yield "DATA.PATH_LABEL_SEPARATOR must be at least one character; given ''"

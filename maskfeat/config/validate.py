@@ -46,9 +46,7 @@ def _lists(cfg: CfgNode) -> Iterator[str]:
                 yield f"{key} must be a list of [block, t, h, w] with strides of at least 1; given {entry!r}"
     for key in (*_MUL_KEYS, *_STRIDE_KEYS):
         first = 1 if key == "MVIT.DIM_MUL" else 0  # the width can only change after block 0
-        outside = [
-            str(entry[0]) for entry in lookup(cfg, key) if entry and not first <= entry[0] < mvit.DEPTH
-        ]
+        outside = [str(entry[0]) for entry in lookup(cfg, key) if entry and not first <= entry[0] < mvit.DEPTH]
         if outside:
             yield (
                 f"{key} names block {', '.join(outside)}, but with MVIT.DEPTH {mvit.DEPTH} it may name "
@@ -145,8 +143,7 @@ def _schedule(cfg: CfgNode) -> Iterator[str]:
         )
     if cosine and solver.COSINE_END_LR > solver.BASE_LR:
         yield (
-            f"SOLVER.COSINE_END_LR must be at most SOLVER.BASE_LR ({solver.BASE_LR:g}); "
-            f"given {solver.COSINE_END_LR:g}"
+            f"SOLVER.COSINE_END_LR must be at most SOLVER.BASE_LR ({solver.BASE_LR:g}); given {solver.COSINE_END_LR:g}"
         )
     if cosine:
         return

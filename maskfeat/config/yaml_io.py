@@ -121,9 +121,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
-        raise ValueError(
-            f"config file {path} must hold sections and keys (a YAML mapping); it holds a {_word(node)}"
-        )
+        raise ValueError(f"config file {path} must hold sections and keys (a YAML mapping); it holds a {_word(node)}")
     return _flatten(_Reader(path).mapping(node, ""), path)
 
 
@@ -249,9 +247,5 @@ def _leaves(tree: Mapping[str, "Tree | Entry"], prefix: str) -> Iterator[tuple[s
 
 def _word(node: yaml.Node) -> str:
     return (
-        "list"
-        if isinstance(node, yaml.SequenceNode)
-        else "section"
-        if isinstance(node, yaml.MappingNode)
-        else "value"
+        "list" if isinstance(node, yaml.SequenceNode) else "section" if isinstance(node, yaml.MappingNode) else "value"
     )

@@ -84,9 +84,7 @@ class naming_sample:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Exception) and self.path not in str(error):
-            raise RuntimeError(
-                f"while {self.path} was made ready: {type(error).__name__}: {error}"
-            ) from error
+            raise RuntimeError(f"while {self.path} was made ready: {type(error).__name__}: {error}") from error
 
 
 class BadSampleLedger:

@@ -252,15 +252,13 @@ class Video:
     def _to_rgb(self, frame: Any, wanted: list[int], images: dict[int, np.ndarray]) -> np.ndarray:
         self._check_size(frame.width, frame.height)
         if frame.width * frame.height * 3 * len(wanted) > MAX_BYTES:
-            raise UnreadableSample(
-                self.path, f"{len(wanted)} frames of {frame.width}x{frame.height} are too large"
-            )
+            raise UnreadableSample(self.path, f"{len(wanted)} frames of {frame.width}x{frame.height} are too large")
         try:
-            image = _upright(frame.to_ndarray(format="rgb24"), frame)
+            # One thread: workers are the parallelism, and a converter with threads of its own, left over in a
+            # process that forks, would hang the child that clears it away.
+            image = _upright(frame.to_ndarray(format="rgb24", threads=1), frame)
         except (av.FFmpegError, ValueError) as error:
-            raise UnreadableSample(
-                self.path, f"a frame cannot be turned into RGB ({_words(error)})"
-            ) from error
+            raise UnreadableSample(self.path, f"a frame cannot be turned into RGB ({_words(error)})") from error
         first = next(iter(images.values()), image)
         if image.shape != first.shape:  # the size may change in the middle of a stream
             height, width = first.shape[:2]

@@ -57,28 +57,21 @@ def list_image_folder(
         ValueError: no such folder, no image in it, or a folder that `classes` does not know.
     """
     root = Path(root)
-    layout = (
-        "DATA.PATH_TO_DATA_DIR must hold train/ and val/ with one folder a class: train/<class>/<image>.JPEG"
-    )
+    layout = "DATA.PATH_TO_DATA_DIR must hold train/ and val/ with one folder a class: train/<class>/<image>.JPEG"
     if not root.is_dir():
         raise ValueError(f"no folder {root}: {layout}")
-    folders = sorted(
-        entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
-    )
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     names = folders if classes is None else list(classes)
     unknown = sorted(set(folders) - set(names))
     if unknown:
         raise ValueError(
-            f"{root} has {len(unknown)} class folders that the training set lacks "
-            f"({', '.join(unknown[:5])}): {layout}"
+            f"{root} has {len(unknown)} class folders that the training set lacks ({', '.join(unknown[:5])}): {layout}"
         )
     number = {name: place for place, name in enumerate(names)}
     samples: ImageList = []
     empty = []
     for folder in folders:
-        files = sorted(
-            entry.path for entry in os.scandir(root / folder) if entry.name.lower().endswith(SUFFIXES)
-        )
+        files = sorted(entry.path for entry in os.scandir(root / folder) if entry.name.lower().endswith(SUFFIXES))
         samples += [(path, number[folder]) for path in files]
         if not files:
             empty.append(folder)
@@ -168,6 +161,11 @@ class ImageFolder(Dataset[list[Sample]]):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @property
+    def labels(self) -> list[int]:
+        """The class of every sample."""
+        return [label for _, label in self.samples]
 
     def path(self, index: int) -> str:
         """The file of a sample."""

@@ -131,6 +131,11 @@ class VideoClips(Dataset[list[Sample]]):
     def __len__(self) -> int:
         return len(self.videos)
 
+    @property
+    def labels(self) -> list[int]:
+        """The class of every video."""
+        return [label for _, label in self.videos]
+
     def path(self, index: int) -> str:
         """The file of a video."""
         return self.videos[index][0]

@@ -1,15 +1,25 @@
 """Which samples make which batch, and the worker processes that make them."""
 
+import gc
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from maskfeat.batch import Batch, SampleKey
 from maskfeat.data.bad_samples import BadSampleLedger
 from maskfeat.data.samples import Sample, collate
+
+
+class LabelledSamples(Protocol):
+    """A data set: a SampleKey into the views of one sample."""
+
+    @property
+    def labels(self) -> list[int]: ...
+
+    def __getitem__(self, key: Any, /) -> list[Sample]: ...
 
 
 class EpochSampler(Sampler[list[SampleKey]]):
@@ -78,17 +88,13 @@ class EpochSampler(Sampler[list[SampleKey]]):
         epoch, start = self.epoch, self.start
         order = np.arange(self.num_samples)
         if self.shuffle:
-            order = np.random.default_rng(np.random.SeedSequence((self.seed, epoch))).permutation(
-                self.num_samples
-            )
+            order = np.random.default_rng(np.random.SeedSequence((self.seed, epoch))).permutation(self.num_samples)
         return (self._batch(order, epoch, step) for step in range(start, len(self)))
 
     def _batch(self, order: np.ndarray, epoch: int, step: int) -> list[SampleKey]:
         first = (step * self.world_size + self.rank) * self.batch_size
         last = min(first + self.batch_size, self.num_samples * self.views)
-        return [
-            SampleKey(epoch, int(order[item // self.views]), item % self.views) for item in range(first, last)
-        ]
+        return [SampleKey(epoch, int(order[item // self.views]), item % self.views) for item in range(first, last)]
 
 
 class Loader:
@@ -108,7 +114,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset[list[Sample]],
+        dataset: LabelledSamples,
         sampler: EpochSampler,
         ledger: BadSampleLedger | None = None,
         num_workers: int = 0,
@@ -118,11 +124,12 @@ class Loader:
         self.dataset = dataset
         self.sampler = sampler
         self.ledger = ledger
+        self._forks = num_workers > 0
         workers: dict[str, Any] = {}
         if num_workers > 0:
             workers = {"persistent_workers": True, "prefetch_factor": prefetch_factor}
         self._loader: DataLoader[Any] = DataLoader(
-            dataset,
+            dataset,  # type: ignore[arg-type]  # a map by SampleKey rather than by int
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=collate,
@@ -133,6 +140,11 @@ class Loader:
             generator=torch.Generator(),
             **workers,
         )
+
+    @property
+    def labels(self) -> list[int]:
+        """The class of every sample of the data set."""
+        return self.dataset.labels
 
     @property
     def batch_size(self) -> int:
@@ -158,6 +170,10 @@ class Loader:
         Raises:
             TooManyBadSamples: more than DATA.MAX_BAD_FRACTION of the data set cannot be read.
         """
+        if self._forks:
+            # What waits to be collected here (a decoder with threads, a file) must not be cleared away by a worker.
+            gc.collect()
+            self._forks = False
         for batch in self._loader:
             if self.ledger is not None:
                 self.ledger.record(batch.bad)

@@ -18,9 +18,7 @@ _TRANSLATE = 0.45
 """timm's RandAugment shifts by up to this share of the short side."""
 
 
-def make_rand_augment(
-    policy: str, short_side: int, interpolation: str, fill: Sequence[int] | None = None
-) -> Any:
+def make_rand_augment(policy: str, short_side: int, interpolation: str, fill: Sequence[int] | None = None) -> Any:
     """timm's RandAugment for a policy string such as "rand-m9-mstd0.5-inc1"; draws from `random` and
     numpy's globals.
 
@@ -41,9 +39,7 @@ def make_rand_augment(
     try:
         augment = rand_augment_transform(policy, params)
     except (AssertionError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"AUG.AA_TYPE must be a policy such as 'rand-m9-mstd0.5-inc1', not {policy!r}"
-        ) from error
+        raise ValueError(f"AUG.AA_TYPE must be a policy such as 'rand-m9-mstd0.5-inc1', not {policy!r}") from error
     for op in augment.ops:
         if op.name.startswith("Posterize"):
             op.aug_fn = _posterize

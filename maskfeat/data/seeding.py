@@ -19,9 +19,7 @@ MASK_STREAM = 2
 """Draws of the mask: apart, so that another augmentation leaves the masks of a run as they were."""
 
 
-def sample_generator(
-    seed: int, epoch: int, index: int, view: int, stream: int = VIEW_STREAM
-) -> np.random.Generator:
+def sample_generator(seed: int, epoch: int, index: int, view: int, stream: int = VIEW_STREAM) -> np.random.Generator:
     """A generator that depends on these non-negative numbers and nothing else."""
     return np.random.default_rng(np.random.SeedSequence((seed, epoch, index, view, stream)))
 

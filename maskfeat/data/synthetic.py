@@ -170,9 +170,7 @@ def _claim(root: Path, stamp: dict[str, Any], files: Sequence[Path]) -> bool:
         differing = sorted(k for k in stamp if k != "complete" and found.get(k) != stamp[k])
         if differing:
             given = ", ".join(f"{k} {found.get(k)} (now {stamp[k]})" for k in differing)
-            raise ValueError(
-                f"{root} holds a data set made with {given}: give another folder, or remove this one"
-            )
+            raise ValueError(f"{root} holds a data set made with {given}: give another folder, or remove this one")
         if found.get("complete") and all(path.is_file() for path in files):
             logger.info("%s: %d files already there", root, len(files))
             return False

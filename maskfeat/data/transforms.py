@@ -14,12 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torchvision.transforms import ColorJitter
+from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from maskfeat.data.erasing import RandomErasing
 from maskfeat.data.rand_augment import augment_frames, make_rand_augment, pil_mode
 
+ERASING_MODES = ("const", "rand", "pixel")
 MAX_GROWTH = 8
 """Above this aspect an image is not resized whole before it is cropped."""
 
@@ -41,28 +42,38 @@ class ClipTransform(Protocol):
 
 
 def random_area_box(
-    height: int, width: int, scale: Sequence[float], ratio: Sequence[float], rng: np.random.Generator
+    height: int, width: int, scale: Sequence[float], ratio: Sequence[float]
 ) -> tuple[int, int, int, int]:
-    """Draws a box with a share of the area in `scale` and an aspect (width / height) in `ratio`, log-uniform.
-
-    After ten boxes that do not fit it takes the largest central one of a permitted aspect (Inception's
-    crop, as in torchvision's RandomResizedCrop).
+    """torchvision's random resized crop: a share of the area in `scale`, an aspect (width / height) in `ratio`.
 
     Returns:
         (top, left, height, width) in pixels, inside the picture.
     """
-    for _ in range(10):
-        area = height * width * rng.uniform(scale[0], scale[1])
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
-    h, w = height, width
-    if width / height < ratio[0]:
-        h = max(min(round(width / ratio[0]), height), 1)
-    elif width / height > ratio[1]:
-        w = max(min(round(height * ratio[1]), width), 1)
-    return (height - h) // 2, (width - w) // 2, h, w
+    picture = torch.empty(1, height, width, device="meta")  # only its size is read
+    return RandomResizedCrop.get_params(picture, list(scale), list(ratio))
+
+
+def make_erasing(probability: float, mode: str, count: int) -> RandomErasing:
+    """timm's random erasing (Zhong et al., AAAI 2020) of up to `count` boxes: 2 % to a third of the area.
+
+    Args:
+        probability: 0 to 1.
+        mode: what fills the box: "const" zeros, "rand" one normal colour, "pixel" normal noise.
+
+    Raises:
+        ValueError: an unknown mode or a probability outside [0, 1].
+    """
+    if mode not in ERASING_MODES:
+        raise ValueError(f"AUG.RE_MODE must be one of {', '.join(ERASING_MODES)}, not {mode!r}")
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"AUG.RE_PROB must lie in [0, 1], not be {probability}")
+    return RandomErasing(probability, mode=mode, max_count=count, device="cpu")
+
+
+def erase(clip: Tensor, erasing: RandomErasing) -> Tensor:
+    """Erases the same box in every frame of (C, T, H, W) float32, in place."""
+    erasing(clip.view(-1, *clip.shape[2:]))
+    return clip
 
 
 def to_float(pixels: np.ndarray) -> Tensor:
@@ -151,7 +162,7 @@ class ImageTrainTransform:
         flip: whether half of the images are mirrored.
         auto_augment: timm's RandAugment policy, "" for none.
         color_jitter: strength for brightness, contrast and saturation; only where there is no `auto_augment`.
-        erase_prob, erase_mode, erase_count: see `erasing.RandomErasing`.
+        erase_prob, erase_mode, erase_count: see `make_erasing`.
         mean, std: RGB, of pixels in [0, 1].
     """
 
@@ -181,18 +192,18 @@ class ImageTrainTransform:
             self.augment = make_rand_augment(auto_augment, crop, interpolation, fill)
         elif color_jitter:
             self.augment = ColorJitter(color_jitter, color_jitter, color_jitter)
-        self.erase = RandomErasing(erase_prob, erase_mode, erase_count)
+        self.erasing = make_erasing(erase_prob, erase_mode, erase_count)
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """An RGB image of any size into (3, crop, crop) float32."""
-        top, left, height, width = random_area_box(image.height, image.width, self.scale, self.ratio, rng)
+        top, left, height, width = random_area_box(image.height, image.width, self.scale, self.ratio)
         image = image.crop((left, top, left + width, top + height)).resize((self.crop, self.crop), self.mode)
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.augment is not None:
             image = self.augment(image)
         tensor = normalise(to_float(np.asarray(image)), self.mean, self.std)
-        return self.erase(tensor[:, None], rng)[:, 0]
+        return erase(tensor[:, None], self.erasing)[:, 0]
 
 
 class ImageEvalTransform:
@@ -249,7 +260,7 @@ class ClipTrainTransform:
         flip: whether half of the clips are mirrored.
         auto_augment: timm's RandAugment policy, "" for none.
         interpolation: of RandAugment; the crop is resized bilinearly, without antialiasing.
-        erase_prob, erase_mode, erase_count: one box for all frames, see `erasing.RandomErasing`.
+        erase_prob, erase_mode, erase_count: one box for all frames, see `make_erasing`.
         mean, std: RGB, of pixels in [0, 1].
     """
 
@@ -280,7 +291,7 @@ class ClipTrainTransform:
         self.auto_augment, self.interpolation = auto_augment, interpolation
         if auto_augment:  # a wrong policy is told before the first clip is decoded
             make_rand_augment(auto_augment, crop, interpolation)
-        self.erase = RandomErasing(erase_prob, erase_mode, erase_count)
+        self.erasing = make_erasing(erase_prob, erase_mode, erase_count)
 
     def __call__(self, frames: np.ndarray, rng: np.random.Generator, position: int = 1) -> Tensor:
         """(T, H, W, 3) uint8 into (3, T, crop, crop) float32. `position` has no meaning here."""
@@ -288,7 +299,7 @@ class ClipTrainTransform:
             frames = augment_frames(frames, self.auto_augment, self.interpolation)
         height, width = frames.shape[1:3]
         if self.scale:
-            top, left, h, w = random_area_box(height, width, self.scale, self.ratio, rng)
+            top, left, h, w = random_area_box(height, width, self.scale, self.ratio)
             clip = resize_frames(frames[:, top : top + h, left : left + w], (self.crop, self.crop))
         else:
             side = round(rng.uniform(self.short_sides[0], self.short_sides[-1]))
@@ -301,7 +312,7 @@ class ClipTrainTransform:
             clip = clip.flip(-1)
         # The published code normalises first; afterwards it is the same (the resize is linear) on fewer
         # pixels.
-        return self.erase(normalise(clip.contiguous(), self.mean, self.std), rng)
+        return erase(normalise(clip.contiguous(), self.mean, self.std), self.erasing)
 
 
 class ClipTestTransform:
@@ -314,9 +325,7 @@ class ClipTestTransform:
         mean, std: RGB, of pixels in [0, 1].
     """
 
-    def __init__(
-        self, crop: int, short_side: int, num_crops: int, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    def __init__(self, crop: int, short_side: int, num_crops: int, mean: Sequence[float], std: Sequence[float]) -> None:
         if num_crops not in (1, 3):
             raise ValueError(f"TEST.NUM_SPATIAL_CROPS must be 1 or 3, not {num_crops}")
         if short_side < crop:
@@ -324,9 +333,7 @@ class ClipTestTransform:
         self.crop, self.short_side, self.num_crops = crop, short_side, num_crops
         self.mean, self.std = tuple(mean), tuple(std)
 
-    def __call__(
-        self, frames: np.ndarray, rng: np.random.Generator | None = None, position: int = 0
-    ) -> Tensor:
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None, position: int = 0) -> Tensor:
         """(T, H, W, 3) uint8 into (3, T, crop, crop) float32: the crop `position` of `num_crops`. Draws
         nothing."""
         height, width = short_side_size(frames.shape[1], frames.shape[2], self.short_side)

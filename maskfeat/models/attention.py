@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskfeat.models.base import conv_grid, token_parameter
-from maskfeat.models.layers import layer_norm
+from maskfeat.models.layers import CONV, layer_norm
 
 AXES = ("t", "h", "w")
 _ALIGN = 8  # head widths that fast kernels take
@@ -116,6 +116,14 @@ class PoolingAttention(nn.Module):
         residual_pooling: whether the pooled query is added to the output (MViTv2, eq. 5).
     """
 
+    pool_q: nn.Module | None
+    pool_k: nn.Module | None
+    pool_v: nn.Module | None
+    norm_q: nn.Module | None
+    norm_k: nn.Module | None
+    norm_v: nn.Module | None
+    _key_places: Tensor
+
     def __init__(
         self,
         *,
@@ -164,9 +172,8 @@ class PoolingAttention(nn.Module):
                 self.register_module(f"pool_{which}", None)
                 self.register_module(f"norm_{which}", None)
                 continue
-            conv = nn.Conv3d if len(grid) == 3 else nn.Conv2d
             channels = self.head_width
-            pool = conv(
+            pool = CONV[len(grid)](
                 channels, channels, tuple(kernel), tuple(stride), padding, groups=channels, bias=False
             )
             self.register_module(f"pool_{which}", pool)

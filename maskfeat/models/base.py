@@ -95,13 +95,11 @@ def conv_grid(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[int, ...]:
     """Output size of a convolution or pooling along each axis."""
-    return tuple(
-        (n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True)
-    )
+    return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True))
 
 
 def check_clip_size(clip: Tensor, expected: Sequence[int]) -> None:
-    """Raise a ValueError where a clip (B, C, [T,] H, W) has not the size ([T,] H, W) that the backbone was built for."""
+    """ValueError where a clip (B, C, [T,] H, W) has not the size ([T,] H, W) that a backbone was built for."""
     given = tuple(clip.shape[2:])
     if given != tuple(expected):
         raise ValueError(

@@ -1,8 +1,13 @@
 """Small layers that backbones share."""
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import nn
+
+# By number of axes: images have two, clips three.
+CONV: dict[int, Callable[..., nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
+MAX_POOL: dict[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)  # eps of the published models
 

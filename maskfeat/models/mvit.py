@@ -20,7 +20,7 @@ from maskfeat.models.base import (
     layer_id,
     token_parameter,
 )
-from maskfeat.models.layers import drop_path_rates, layer_norm
+from maskfeat.models.layers import CONV, MAX_POOL, drop_path_rates, layer_norm
 
 
 class PatchStem(nn.Module):
@@ -30,8 +30,7 @@ class PatchStem(nn.Module):
         self, channels: int, width: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
     ) -> None:
         super().__init__()
-        conv = nn.Conv3d if len(kernel) == 3 else nn.Conv2d
-        self.proj = conv(channels, width, tuple(kernel), tuple(stride), tuple(padding))
+        self.proj = CONV[len(kernel)](channels, width, tuple(kernel), tuple(stride), tuple(padding))
 
     def forward(self, clip: Tensor) -> Tensor:
         return self.proj(clip).flatten(2).transpose(1, 2)
@@ -128,8 +127,7 @@ class MultiScaleBlock(nn.Module):
         self.pool_skip: nn.Module | None = None
         if any(s > 1 for s in plan.stride_q):
             skip_kernel = tuple(s + 1 if s > 1 else s for s in plan.stride_q)
-            pool = nn.MaxPool3d if len(grid) == 3 else nn.MaxPool2d
-            self.pool_skip = pool(skip_kernel, plan.stride_q, tuple(k // 2 for k in skip_kernel))
+            self.pool_skip = MAX_POOL[len(grid)](skip_kernel, plan.stride_q, tuple(k // 2 for k in skip_kernel))
 
     def _skip(self, x: Tensor) -> Tensor:
         """The residual path: max-pooled on the grid where the queries are strided; the class token as it is."""

@@ -54,7 +54,7 @@ class ViT(nn.Module):
         self.cls_token = token_parameter(1, 1, width) if class_token else None
         self.pos_embed = token_parameter(1, num_tokens + prefix, width) if position else None
         self.mask_token = token_parameter(1, 1, width) if maskable else None
-        self.patch_embed = PatchEmbed(size, patch_size, in_channels, width)
+        self.patch_embed = PatchEmbed(size, patch_size, in_channels, width)  # type: ignore[arg-type]  # takes a pair
         self.blocks = nn.ModuleList(
             Block(
                 width,
@@ -63,7 +63,7 @@ class ViT(nn.Module):
                 qkv_bias=qkv_bias,
                 proj_drop=dropout,
                 drop_path=rate,
-                norm_layer=layer_norm,
+                norm_layer=layer_norm,  # type: ignore[arg-type]  # any callable will do
             )
             for rate in drop_path_rates(drop_path, depth)
         )

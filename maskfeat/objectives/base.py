@@ -22,6 +22,7 @@ class Objective(nn.Module):
     """
 
     classifies: bool = False
+    num_classes: int = 0
     backbone: Backbone
 
     def forward(self, batch: Batch) -> StepOutput:

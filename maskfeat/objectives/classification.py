@@ -72,10 +72,13 @@ class Classification(Objective):
 
     def _check_labels(self, label: Tensor) -> None:
         # On a device the kernel's own assertion speaks; reading the values here would stop for the device.
-        if label.device.type == "cpu" and len(label) and not 0 <= int(label.min()) <= int(label.max()) < self.num_classes:
+        if (
+            label.device.type == "cpu"
+            and len(label)
+            and not 0 <= int(label.min()) <= int(label.max()) < self.num_classes
+        ):
             raise ValueError(
-                f"labels run from {int(label.min())} to {int(label.max())}, but MODEL.NUM_CLASSES is "
-                f"{self.num_classes}"
+                f"labels run from {int(label.min())} to {int(label.max())}, but MODEL.NUM_CLASSES is {self.num_classes}"
             )
 
     def predict(self, batch: Batch) -> Tensor:

@@ -60,10 +60,7 @@ def hog(images: Tensor, bins: int = 9, cell: int = 8, window: int = 0) -> Tensor
     orientation = torch.floor(torch.atan2(gx, gy) / math.pi * bins).remainder_(bins)
     cells = (num, channels, height // cell, cell, width // cell, cell)
     histogram = torch.stack(
-        [
-            torch.where(orientation == k, magnitude, 0.0).reshape(cells).sum(dim=(3, 5))
-            for k in range(bins)
-        ],
+        [torch.where(orientation == k, magnitude, 0.0).reshape(cells).sum(dim=(3, 5)) for k in range(bins)],
         dim=2,
     )
     return F.normalize(histogram, p=2, dim=2)

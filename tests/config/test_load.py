@@ -156,9 +156,7 @@ def test_malformed_overrides(opts, words):
 def test_unknown_keys_name_the_nearest(typo, meant, tmp_path):
     with pytest.raises(ValueError, match=f"command line: unknown config key {typo}; did you mean {meant}\\?"):
         load_config(None, [typo, "1"])
-    with pytest.raises(
-        ValueError, match=f"given.yaml line 3: unknown config key {typo}; did you mean {meant}\\?"
-    ):
+    with pytest.raises(ValueError, match=f"given.yaml line 3: unknown config key {typo}; did you mean {meant}\\?"):
         load_text(tmp_path, f"TASK: a\n\n{typo}: 1\n")
 
 

@@ -86,9 +86,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("path", "opts", "words"), WRONG, ids=lambda v: "-".join(v[:2]) if isinstance(v, list) else ""
-)
+@pytest.mark.parametrize(("path", "opts", "words"), WRONG, ids=lambda v: "-".join(v[:2]) if isinstance(v, list) else "")
 def test_wrong_combinations(path, opts, words):
     load_config(path)
     with pytest.raises(ValueError) as caught:
@@ -182,9 +180,7 @@ ALLOWED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("path", "opts"), ALLOWED, ids=lambda v: "-".join(v[:2]) if isinstance(v, list) else ""
-)
+@pytest.mark.parametrize(("path", "opts"), ALLOWED, ids=lambda v: "-".join(v[:2]) if isinstance(v, list) else "")
 def test_right_combinations(path, opts):
     load_config(path, opts)
 

@@ -72,9 +72,7 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
         if sound is not None:
-            silence = av.AudioFrame.from_ndarray(
-                np.zeros((1, 16000), np.float32), format="fltp", layout="mono"
-            )
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
             silence.sample_rate = 16000
             container.mux(sound.encode(silence))
             container.mux(sound.encode(None))

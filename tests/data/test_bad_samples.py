@@ -28,8 +28,7 @@ def test_each_sample_is_named_and_written_once(tmp_path: Path, caplog: pytest.Lo
         ledger.record(bad(7, 5, 5))
         ledger.record(bad(8))
     assert lines(tmp_path / "new" / "out") == [
-        {"split": "train", "index": i, "path": f"/data/{i}.jpg", "cause": "the file is empty"}
-        for i in (5, 7, 8)
+        {"split": "train", "index": i, "path": f"/data/{i}.jpg", "cause": "the file is empty"} for i in (5, 7, 8)
     ]
     assert [r.levelname for r in caplog.records] == ["WARNING"] * 3
     assert "/data/7.jpg" in caplog.text and "the file is empty" in caplog.text
@@ -89,11 +88,7 @@ def test_too_many(tmp_path: Path) -> None:
         "11 more",
     ):
         assert word in message
-    assert (
-        message.count("the file is empty") == 20
-        and "/data/19.jpg" in message
-        and "/data/20.jpg" not in message
-    )
+    assert message.count("the file is empty") == 20 and "/data/19.jpg" in message and "/data/20.jpg" not in message
     assert len(lines(tmp_path)) == 31  # the last one is on the list too
 
 

@@ -273,9 +273,7 @@ def test_refused_codec(tmp_path: Path) -> None:
         ("list.sdp", "v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n"),
     ],
 )
-def test_playlists_open_nothing(
-    tmp_path: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_playlists_open_nothing(tmp_path: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = write_video(tmp_path / "secret.mp4", frames=3)
     opened = []
     monkeypatch.setattr(decode, "_refuse_other_files", lambda *args: opened.append(args))
@@ -291,9 +289,7 @@ def test_a_url_is_a_file_that_does_not_exist() -> None:
         decode_frames("http://127.0.0.1:9/video.mp4", [0])
 
 
-def test_large_frames_are_refused_before_they_are_decoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_frames_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(tmp_path, "mpeg4")
     monkeypatch.setattr(decode, "MAX_SIDE", 100)
     with pytest.raises(UnreadableSample, match="128x64 are too large"):

@@ -45,9 +45,7 @@ def test_modes(tmp_path: Path) -> None:
     assert close(read_image(tmp_path / "cmyk.jpg"), colours())
     rgb.convert("L").save(tmp_path / "grey.jpg")
     assert close(read_image(tmp_path / "grey.jpg"), grey[..., None].repeat(3, 2))
-    rgb.convert("P", palette=Image.Palette.ADAPTIVE).save(
-        tmp_path / "palette.png", transparency=b"\x80" * 256
-    )
+    rgb.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png", transparency=b"\x80" * 256)
     assert close(read_image(tmp_path / "palette.png"), colours(), 12)
     rgba = rgb.copy()
     rgba.putalpha(Image.fromarray(grey))
@@ -96,10 +94,7 @@ def bomb(side: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 99))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
     )
 
 
@@ -165,11 +160,7 @@ def test_shared_damaged_images(shared: Path) -> None:
         assert (image.mode, image.size) == ("RGB", size), name
         assert ImageEvalTransform(64, MEAN, STD)(image).shape == (3, 64, 64)
     # Five copies of one photograph: its colours must come out alike.
-    means = [
-        np.asarray(read_image(folder / n)).mean((0, 1))
-        for n in sizes
-        if n not in ("gray.JPEG", "one_pixel.JPEG")
-    ]
+    means = [np.asarray(read_image(folder / n)).mean((0, 1)) for n in sizes if n not in ("gray.JPEG", "one_pixel.JPEG")]
     assert np.ptp(np.stack(means), axis=0).max() < 3
     for name in ("empty.JPEG", "header_only.JPEG", "text.JPEG", "truncated.JPEG", "bomb_60000x60000.png"):
         with pytest.raises(UnreadableSample):

@@ -164,9 +164,7 @@ def test_with_real_transforms(videos: list[tuple[str, int]]) -> None:
     train = ClipTrainTransform(32, (0.5, 1.0), (3 / 4, 4 / 3), MEAN, STD)
     draw = lambda rng: rng.random((2, 4, 4)) < 0.4  # noqa: E731
     (sample,) = VideoClips(videos, train, 4, 4, 30, seed=0, draw_hidden=draw)[SampleKey(0, 1)]
-    assert (
-        sample.clip.shape == (3, 4, 32, 32) and sample.hidden is not None and sample.hidden.shape == (2, 4, 4)
-    )
+    assert sample.clip.shape == (3, 4, 32, 32) and sample.hidden is not None and sample.hidden.shape == (2, 4, 4)
     test = ClipTestTransform(32, 36, 3, MEAN, STD)
     dataset = VideoClips(videos, test, 4, 4, 30, seed=0, mode="test", num_clips=2, num_crops=3)
     clips = [dataset[SampleKey(0, 0, view)][0].clip for view in range(6)]

@@ -1,19 +1,24 @@
 """The order of samples, and that neither workers nor ranks nor resuming change what is seen."""
 
+import gc
 import logging
 import pickle
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from maskfeat.batch import BadSample, Batch, SampleKey
 from maskfeat.data.bad_samples import BadSampleLedger, TooManyBadSamples
+from maskfeat.data.decode import decode_frames
 from maskfeat.data.images import ImageFolder, list_image_folder
 from maskfeat.data.loader import EpochSampler, Loader
 from maskfeat.data.samples import Sample, collate
+from maskfeat.data.synthetic import write_video
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 from tests.data.test_images import draw, make_folder
 
@@ -71,9 +76,7 @@ def test_the_epoch_is_fixed_when_the_iteration_begins() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("num, views", [(10, 1), (7, 6), (1, 1), (12, 2)])
 def test_evaluation_shows_everything_once(world: int, num: int, views: int) -> None:
-    samplers = [
-        EpochSampler(num, 4, r, world, shuffle=False, drop_last=False, views=views) for r in range(world)
-    ]
+    samplers = [EpochSampler(num, 4, r, world, shuffle=False, drop_last=False, views=views) for r in range(world)]
     seen = []
     for sampler in samplers:
         parts = list(sampler)
@@ -207,8 +210,36 @@ def test_bad_samples_reach_the_ledger(tmp_path: Path, workers: int, caplog: pyte
     assert ledger.indices == {3, 9}
     assert len((tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()) == 2
     assert sum("bad sample" in record.message for record in caplog.records) == 2
-    strict = Loader(
-        dataset(listed), EpochSampler(16, 4), BadSampleLedger(None, 16, 0.01, "train"), num_workers=workers
-    )
+    strict = Loader(dataset(listed), EpochSampler(16, 4), BadSampleLedger(None, 16, 0.01, "train"), num_workers=workers)
     with pytest.raises(TooManyBadSamples, match="DATA.MAX_BAD_FRACTION"):
         list(strict)
+
+
+class CollectsGarbage(Dataset[list[Sample]]):
+    """Clears away whatever its process has left over."""
+
+    labels = [0] * 4
+
+    def __getitem__(self, key: object) -> list[Sample]:
+        gc.collect()
+        return [Sample(torch.zeros(1), 0, None, SampleKey(*key).index)]  # type: ignore[misc]
+
+
+def test_workers_do_not_hang_on_videos_that_the_parent_decoded(tmp_path: Path) -> None:
+    """A converter with threads of its own hangs a forked process that clears it away."""
+    path = tmp_path / "video.mp4"
+    write_video(path, np.zeros((4, 720, 1280, 3), np.uint8), fps=30)
+    gc.disable()
+    try:
+        with av.open(str(path)) as container:
+            frames = list(container.decode(video=0))
+        images = [frame.to_ndarray(format="rgb24") for frame in frames]
+        decode_frames(path, [0, 1])
+        cycle: list[object] = [frames]
+        cycle.append(cycle)
+        del frames, cycle
+        loader = Loader(CollectsGarbage(), EpochSampler(4, 2, shuffle=False), num_workers=1)
+        assert [batch.index.tolist() for batch in loader] == [[0, 1], [2, 3]]  # type: ignore[union-attr]
+    finally:
+        gc.enable()
+    assert len(images) == 4

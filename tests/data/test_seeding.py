@@ -30,9 +30,7 @@ def test_same_key_same_draws_and_every_part_of_the_key_matters() -> None:
 
 
 def test_streams_differ() -> None:
-    first = {
-        stream: sample_generator(1, 2, 3, 0, stream).random() for stream in (0, SPAN_STREAM, MASK_STREAM)
-    }
+    first = {stream: sample_generator(1, 2, 3, 0, stream).random() for stream in (0, SPAN_STREAM, MASK_STREAM)}
     assert len(set(first.values())) == 3
 
 

@@ -188,9 +188,7 @@ def test_make_clips_writes_kinetics_lists(tmp_path: Path) -> None:
         assert stream.average_rate == 30 and stream.codec_context.name in ("h264", "mpeg4")
 
 
-def test_another_encoder_is_taken_where_x264_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_encoder_is_taken_where_x264_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = render_clip("bob", "train", 0, num_frames=6)
     monkeypatch.setattr(synthetic, "ENCODERS", ("no-such-encoder", "mpeg4"))
     assert synthetic.write_video(tmp_path / "a.mp4", frames, 30) == "mpeg4"

@@ -24,6 +24,6 @@ def test_rates_scale_with_machines_once() -> None:
 
 
 def test_relative_steps() -> None:
-    opts = "SOLVER.LR_POLICY steps_with_relative_lrs SOLVER.STEPS [0,10,20] SOLVER.LRS [1,0.1,0.01]".split()
+    opts = ["SOLVER.LR_POLICY", "steps_with_relative_lrs", "SOLVER.STEPS", "[0,10,20]", "SOLVER.LRS", "[1,0.1,0.01]"]
     cfg = recipe("in1k_VIT_B_MaskFeat_PT", [*opts, "SOLVER.WARMUP_EPOCHS", "0", "SOLVER.BASE_LR", "0.5"])
     assert [lr_at_epoch(cfg, e) for e in (0, 9.99, 10, 25)] == pytest.approx([0.5, 0.5, 0.05, 0.005])

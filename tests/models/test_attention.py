@@ -17,7 +17,9 @@ from maskfeat.models.attention import (
 )
 
 
-def textbook(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], grid: Sequence[int], keys: Sequence[int]) -> Tensor:
+def textbook(
+    q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], grid: Sequence[int], keys: Sequence[int]
+) -> Tensor:
     """softmax(q k^T / sqrt(C) + sum over axes of q . R[axis]) v with every score written out, one pair at a time."""
     prefix = q.shape[2] - math.prod(grid)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
@@ -33,7 +35,8 @@ def textbook(q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], grid: Se
 
 @pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize(
-    ("grid", "keys"), [((2, 4, 4), (2, 2, 2)), ((2, 3, 3), (2, 3, 3)), ((2, 2, 2), (2, 4, 4)), ((5, 4), (3, 2))]
+    ("grid", "keys"),
+    [((2, 4, 4), (2, 2, 2)), ((2, 3, 3), (2, 3, 3)), ((2, 2, 2), (2, 4, 4)), ((5, 4), (3, 2))],
 )
 def test_folding_is_exact(grid: tuple[int, ...], keys: tuple[int, ...], prefix: int) -> None:
     draw = torch.Generator().manual_seed(1)

@@ -135,7 +135,14 @@ def test_head_scale() -> None:
 
 def mix(clip: Tensor, label: Tensor, seed: int, **changes: float) -> tuple[Tensor, Tensor]:
     np.random.seed(seed)
-    options = {"alpha": 0.8, "cutmix_alpha": 1.0, "prob": 1.0, "switch_prob": 0.5, "smoothing": 0.0, **changes}
+    options = {
+        "alpha": 0.8,
+        "cutmix_alpha": 1.0,
+        "prob": 1.0,
+        "switch_prob": 0.5,
+        "smoothing": 0.0,
+        **changes,
+    }
     return Mixup(num_classes=4, **options)(clip, label)
 
 
