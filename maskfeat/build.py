@@ -210,7 +210,7 @@ def _augmentation(cfg: CfgNode) -> dict[str, Any]:
 
 
 def _image_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None) -> ImageFolder:
-    """ImageNet layout; `test` reads the folder `val`. Classes are numbered by the training folder where there is one."""
+    """ImageNet layout; `test` reads `val`. The training folder numbers the classes, where there is one."""
     data, root = cfg.DATA, Path(cfg.DATA.PATH_TO_DATA_DIR)
     classes = None
     if split != "train" and (root / "train").is_dir():

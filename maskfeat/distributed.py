@@ -40,22 +40,31 @@ def torchrun_world() -> World | None:
     return World(rank, size, local_rank, local_size)
 
 
-def choose_device(num_gpus: int, local_rank: int, backend: str) -> torch.device:
-    """The device of a process: the CPU for NUM_GPUS 0, else the GPU of its local rank.
+def check_devices(num_gpus: int, backend: str) -> None:
+    """See that this machine has the GPUs that are asked for.
+
+    Several CPU processes are had by NUM_GPUS > 1 with DIST_BACKEND gloo on a machine without a GPU.
 
     Raises:
-        ValueError: where the machine has fewer GPUs than asked for. Several CPU processes are had by NUM_GPUS > 1
-            with DIST_BACKEND gloo on a machine without a GPU.
+        ValueError: where it has fewer.
     """
-    if num_gpus == 0:
-        return torch.device("cpu")
     available = torch.cuda.device_count()
-    if available == 0 and num_gpus > 1 and backend == "gloo":
+    if num_gpus <= available or (available == 0 and num_gpus > 1 and backend == "gloo"):
+        return
+    hint = " to run on the CPU" if available == 0 else ""
+    raise ValueError(
+        f"NUM_GPUS is {num_gpus}, but this machine shows {available} CUDA device(s): set NUM_GPUS {available}{hint}"
+    )
+
+
+def choose_device(num_gpus: int, local_rank: int) -> torch.device:
+    """The device of a process: the GPU of its local rank, or the CPU for NUM_GPUS 0 and where there is no GPU."""
+    if num_gpus == 0 or torch.cuda.device_count() == 0:
         return torch.device("cpu")
-    if available < num_gpus or local_rank >= available:
+    if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"NUM_GPUS is {num_gpus}, but this machine shows {available} CUDA device(s): set NUM_GPUS {available}"
-            + (" to run on the CPU" if available == 0 else "")
+            f"process {local_rank} of this machine has no GPU of its own: start at most "
+            f"{torch.cuda.device_count()} (torchrun --nproc_per_node, NUM_GPUS)"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

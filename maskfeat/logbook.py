@@ -11,7 +11,6 @@ from typing import Any
 import simplejson
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from maskfeat.distributed import World, gather_from_ranks, sum_over_ranks
 
@@ -103,7 +102,12 @@ class Logbook:
     """
 
     def __init__(self, world: World, tensorboard_dir: Path | None) -> None:
-        self._writer = SummaryWriter(str(tensorboard_dir)) if world.is_main and tensorboard_dir else None
+        self._writer: Any = None
+        if world.is_main and tensorboard_dir:
+            # Slow to import, and only one process of a run needs it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(tensorboard_dir))
 
     def write(self, kind: str, line: str, stats: Mapping[str, Any], step: int) -> None:
         """`kind` ("train_iter", "train_epoch", "val_epoch", "test_final"), a readable line, the values by name.

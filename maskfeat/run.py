@@ -23,8 +23,9 @@ from maskfeat.checkpoint import (
 )
 from maskfeat.config import dump_config, load_config, save_config
 from maskfeat.data.bad_samples import TooManyBadSamples
-from maskfeat.distributed import World, barrier, choose_device, join, launch, leave, seed_draws
+from maskfeat.distributed import World, barrier, check_devices, choose_device, join, launch, leave, seed_draws
 from maskfeat.evaluate import multi_view_test, validate
+from maskfeat.flops import backbone_multiply_adds
 from maskfeat.logbook import Logbook, setup_logging
 from maskfeat.objectives.base import Objective
 from maskfeat.optim import load_optimizer_state
@@ -120,6 +121,10 @@ def _is_due(epoch: int, period: int, max_epoch: int) -> bool:
 def _announce(cfg: CfgNode, objective: Objective, device: torch.device, world: World) -> None:
     count = sum(p.numel() for p in objective.parameters())
     batch = cfg.TRAIN.BATCH_SIZE * (world.size // world.local_size)
+    if cfg.LOG_MODEL_INFO:
+        with torch.device("meta"):
+            twin = build_objective(cfg)
+        logger.info("%.2f G multiply-adds a view in the backbone", backbone_multiply_adds(twin) / 1e9)
     logger.info(
         "%s, %.2f M parameters, on %d x %s, %s precision; %d samples a step",
         type(objective).__name__,
@@ -254,7 +259,7 @@ def run_testing(
 def work(world: World, init_method: str, cfg: CfgNode) -> None:
     """What every process does."""
     setup_logging(cfg.OUTPUT_DIR, world)
-    device = choose_device(cfg.NUM_GPUS, world.local_rank, cfg.DIST_BACKEND)
+    device = choose_device(cfg.NUM_GPUS, world.local_rank)
     join(world, cfg.DIST_BACKEND, device, init_method)
     folder = Path(cfg.OUTPUT_DIR) / cfg.TENSORBOARD.LOG_DIR if cfg.TENSORBOARD.ENABLE else None
     logbook = Logbook(world, folder)
@@ -294,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         cfg = load_config(args.cfg, opts)
+        check_devices(cfg.NUM_GPUS, cfg.DIST_BACKEND)
         save_config(args.cfg, opts, cfg, cfg.OUTPUT_DIR)
         launch(
             work,

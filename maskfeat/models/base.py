@@ -37,6 +37,7 @@ class Backbone(Protocol):
     """What an objective may ask of a backbone.
 
     Attributes:
+        clip_size: ([T,] H, W) frames and pixels that go in.
         width: D of the tokens that come out.
         grid: the output grid for the clip size that the backbone was built for.
         token_pixels: pixels (H, W) that an output token stands for; frames are left out.
@@ -45,6 +46,7 @@ class Backbone(Protocol):
         num_blocks: depth, for layer-wise learning rate decay.
     """
 
+    clip_size: tuple[int, ...]
     width: int
     grid: tuple[int, ...]
     token_pixels: tuple[int, int]

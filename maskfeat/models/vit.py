@@ -44,7 +44,7 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         size, patch_size = (image_size[0], image_size[1]), (patch[0], patch[1])
-        self.clip_size = size
+        self.clip_size: tuple[int, ...] = size
         self.width, self.num_blocks = width, depth
         self.grid: tuple[int, ...] = (size[0] // patch_size[0], size[1] // patch_size[1])
         self.token_pixels, self.frame_stride = patch_size, 1

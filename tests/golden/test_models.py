@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from maskfeat.build import build_objective, build_optimizer
+from maskfeat.flops import backbone_multiply_adds
 from maskfeat.objectives.base import Objective
 from tests.golden.golden import golden_batch, load_golden, recipe, salted_objective
 
@@ -85,3 +86,20 @@ def test_names_shapes_and_parameter_groups(name: str) -> None:
     assert list(groups) == list(golden)
     for key, (layer_decay, weight_decay) in golden.items():
         assert groups[key] == [pytest.approx(layer_decay, rel=1e-12), weight_decay], key
+
+
+# Published (MaskFeat, tables 2 and 6; MViTv2, table 5). Folding relative positions into queries and keys widens them.
+PUBLISHED_G = {
+    "in1k_VIT_B_MaskFeat_FT": (17.6, 0.01),
+    "in1k_VIT_L_MaskFeat_FT": (61.6, 0.01),
+    "k400_MVITv2_S_16x4_FT": (71, 0.08),
+    "k400_MVITv2_L_16x4_FT": (377, 0.06),
+}
+
+
+@pytest.mark.parametrize("name", list(PUBLISHED_G))
+def test_multiply_adds(name: str) -> None:
+    published, tolerance = PUBLISHED_G[name]
+    with torch.device("meta"):
+        objective = build_objective(recipe(name))
+    assert backbone_multiply_adds(objective) / 1e9 == pytest.approx(published, rel=tolerance)
