@@ -88,7 +88,7 @@ def multi_view_test(
     precision: str,
     results_path: Path | None = None,
 ) -> dict[str, float]:
-    """Test with every view of every video or image: softmax scores are summed over views (MViTv2, section 5.1).
+    """Test with every view of every video or image: softmax scores are summed over views.
 
     Args:
         loader: yields each (index, view) once over all ranks.

@@ -23,7 +23,7 @@ def block_mask(
     max_block: int | None = None,
     min_aspect: float = 0.3,
 ) -> np.ndarray:
-    """Blockwise mask of an image (BEiT, algorithm 1; MaskFeat section 4).
+    """Blockwise mask of an image (BEiT, algorithm 1, which MaskFeat takes over).
 
     Blocks of `min_block` to at most the missing number of patches, with aspect ratio log-uniform in
     [min_aspect, 1 / min_aspect], are hidden until `num_hidden` patches are or no further block fits. May undershoot.
@@ -68,7 +68,7 @@ def cube_mask(
     max_area: int | None = None,
     min_aspect: float = 0.3,
 ) -> np.ndarray:
-    """Mask of space-time cubes (MaskFeat section 4.1, "cube" masking).
+    """Mask of space-time cubes ("cube" masking of MaskFeat).
 
     A cube is a block of `min_area` to `max_area` patches in space (published: 9 to 49 on 7 x 7) that lasts 1 to T
     frames of the grid. Cubes are added until `num_hidden` patches are hidden or no further cube fits.

@@ -111,6 +111,23 @@ def test_pretrain_finetune_test_in_one_folder(image_data: Path, tmp_path: Path) 
     assert 100 * sum(right) / len(right) == pytest.approx(results["top1"])
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision(precision: str, image_data: Path, tmp_path: Path) -> None:
+    opts = [*VIT_PT, *images(image_data)]
+    full = losses(run(PT, opts, tmp_path / "full"))
+    opts += ["TRAIN.MIXED_PRECISION", precision]
+    mixed = losses(run(PT, opts, tmp_path / "mixed"))
+    assert mixed == pytest.approx(full, rel=0.02)
+    assert mixed != full
+    content = read_checkpoint(find_checkpoints(tmp_path / "mixed", "ssl")[0])
+    assert ("scaler_state" in content) == (precision == "fp16")
+    assert all(value.dtype == torch.float32 for value in content["model_state"].values())
+    # Resumed after the first epoch, it ends on the same bits.
+    find_checkpoints(tmp_path / "mixed", "ssl")[1].rename(tmp_path / "kept.pyth")
+    run(PT, opts, tmp_path / "mixed")
+    assert_same_bits(final_state(tmp_path / "mixed", "ssl"), read_checkpoint(tmp_path / "kept.pyth")["model_state"])
+
+
 def test_clips_multi_view(clip_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(str(RECIPES / "k400_MVITv2_S_16x4_MaskFeat_PT.yaml"), [*MVIT_PT, *clips(clip_data)], out)

@@ -1,4 +1,4 @@
-"""Pooling attention with decomposed relative positions (MViTv2, Li et al., CVPR 2022, section 4.1 and eq. 2-4).
+"""Pooling attention with decomposed relative positions (MViTv2, Li et al., CVPR 2022, section 4.1).
 
 The relative positions are folded into queries and keys, so that plain scaled-dot-product kernels apply:
 
@@ -113,7 +113,7 @@ class PoolingAttention(nn.Module):
         stride_q, stride_kv: pooling strides of queries, and of keys and values.
         class_token: whether token 0 stands for no place; it skips pooling and relative positions.
         relative_space, relative_time: which axes carry relative positions.
-        residual_pooling: whether the pooled query is added to the output (MViTv2, eq. 5).
+        residual_pooling: whether the pooled query is added to the output (MViTv2, section 4.1).
     """
 
     pool_q: nn.Module | None

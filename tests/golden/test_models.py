@@ -88,7 +88,7 @@ def test_names_shapes_and_parameter_groups(name: str) -> None:
         assert groups[key] == [pytest.approx(layer_decay, rel=1e-12), weight_decay], key
 
 
-# Published (MaskFeat, tables 2 and 6; MViTv2, table 5). Folding relative positions into queries and keys widens them.
+# As the papers give them, a view. Folding relative positions into queries and keys widens those.
 PUBLISHED_G = {
     "in1k_VIT_B_MaskFeat_FT": (17.6, 0.01),
     "in1k_VIT_L_MaskFeat_FT": (61.6, 0.01),
