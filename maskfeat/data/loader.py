@@ -1,7 +1,7 @@
 """Which samples make which batch, and the worker processes that make them."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -178,6 +178,13 @@ class Loader:
             if self.ledger is not None:
                 self.ledger.record(batch.bad)
             yield batch
+
+    def some(self, indices: Sequence[int]) -> Iterator[Batch]:
+        """One batch for each of these samples, made in this process; those that cannot be read are left out."""
+        for index in indices:
+            batch = collate([self.dataset[SampleKey(0, index)]])
+            if not batch.bad:
+                yield batch
 
 
 def _start_worker(worker: int) -> None:

@@ -14,7 +14,7 @@ ALLOWED = {
     "run": {"build", "flops", "train", "evaluate", "checkpoint", "config", "weights", "distributed", "logbook",
             "objectives", "optim", "schedule", "data"},
     "quickstart": {"run", "data", "visualize", "picture", "logbook", "config", "build"},
-    "visualize": {"build", "checkpoint", "config", "picture", "batch", "data", "objectives"},
+    "visualize": {"build", "checkpoint", "config", "picture", "batch", "objectives"},
     "build": {"config", "data", "objectives", "models", "optim", "schedule", "masking", "distributed", "batch"},
     "train": {"batch", "data", "distributed", "logbook", "objectives", "optim", "schedule"},
     "evaluate": {"batch", "data", "distributed", "logbook", "objectives", "train"},
