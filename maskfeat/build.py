@@ -1,6 +1,7 @@
 """From a config to objects: the only module that reads the config and imports everything."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -318,10 +319,6 @@ def build_loader(cfg: CfgNode, split: str, world: World | None = None, num_clips
         views=views,
     )
     ledger = BadSampleLedger(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split)
-    return Loader(
-        dataset,
-        sampler,
-        ledger,
-        num_workers=cfg.DATA_LOADER.NUM_WORKERS,
-        pin_memory=cfg.DATA_LOADER.PIN_MEMORY,
-    )
+    # More workers than cores only take each other's time; how many there are changes nothing in the data.
+    workers = min(cfg.DATA_LOADER.NUM_WORKERS, len(os.sched_getaffinity(0)))
+    return Loader(dataset, sampler, ledger, num_workers=workers, pin_memory=cfg.DATA_LOADER.PIN_MEMORY)
