@@ -1,7 +1,6 @@
 """From a config to objects: the only module that reads the config and imports everything."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from yacs.config import CfgNode
 from maskfeat.data.bad_samples import BadSampleLedger
 from maskfeat.data.images import ImageFolder, list_image_folder
 from maskfeat.data.kinetics import VideoClips, read_video_list
-from maskfeat.data.loader import EpochSampler, Loader
+from maskfeat.data.loader import EpochSampler, Loader, available_cores
 from maskfeat.data.transforms import (
     ClipTestTransform,
     ClipTrainTransform,
@@ -320,5 +319,5 @@ def build_loader(cfg: CfgNode, split: str, world: World | None = None, num_clips
     )
     ledger = BadSampleLedger(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split)
     # More workers than cores only take each other's time; how many there are changes nothing in the data.
-    workers = min(cfg.DATA_LOADER.NUM_WORKERS, len(os.sched_getaffinity(0)))
+    workers = min(cfg.DATA_LOADER.NUM_WORKERS, available_cores())
     return Loader(dataset, sampler, ledger, num_workers=workers, pin_memory=cfg.DATA_LOADER.PIN_MEMORY)
