@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from torch import nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
@@ -29,6 +28,7 @@ from maskfeat.flops import backbone_multiply_adds
 from maskfeat.logbook import Logbook, setup_logging
 from maskfeat.objectives.base import Objective
 from maskfeat.optim import load_optimizer_state
+from maskfeat.parallel import checkpoint_activations, distribute
 from maskfeat.schedule import lr_at_epoch
 from maskfeat.train import Settings, train
 from maskfeat.weights import clean_names
@@ -140,6 +140,8 @@ def run_training(cfg: CfgNode, world: World, device: torch.device, logbook: Logb
     """Train as configured; returns the trained objective, on `device`."""
     seed_draws(cfg.RNG_SEED)
     objective = build_objective(cfg).to(device)
+    if cfg.MODEL.ACT_CHECKPOINT:
+        checkpoint_activations(objective)
     _announce(cfg, objective, device, world)
     optimizer = build_optimizer(cfg, objective)
     precision = precision_of(cfg)
@@ -149,9 +151,7 @@ def run_training(cfg: CfgNode, world: World, device: torch.device, logbook: Logb
     evaluates = _is_due(max_epoch - 1, cfg.TRAIN.EVAL_PERIOD, max_epoch)
     val_loader = build_loader(cfg, "val", world) if evaluates else None
     start_epoch = start_training_state(cfg, objective, optimizer, scaler)
-    model: nn.Module = objective
-    if world.size > 1:
-        model = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    model = distribute(objective, world)
     settings = Settings(
         max_epoch=max_epoch,
         lr=lambda epoch: lr_at_epoch(cfg, epoch),

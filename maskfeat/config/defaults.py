@@ -57,7 +57,7 @@ def _train(cfg: CfgNode) -> None:
     cfg.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint in OUTPUT_DIR
     cfg.TRAIN.CHECKPOINT_FILE_PATH = ""  # weights to start from
     cfg.TRAIN.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"
-    cfg.TRAIN.CHECKPOINT_INFLATE = False  # make 3-D weights from a 2-D checkpoint
+    cfg.TRAIN.CHECKPOINT_INFLATE = False  # accepted; 2-D weights become 3-D ones whenever a model needs it
     cfg.TRAIN.CHECKPOINT_EPOCH_RESET = False  # start at epoch 0 with a fresh optimizer
     cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN = ()  # parts of names to remove from the file's parameter names
     cfg.TRAIN.CHECKPOINT_ALLOW = []  # ours: glob patterns of parameters that may stay fresh or be left over
@@ -108,7 +108,7 @@ def _aug(cfg: CfgNode) -> None:
     cfg.AUG.RE_PROB = 0.25  # random erasing: probability, 0 .. 1
     cfg.AUG.RE_MODE = "pixel"  # "pixel" (noise per pixel) | "rand" (one colour) | "const" (zero)
     cfg.AUG.RE_COUNT = 1  # boxes erased at most
-    cfg.AUG.RE_SPLIT = False  # leave the first copy of a repeated augmentation unerased
+    cfg.AUG.RE_SPLIT = False  # only False
     cfg.AUG.GEN_MASK_LOADER = False  # draw masks in the data workers (pre-training needs it)
     cfg.AUG.MASK_TUBE = False  # video masks: the same patches in every frame ...
     cfg.AUG.MASK_FRAMES = False  # ... or whole frames; neither = cubes

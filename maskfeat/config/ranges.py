@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "DATA.DECODING_BACKEND": ("pyav", "torchvision"),
     "AUG.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest"),
     "AUG.RE_MODE": ("pixel", "rand", "const"),
+    "AUG.RE_SPLIT": (False,),
     "MODEL.ARCH": ("mvit", "maskmvit"),
     "MODEL.MODEL_NAME": ("MViT", "MaskMViT"),
     "MODEL.LOSS_FUNC": ("cross_entropy", "soft_cross_entropy", "multi_mse"),

@@ -121,6 +121,7 @@ UNSUPPORTED = [
     ("DATA.DECODING_BACKEND", "decord"),
     ("AUG.INTERPOLATION", "sharp"),
     ("AUG.RE_MODE", "grey"),
+    ("AUG.RE_SPLIT", "True"),
     ("TEST.NUM_SPATIAL_CROPS", "2"),
     ("DIST_BACKEND", "mpi"),
 ]

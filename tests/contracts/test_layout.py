@@ -11,14 +11,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the package (ARCHITECTURE: imports point one way). A part may import itself.
 ALLOWED = {
-    "run": {"build", "flops", "train", "evaluate", "checkpoint", "config", "weights", "distributed", "logbook",
-            "objectives", "optim", "schedule", "data"},
+    "run": {"build", "flops", "parallel", "train", "evaluate", "checkpoint", "config", "weights", "distributed",
+            "logbook", "objectives", "optim", "schedule", "data"},
     "quickstart": {"run", "data", "visualize", "picture", "logbook", "config", "build"},
     "visualize": {"build", "checkpoint", "config", "picture", "batch", "objectives"},
     "build": {"config", "data", "objectives", "models", "optim", "schedule", "masking", "distributed", "batch"},
     "train": {"batch", "data", "distributed", "logbook", "objectives", "optim", "schedule"},
     "evaluate": {"batch", "data", "distributed", "logbook", "objectives", "train"},
     "flops": {"objectives"},
+    "parallel": {"distributed", "objectives"},
     "logbook": {"distributed"},
     "optim": {"objectives"},
     "objectives": {"models", "batch", "masking", "weights"},

@@ -12,6 +12,7 @@ from maskfeat.distributed import World
 from maskfeat.logbook import Window
 from maskfeat.objectives.base import Objective
 from maskfeat.optim import load_optimizer_state
+from maskfeat.parallel import checkpoint_activations
 from maskfeat.schedule import lr_at_epoch, set_lr
 from maskfeat.train import Settings, optimisation_step
 from tests.golden.golden import golden_batch, load_golden, recipe, salted_objective
@@ -85,6 +86,18 @@ def test_accumulated_steps(name: str) -> None:
     logged = follow(run, objective, build_optimizer(cfg, objective), first=0, micro_batch=3)
     assert_follows(run, logged)
     assert_final_norm(run, objective)
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_recomputed_activations_change_nothing(name: str) -> None:
+    run = RUNS[name]
+    cfg = recipe(run["config"], run["opts"])
+    plain, saving = (salted_objective(cfg, salt=run["seed"]) for _ in range(2))
+    names = list(saving.released_state())
+    checkpoint_activations(saving)
+    assert list(saving.released_state()) == names
+    logged = [follow(run, objective, build_optimizer(cfg, objective), first=6) for objective in (plain, saving)]
+    assert logged[0] == logged[1]
 
 
 @pytest.mark.parametrize("name", list(RUNS))
