@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from maskfeat.data.bad_samples import BadSampleLedger
-from maskfeat.data.images import ImageFolder, list_image_folder
+from maskfeat.data.images import ImageFolder, class_folders, list_image_folder
 from maskfeat.data.kinetics import VideoClips, read_video_list
 from maskfeat.data.loader import EpochSampler, Loader, available_cores
 from maskfeat.data.transforms import (
@@ -62,7 +62,7 @@ def _build_vit(cfg: CfgNode, maskable: bool) -> ViT:
 def _build_mvit(cfg: CfgNode, maskable: bool) -> MViT:
     mvit = cfg.MVIT
     frames = () if mvit.PATCH_2D else (cfg.DATA.NUM_FRAMES,)
-    ones = [1] * len(mvit.PATCH_KERNEL)
+    axes = len(mvit.PATCH_KERNEL)  # images leave the first of (t, h, w) out
     if mvit.POOL_KVQ_KERNEL is None and _pools(cfg):
         raise ValueError("MVIT.POOL_KVQ_KERNEL is None, expected a kernel such as [3, 3, 3] where queries are pooled")
     position = "none"
@@ -78,10 +78,10 @@ def _build_mvit(cfg: CfgNode, maskable: bool) -> MViT:
         num_heads=mvit.NUM_HEADS,
         width_mul={block: factor[0] for block, factor in _by_block(mvit.DIM_MUL).items()},
         head_mul={block: factor[0] for block, factor in _by_block(mvit.HEAD_MUL).items()},
-        stride_q={block: [int(s) for s in stride] for block, stride in _by_block(mvit.POOL_Q_STRIDE).items()},
-        stride_kv={block: [int(s) for s in stride] for block, stride in _by_block(mvit.POOL_KV_STRIDE).items()},
-        stride_kv_adaptive=mvit.POOL_KV_STRIDE_ADAPTIVE,
-        pool_kernel=mvit.POOL_KVQ_KERNEL or ones,
+        stride_q={block: [int(s) for s in stride][-axes:] for block, stride in _by_block(mvit.POOL_Q_STRIDE).items()},
+        stride_kv={block: [int(s) for s in stride][-axes:] for block, stride in _by_block(mvit.POOL_KV_STRIDE).items()},
+        stride_kv_adaptive=mvit.POOL_KV_STRIDE_ADAPTIVE and mvit.POOL_KV_STRIDE_ADAPTIVE[-axes:],
+        pool_kernel=(mvit.POOL_KVQ_KERNEL or [1, 1, 1])[-axes:],
         mlp_ratio=mvit.MLP_RATIO,
         qkv_bias=mvit.QKV_BIAS,
         drop_path=mvit.DROPPATH_RATE,
@@ -212,9 +212,7 @@ def _augmentation(cfg: CfgNode) -> dict[str, Any]:
 def _image_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None) -> ImageFolder:
     """ImageNet layout; `test` reads `val`. The training folder numbers the classes, where there is one."""
     data, root = cfg.DATA, Path(cfg.DATA.PATH_TO_DATA_DIR)
-    classes = None
-    if split != "train" and (root / "train").is_dir():
-        classes = sorted(folder.name for folder in (root / "train").iterdir() if folder.is_dir())
+    classes = class_folders(root / "train") if split != "train" and (root / "train").is_dir() else None
     samples, _ = list_image_folder(root / ("train" if split == "train" else "val"), classes)
     if split == "train":
         transform: ImageTrainTransform | ImageEvalTransform = ImageTrainTransform(
@@ -319,5 +317,5 @@ def build_loader(cfg: CfgNode, split: str, world: World | None = None, num_clips
     )
     ledger = BadSampleLedger(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split)
     # More workers than cores only take each other's time; how many there are changes nothing in the data.
-    workers = min(cfg.DATA_LOADER.NUM_WORKERS, available_cores())
+    workers = min(cfg.DATA_LOADER.NUM_WORKERS, max(available_cores() // world.local_size, 1))
     return Loader(dataset, sampler, ledger, num_workers=workers, pin_memory=cfg.DATA_LOADER.PIN_MEMORY)

@@ -69,7 +69,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{given} is damaged or holds more than tensors and plain values, and is not loaded: {error}"
         ) from error
-    except (RuntimeError, EOFError, BadZipFile, KeyError, OSError) as error:
+    # What PyTorch's reader raises on damaged files.
+    except (
+        RuntimeError,
+        EOFError,
+        BadZipFile,
+        LookupError,
+        OSError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         raise ValueError(f"{given} is not a readable checkpoint: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{given} holds a {type(content).__name__}, expected a dict of parameters")

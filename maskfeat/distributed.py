@@ -3,9 +3,11 @@
 torchrun and `torch.multiprocessing` are the engines. A set-up that fails raises; nothing falls back in silence.
 """
 
+import logging
 import os
 import random
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,37 +100,53 @@ def free_address() -> str:
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def _spawned(local_rank: int, job: Callable[..., None], plan: World, init_method: str, args: tuple[Any, ...]) -> None:
+def _spawned(local_rank: int, job: Callable[..., int], plan: World, init_method: str, args: tuple[Any, ...]) -> None:
     world = World(plan.rank + local_rank, plan.size, local_rank, plan.local_size)
-    job(world, init_method, *args)
+    code = job(world, init_method, *args)
+    if code:
+        sys.exit(code)  # the parent ends the other processes
 
 
 def launch(
-    job: Callable[..., None],
+    job: Callable[..., int],
     args: tuple[Any, ...],
     *,
     processes: int,
     num_shards: int = 1,
     shard_id: int = 0,
     init_method: str = "",
-) -> None:
-    """Run `job(world, init_method, *args)` in every process of this machine, and wait.
+) -> int:
+    """Run `job(world, init_method, *args)` in every process of this machine, and wait; the exit code.
 
     Under torchrun this process is one of them. Otherwise `processes` are spawned where there are several in all, and
     `init_method` is where the machines meet (one machine finds an address by itself).
     """
     world = torchrun_world()
     if world is not None:
-        job(world, "env://", *args)
-        return
+        machines = world.size // world.local_size
+        if machines != num_shards:
+            raise ValueError(
+                f"torchrun started {machines} machine(s), but NUM_SHARDS is {num_shards}: set NUM_SHARDS {machines}, by "
+                "which learning rates scale (SOLVER.BASE_LR_SCALE_NUM_SHARDS)"
+            )
+        return job(world, "env://", *args)
     size = processes * num_shards
     if size == 1:
-        job(World(), "", *args)
-        return
+        return job(World(), "", *args)
     if num_shards > 1 and not init_method:
         raise ValueError(f"NUM_SHARDS is {num_shards}: give --init_method tcp://HOST:PORT of the first machine")
     plan = World(shard_id * processes, size, 0, processes)
-    mp.spawn(_spawned, (job, plan, init_method or free_address(), args), nprocs=processes)
+    try:
+        mp.spawn(_spawned, (job, plan, init_method or free_address(), args), nprocs=processes)
+    except mp.ProcessExitedException as error:
+        logger.error("process %d of this machine ended with code %s", error.error_index, error.exit_code)
+        return error.exit_code or 1
+    return 0
+
+
+def number_of_ranks() -> int:
+    """How many processes take part."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import simplejson
 import torch
 from torch import Tensor
 
-from maskfeat.distributed import World, gather_from_ranks, sum_over_ranks
+from maskfeat.distributed import World, gather_from_ranks, number_of_ranks, sum_over_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -39,47 +39,47 @@ def setup_logging(output_dir: str | Path, world: World) -> None:
 class Window:
     """Sums of scalars on the device, read a few times an epoch: reading is what stops for the device.
 
-    `add(weight, values)` takes means over `weight` terms; `read()` gives the means over all ranks since the last
-    read.
+    `add` takes means over `weight` terms, and counts; `read` gives the means over all ranks since the last read, and
+    the counts of one rank (all ranks count alike).
     """
 
     def __init__(self) -> None:
-        self._names: list[str] = []
+        self._means: list[str] = []
+        self._counts: list[str] = []
         self._sums: Tensor | None = None
 
-    def add(self, weight: Tensor, values: Mapping[str, Tensor]) -> None:
-        """weight: scalar; values: scalars on one device."""
-        names = list(values)
-        stacked = torch.stack([v.detach().float().reshape(()) for v in values.values()] + [weight.new_ones(())])
-        weighted = (stacked * weight).double()
+    def add(self, weight: Tensor, values: Mapping[str, Tensor], counts: Mapping[str, Tensor] | None = None) -> None:
+        """weight: scalar; values and counts: scalars on the same device."""
+        means, counted = list(values), list(counts or {})
+        terms = torch.stack([v.detach().float().reshape(()) for v in values.values()]) * weight
+        sums = torch.cat([terms, torch.stack([weight.float(), *(counts or {}).values()])]).double()
         if self._sums is None:
-            self._names, self._sums = names, weighted
+            self._means, self._counts, self._sums = means, counted, sums
             return
-        assert names == self._names, f"metrics changed from {self._names} to {names}"
-        self._sums += weighted
+        assert (means, counted) == (self._means, self._counts), "metrics changed within a window"
+        self._sums += sums
 
     def read(self, uneven: bool = False) -> dict[str, float]:
-        """Means by name, over all ranks; empty where nothing was added. Starts the next window.
+        """Means and counts by name; empty where nothing was added. Starts the next window.
 
         Args:
             uneven: whether some rank may have added nothing, as in evaluation; slower.
         """
+        mine, self._sums = self._sums, None
         if uneven:
-            shares = gather_from_ranks((self._names, None if self._sums is None else self._sums.tolist()))
-            filled = [(names, sums) for names, sums in shares if sums is not None]
+            shares = gather_from_ranks((self._means, self._counts, None if mine is None else mine.tolist()))
+            filled = [share for share in shares if share[2] is not None]
             if not filled:
                 return {}
-            names, total = (
-                filled[0][0],
-                [sum(parts) for parts in zip(*(sums for _, sums in filled), strict=True)],
-            )
-        elif self._sums is None:
+            means, counts = filled[0][:2]
+            total = [sum(parts) for parts in zip(*(share[2] for share in filled), strict=True)]
+        elif mine is None:
             return {}
         else:
-            names, total = self._names, sum_over_ranks(self._sums).tolist()
-        self._sums = None
-        weight = total[-1]
-        return {name: value / weight if weight else math.nan for name, value in zip(names, total, strict=False)}
+            means, counts, total = self._means, self._counts, sum_over_ranks(mine).tolist()
+        weight, rest = total[len(means)], total[len(means) + 1 :]
+        values = {name: value / weight if weight else math.nan for name, value in zip(means, total, strict=False)}
+        return values | {name: value / number_of_ranks() for name, value in zip(counts, rest, strict=True)}
 
 
 def eta(seconds: float) -> str:
@@ -91,6 +91,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return simplejson.RawJSON(f"{value:.6g}") if math.isfinite(value) else str(value)
     return value
+
+
+_STATS = "json_stats: "
+
+
+def read_json_stats(log: Path, kind: str) -> list[dict[str, Any]]:
+    """The entries of one kind ("train_iter", "val_epoch", "test_final") in a run's stdout.log, in order."""
+    lines = log.read_text(encoding="utf-8").splitlines()
+    entries = [simplejson.loads(line.split(_STATS, 1)[1]) for line in lines if _STATS in line]
+    return [entry for entry in entries if entry["_type"] == kind]
 
 
 class Logbook:
@@ -119,7 +129,7 @@ class Logbook:
         plain = {name: _plain(value) for name, value in stats.items()}
         if "lr" in stats:
             plain["lr"] = simplejson.RawJSON(f"{stats['lr']:.5e}")
-        logger.info("json_stats: %s", simplejson.dumps({"_type": kind, **plain}))
+        logger.info(_STATS + "%s", simplejson.dumps({"_type": kind, **plain}))
         if self._writer is not None:
             for name, value in stats.items():
                 if isinstance(value, int | float):

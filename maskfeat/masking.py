@@ -12,7 +12,8 @@ from torch import Tensor
 
 Sampler = Callable[[np.random.Generator], np.ndarray]
 
-_MAX_TRIES = 10  # draws of one block before it is given up, as published
+# Draws of one block before it is given up, as published: for images (BEiT) and for clips.
+_TRIES_2D, _TRIES_3D = 10, 100
 
 
 def block_mask(
@@ -39,8 +40,9 @@ def block_mask(
         missing = num_hidden - count
         largest = missing if max_block is None else min(missing, max_block)
         added = 0
-        for _ in range(_MAX_TRIES):
-            area = rng.uniform(min(min_block, largest), largest)
+        for _ in range(_TRIES_2D):
+            # With fewer than `min_block` left to hide, between those and `min_block`: what is too large is dropped.
+            area = min_block + (largest - min_block) * rng.random()
             aspect = math.exp(rng.uniform(*log_aspect))
             h = round(math.sqrt(area * aspect))
             w = round(math.sqrt(area / aspect))
@@ -85,13 +87,13 @@ def cube_mask(
     while count < num_hidden:
         missing = num_hidden - count
         added = 0
-        for _ in range(_MAX_TRIES):
+        for _ in range(_TRIES_3D):
             area = rng.uniform(smallest, largest)
             aspect = math.exp(rng.uniform(*log_aspect))
             h = round(math.sqrt(area * aspect))
             w = round(math.sqrt(area / aspect))
             t = int(rng.integers(1, frames + 1))
-            if not (0 < h <= height and 0 < w <= width):
+            if not (0 < h < height and 0 < w < width):
                 continue
             front = int(rng.integers(0, frames - t + 1))
             top = int(rng.integers(0, height - h + 1))
@@ -154,6 +156,7 @@ def mask_sampler(
 
 def resize_mask(hidden: Tensor, grid: Sequence[int]) -> Tensor:
     """Nearest-neighbour resize of a mask (B, *from_grid) to (B, *grid): place i takes from floor(i * from / to)."""
+    hidden = hidden.bool()
     if hidden.dim() != len(grid) + 1:
         raise ValueError(f"a mask of shape {tuple(hidden.shape)} cannot be resized to the grid {tuple(grid)}")
     for axis, to in enumerate(grid, start=1):

@@ -68,15 +68,12 @@ def make_optimizer(
     dampening: float = 0.0,
     nesterov: bool = True,
 ) -> Optimizer:
-    """AdamW (Loshchilov and Hutter, ICLR 2019; eps 1e-8) or SGD; fused kernels on a GPU."""
+    """AdamW (Loshchilov and Hutter, ICLR 2019; eps 1e-8) or SGD, with fused kernels."""
     initial = [{**group, "lr": lr * group["layer_decay"]} for group in groups]
-    on_gpu = any(p.is_cuda for group in groups for p in group["params"])
     if method == "adamw":
-        return torch.optim.AdamW(initial, lr=lr, betas=(betas[0], betas[1]), eps=1e-8, fused=on_gpu or None)
+        return torch.optim.AdamW(initial, lr=lr, betas=(betas[0], betas[1]), eps=1e-8, fused=True)
     if method == "sgd":
-        return torch.optim.SGD(
-            initial, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, fused=on_gpu or None
-        )
+        return torch.optim.SGD(initial, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, fused=True)
     raise ValueError(f"SOLVER.OPTIMIZING_METHOD is {method!r}, expected 'adamw' or 'sgd'")
 
 
@@ -86,11 +83,18 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     Raises:
         ValueError: where the file's groups are not this model's.
     """
-    mine = [(g.get("fused"), g.get("foreach"), g["layer_decay"], g["weight_decay"]) for g in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, (fused, foreach, layer_decay, weight_decay) in zip(optimizer.param_groups, mine, strict=True):
-        group["fused"], group["foreach"] = fused, foreach
-        group["layer_decay"], group["weight_decay"] = layer_decay, weight_decay
+    if [len(group["params"]) for group in state["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
+        raise ValueError(
+            "the optimizer state is of other parameter groups: SOLVER.LAYER_DECAY, SOLVER.ZERO_WD_1D_PARAM or the "
+            "model changed. Set them back, or start anew in another OUTPUT_DIR"
+        )
+    kept = ("fused", "foreach", "layer_decay", "weight_decay")
+    # Before loading: PyTorch reads there whether steps are counted on the device.
+    groups = [
+        {**theirs, **{key: mine[key] for key in kept if key in mine}}
+        for theirs, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, max_value: float | None) -> torch.Tensor:

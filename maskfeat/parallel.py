@@ -22,4 +22,5 @@ def distribute(objective: Objective, world: World) -> nn.Module:
     """The objective for several processes: gradients are averaged over ranks."""
     if world.size == 1:
         return objective
-    return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Buffers are constants, or statistics of normalisation that the ranks share as is usual: PyTorch's default.
+    return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True)

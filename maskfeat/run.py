@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from maskfeat.checkpoint import (
 )
 from maskfeat.config import dump_config, load_config, save_config
 from maskfeat.data.bad_samples import TooManyBadSamples
+from maskfeat.data.loader import Loader
 from maskfeat.distributed import World, barrier, check_devices, choose_device, join, launch, leave, seed_draws
 from maskfeat.evaluate import multi_view_test, validate
 from maskfeat.flops import backbone_multiply_adds
@@ -37,6 +39,14 @@ logger = logging.getLogger(__name__)
 
 # What a user can mend, or the machine has to: said in one line, without a traceback.
 EXPECTED = (ValueError, TooManyBadSamples, FloatingPointError, OSError)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The command line of a run: the YAML's path and the overrides."""
+
+    path: str
+    opts: tuple[str, ...]
 
 
 def precision_of(cfg: CfgNode) -> str:
@@ -61,7 +71,13 @@ def _resume(
     content: dict[str, Any],
 ) -> int:
     """Take over weights, optimizer and epoch; returns the epoch to start with."""
-    objective.load_released_state(model_state(content))
+    report = objective.load_released_state(model_state(content))
+    changed = [*report.resized, *report.dropped]
+    if changed:
+        raise ValueError(
+            f"{path} is of another model than this run ({len(changed)} parameters differ, such as {changed[0]}): set "
+            "the crop, frames and MVIT keys back, or start anew in another OUTPUT_DIR"
+        )
     try:
         load_optimizer_state(optimizer, content["optimizer_state"])
         if scaler.is_enabled() and "scaler_state" in content:
@@ -71,7 +87,9 @@ def _resume(
         raise ValueError(
             f"{path} has no {error}: only its weights can be used, TRAIN.CHECKPOINT_EPOCH_RESET True"
         ) from error
-    logger.info("resumed from %s: going on with epoch %d", path, epoch + 1)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    logger.info("resumed from %s, after epoch %d", path, epoch)
     return epoch
 
 
@@ -111,20 +129,24 @@ def _save(cfg: CfgNode, objective: Objective, optimizer: Optimizer, scaler: torc
     logger.info("saved %s", path)
 
 
-def _is_due(epoch: int, period: int, max_epoch: int) -> bool:
-    """Every `period` epochs, and after the last one unless the period is longer than the run; 0 = never."""
-    if not 0 < period <= max_epoch:
+def _is_due(cfg: CfgNode, objective: Objective, epoch: int) -> bool:
+    """Whether to validate after `epoch`: every TRAIN.EVAL_PERIOD epochs, and after the last one (of pre-training only
+    where the period is not longer than the run); 0 = never.
+    """
+    period, last = cfg.TRAIN.EVAL_PERIOD, cfg.SOLVER.MAX_EPOCH
+    if period == 0:
         return False
-    return (epoch + 1) % period == 0 or epoch + 1 == max_epoch
+    return (epoch + 1) % period == 0 or (epoch + 1 == last and (objective.classifies or period <= last))
 
 
 def _announce(cfg: CfgNode, objective: Objective, device: torch.device, world: World) -> None:
     count = sum(p.numel() for p in objective.parameters())
-    batch = cfg.TRAIN.BATCH_SIZE * (world.size // world.local_size)
+    views = cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1
+    batch = cfg.TRAIN.BATCH_SIZE * views * (world.size // world.local_size)
     if cfg.LOG_MODEL_INFO:
         with torch.device("meta"):
             twin = build_objective(cfg)
-        logger.info("%.2f G multiply-adds a view in the backbone", backbone_multiply_adds(twin) / 1e9)
+        logger.info("%.3g G multiply-adds a view in the backbone", backbone_multiply_adds(twin) / 1e9)
     logger.info(
         "%s, %.2f M parameters, on %d x %s, %s precision; %d samples a step",
         type(objective).__name__,
@@ -136,7 +158,7 @@ def _announce(cfg: CfgNode, objective: Objective, device: torch.device, world: W
     )
 
 
-def run_training(cfg: CfgNode, world: World, device: torch.device, logbook: Logbook) -> Objective:
+def run_training(cfg: CfgNode, given: Given, world: World, device: torch.device, logbook: Logbook) -> Objective:
     """Train as configured; returns the trained objective, on `device`."""
     seed_draws(cfg.RNG_SEED)
     objective = build_objective(cfg).to(device)
@@ -148,9 +170,12 @@ def run_training(cfg: CfgNode, world: World, device: torch.device, logbook: Logb
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     loader = build_loader(cfg, "train", world)
     max_epoch = cfg.SOLVER.MAX_EPOCH
-    evaluates = _is_due(max_epoch - 1, cfg.TRAIN.EVAL_PERIOD, max_epoch)
+    evaluates = any(_is_due(cfg, objective, epoch) for epoch in range(max_epoch))
     val_loader = build_loader(cfg, "val", world) if evaluates else None
     start_epoch = start_training_state(cfg, objective, optimizer, scaler)
+    if world.is_main:
+        # Not earlier: a run that is refused leaves the folder of another one as it was.
+        save_config(given.path, given.opts, cfg, cfg.OUTPUT_DIR)
     model = distribute(objective, world)
     settings = Settings(
         max_epoch=max_epoch,
@@ -168,7 +193,7 @@ def run_training(cfg: CfgNode, world: World, device: torch.device, logbook: Logb
         if world.is_main and ((epoch + 1) % cfg.TRAIN.CHECKPOINT_PERIOD == 0 or last):
             _save(cfg, objective, optimizer, scaler, epoch)
         barrier()
-        if val_loader is not None and _is_due(epoch, cfg.TRAIN.EVAL_PERIOD, max_epoch):
+        if val_loader is not None and _is_due(cfg, objective, epoch):
             _validate(cfg, objective, val_loader, device, logbook, epoch)
 
     if start_epoch >= max_epoch:
@@ -227,49 +252,71 @@ def _load_for_testing(cfg: CfgNode, device: torch.device) -> Objective:
     return objective.to(device)
 
 
+def _test_loaders(cfg: CfgNode, world: World) -> dict[str, Loader]:
+    """A loader for each number of views, by its name: TEST.NUM_TEMPORAL_CLIPS (or TEST.NUM_ENSEMBLE_VIEWS) x crops."""
+    if cfg.TEST.DATASET.lower() == "imagenet":
+        return {"1x1": build_loader(cfg, "test", world)}
+    counts = cfg.TEST.NUM_TEMPORAL_CLIPS or [cfg.TEST.NUM_ENSEMBLE_VIEWS]
+    crops = cfg.TEST.NUM_SPATIAL_CROPS
+    return {f"{count}x{crops}": build_loader(cfg, "test", world, num_clips=count) for count in counts}
+
+
+def _results_path(cfg: CfgNode, views: str) -> Path:
+    """TEST.SAVE_RESULTS_PATH, or test_results.json in OUTPUT_DIR; the views are put into the name."""
+    path = Path(cfg.OUTPUT_DIR) / (cfg.TEST.SAVE_RESULTS_PATH or "test_results.json")
+    return path.with_name(f"{path.stem}_{views}{path.suffix or '.json'}")
+
+
 def run_testing(
-    cfg: CfgNode, world: World, device: torch.device, logbook: Logbook, objective: Objective | None
+    cfg: CfgNode, loaders: dict[str, Loader], world: World, device: torch.device, logbook: Logbook, objective: Objective
 ) -> None:
-    """Multi-view testing, once for each of TEST.NUM_TEMPORAL_CLIPS (or TEST.NUM_ENSEMBLE_VIEWS)."""
-    if objective is None:
-        objective = _load_for_testing(cfg, device)
-    images = cfg.TEST.DATASET.lower() == "imagenet"
-    counts = [1] if images else (cfg.TEST.NUM_TEMPORAL_CLIPS or [cfg.TEST.NUM_ENSEMBLE_VIEWS])
-    for count in counts:
-        loader = build_loader(cfg, "test", world, num_clips=count)
-        crops = 1 if images else cfg.TEST.NUM_SPATIAL_CROPS
-        path = Path(cfg.TEST.SAVE_RESULTS_PATH or f"test_results_{count}x{crops}.json")
+    """Multi-view testing with each of `loaders`."""
+    for number, (views, loader) in enumerate(loaders.items()):
         result = multi_view_test(
             objective,
             loader,
             loader.labels,
             device,
             precision_of(cfg),
-            Path(cfg.OUTPUT_DIR) / path if world.is_main else None,
+            _results_path(cfg, views) if world.is_main else None,
         )
         line = (
             f"test: top1 {result['top1']:.2f} %, top5 {result['top5']:.2f} % of {len(loader.labels)} "
-            f"({count} x {crops} views), {result['unreadable']} unreadable"
+            f"({views} views), {result['unreadable']} unreadable"
         )
-        stats = {"split": "test_final", "views": f"{count}x{crops}", **result}
+        stats = {"split": "test_final", "samples": len(loader.labels), "views": views, **result}
         stats["top1_acc"], stats["top5_acc"] = f"{result['top1']:.2f}", f"{result['top5']:.2f}"
-        logbook.write("test_final", line, stats, count)
+        logbook.write("test_final", line, stats, number)
 
 
-def work(world: World, init_method: str, cfg: CfgNode) -> None:
-    """What every process does."""
-    setup_logging(cfg.OUTPUT_DIR, world)
+def _work(world: World, init_method: str, cfg: CfgNode, given: Given) -> None:
     device = choose_device(cfg.NUM_GPUS, world.local_rank)
     join(world, cfg.DIST_BACKEND, device, init_method)
     folder = Path(cfg.OUTPUT_DIR) / cfg.TENSORBOARD.LOG_DIR if cfg.TENSORBOARD.ENABLE else None
     logbook = Logbook(world, folder)
     try:
-        objective = run_training(cfg, world, device, logbook) if cfg.TRAIN.ENABLE else None
+        # The test's data is looked for before training, not after it.
+        loaders = _test_loaders(cfg, world) if cfg.TEST.ENABLE else {}
+        objective = run_training(cfg, given, world, device, logbook) if cfg.TRAIN.ENABLE else None
         if cfg.TEST.ENABLE:
-            run_testing(cfg, world, device, logbook, objective)
+            if objective is None or cfg.TEST.CHECKPOINT_FILE_PATH:
+                objective = _load_for_testing(cfg, device)
+            run_testing(cfg, loaders, world, device, logbook, objective)
     finally:
         logbook.close()
         leave()
+
+
+def work(world: World, init_method: str, cfg: CfgNode, given: Given) -> int:
+    """What every process does; its exit code. What all ranks meet alike is said once."""
+    try:
+        setup_logging(cfg.OUTPUT_DIR, world)
+        _work(world, init_method, cfg, given)
+    except EXPECTED as error:
+        if world.is_main or isinstance(error, TooManyBadSamples | OSError):
+            logger.error("error: %s", error)
+        return 2
+    return 0
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -297,23 +344,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         if value is not None:
             opts += [key, str(value)]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    say = logging.getLogger("maskfeat").error
     try:
         cfg = load_config(args.cfg, opts)
+        if not (cfg.TRAIN.ENABLE or cfg.TEST.ENABLE):
+            raise ValueError("TRAIN.ENABLE and TEST.ENABLE are both False: there is nothing to do, set one of them")
         check_devices(cfg.NUM_GPUS, cfg.DIST_BACKEND)
-        save_config(args.cfg, opts, cfg, cfg.OUTPUT_DIR)
-        launch(
+        _make_folder(cfg.OUTPUT_DIR)
+        return launch(
             work,
-            (cfg,),
+            (cfg, Given(args.cfg, tuple(opts))),
             processes=max(cfg.NUM_GPUS, 1),
             num_shards=cfg.NUM_SHARDS,
             shard_id=cfg.SHARD_ID,
             init_method=args.init_method,
         )
     except EXPECTED as error:
-        logging.getLogger("maskfeat").error("error: %s", error)
+        say("error: %s", error)
         return 2
     except mp.ProcessRaisedException as error:
-        # The traceback of the process that failed, ending with what it said.
-        logging.getLogger("maskfeat").error("error: %s", error)
-        return 2
-    return 0
+        say("error: %s", error)  # the traceback of the process that failed, ending with what it said
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted: the same command goes on from the last checkpoint in OUTPUT_DIR")
+        return 130
+
+
+def _make_folder(folder: str) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"OUTPUT_DIR {folder} cannot be made: {error.strerror}") from error

@@ -1,11 +1,10 @@
 """The training loop: fetch, accumulate, clip, step, log, save. It knows nothing of what is learned."""
 
-import logging
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +18,7 @@ from maskfeat.objectives.base import Objective
 from maskfeat.optim import clip_gradients
 from maskfeat.schedule import set_lr
 
-logger = logging.getLogger(__name__)
-
+MAX_LOST = 100  # steps in a row that fp16 may lose while it looks for its scale
 PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -67,9 +65,11 @@ def optimisation_step(
 
     Args:
         model: `objective`, perhaps wrapped for several processes.
-        window: takes loss, metrics, the gradient norm before clipping and whether it was clipped.
+        window: takes loss, metrics, the gradient norm before clipping and whether it was clipped, of steps that were
+            made; and counts those that were skipped because their gradient was not finite (on every rank, since all
+            have the same gradient; the optimizer's state stays as it was).
     """
-    parts = batch.split(settings.micro_batch)
+    parts = objective.prepare(batch).split(settings.micro_batch)
     weights = [objective.weight(part) for part in parts]
     total = sum_over_ranks(torch.stack(weights).sum()).clamp(min=1)
     optimizer.zero_grad(set_to_none=True)
@@ -84,11 +84,19 @@ def optimisation_step(
         outputs.append((weight, out))
     scaler.unscale_(optimizer)
     norm = clip_gradients(model.parameters(), settings.clip_norm, settings.clip_value)
-    scaler.step(optimizer)
-    scaler.update()
+    finite = torch.isfinite(norm)
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        # What a GradScaler tells a fused optimizer: without a stop for the device, a step that must not count.
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
     clipped = (norm > settings.clip_norm).float() if settings.clip_norm else torch.zeros_like(norm)
     for weight, out in outputs:
-        window.add(weight, {"loss": out.loss, **out.metrics, "grad_norm": norm.float(), "clipped": clipped})
+        values = {"loss": out.loss, **out.metrics, "grad_norm": norm, "clipped": clipped}
+        shown = {name: torch.where(finite, value.detach().float(), 0.0) for name, value in values.items()}
+        window.add(weight * finite, shown, counts={"skipped": (~finite).float() / len(outputs)})
 
 
 class Progress:
@@ -97,8 +105,14 @@ class Progress:
     def __init__(self, logbook: Logbook, steps: int, settings: Settings, start_epoch: int) -> None:
         self.logbook, self.steps, self.settings = logbook, steps, settings
         self.done, self.todo = 0, (settings.max_epoch - start_epoch) * steps
-        self.started = self.since = time.perf_counter()
-        self.waited, self.samples, self.since_step = 0.0, 0, 0
+        self.started = time.perf_counter()
+        self.lost = 0
+        self.begin_window()
+
+    def begin_window(self) -> None:
+        """Times from here; called at the start of an epoch too, so that saving and validation do not count."""
+        self.since, self.since_step = time.perf_counter(), self.done
+        self.waited, self.samples = 0.0, 0
 
     def fetched(self, seconds: float, samples: int) -> None:
         """Note the wait for one batch and its size over all ranks."""
@@ -107,11 +121,15 @@ class Progress:
         self.done += 1
 
     def write(self, epoch: int, step: int, lr: float, window: Window, device: torch.device) -> None:
-        """Read the window and write its line; raises FloatingPointError where the loss is no longer a number."""
+        """Read the window and write its line.
+
+        Raises:
+            FloatingPointError: where no step of the window could be made (under fp16, which starts by finding its
+                scale, of MAX_LOST steps in a row).
+        """
         values = window.read()
         now = time.perf_counter()
-        spent = now - self.since
-        steps = self.done - self.since_step
+        spent, steps = now - self.since, self.done - self.since_step
         left = (now - self.started) / self.done * (self.todo - self.done)
         stats = {
             "epoch": f"{epoch + 1}/{self.settings.max_epoch}",
@@ -125,21 +143,28 @@ class Progress:
         }
         if device.type == "cuda":
             stats["gpu_mem"] = f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f}G"
-        extra = {k: v for k, v in values.items() if k not in ("loss", "grad_norm", "clipped")}
-        beside = f" ({', '.join(f'{k} {v:.4g}' for k, v in extra.items())})" if extra else ""
-        line = (
-            f"epoch {stats['epoch']}  step {stats['iter']}  loss {values['loss']:.4g}{beside}  lr {lr:.3e}  "
-            f"grad norm {values['grad_norm']:.3g}, {values['clipped']:.0%} clipped  "
-            f"{stats['samples_per_second']:.4g} samples/s, {self.waited / spent:.0%} waiting for data  "
-            f"eta {stats['eta']}" + (f"  mem {stats['gpu_mem']}" if "gpu_mem" in stats else "")
-        )
-        self.logbook.write("train_iter", line, stats, epoch * self.steps + step)
-        self.since, self.waited, self.samples, self.since_step = now, 0.0, 0, self.done
-        if not math.isfinite(values["loss"]):
+        self.logbook.write("train_iter", self._line(stats, values, spent), stats, epoch * self.steps + step)
+        self.lost = self.lost + steps if values["skipped"] >= steps else 0
+        if self.lost > (MAX_LOST if self.settings.precision == "fp16" else 0):
             raise FloatingPointError(
-                f"the loss is {values['loss']} at epoch {epoch + 1}, step {step + 1}: try a lower SOLVER.BASE_LR, "
-                "SOLVER.CLIP_GRAD_L2NORM, or TRAIN.MIXED_PRECISION bf16 in place of fp16"
+                f"the last {self.lost} steps up to epoch {epoch + 1}, step {step + 1} had gradients that are not "
+                "finite and were skipped: try a lower SOLVER.BASE_LR, SOLVER.CLIP_GRAD_L2NORM, or "
+                "TRAIN.MIXED_PRECISION bf16"
             )
+        self.begin_window()
+
+    def _line(self, stats: Mapping[str, Any], values: Mapping[str, float], spent: float) -> str:
+        """The line for people."""
+        extra = [f"{k} {v:.4g}" for k, v in values.items() if k not in ("loss", "grad_norm", "clipped", "skipped")]
+        beside = f" ({', '.join(extra)})" if extra else ""
+        skipped = f", {values['skipped']:.0f} steps skipped" if values["skipped"] else ""
+        memory = f"  mem {stats['gpu_mem']}" if "gpu_mem" in stats else ""
+        return (
+            f"epoch {stats['epoch']}  step {stats['iter']}  loss {values['loss']:.4g}{beside}  lr {stats['lr']:.3e}  "
+            f"grad norm {values['grad_norm']:.3g}, {values['clipped']:.0%} clipped{skipped}  "
+            f"{stats['samples_per_second']:.4g} samples/s, {self.waited / spent:.0%} waiting for data  "
+            f"eta {stats['eta']}{memory}"
+        )
 
 
 def train(
@@ -163,6 +188,7 @@ def train(
     for epoch in range(start_epoch, settings.max_epoch):
         model.train()
         loader.set_epoch(epoch)
+        progress.begin_window()
         asked = time.perf_counter()
         for step, batch in enumerate(loader):
             progress.fetched(time.perf_counter() - asked, len(batch) * world.size)

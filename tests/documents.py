@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ DOCUMENTS = ("README.md", "INSTALL.md", "GETTING_STARTED.md", "CONTRIBUTING.md",
 _FENCE = re.compile(r"(?:<!-- test: (?P<mark>\w+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 
 # What stands for these programs prints its arguments instead, each with a NUL after it, commands apart by "\1\0".
-_RECORDED = ("python", "torchrun")
+_RECORDED = ("python", "torchrun", "bash")
 _RECORD = "".join(f"{name}() {{ printf '%s\\0' {name} \"$@\" $'\\1'; }}\n" for name in _RECORDED)
 
 
@@ -35,14 +36,16 @@ def marked_block(text: str, mark: str) -> str:
 def recorded_commands(script: str, variables: Mapping[str, str]) -> list[list[str]]:
     """The argument lists with which a script would call `python` and `torchrun`, as bash itself expands them.
 
-    Nothing else may be called: the search path is empty.
+    Nothing else can be called: the search path is empty. Files that it writes are thrown away.
     """
-    done = subprocess.run(
-        ["/bin/bash", "--noprofile", "--norc", "-eu", "-c", _RECORD + script],
-        env={"PATH": "/nowhere", **variables},
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        done = subprocess.run(
+            ["/bin/bash", "--noprofile", "--norc", "-eu", "-c", _RECORD + script],
+            env={"PATH": "/nowhere", **variables},
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
     assert done.returncode == 0, f"{script}\n{done.stderr}"
     return [part.split("\0")[:-1] for part in done.stdout.split("\1\0")[:-1]]

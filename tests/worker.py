@@ -1,10 +1,12 @@
 """Jobs that tests run in processes of their own."""
 
 from pathlib import Path
+from typing import Any
 
 from yacs.config import CfgNode
 
-from maskfeat.distributed import World, launch
+from maskfeat.distributed import launch
+from maskfeat.logbook import read_json_stats
 from maskfeat.run import work
 
 
@@ -18,14 +20,9 @@ def losses(output_dir: Path, kind: str = "train_iter") -> list[float]:
     return [float(stats["loss"]) for stats in json_stats(output_dir, kind)]
 
 
-def json_stats(output_dir: Path, kind: str) -> list[dict[str, object]]:
+def json_stats(output_dir: Path, kind: str) -> list[dict[str, Any]]:
     """The `json_stats:` lines of one kind in a run's log."""
-    import json
-
-    marker = "json_stats: "
-    lines = (output_dir / "stdout.log").read_text().splitlines()
-    stats = [json.loads(line.split(marker, 1)[1]) for line in lines if marker in line]
-    return [entry for entry in stats if entry["_type"] == kind]
+    return read_json_stats(output_dir / "stdout.log", kind)
 
 
-__all__ = ["World", "json_stats", "losses", "run_in_processes"]
+__all__ = ["json_stats", "losses", "run_in_processes"]

@@ -73,7 +73,9 @@ def _test(cfg: CfgNode) -> None:
     cfg.TEST.NUM_ENSEMBLE_VIEWS = 10  # clips per video, spread evenly over it
     cfg.TEST.NUM_TEMPORAL_CLIPS = []  # numbers of clips to report in turn; [] = NUM_ENSEMBLE_VIEWS alone
     cfg.TEST.NUM_SPATIAL_CROPS = 3  # crops per clip: 1 (centre) | 3
-    cfg.TEST.SAVE_RESULTS_PATH = ""  # file below OUTPUT_DIR for the scores; "" = none
+    cfg.TEST.SAVE_RESULTS_PATH = (
+        ""  # JSON of predictions in OUTPUT_DIR; "" = test_results.json; views are put in its name
+    )
 
 
 def _data(cfg: CfgNode) -> None:

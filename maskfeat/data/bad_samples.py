@@ -111,7 +111,8 @@ class BadSampleLedger:
         self.num_samples = num_samples
         self.max_fraction = max_fraction
         self.split = split
-        self._known: dict[int, BadSample] = {}
+        self._known: dict[str, BadSample] = {}
+        self._met: set[str] = set()  # in this run
         if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
                 self._read_lines(file.read())
@@ -119,7 +120,7 @@ class BadSampleLedger:
     @property
     def indices(self) -> frozenset[int]:
         """The places of all bad samples of this split that are known so far."""
-        return frozenset(self._known)
+        return frozenset(sample.index for sample in self._known.values())
 
     def __len__(self) -> int:
         return len(self._known)
@@ -130,14 +131,18 @@ class BadSampleLedger:
         Raises:
             TooManyBadSamples: more than `max_fraction` of the split is bad by now.
         """
-        news = {sample.index: sample for sample in bad if sample.index not in self._known}
-        if not news:
+        met = {sample.path: sample for sample in bad if sample.path not in self._met}
+        if not met:
             return
-        self._append(news)
+        self._met |= met.keys()
+        self._append({path: sample for path, sample in met.items() if path not in self._known})
+        # Checked also where the list names them already: running again must not get past the limit.
         if len(self._known) > self.max_fraction * self.num_samples:
             raise TooManyBadSamples(self._complaint())
 
-    def _append(self, news: dict[int, BadSample]) -> None:
+    def _append(self, news: dict[str, BadSample]) -> None:
+        if not news:
+            return
         if self.path is None:
             self._name(news)
             return
@@ -146,7 +151,7 @@ class BadSampleLedger:
             file.seek(0)
             text = file.read()
             self._read_lines(text)  # another rank may have met the same sample in the meantime
-            news = {index: sample for index, sample in news.items() if index not in self._known}
+            news = {path: sample for path, sample in news.items() if path not in self._known}
             lines = "".join(
                 json.dumps({"split": self.split, "index": s.index, "path": s.path, "cause": s.cause}) + "\n"
                 for s in news.values()
@@ -155,9 +160,9 @@ class BadSampleLedger:
             file.write((b"\n" if text and not text.endswith(b"\n") else b"") + lines.encode())
         self._name(news)
 
-    def _name(self, news: dict[int, BadSample]) -> None:
+    def _name(self, news: dict[str, BadSample]) -> None:
         for sample in news.values():
-            self._known[sample.index] = sample
+            self._known[sample.path] = sample
             logger.warning(
                 "bad sample %d of %s, number %d: %s (%s)",
                 sample.index,
@@ -176,7 +181,7 @@ class BadSampleLedger:
             except (ValueError, KeyError, TypeError):
                 continue  # half a line of a run that was killed: it is met again and written whole
             if split == self.split and 0 <= index < self.num_samples:
-                self._known.setdefault(index, sample)
+                self._known.setdefault(sample.path, sample)
 
     def _complaint(self) -> str:
         samples = sorted(self._known.values(), key=lambda sample: sample.index)

@@ -40,6 +40,11 @@ _TURNS = {
 ImageList = list[tuple[str, int]]
 
 
+def class_folders(root: str | os.PathLike[str]) -> list[str]:
+    """The class names of a split: its folders sorted by name; hidden ones, as some tools leave, are no classes."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+
+
 def list_image_folder(
     root: str | os.PathLike[str], classes: Sequence[str] | None = None
 ) -> tuple[ImageList, list[str]]:
@@ -60,7 +65,7 @@ def list_image_folder(
     layout = "DATA.PATH_TO_DATA_DIR must hold train/ and val/ with one folder a class: train/<class>/<image>.JPEG"
     if not root.is_dir():
         raise ValueError(f"no folder {root}: {layout}")
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    folders = class_folders(root)
     names = folders if classes is None else list(classes)
     unknown = sorted(set(folders) - set(names))
     if unknown:

@@ -29,6 +29,10 @@ class Objective(nn.Module):
         """The loss of a batch and detached metrics, each a mean over `weight(batch)` terms."""
         raise AssertionError("an objective implements forward")
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Draws that span a batch: called once in training, on its device, before it is cut into micro-batches."""
+        return batch
+
     def weight(self, batch: Batch) -> Tensor:
         """Scalar float32 on the batch's device: over how many terms the loss of this batch is a mean.
 

@@ -4,6 +4,7 @@ Shape legend: B samples, K classes.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -54,15 +55,26 @@ class Classification(Objective):
         tokens = self.backbone.forward_tokens(clip)
         return self.head(pool_tokens(tokens, self.norm, self.mean_pooling))
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Mixes a batch with hard labels in training mode; soft targets are taken as they are."""
+        if self.mixup is None or not self.training or batch.label is None or batch.label.is_floating_point():
+            return batch
+        self._check_labels(batch.label)
+        clip, label = self.mixup(batch.clip, batch.label)
+        return replace(batch, clip=clip, label=label)
+
     def forward(self, batch: Batch) -> StepOutput:
         """Mean cross-entropy; the share of right answers only where targets are hard and nothing was mixed."""
-        clip, label = batch.clip, batch.label
-        if label is None:
+        if batch.label is None:
             raise ValueError("classification got a batch without labels: the data set must carry them")
-        if not label.is_floating_point():
+        batch = self.prepare(batch)
+        clip, label = batch.clip, batch.label
+        assert label is not None
+        if label.is_floating_point():
+            label = label.float()
+        else:
             self._check_labels(label)
-            if self.mixup is not None and self.training:
-                clip, label = self.mixup(clip, label)
+            label = label.long()
         logits = self.logits(clip).float()
         loss = F.cross_entropy(logits, label)
         if label.is_floating_point():

@@ -109,6 +109,9 @@ def test_hard_soft_and_mixed_targets() -> None:
     kept = clip.clone()
     assert objective(Batch(clip, label=hard)).metrics == {}, "no accuracy on mixed images"
     assert (clip == kept).all(), "mixing must not change the batch itself"
+    prepared = objective.prepare(Batch(clip, label=hard))
+    assert prepared.label.shape == (4, 5), "one draw for the batch, before it is cut into micro-batches"
+    assert objective.prepare(prepared) is prepared
     by_soft = objective(Batch(clip, label=soft))
     assert by_soft.metrics == {}
     out = objective.eval()(Batch(clip, label=hard))

@@ -1,0 +1,342 @@
+"""The documents agree with the program: commands parse, names exist, numbers and messages are the program's own."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from maskfeat.config import get_defaults, load_config
+from maskfeat.config.merge import full_keys, is_inert
+from maskfeat.run import parse_args
+from tests.documents import DOCUMENTS, REPO, fenced_blocks, read, recorded_commands
+
+KEYS = frozenset(full_keys(get_defaults()))
+SECTIONS = frozenset(key.rsplit(".", 1)[0] for key in KEYS if "." in key)
+RECIPES = REPO / "configs" / "masked_ssl"
+
+VARIABLES = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "host", "first": "host"}
+
+# Blocks also call programs that a test must not run: they do nothing, and `srun` calls what it is given.
+STUBS = 'cd() { :; }\nsource() { :; }\nsrun() { "$@"; }\ncommand_not_found_handle() { :; }\n'
+
+
+def commands_of(document: str) -> list[list[str]]:
+    """Every call of python, torchrun or bash in the document's blocks; variables live on from block to block."""
+    blocks = [text for _, text in fenced_blocks(read(document))]
+    return recorded_commands(STUBS + "\n".join(blocks), VARIABLES)
+
+
+def commands() -> list[list[str]]:
+    """Every distinct command of all documents, torchrun's own arguments taken off."""
+    found = []
+    for document in DOCUMENTS:
+        for program, *arguments in commands_of(document):
+            start = next((i for i, a in enumerate(arguments) if a.startswith("tools/")), None)
+            if start is not None:
+                found.append(arguments[start:])
+            else:
+                assert program == "python" and arguments[0] in ("-c", "-m"), (document, arguments)
+    return [list(command) for command in dict.fromkeys(tuple(command) for command in found)]
+
+
+COMMANDS = commands()
+
+
+def test_there_are_commands() -> None:
+    tools = {command[0] for command in COMMANDS}
+    assert {
+        f"tools/{name}" for name in ("run_net.py", "make_synthetic.py", "visualize.py", "quickstart.sh", "test.sh")
+    } == tools
+    assert sum(command[0] == "tools/run_net.py" for command in COMMANDS) >= 20
+
+
+@pytest.mark.parametrize(
+    "command", COMMANDS, ids=lambda c: f"{Path(c[0]).name}-{Path(c[2]).stem if len(c) > 2 else c[-1]}"
+)
+def test_commands_parse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    tool, *arguments = command
+    assert (REPO / tool).is_file()
+    if "--help" in arguments:
+        done = subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "usage" in done.stdout
+    elif tool == "tools/test.sh":
+        assert all(f"  {option})" in (REPO / tool).read_text() for option in arguments)
+    elif tool == "tools/quickstart.sh":
+        parser_of("tools/quickstart.py").parse_args(arguments)
+    elif tool == "tools/run_net.py":
+        args = parse_args(arguments)
+        load_config(args.cfg, args.opts)
+    elif "--cfg" in arguments:  # tools that take their own options first and overrides of a config after them
+        parser = parser_of(tool)
+        args = parser.parse_args(arguments)
+        load_config(args.cfg, args.opts)
+    else:
+        parser_of(tool).parse_args(arguments)
+
+
+class _Parsed(Exception):
+    """Carries the parser of a tool out of its main()."""
+
+
+def parser_of(tool: str):  # type: ignore[no-untyped-def]
+    """The argument parser that a tool builds, had by stopping it where it would parse."""
+    import argparse
+
+    spec = importlib.util.spec_from_file_location("tool_under_test", REPO / tool)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    caught: list[argparse.ArgumentParser] = []
+
+    def stop(self: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        caught.append(self)
+        raise _Parsed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(_Parsed):
+            module.main()
+    return caught[0]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_blocks_are_valid_bash(document: str) -> None:
+    for _, text in fenced_blocks(read(document)):
+        done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+        assert done.returncode == 0, f"{text}\n{done.stderr}"
+    for _, text in fenced_blocks(read(document), "python"):
+        ast.parse(text)
+
+
+def test_yaml_of_the_guide_loads(tmp_path: Path) -> None:
+    """The own config of the guide, put where the guide says that it lies."""
+    ((_, text),) = fenced_blocks(read("GETTING_STARTED.md"), "yaml")
+    path = tmp_path / "flowers_ft.yaml"
+    path.write_text(text.replace("masked_ssl/", f"{RECIPES}/"))
+    cfg = load_config(path)
+    assert (cfg.MODEL.NUM_CLASSES, cfg.TASK, cfg.SOLVER.LAYER_DECAY) == (102, "flowers", 0.65)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_keys_exist(document: str) -> None:
+    text = read(document)
+    named = set(re.findall(r"(?<![\w./$<])[A-Z][A-Z0-9_]+(?:\.[A-Z][A-Za-z0-9_]+)+\b", text))
+    wrong = {key for key in named if key not in KEYS and key not in SECTIONS and not is_inert(key)}
+    assert not wrong - {"NCCL_DEBUG"}
+    single = set(re.findall(r"`([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)\b", text))
+    top = {key for key in KEYS if "." not in key} | SECTIONS
+    known = {"OMP_NUM_THREADS", "MASKFEAT_SHARED", "MASKFEAT_VENV", "NCCL_DEBUG", "OBJECTIVES", "_BASE_"}
+    assert single <= top | known
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_exist(document: str) -> None:
+    text = read(document)
+    # Files of the repository by their first folder, and config files by their name alone.
+    for path in re.findall(r"(?<![\w/.])((?:maskfeat|tools|tests|configs|\.ci)/[\w./*-]*\w)", text):
+        if path != "configs/flowers_ft.yaml":  # the reader's own
+            assert any(REPO.glob(path)), path
+    for name in re.findall(r"`(\w+\.yaml)`", text):
+        assert (RECIPES / name).is_file() or name in ("config.yaml", "config_given.yaml"), name
+
+
+def test_the_layout_is_there() -> None:
+    (tree,) = [text for _, text in fenced_blocks(read("README.md"), "text") if text.startswith("maskfeat/")]
+    for name in re.findall(r"\b(\w+\.py|\w+/)(?=[\s,])", tree):
+        assert any(next(REPO.glob(f"{folder}{name}"), None) for folder in ("", "maskfeat/", "tools/", "*/")), name
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a document."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_resolve(document: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(document)):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        other = path or document
+        assert (REPO / other).exists(), target
+        if anchor:
+            assert anchor in anchors(read(other)), target
+
+
+FOREIGN = re.compile(
+    r"/work/|/opt/|/tmp/|/root/|/home/|pypi|index-url|download\.pytorch|artifactory|\bsession|\bhelper|\bissue\b", re.I
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_nothing_of_this_machine(document: str) -> None:
+    assert not FOREIGN.search(read(document))
+
+
+def table_rows(text: str) -> Iterator[list[str]]:
+    for line in text.splitlines():
+        if line.startswith("|"):
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_recipe_table_is_that_of_the_configs() -> None:
+    rows = [row for row in table_rows(read("README.md")) if row[0].endswith(".yaml`")]
+    assert len({row[0] for row in rows}) == 8
+    for name, backbone, data, epochs, batch, lr, share, _ in rows:
+        cfg = load_config(RECIPES / name.strip("`"))
+        assert epochs == f"{cfg.SOLVER.MAX_EPOCH} ({cfg.SOLVER.WARMUP_EPOCHS:g})", name
+        assert int(batch) == cfg.TRAIN.BATCH_SIZE, name
+        assert float(lr) == cfg.SOLVER.BASE_LR, name
+        assert float(share) == (cfg.AUG.MASK_RATIO if cfg.MASK.ENABLE else cfg.SOLVER.LAYER_DECAY), name
+        assert data == {"imagenet": "ImageNet-1K", "kinetics": "Kinetics-400"}[cfg.TRAIN.DATASET], name
+        depth = {"ViT-B/16": 12, "ViT-L/16": 24, "MViTv2-S": 16, "MViTv2-L": 48}[backbone]
+        assert depth == cfg.MVIT.DEPTH, name
+        assert cfg.NUM_GPUS == 8
+
+
+def test_scaling_table_is_right() -> None:
+    """Every `a × b / c = KEY d` of the guide."""
+    sums = re.findall(r"(\d\S*) × (\d+) / (\d+) = `SOLVER\.BASE_LR (\S+)`", read("GETTING_STARTED.md"))
+    assert len(sums) == 3
+    for rate, batch, recipe, scaled in sums:
+        assert float(rate) * int(batch) / int(recipe) == pytest.approx(float(scaled))
+
+
+# Messages: what the guide lists must exist in the code, and what the code says must stand in the guide.
+
+HOLE = "\0"
+GUIDE = "GETTING_STARTED.md"
+
+
+# Parts of messages that stand in variables.
+NAMED = {
+    "BASE_KEY": "_BASE_",
+    "rule": "_BASE_ must be a path, relative to this file",
+    "layout": "DATA.PATH_TO_DATA_DIR must hold train/ and val/",
+}
+
+
+def part(node: ast.expr) -> str:
+    """One piece of an f-string."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    inside = node.value if isinstance(node, ast.FormattedValue) else None
+    return NAMED.get(inside.id, HOLE) if isinstance(inside, ast.Name) else HOLE
+
+
+def template(node: ast.expr | None) -> str | None:
+    """A string expression with holes for what is filled in; None for anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"%[sd]", HOLE, node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part(value) for value in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return (template(node.left) or HOLE) + (template(node.right) or HOLE)
+    return None
+
+
+def modules() -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted((REPO / "maskfeat").rglob("*.py")):
+        yield path, ast.parse(path.read_text())
+
+
+def all_strings() -> set[str]:
+    found = {template(node) for _, tree in modules() for node in ast.walk(tree) if isinstance(node, ast.expr)}
+    return {text for text in found if text}
+
+
+def raised_messages() -> Iterator[tuple[str, str]]:
+    """(file, template) of what is raised or warned of, and of what the config's checks yield."""
+    for path, tree in modules():
+        place = str(path.relative_to(REPO / "maskfeat"))
+        for node in ast.walk(tree):
+            expressions: list[ast.expr] = []
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                if ast.unparse(node.exc.func) in ("AssertionError", "_Mismatch", "argparse.ArgumentTypeError"):
+                    continue
+                expressions = node.exc.args
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "logger.warning":
+                expressions = node.args[:1]
+            elif isinstance(node, ast.Yield) and node.value is not None and place.startswith("config/"):
+                expressions = [node.value]
+            texts = [text for text in map(template, expressions) if text and text.strip(HOLE + " :;")]
+            if texts:
+                yield place, max(texts, key=len)
+
+
+def documented_messages() -> list[str]:
+    """The code spans in the first column of the guide's troubleshooting tables."""
+    text = read(GUIDE).split("## Troubleshooting", 1)[1].split("From PyTorch itself:")
+    text_of_ours = text[0] + text[1].split("###", 1)[1]
+    return [span for row in table_rows(text_of_ours) for span in re.findall(r"`([^`]+)`", row[0])]
+
+
+def as_pattern(message: str) -> re.Pattern[str]:
+    """A message of the guide, `...` and `<name>` standing for anything."""
+    pieces = re.split(r"\.\.\.|<\w+>", message)
+    return re.compile(".*".join(re.escape(piece) for piece in pieces), re.S)
+
+
+def says(message: str, text: str) -> bool:
+    """Whether a message of the guide is (part of) what a template of the code prints."""
+    return bool(as_pattern(message).search(text))
+
+
+# What no accepted config leads to: a check has spoken before, or only other code can get there.
+UNREACHABLE = {
+    "build.py:DATA.PATH_LABEL_SEPARATOR",
+    "build.py:split is",
+    "data/bad_samples.py:DATA.MAX_BAD_FRACTION",
+    "data/decode.py:a video may not",
+    "data/decode.py:no frame was asked",
+    "data/kinetics.py:DATA.PATH_LABEL_SEPARATOR must not",
+    "data/rand_augment.py:interpolation",
+    "data/scenes.py",
+    "data/synthetic.py:classes",
+    "data/transforms.py:AUG.RE_",
+    "data/transforms.py:TEST.NUM_SPATIAL_CROPS",
+    "data/transforms.py:a crop of",
+    "masking.py",
+    "models/mvit.py",
+    "objectives/classification.py:classification got",
+    "objectives/maskfeat.py:MaskFeat got",
+    "optim.py",
+    "picture.py",
+}
+
+
+def is_unreachable(place: str, text: str) -> bool:
+    for entry in UNREACHABLE:
+        file, _, start = entry.partition(":")
+        if place == file and text.lstrip(HOLE + ": ").startswith(start):
+            return True
+    return False
+
+
+DOCUMENTED = documented_messages()
+
+
+@pytest.mark.parametrize("message", DOCUMENTED)
+def test_documented_messages_are_the_programs(message: str) -> None:
+    assert len(re.sub(r"\.\.\.|<\w+>", "", message)) >= 8, "says too little to be found"
+    assert any(says(message, text) for text in STRINGS), f"nothing in maskfeat/ says {message!r}"
+
+
+STRINGS = all_strings()
+
+
+def test_every_message_is_documented() -> None:
+    missing = [
+        f"{place}: {text.replace(HOLE, '...')}"
+        for place, text in raised_messages()
+        if not is_unreachable(place, text) and not any(says(message, text) for message in DOCUMENTED)
+    ]
+    assert not missing, "no row in GETTING_STARTED.md for:\n" + "\n".join(missing)
