@@ -148,7 +148,9 @@ def build_optimizer(cfg: CfgNode, objective: Objective) -> Optimizer:
     """AdamW or SGD; each group has "layer_decay" (its learning rate multiplier) and "weight_decay"."""
     solver = cfg.SOLVER
     groups = parameter_groups(
-        objective,
+        ((objective.released_name(name), parameter) for name, parameter in objective.named_parameters()),
+        layer_id=objective.layer_id,
+        last_layer=objective.backbone.num_blocks + 1,
         weight_decay=solver.WEIGHT_DECAY,
         layer_decay=solver.LAYER_DECAY,
         no_decay_1d=solver.ZERO_WD_1D_PARAM,

@@ -126,8 +126,8 @@ def launch(
         machines = world.size // world.local_size
         if machines != num_shards:
             raise ValueError(
-                f"torchrun started {machines} machine(s), but NUM_SHARDS is {num_shards}: set NUM_SHARDS {machines}, by "
-                "which learning rates scale (SOLVER.BASE_LR_SCALE_NUM_SHARDS)"
+                f"torchrun started {machines} machine(s), but NUM_SHARDS is {num_shards}: set NUM_SHARDS {machines} "
+                "(learning rates scale by it, see SOLVER.BASE_LR_SCALE_NUM_SHARDS)"
             )
         return job(world, "env://", *args)
     size = processes * num_shards

@@ -17,7 +17,7 @@ from maskfeat.data.loader import Loader
 from maskfeat.distributed import sum_over_ranks
 from maskfeat.logbook import Window, eta
 from maskfeat.objectives.base import Objective
-from maskfeat.train import autocast
+from maskfeat.parallel import autocast
 
 logger = logging.getLogger(__name__)
 

@@ -3,19 +3,19 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskfeat.objectives.base import Objective
+from maskfeat.models.base import Backbone
 
 
-def backbone_multiply_adds(objective: Objective) -> float:
-    """Multiply-adds of the backbone for one clip of the size it was built for; heads are left out.
+def multiply_adds(backbone: Backbone) -> float:
+    """Multiply-adds of a backbone for one clip of the size it was built for.
 
     Relative positions are counted as they are computed here: folded into queries and keys, padding included.
     PyTorch's counter works on shapes alone; fvcore's would have to run the model.
 
     Args:
-        objective: built on the meta device.
+        backbone: built on the meta device.
     """
-    clip = torch.empty(1, 3, *objective.backbone.clip_size, device="meta")
+    clip = torch.empty(1, 3, *backbone.clip_size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        objective.eval().backbone.forward_tokens(clip)
+        backbone.forward_tokens(clip)
     return counter.get_total_flops() / 2

@@ -1,24 +1,31 @@
-"""What wraps a model from outside, in this order: activation checkpointing, then several processes."""
+"""What wraps a model from outside: mixed precision, activation checkpointing, several processes."""
 
 from functools import partial
-from typing import cast
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from maskfeat.distributed import World
-from maskfeat.objectives.base import Objective
+
+PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def checkpoint_activations(objective: Objective) -> None:
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision on `device`: "bf16" or "fp16"; does nothing for "off"."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def checkpoint_activations(objective: nn.Module) -> None:
     """Recompute each block's activations in the backward pass (Chen et al., 2016): less memory, about a third more
     time, the same numbers. Parameter names stay as they are.
     """
-    for block in cast(nn.Module, objective.backbone).get_submodule("blocks").children():
+    for block in objective.get_submodule("backbone.blocks").children():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def distribute(objective: Objective, world: World) -> nn.Module:
+def distribute(objective: nn.Module, world: World) -> nn.Module:
     """The objective for several processes: gradients are averaged over ranks."""
     if world.size == 1:
         return objective

@@ -26,7 +26,7 @@ from maskfeat.data.bad_samples import TooManyBadSamples
 from maskfeat.data.loader import Loader
 from maskfeat.distributed import World, barrier, check_devices, choose_device, join, launch, leave, seed_draws
 from maskfeat.evaluate import multi_view_test, validate
-from maskfeat.flops import backbone_multiply_adds
+from maskfeat.flops import multiply_adds
 from maskfeat.logbook import Logbook, setup_logging
 from maskfeat.objectives.base import Objective
 from maskfeat.optim import load_optimizer_state
@@ -146,7 +146,7 @@ def _announce(cfg: CfgNode, objective: Objective, device: torch.device, world: W
     if cfg.LOG_MODEL_INFO:
         with torch.device("meta"):
             twin = build_objective(cfg)
-        logger.info("%.3g G multiply-adds a view in the backbone", backbone_multiply_adds(twin) / 1e9)
+        logger.info("%.3g G multiply-adds a view in the backbone", multiply_adds(twin.backbone) / 1e9)
     logger.info(
         "%s, %.2f M parameters, on %d x %s, %s precision; %d samples a step",
         type(objective).__name__,

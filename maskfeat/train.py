@@ -16,10 +16,10 @@ from maskfeat.distributed import World, seed_draws, sum_over_ranks
 from maskfeat.logbook import Logbook, Window, eta
 from maskfeat.objectives.base import Objective
 from maskfeat.optim import clip_gradients
+from maskfeat.parallel import autocast
 from maskfeat.schedule import set_lr
 
 MAX_LOST = 100  # steps in a row that fp16 may lose while it looks for its scale
-PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,6 @@ class Settings:
     precision: str = "off"
     micro_batch: int = 0
     log_period: int = 10
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision on `device`; does nothing for "off"."""
-    dtype = PRECISIONS[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def optimisation_step(
