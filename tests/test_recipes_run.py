@@ -97,7 +97,7 @@ def test_recipe_runs_small(
     # As if it had been killed in the second epoch: the same command goes on, and to the same bits.
     last.unlink()
     run(pretrain)
-    assert f"resumed from {first}: going on with epoch 2" in log_of(out)
+    assert f"resumed from {first}, after epoch 1" in log_of(out)
     again = last_weights(out, task)
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
     run(pretrain)

@@ -12,4 +12,5 @@ case "${1:-}" in
   -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
 esac
 . tools/venv.sh
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait leave the cores to the data workers
 exec "$venv/bin/python" tools/quickstart.py "$@"

@@ -19,4 +19,5 @@ echo "== lint"
 echo "== types"
 "$venv/bin/mypy"
 echo "== tests"
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 "$venv/bin/python" -m pytest -q --durations=15 "${select[@]}"
