@@ -8,6 +8,7 @@ import logging
 import math
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,8 +57,8 @@ class Outcome:
 
 
 def say(text: str) -> None:
-    """A headline between the lines of the runs."""
-    logging.getLogger("maskfeat").info("\n== %s", text)
+    """A headline between the lines of the runs, in none of their logs."""
+    logger.info("\n== %s", text)
 
 
 class Quickstart:
@@ -196,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def play(quickstart: Quickstart) -> int:
     """All stages, the table and the picture."""
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     quickstart.run_all()
     picture = quickstart.draw()
     minutes = (time.monotonic() - quickstart.started) / 60

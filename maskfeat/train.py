@@ -104,7 +104,7 @@ class Progress:
         self.begin_window()
 
     def begin_window(self) -> None:
-        """Times from here; called at the start of an epoch too, so that saving and validation do not count."""
+        """Times from here."""
         self.since, self.since_step = time.perf_counter(), self.done
         self.waited, self.samples = 0.0, 0
 
@@ -113,6 +113,16 @@ class Progress:
         self.waited += seconds
         self.samples += samples
         self.done += 1
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that went into saving and validation: it counts for neither speed nor ETA."""
+        self.since += seconds
+        self.started += seconds
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a line is due: every LOG_PERIOD steps, over the borders of epochs, and after the last step."""
+        return self.done - self.since_step >= self.settings.log_period or self.done == self.todo
 
     def write(self, epoch: int, step: int, lr: float, window: Window, device: torch.device) -> None:
         """Read the window and write its line.
@@ -182,7 +192,6 @@ def train(
     for epoch in range(start_epoch, settings.max_epoch):
         model.train()
         loader.set_epoch(epoch)
-        progress.begin_window()
         asked = time.perf_counter()
         for step, batch in enumerate(loader):
             progress.fetched(time.perf_counter() - asked, len(batch) * world.size)
@@ -191,7 +200,9 @@ def train(
             seed_draws(settings.seed, epoch * steps + step, world.rank)
             batch = batch.to(device, non_blocking=True)
             optimisation_step(model, objective, optimizer, scaler, batch, settings, window, world)
-            if (step + 1) % settings.log_period == 0 or step + 1 == steps:
+            if progress.is_due:
                 progress.write(epoch, step, lr, window, device)
             asked = time.perf_counter()
+        stopped = time.perf_counter()
         after_epoch(epoch)
+        progress.leave_out(time.perf_counter() - stopped)
