@@ -39,6 +39,7 @@ class _Pace:
         self.started = self.said = time.perf_counter()
 
     def step(self, step: int) -> None:
+        """Note that `step` (from 0) is done; speaks twice a minute at most."""
         now = time.perf_counter()
         if now - self.said > _REPORT_SECONDS:
             self.said = now

@@ -16,6 +16,12 @@ Sampler = Callable[[np.random.Generator], np.ndarray]
 _TRIES_2D, _TRIES_3D = 10, 100
 
 
+def _rectangle(area: float, min_aspect: float, rng: np.random.Generator) -> tuple[int, int]:
+    """(height, width) of about this area, the aspect log-uniform in [min_aspect, 1 / min_aspect]."""
+    aspect = math.exp(rng.uniform(math.log(min_aspect), -math.log(min_aspect)))
+    return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+
+
 def block_mask(
     grid: tuple[int, int],
     num_hidden: int,
@@ -34,7 +40,6 @@ def block_mask(
     """
     height, width = grid
     hidden = np.zeros(grid, dtype=bool)
-    log_aspect = (math.log(min_aspect), -math.log(min_aspect))
     count = 0
     while count < num_hidden:
         missing = num_hidden - count
@@ -43,9 +48,7 @@ def block_mask(
         for _ in range(_TRIES_2D):
             # With fewer than `min_block` left to hide, between those and `min_block`: what is too large is dropped.
             area = min_block + (largest - min_block) * rng.random()
-            aspect = math.exp(rng.uniform(*log_aspect))
-            h = round(math.sqrt(area * aspect))
-            w = round(math.sqrt(area / aspect))
+            h, w = _rectangle(area, min_aspect, rng)
             if not (0 < h < height and 0 < w < width):
                 continue
             top = int(rng.integers(0, height - h + 1))
@@ -82,16 +85,13 @@ def cube_mask(
     smallest = max(1, round(9 * height * width / 49)) if min_area is None else min_area
     largest = height * width if max_area is None else max_area
     hidden = np.zeros(grid, dtype=bool)
-    log_aspect = (math.log(min_aspect), -math.log(min_aspect))
     count = 0
     while count < num_hidden:
         missing = num_hidden - count
         added = 0
         for _ in range(_TRIES_3D):
             area = rng.uniform(smallest, largest)
-            aspect = math.exp(rng.uniform(*log_aspect))
-            h = round(math.sqrt(area * aspect))
-            w = round(math.sqrt(area / aspect))
+            h, w = _rectangle(area, min_aspect, rng)
             t = int(rng.integers(1, frames + 1))
             if not (0 < h < height and 0 < w < width):
                 continue

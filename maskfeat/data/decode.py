@@ -14,6 +14,7 @@ Files are opened from Python file objects, with FFmpeg's demuxers and decoders o
 stream that refers to other files or to the network opens nothing.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,12 +68,11 @@ class Video:
         self._file: BinaryIO | None = None
         self._container: Any = None
         self._open()
-        try:
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self.close)
             self._packets = self._scan()
             self.info = self._describe()
-        except BaseException:
-            self.close()
-            raise
+            on_error.pop_all()
 
     def __enter__(self) -> "Video":
         return self

@@ -10,7 +10,6 @@ import torch
 from timm.layers import DropPath, Mlp, make_divisible
 from torch import Tensor, nn
 
-from maskfeat.masking import resize_mask
 from maskfeat.models.attention import PoolingAttention
 from maskfeat.models.base import (
     Tokens,
@@ -20,7 +19,7 @@ from maskfeat.models.base import (
     layer_id,
     token_parameter,
 )
-from maskfeat.models.layers import CONV, MAX_POOL, drop_path_rates, layer_norm
+from maskfeat.models.layers import CONV, MAX_POOL, drop_path_rates, hide_tokens, layer_norm
 
 
 class PatchStem(nn.Module):
@@ -260,9 +259,7 @@ class MViT(nn.Module):
         check_clip_size(clip, self.clip_size)
         x = self.patch_embed(clip)
         if hidden is not None:
-            assert self.mask_token is not None, "this backbone was built without a mask token"
-            swap = resize_mask(hidden, self.stem_grid).flatten(1).unsqueeze(-1)
-            x = torch.where(swap, self.mask_token.to(x.dtype), x)
+            x = hide_tokens(x, hidden, self.stem_grid, self.mask_token)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         if self.position != "none":
@@ -272,6 +269,7 @@ class MViT(nn.Module):
         return Tokens(x, self.grid)
 
     def no_weight_decay(self) -> set[str]:
+        """Class token, positions, and tables of relative positions."""
         positions = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class")
         names = {name for name in positions if hasattr(self, name)}
         if self.cls_token is not None:

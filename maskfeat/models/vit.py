@@ -7,9 +7,8 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from maskfeat.masking import resize_mask
 from maskfeat.models.base import Tokens, check_clip_size, init_weights, layer_id, token_parameter
-from maskfeat.models.layers import drop_path_rates, layer_norm
+from maskfeat.models.layers import drop_path_rates, hide_tokens, layer_norm
 
 
 class ViT(nn.Module):
@@ -74,9 +73,7 @@ class ViT(nn.Module):
         check_clip_size(clip, self.clip_size)
         x = self.patch_embed(clip)
         if hidden is not None:
-            assert self.mask_token is not None, "this backbone was built without a mask token"
-            swap = resize_mask(hidden, self.grid).flatten(1).unsqueeze(-1)
-            x = torch.where(swap, self.mask_token.to(x.dtype), x)
+            x = hide_tokens(x, hidden, self.grid, self.mask_token)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         if self.pos_embed is not None:
