@@ -79,7 +79,7 @@ class Quickstart:
             train_per_class=size.clips,
             val_per_class=size.clip_tests // 2,
             test_per_class=size.clip_tests,
-            size=(72, 96),
+            size=(72, 72),
         )
 
     def opts(self, config: str, output: str) -> list[str]:
