@@ -94,14 +94,21 @@ class MaskFeat(Objective):
         return self.pred_head(tokens.patches[hidden]), self.target(batch.clip)[hidden]
 
     def forward(self, batch: Batch) -> StepOutput:
-        """Mean squared error over hidden tokens and features; metrics give what two constant predictors would cost."""
-        prediction, target = self.predict_hidden(batch)
-        count = max(target.numel(), 1)
-        loss = (prediction.float() - target).square().sum() / count
-        centred = target - target.mean(dim=0, keepdim=True) if len(target) else target
+        """Mean squared error over hidden tokens and features; metrics give what two constant predictors would cost.
+
+        Every token is predicted and the visible ones get weight zero: shapes do not depend on the mask, so that
+        nothing waits for the device to count it.
+        """
+        hidden = self.hidden_tokens(batch).unsqueeze(-1)
+        tokens = self.backbone.forward_tokens(batch.clip, batch.hidden)
+        prediction, target = self.pred_head(tokens.patches).float(), self.target(batch.clip)
+        count = hidden.sum().clamp(min=1)
+        terms = count * target.shape[-1]
+        mean = (target * hidden).sum(dim=(0, 1)) / count
+        loss = ((prediction - target).square() * hidden).sum() / terms
         metrics = {
-            "zero_predictor": target.square().sum() / count,
-            "mean_hog_predictor": centred.square().sum() / count,
+            "zero_predictor": (target.square() * hidden).sum() / terms,
+            "mean_hog_predictor": ((target - mean).square() * hidden).sum() / terms,
         }
         return StepOutput(loss, metrics)
 
