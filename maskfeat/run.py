@@ -57,7 +57,8 @@ def precision_of(cfg: CfgNode) -> str:
 def _load_weights(cfg: CfgNode, objective: Objective, path: str, content: dict[str, Any]) -> None:
     state = clean_names(model_state(content), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
     try:
-        report = objective.load_released_state(state, allow=cfg.TRAIN.CHECKPOINT_ALLOW)
+        average = cfg.TRAIN.CHECKPOINT_INFLATE == "average"
+        report = objective.load_released_state(state, cfg.TRAIN.CHECKPOINT_ALLOW, average)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     logger.info("weights from %s\n%s", path, report.table())

@@ -129,11 +129,12 @@ def _resize_positions(name: str, value: Tensor, shape: torch.Size) -> Tensor | N
     return None
 
 
-def _change_axes(name: str, value: Tensor, shape: torch.Size) -> Tensor | None:
+def _change_axes(name: str, value: Tensor, shape: torch.Size, average: bool) -> Tensor | None:
     """2-D convolution weights for a 3-D model and the reverse.
 
-    The patch kernel is placed at the centre frame (an inflated model then sees what the image model saw); pooling
-    kernels are repeated over time (a LayerNorm that follows takes the scale out). 3-D weights are summed over time.
+    The patch kernel is placed at the centre frame or spread evenly over all (`average`): on a clip that stands still an
+    inflated model sees what the image model saw. Pooling kernels are repeated over time (a LayerNorm that follows takes
+    the scale out). 3-D weights are summed over time.
     """
     # Image models are also written as 3-D weights with one frame.
     if value.dim() == 4 and len(shape) == 5:
@@ -146,22 +147,27 @@ def _change_axes(name: str, value: Tensor, shape: torch.Size) -> Tensor | None:
         return None
     if ".pool_" in name:
         return value.expand(shape).clone()
+    if average:
+        return (value / shape[2]).expand(shape).clone()
     inflated = value.new_zeros(shape)
     inflated[:, :, shape[2] // 2] = value[:, :, 0]
     return inflated
 
 
-def resize_weight(name: str, value: Tensor, shape: torch.Size) -> Tensor | None:
-    """`value` in the shape of the model, or None where there is no rule for it."""
-    for rule in (_resize_positions, _change_axes):
-        resized = rule(name, value, shape)
+def resize_weight(name: str, value: Tensor, shape: torch.Size, average: bool = False) -> Tensor | None:
+    """`value` in the shape of the model, or None where there is no rule for it; `average`: see `fit_state`."""
+    for resized in (_resize_positions(name, value, shape), _change_axes(name, value, shape, average)):
         if resized is not None and resized.shape == shape:
             return resized
     return None
 
 
 def fit_state(
-    own: Mapping[str, Tensor], state: Mapping[str, Tensor], rules: LoadRules, allow: Sequence[str] = ()
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    rules: LoadRules,
+    allow: Sequence[str] = (),
+    average: bool = False,
 ) -> tuple["OrderedDict[str, Tensor]", LoadReport]:
     """Match a file's parameters with a model's.
 
@@ -170,6 +176,7 @@ def fit_state(
         state: the file's.
         rules: what the objective expects to be fresh or dropped.
         allow: what the user allows beyond that.
+        average: spread 2-D patch kernels evenly over the frames of a 3-D model, rather than at the centre frame.
 
     Returns:
         tensors by name for the model, and the report.
@@ -194,7 +201,7 @@ def fit_state(
             report.loaded.append(name)
             continue
         change = f"{tuple(value.shape)} -> {tuple(parameter.shape)}"
-        resized = resize_weight(name, value, parameter.shape)
+        resized = resize_weight(name, value, parameter.shape, average)
         if resized is not None:
             fitted[name] = resized
             report.resized[name] = change

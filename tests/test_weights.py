@@ -121,6 +121,9 @@ def test_images_to_clips_and_back() -> None:
     for frame in range(3):
         assert (pool[:, :, frame] == flat.backbone.blocks[0].attn.pool_q.weight).all()
     assert "patch_embed.proj.weight" in report.resized
+    deep.load_released_state(flat.released_state(), allow=["*.rel_pos_t"], average=True)
+    torch.testing.assert_close(patch.sum(dim=2), flat.backbone.patch_embed.proj.weight)
+    assert (patch == patch[:, :, :1]).all()
     back = Classification(mvit(axes=2), num_classes=3)
     back.load_released_state(deep.released_state(), allow=["*.rel_pos_t"])
     torch.testing.assert_close(back.backbone.patch_embed.proj.weight, flat.backbone.patch_embed.proj.weight)

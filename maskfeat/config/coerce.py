@@ -2,7 +2,7 @@
 
 import math
 from ast import literal_eval
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from maskfeat.config.defaults import KINDS
 from maskfeat.config.yaml_io import Entry
@@ -15,6 +15,7 @@ _WORDS = {
     "number": "a number",
     "str": "text",
     "precision": "False (off), True (fp16), bf16 or fp16",
+    "inflation": "False, True (both center), center or average",
 }
 
 
@@ -136,19 +137,21 @@ def _str(value: object) -> str:
     return value
 
 
-def _precision(value: object) -> bool | str:
+def _bool_or_word(value: object, words: Mapping[str, bool | str]) -> bool | str:
     if isinstance(value, bool):
         return value
-    known: dict[str, bool | str] = {
-        "off": False,
-        "false": False,
-        "true": True,
-        "bf16": "bf16",
-        "fp16": "fp16",
-    }
+    known = {"false": False, "true": True, **words}
     if isinstance(value, str) and value.strip().lower() in known:
         return known[value.strip().lower()]
     raise _Mismatch("")
+
+
+def _precision(value: object) -> bool | str:
+    return _bool_or_word(value, {"off": False, "bf16": "bf16", "fp16": "fp16"})
+
+
+def _inflation(value: object) -> bool | str:
+    return _bool_or_word(value, {"center": "center", "average": "average"})
 
 
 _SCALARS: dict[str, Callable[[object], object]] = {
@@ -158,6 +161,7 @@ _SCALARS: dict[str, Callable[[object], object]] = {
     "number": _number,
     "str": _str,
     "precision": _precision,
+    "inflation": _inflation,
 }
 
 

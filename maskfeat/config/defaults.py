@@ -57,7 +57,7 @@ def _train(cfg: CfgNode) -> None:
     cfg.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint in OUTPUT_DIR
     cfg.TRAIN.CHECKPOINT_FILE_PATH = ""  # weights to start from
     cfg.TRAIN.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"
-    cfg.TRAIN.CHECKPOINT_INFLATE = False  # accepted; 2-D weights become 3-D ones whenever a model needs it
+    cfg.TRAIN.CHECKPOINT_INFLATE = False  # a 2-D patch kernel in a 3-D model: at the centre frame, or "average"d
     cfg.TRAIN.CHECKPOINT_EPOCH_RESET = False  # start at epoch 0 with a fresh optimizer
     cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN = ()  # parts of names to remove from the file's parameter names
     cfg.TRAIN.CHECKPOINT_ALLOW = []  # ours: glob patterns of parameters that may stay fresh or be left over
@@ -220,6 +220,7 @@ def _solver(cfg: CfgNode) -> None:
 # The type of keys whose default does not show it. The others have the type of their default.
 KINDS: dict[str, str] = {
     "TRAIN.MIXED_PRECISION": "precision",
+    "TRAIN.CHECKPOINT_INFLATE": "inflation",
     "TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN": "list[str]",
     "TRAIN.CHECKPOINT_ALLOW": "list[str]",
     "TEST.NUM_TEMPORAL_CLIPS": "list[int]",

@@ -56,19 +56,22 @@ class Objective(nn.Module):
         """An ordered dict with the released names; the tensors are the module's own, not copies."""
         return OrderedDict((self.released_name(name), value) for name, value in self.state_dict().items())
 
-    def load_released_state(self, state: Mapping[str, Tensor], allow: Sequence[str] = ()) -> LoadReport:
+    def load_released_state(
+        self, state: Mapping[str, Tensor], allow: Sequence[str] = (), average: bool = False
+    ) -> LoadReport:
         """Load a state dict with released names.
 
         Args:
             state: parameters by released name, of this or another objective, image size or number of axes.
             allow: patterns (`fnmatch`) of names which may stay fresh or be left over without an error.
+            average: how 2-D patch kernels become 3-D, see `fit_state`.
 
         Raises:
             ValueError: naming each parameter that is missing, left over or of another shape, and
                 TRAIN.CHECKPOINT_ALLOW, which allows it.
         """
         own = self.released_state()
-        fitted, report = fit_state(own, state, self.load_rules(state), allow)
+        fitted, report = fit_state(own, state, self.load_rules(state), allow, average)
         inside = {self.released_name(name): name for name in self.state_dict()}
         self.load_state_dict({inside[name]: value for name, value in fitted.items()}, strict=False)
         return report
