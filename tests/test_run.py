@@ -52,7 +52,9 @@ def test_killed_and_resumed_is_bit_identical(
     whole = run(recipe, opts, tmp_path / "whole")
     command = [sys.executable, str(REPO / "tools" / "run_net.py"), "--cfg", recipe, *opts]
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, "OUTPUT_DIR", str(killed)], stdout=subprocess.DEVNULL)
+    # On as many threads as the runs in this process: sums on another number of threads round differently.
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "OUTPUT_DIR", str(killed)], stdout=subprocess.DEVNULL, env=env)
     deadline = time.monotonic() + 120
     while not find_checkpoints(killed, task):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"

@@ -7,12 +7,13 @@ from yacs.config import CfgNode
 
 from maskfeat.distributed import launch
 from maskfeat.logbook import read_json_stats
-from maskfeat.run import work
+from maskfeat.run import Given, work
 
 
 def run_in_processes(cfg: CfgNode, processes: int) -> None:
     """A whole run, in `processes` CPU processes that meet over gloo."""
-    launch(work, (cfg,), processes=processes)
+    given = Given("", ())
+    assert launch(work, (cfg, given), processes=processes) == 0
 
 
 def losses(output_dir: Path, kind: str = "train_iter") -> list[float]:

@@ -65,7 +65,7 @@ def save_config(path: str | Path | None, opts: Sequence[object], cfg: CfgNode, o
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    given = "" if path is None else Path(path).expanduser().read_text(encoding="utf-8-sig")
+    given = "" if not path else Path(path).expanduser().read_text(encoding="utf-8-sig")
     if given and not given.endswith("\n"):
         given += "\n"
     for key, entry in override_entries(opts).items():  # as JSON: one line, whatever the value holds
