@@ -134,3 +134,10 @@ def last_checkpoint(output_dir: str | Path, task: str, model_name: str) -> tuple
             "give it an OUTPUT_DIR or a TASK of its own"
         )
     return path, content
+
+
+def given_or_last(
+    given: str, output_dir: str | Path, task: str, model_name: str
+) -> tuple[Path | str, dict[str, Any]] | None:
+    """The checkpoint that a key names, or else the newest of this run, and its content; None where there is neither."""
+    return (given, read_checkpoint(given)) if given else last_checkpoint(output_dir, task, model_name)

@@ -64,9 +64,9 @@ def validate(objective: Objective, loader: Loader, device: torch.device, precisi
             if objective.classifies:
                 assert batch.label is not None
                 right = in_top(objective.predict(batch), batch.label, (1, 5))
-                right = {name: hit & ~_unreadable(batch) for name, hit in right.items()}
+                read = ~_unreadable(batch)
                 weight = torch.tensor(float(len(batch)), device=device)
-                window.add(weight, {name: 100.0 * hit.float().mean() for name, hit in right.items()})
+                window.add(weight, {name: 100.0 * (hit & read).float().mean() for name, hit in right.items()})
             else:
                 out = objective(batch)
                 window.add(objective.weight(batch), {"loss": out.loss, **out.metrics})

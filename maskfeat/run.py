@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from maskfeat.build import build_loader, build_objective, build_optimizer
 from maskfeat.checkpoint import (
     checkpoint_path,
+    given_or_last,
     last_checkpoint,
     model_state,
     read_checkpoint,
@@ -227,21 +228,15 @@ def _validate(
 def _load_for_testing(cfg: CfgNode, device: torch.device) -> Objective:
     """The objective with TEST.CHECKPOINT_FILE_PATH, else the last checkpoint of OUTPUT_DIR, else TRAIN's path."""
     objective = build_objective(cfg)
-    path: str | Path = cfg.TEST.CHECKPOINT_FILE_PATH
-    if path:
-        content = read_checkpoint(path)
-    else:
-        found = last_checkpoint(cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
-        if found is not None:
-            path, content = found
-        elif cfg.TRAIN.CHECKPOINT_FILE_PATH:
-            path = cfg.TRAIN.CHECKPOINT_FILE_PATH
-            content = read_checkpoint(path)
-        else:
-            raise ValueError(
-                f"nothing to test: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this run, and neither "
-                "TEST.CHECKPOINT_FILE_PATH nor TRAIN.CHECKPOINT_FILE_PATH is given"
-            )
+    found = given_or_last(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
+    if found is None and cfg.TRAIN.CHECKPOINT_FILE_PATH:
+        found = cfg.TRAIN.CHECKPOINT_FILE_PATH, read_checkpoint(cfg.TRAIN.CHECKPOINT_FILE_PATH)
+    if found is None:
+        raise ValueError(
+            f"nothing to test: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this run, and neither "
+            "TEST.CHECKPOINT_FILE_PATH nor TRAIN.CHECKPOINT_FILE_PATH is given"
+        )
+    path, content = found
     state = clean_names(model_state(content), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
     missing_head = [n for n in objective.released_state() if n.startswith("head.") and n not in state]
     if missing_head and not cfg.TRAIN.CHECKPOINT_ALLOW:

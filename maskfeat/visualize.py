@@ -15,9 +15,8 @@ from yacs.config import CfgNode
 
 from maskfeat.batch import Batch
 from maskfeat.build import build_loader, build_objective
-from maskfeat.checkpoint import last_checkpoint, model_state, read_checkpoint
+from maskfeat.checkpoint import given_or_last, model_state
 from maskfeat.config import load_config
-from maskfeat.objectives.base import Objective
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.picture import HogRow, grey_out, hog_figure, tokens_to_cells
 
@@ -67,23 +66,19 @@ def hog_rows(
     return rows
 
 
-def _pretrained(cfg: CfgNode) -> tuple[Objective, str]:
+def _pretrained(cfg: CfgNode) -> tuple[MaskFeat, str]:
     """The objective with TEST.CHECKPOINT_FILE_PATH, or else the last checkpoint of OUTPUT_DIR; and that file."""
     objective = build_objective(cfg)
     if not isinstance(objective, MaskFeat):
         raise ValueError(
             f"MODEL.MODEL_NAME is {cfg.MODEL.MODEL_NAME}, expected MaskMViT: only pre-training predicts features"
         )
-    path = cfg.TEST.CHECKPOINT_FILE_PATH
-    if path:
-        content = read_checkpoint(path)
-    else:
-        found = last_checkpoint(cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
-        if found is None:
-            raise ValueError(
-                f"OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this recipe: give TEST.CHECKPOINT_FILE_PATH"
-            )
-        path, content = found
+    found = given_or_last(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
+    if found is None:
+        raise ValueError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this recipe: give TEST.CHECKPOINT_FILE_PATH"
+        )
+    path, content = found
     objective.load_released_state(model_state(content))
     return objective, str(path)
 
@@ -91,7 +86,6 @@ def _pretrained(cfg: CfgNode) -> tuple[Objective, str]:
 def pictured_rows(cfg: CfgNode, number: int) -> tuple[list[HogRow], str]:
     """Rows for `number` samples spread over the validation set, and the checkpoint that they come from."""
     objective, path = _pretrained(cfg)
-    assert isinstance(objective, MaskFeat)
     loader = build_loader(cfg, "val")
     chosen = np.unique(np.linspace(0, len(loader.labels) - 1, number).round().astype(int))
     rows = []

@@ -41,13 +41,6 @@ def table_rows(queries: int, keys: int) -> int:
     return 2 * max(queries, keys) - 1
 
 
-def resize_table(table: Tensor, rows: int) -> Tensor:
-    """Linear resize of a table (L, C) to (rows, C)."""
-    if table.shape[0] == rows:
-        return table
-    return F.interpolate(table.T[None].float(), size=rows, mode="linear")[0].T.to(table.dtype)
-
-
 def key_places(grid: Sequence[int], prefix: int, axes: Sequence[int]) -> Tensor:
     """(prefix + N, R) float32: for each key a 1 at its place along each of `axes`; rows of the prefix are zero."""
     places = []

@@ -12,9 +12,9 @@ from maskfeat.models.attention import (
     folded_attention,
     key_places,
     relative_index,
-    resize_table,
     table_rows,
 )
+from maskfeat.weights import resize_weight
 
 
 def textbook(
@@ -74,11 +74,12 @@ def test_relative_index_by_hand() -> None:
 
 def test_resized_table_keeps_a_line_straight() -> None:
     line = torch.arange(13.0)[:, None].expand(13, 4)
-    resized = resize_table(line, 27)
-    assert resized.shape == (27, 4)
+    resized = resize_weight("blocks.0.attn.rel_pos_h", line, torch.Size((27, 4)))
+    assert resized is not None and resized.shape == (27, 4)
     steps = resized[2:-2].diff(dim=0)
     torch.testing.assert_close(steps, steps[:1].expand_as(steps))
-    assert resize_table(line, 13) is line
+    same = resize_weight("blocks.0.attn.rel_pos_h", line, torch.Size((13, 4)))
+    assert same is not None and torch.equal(same, line)
 
 
 def test_class_token_skips_pooling() -> None:
