@@ -19,13 +19,15 @@ from maskfeat.data.transforms import (
     ImageTrainTransform,
 )
 from maskfeat.distributed import World
-from maskfeat.masking import Sampler, mask_sampler
+from maskfeat.masking import Sampler, band_sampler, mask_sampler
 from maskfeat.models.base import Backbone
 from maskfeat.models.mvit import MViT
+from maskfeat.models.resnet import ResNet
 from maskfeat.models.vit import ViT
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.classification import Classification
 from maskfeat.objectives.maskfeat import MaskFeat
+from maskfeat.objectives.mfm import MFM
 from maskfeat.objectives.mixup import Mixup
 from maskfeat.optim import make_optimizer, parameter_groups
 from maskfeat.schedule import lr_at_epoch
@@ -97,7 +99,11 @@ def _build_mvit(cfg: CfgNode, maskable: bool) -> MViT:
 
 
 def build_backbone(cfg: CfgNode, maskable: bool = False) -> Backbone:
-    """A plain ViT where patches are 2-D, do not overlap and nothing is pooled; an MViTv2 otherwise."""
+    """A ResNet for MODEL.ARCH resnet; a plain ViT where patches are 2-D, do not overlap and nothing is pooled; else an
+    MViTv2.
+    """
+    if cfg.MODEL.ARCH == "resnet":
+        return ResNet(depth=cfg.RESNET.DEPTH, image_size=(cfg.DATA.TRAIN_CROP_SIZE,) * 2)
     mvit = cfg.MVIT
     plain = list(mvit.PATCH_KERNEL) == list(mvit.PATCH_STRIDE) and not any(mvit.PATCH_PADDING)
     if mvit.PATCH_2D and plain and not _pools(cfg) and not mvit.REL_POS_SPATIAL:
@@ -111,6 +117,23 @@ def _build_maskfeat(cfg: CfgNode) -> MaskFeat:
     return MaskFeat(backbone, bins=mask.HOG_BINS, cell=mask.HOG_CELL, window=mask.HOG_GAUSSIAN_WINDOW)
 
 
+def _build_mfm(cfg: CfgNode) -> MFM:
+    mfm = cfg.MFM
+    return MFM(
+        build_backbone(cfg),
+        mean=cfg.DATA.MEAN,
+        std=cfg.DATA.STD,
+        radius=mfm.RADIUS,
+        low_pass=mfm.LOW_PASS_PROB,
+        target_channels=mfm.TARGET_CHANNELS,
+        filter_normalised=mfm.FILTER_NORMALISED,
+        modulus=mfm.INVERSE == "modulus",
+        gamma=mfm.GAMMA,
+        eps=mfm.EPS,
+        mean_per_image=mfm.MEAN_PER_IMAGE,
+    )
+
+
 def _build_classification(cfg: CfgNode) -> Classification:
     mixup = None
     if cfg.MIXUP.ENABLE:
@@ -121,21 +144,26 @@ def _build_classification(cfg: CfgNode) -> Classification:
             switch_prob=cfg.MIXUP.SWITCH_PROB,
             smoothing=cfg.MIXUP.LABEL_SMOOTH_VALUE,
             num_classes=cfg.MODEL.NUM_CLASSES,
+            smooth_others=cfg.MIXUP.LABEL_SMOOTH_OTHERS,
         )
+    resnet = cfg.MODEL.ARCH == "resnet"
     return Classification(
         build_backbone(cfg),
         num_classes=cfg.MODEL.NUM_CLASSES,
-        mean_pooling=cfg.MVIT.USE_MEAN_POOLING,
+        mean_pooling=resnet or cfg.MVIT.USE_MEAN_POOLING,
         dropout=cfg.MODEL.DROPOUT_RATE,
-        head_init_scale=cfg.MVIT.HEAD_INIT_SCALE,
+        head_init_scale=None if resnet else cfg.MVIT.HEAD_INIT_SCALE,
         mixup=mixup,
+        binary=cfg.MODEL.LOSS_FUNC == "bce_logit",
     )
 
 
 # The registry: MODEL.MODEL_NAME -> objective. A new pre-training method is one line here.
 OBJECTIVES: dict[str, Callable[[CfgNode], Objective]] = {
     "MaskMViT": _build_maskfeat,
+    "MFM": _build_mfm,
     "MViT": _build_classification,
+    "ResNet": _build_classification,
 }
 
 
@@ -170,10 +198,12 @@ def build_optimizer(cfg: CfgNode, objective: Objective) -> Optimizer:
 def build_mask_sampler(cfg: CfgNode) -> Sampler | None:
     """The mask sampler of pre-training; None where nothing is hidden.
 
-    Images: on the grid of patches. Clips: on AUG.MASK_WINDOW_SIZE.
+    Images: on the grid of patches. Clips: on AUG.MASK_WINDOW_SIZE. MFM: which band of frequencies is removed.
     """
     if not cfg.AUG.GEN_MASK_LOADER:
         return None
+    if cfg.MODEL.MODEL_NAME == "MFM":
+        return band_sampler(cfg.MFM.LOW_PASS_PROB)
     aug = cfg.AUG
     if cfg.MVIT.PATCH_2D:
         side = cfg.DATA.TRAIN_CROP_SIZE
@@ -224,7 +254,13 @@ def _image_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None) -> Ima
             **_augmentation(cfg),
         )
     else:
-        transform = ImageEvalTransform(data.TEST_CROP_SIZE, data.MEAN, data.STD)
+        transform = ImageEvalTransform(
+            data.TEST_CROP_SIZE,
+            data.MEAN,
+            data.STD,
+            short_side=data.TEST_SHORT_SIDE or None,
+            interpolation=data.TEST_INTERPOLATION,
+        )
     return ImageFolder(
         samples,
         transform,
@@ -281,10 +317,12 @@ def build_loader(cfg: CfgNode, split: str, world: World | None = None, num_clips
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
-    if split != "train" and cfg.DATA.TEST_CROP_SIZE != cfg.DATA.TRAIN_CROP_SIZE:
+    # A classifier of ResNet features takes any size; transformers have positions for one, MFM a disc.
+    fixed = cfg.MODEL.MODEL_NAME != "ResNet"
+    if split != "train" and fixed and cfg.DATA.TEST_CROP_SIZE != cfg.DATA.TRAIN_CROP_SIZE:
         raise ValueError(
             f"DATA.TEST_CROP_SIZE is {cfg.DATA.TEST_CROP_SIZE} and DATA.TRAIN_CROP_SIZE {cfg.DATA.TRAIN_CROP_SIZE}: "
-            "ViT and MViTv2 are built for one size, set both to it"
+            "ViT, MViTv2 and MFM are built for one size, set both to it"
         )
     world = world or World()
     section = cfg.TEST if split == "test" else cfg.TRAIN
@@ -316,6 +354,7 @@ def build_loader(cfg: CfgNode, split: str, world: World | None = None, num_clips
         drop_last=split == "train",
         seed=cfg.RNG_SEED,
         views=views,
+        repeats=cfg.AUG.REPEATS if split == "train" and cfg.AUG.ENABLE else 1,
     )
     ledger = BadSampleLedger(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split)
     # More workers than cores only take each other's time; how many there are changes nothing in the data.

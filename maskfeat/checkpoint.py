@@ -4,6 +4,7 @@ OUTPUT_DIR/checkpoints/[TASK_]checkpoint_epoch_00010.pyth holds `epoch` (counted
 `model_state` (released names), `optimizer_state`, `cfg` (YAML text), and `scaler_state` under fp16.
 """
 
+import argparse
 import logging
 import os
 import pickle
@@ -17,8 +18,17 @@ import torch
 import yaml
 from iopath.common.file_io import HTTPURLHandler, PathManagerFactory
 from torch import Tensor
+from torchvision.models import get_weight
+from yacs.config import CfgNode
 
 logger = logging.getLogger(__name__)
+
+AVERAGE = "ema_state"
+"""Where a checkpoint keeps the average of the weights (TRAIN.EMA)."""
+
+# What training scripts save beside the parameters: the options of the run. They hold values and run nothing.
+_OPTIONS = [argparse.Namespace, CfgNode]
+_TORCHVISION = re.compile(r"\w+_Weights\.\w+")
 
 _paths = PathManagerFactory.get("maskfeat")
 _paths.register_handler(HTTPURLHandler(), allow_override=True)
@@ -54,15 +64,33 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         raise OSError(f"could not write the checkpoint {path}: {error}") from error
 
 
+def _torchvision_weights(name: str) -> dict[str, Any]:
+    """torchvision's weights by name, from its cache (TORCH_HOME) or, checked against their hash, its server."""
+    try:
+        weights = get_weight(name)
+    except (ValueError, AttributeError, KeyError) as error:
+        raise ValueError(f"torchvision knows no weights {name}: see TRAIN.CHECKPOINT_FILE_PATH") from error
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"torchvision's weights {name} could not be fetched from {weights.url}: {error}") from error
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a file from here or from an http(s) address, on the CPU, never running what it contains.
+    """Read a file on the CPU, never running what it contains.
+
+    Args:
+        path: of a file here, an http(s) address, or torchvision's name of weights: ResNet50_Weights.IMAGENET1K_V1.
 
     Raises:
         ValueError: where it is missing, damaged, or holds more than tensors and plain values.
     """
     given = str(path)
+    if _TORCHVISION.fullmatch(given):
+        return _torchvision_weights(given)
     try:
-        content = torch.load(_paths.get_local_path(given), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_OPTIONS):
+            content = torch.load(_paths.get_local_path(given), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"there is no checkpoint at {given}: see TRAIN.CHECKPOINT_FILE_PATH") from error
     except pickle.UnpicklingError as error:
@@ -86,11 +114,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def model_state(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The parameters in a checkpoint: under `model_state`, `model` or `state_dict`, or the file itself."""
-    for key in ("model_state", "model", "state_dict"):
-        if isinstance(content.get(key), Mapping):
-            return content[key]
+def model_state(content: Mapping[str, Any], key: str | None = None) -> Mapping[str, Tensor]:
+    """The parameters in a checkpoint: under `key`, or else `model_state`, `model`, `state_dict`, or the file itself."""
+    for place in ("model_state", "model", "state_dict") if key is None else (key,):
+        if isinstance(content.get(place), Mapping):
+            return content[place]
     if content and all(isinstance(value, Tensor) for value in content.values()):
         return content
     raise ValueError(f"no parameters in this file: it holds {sorted(map(str, content))[:8]}")

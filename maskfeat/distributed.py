@@ -165,6 +165,12 @@ def gather_from_ranks(value: Any) -> list[Any]:
     return values
 
 
+def from_first_rank(value: Tensor) -> None:
+    """Overwrite `value` with that of rank 0."""
+    if dist.is_initialized():
+        dist.broadcast(value, src=0)
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():

@@ -128,6 +128,13 @@ def frame_mask(grid: tuple[int, int, int], num_hidden: int, rng: np.random.Gener
     return hidden
 
 
+def band_sampler(low_pass: float) -> Sampler:
+    """Masks (1, 1) of frequencies: False with probability `low_pass` (the disc of low ones stays, the rest is hidden),
+    otherwise True (the disc is hidden).
+    """
+    return lambda rng: np.full((1, 1), rng.random() >= low_pass)
+
+
 def mask_sampler(
     grid: Sequence[int],
     ratio: float,

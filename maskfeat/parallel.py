@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from maskfeat.distributed import World
+from maskfeat.distributed import World, from_first_rank
 
 PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -23,6 +23,15 @@ def checkpoint_activations(objective: nn.Module) -> None:
     """
     for block in objective.get_submodule("backbone.blocks").children():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def share_buffers(objective: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, from which checkpoints are written.
+
+    Between two steps the running statistics of batch norms differ from rank to rank; evaluation must not.
+    """
+    for buffer in objective.buffers():
+        from_first_rank(buffer)
 
 
 def distribute(objective: nn.Module, world: World) -> nn.Module:

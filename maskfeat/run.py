@@ -2,39 +2,29 @@
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from maskfeat.build import build_loader, build_objective, build_optimizer
-from maskfeat.checkpoint import (
-    checkpoint_path,
-    given_or_last,
-    last_checkpoint,
-    model_state,
-    read_checkpoint,
-    save_checkpoint,
-    trained_model,
-)
-from maskfeat.config import dump_config, load_config, save_config
+from maskfeat.config import load_config, save_config
 from maskfeat.data.bad_samples import TooManyBadSamples
 from maskfeat.data.loader import Loader
 from maskfeat.distributed import World, barrier, check_devices, choose_device, join, launch, leave, seed_draws
+from maskfeat.ema import WeightAverage
 from maskfeat.evaluate import multi_view_test, validate
 from maskfeat.flops import multiply_adds
 from maskfeat.logbook import Logbook, setup_logging
 from maskfeat.objectives.base import Objective
-from maskfeat.optim import load_optimizer_state
-from maskfeat.parallel import checkpoint_activations, distribute
+from maskfeat.parallel import checkpoint_activations, distribute, share_buffers
+from maskfeat.resume import TrainingState, load_for_testing, save_training, start_training
 from maskfeat.schedule import lr_at_epoch
 from maskfeat.train import Settings, train
-from maskfeat.weights import clean_names
 
 logger = logging.getLogger(__name__)
 
@@ -53,82 +43,6 @@ class Given:
 def precision_of(cfg: CfgNode) -> str:
     """TRAIN.MIXED_PRECISION as "off", "bf16" or "fp16" (True is fp16, as in PySlowFast)."""
     return {False: "off", True: "fp16"}.get(cfg.TRAIN.MIXED_PRECISION, cfg.TRAIN.MIXED_PRECISION)
-
-
-def _load_weights(cfg: CfgNode, objective: Objective, path: str, content: dict[str, Any]) -> None:
-    state = clean_names(model_state(content), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
-    try:
-        average = cfg.TRAIN.CHECKPOINT_INFLATE == "average"
-        report = objective.load_released_state(state, cfg.TRAIN.CHECKPOINT_ALLOW, average)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    logger.info("weights from %s\n%s", path, report.table())
-
-
-def _resume(
-    objective: Objective,
-    optimizer: Optimizer,
-    scaler: torch.amp.GradScaler,
-    path: Path,
-    content: dict[str, Any],
-) -> int:
-    """Take over weights, optimizer and epoch; returns the epoch to start with."""
-    report = objective.load_released_state(model_state(content))
-    changed = [*report.resized, *report.dropped]
-    if changed:
-        raise ValueError(
-            f"{path} is of another model than this run ({len(changed)} parameters differ, such as {changed[0]}): set "
-            "the crop, frames and MVIT keys back, or start anew in another OUTPUT_DIR"
-        )
-    try:
-        load_optimizer_state(optimizer, content["optimizer_state"])
-        if scaler.is_enabled() and "scaler_state" in content:
-            scaler.load_state_dict(content["scaler_state"])
-        epoch = int(content["epoch"]) + 1
-    except KeyError as error:
-        raise ValueError(
-            f"{path} has no {error}: only its weights can be used, TRAIN.CHECKPOINT_EPOCH_RESET True"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    logger.info("resumed from %s, after epoch %d", path, epoch)
-    return epoch
-
-
-def start_training_state(cfg: CfgNode, objective: Objective, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> int:
-    """Weights (and, on resuming, optimizer and epoch) to start from; returns the first epoch, counted from 0.
-
-    A checkpoint of this very run in OUTPUT_DIR comes first (TRAIN.AUTO_RESUME), then TRAIN.CHECKPOINT_FILE_PATH:
-    weights alone with TRAIN.CHECKPOINT_EPOCH_RESET or where another objective wrote it, everything otherwise.
-    """
-    name = cfg.MODEL.MODEL_NAME
-    found = last_checkpoint(cfg.OUTPUT_DIR, cfg.TASK, name)
-    if found is not None:
-        if cfg.TRAIN.AUTO_RESUME:
-            return _resume(objective, optimizer, scaler, *found)
-        logger.warning("%s is there, but TRAIN.AUTO_RESUME is False: it will be overwritten in time", found[0])
-    given = cfg.TRAIN.CHECKPOINT_FILE_PATH
-    if not given:
-        return 0
-    content = read_checkpoint(given)
-    if not cfg.TRAIN.CHECKPOINT_EPOCH_RESET and trained_model(content) == name:
-        return _resume(objective, optimizer, scaler, Path(given), content)
-    _load_weights(cfg, objective, given, content)
-    return 0
-
-
-def _save(cfg: CfgNode, objective: Objective, optimizer: Optimizer, scaler: torch.amp.GradScaler, epoch: int) -> None:
-    content = {
-        "epoch": epoch,
-        "model_state": objective.released_state(),
-        "optimizer_state": optimizer.state_dict(),
-        "cfg": dump_config(cfg),
-    }
-    if scaler.is_enabled():
-        content["scaler_state"] = scaler.state_dict()
-    path = checkpoint_path(cfg.OUTPUT_DIR, cfg.TASK, epoch)
-    save_checkpoint(path, content)
-    logger.info("saved %s", path)
 
 
 def _is_due(cfg: CfgNode, objective: Objective, epoch: int) -> bool:
@@ -160,21 +74,38 @@ def _announce(cfg: CfgNode, objective: Objective, device: torch.device, world: W
     )
 
 
-def run_training(cfg: CfgNode, given: Given, world: World, device: torch.device, logbook: Logbook) -> Objective:
-    """Train as configured; returns the trained objective, on `device`."""
-    seed_draws(cfg.RNG_SEED)
+def _training_state(cfg: CfgNode, device: torch.device) -> TrainingState:
     objective = build_objective(cfg).to(device)
+    optimizer = build_optimizer(cfg, objective)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision_of(cfg) == "fp16")
+    average = WeightAverage(objective, optimizer, cfg.TRAIN.EMA) if cfg.TRAIN.EMA else None
     if cfg.MODEL.ACT_CHECKPOINT:
         checkpoint_activations(objective)
+    return TrainingState(objective, optimizer, scaler, average)
+
+
+def _trained(training: TrainingState) -> dict[str, Objective]:
+    """What is evaluated, the same on every rank: "" = the weights, "ema" = their average, where there is one."""
+    average = {} if training.average is None else {"ema": training.average.objective}
+    objectives = {"": training.objective, **average}
+    for objective in objectives.values():
+        share_buffers(objective)
+    return objectives
+
+
+def run_training(
+    cfg: CfgNode, given: Given, world: World, device: torch.device, logbook: Logbook
+) -> dict[str, Objective]:
+    """Train as configured; returns the trained objectives, on `device`, as `_trained` names them."""
+    seed_draws(cfg.RNG_SEED)
+    training = _training_state(cfg, device)
+    objective = training.objective
     _announce(cfg, objective, device, world)
-    optimizer = build_optimizer(cfg, objective)
-    precision = precision_of(cfg)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     loader = build_loader(cfg, "train", world)
     max_epoch = cfg.SOLVER.MAX_EPOCH
     evaluates = any(_is_due(cfg, objective, epoch) for epoch in range(max_epoch))
     val_loader = build_loader(cfg, "val", world) if evaluates else None
-    start_epoch = start_training_state(cfg, objective, optimizer, scaler)
+    start_epoch = start_training(cfg, training)
     if world.is_main:
         # Not earlier: a run that is refused leaves the folder of another one as it was.
         save_config(given.path, given.opts, cfg, cfg.OUTPUT_DIR)
@@ -185,7 +116,7 @@ def run_training(cfg: CfgNode, given: Given, world: World, device: torch.device,
         seed=cfg.RNG_SEED,
         clip_norm=cfg.SOLVER.CLIP_GRAD_L2NORM,
         clip_value=cfg.SOLVER.CLIP_GRAD_VAL,
-        precision=precision,
+        precision=precision_of(cfg),
         micro_batch=cfg.TRAIN.MICRO_BATCH_SIZE,
         log_period=cfg.LOG_PERIOD,
     )
@@ -193,18 +124,18 @@ def run_training(cfg: CfgNode, given: Given, world: World, device: torch.device,
     def after_epoch(epoch: int) -> None:
         last = epoch + 1 == max_epoch
         if world.is_main and ((epoch + 1) % cfg.TRAIN.CHECKPOINT_PERIOD == 0 or last):
-            _save(cfg, objective, optimizer, scaler, epoch)
+            save_training(cfg, training, epoch)
         barrier()
         if val_loader is not None and _is_due(cfg, objective, epoch):
-            _validate(cfg, objective, val_loader, device, logbook, epoch)
+            _validate(cfg, _trained(training), val_loader, device, logbook, epoch)
 
     if start_epoch >= max_epoch:
         logger.info("nothing left to train: SOLVER.MAX_EPOCH is %d", max_epoch)
     train(
         model,
         objective,
-        optimizer,
-        scaler,
+        training.optimizer,
+        training.scaler,
         loader,
         settings,
         start_epoch=start_epoch,
@@ -213,39 +144,19 @@ def run_training(cfg: CfgNode, given: Given, world: World, device: torch.device,
         logbook=logbook,
         after_epoch=after_epoch,
     )
-    return objective
+    return _trained(training)
 
 
 def _validate(
-    cfg: CfgNode, objective: Objective, loader: Any, device: torch.device, logbook: Logbook, epoch: int
+    cfg: CfgNode, objectives: Mapping[str, Objective], loader: Any, device: torch.device, logbook: Logbook, epoch: int
 ) -> None:
-    values = validate(objective, loader, device, precision_of(cfg))
+    values = {}
+    for name, objective in objectives.items():
+        found = validate(objective, loader, device, precision_of(cfg))
+        values.update({f"{name}_{key}" if name else key: value for key, value in found.items()})
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     stats = {"epoch": f"{epoch + 1}/{cfg.SOLVER.MAX_EPOCH}", **values}
     logbook.write("val_epoch", f"validation after epoch {epoch + 1}: {shown}", stats, epoch)
-
-
-def _load_for_testing(cfg: CfgNode, device: torch.device) -> Objective:
-    """The objective with TEST.CHECKPOINT_FILE_PATH, else the last checkpoint of OUTPUT_DIR, else TRAIN's path."""
-    objective = build_objective(cfg)
-    found = given_or_last(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
-    if found is None and cfg.TRAIN.CHECKPOINT_FILE_PATH:
-        found = cfg.TRAIN.CHECKPOINT_FILE_PATH, read_checkpoint(cfg.TRAIN.CHECKPOINT_FILE_PATH)
-    if found is None:
-        raise ValueError(
-            f"nothing to test: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this run, and neither "
-            "TEST.CHECKPOINT_FILE_PATH nor TRAIN.CHECKPOINT_FILE_PATH is given"
-        )
-    path, content = found
-    state = clean_names(model_state(content), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
-    missing_head = [n for n in objective.released_state() if n.startswith("head.") and n not in state]
-    if missing_head and not cfg.TRAIN.CHECKPOINT_ALLOW:
-        raise ValueError(
-            f"{path} has no classifier ({', '.join(missing_head)}): a pre-trained checkpoint is fine-tuned "
-            "before it is tested; see TEST.CHECKPOINT_FILE_PATH"
-        )
-    _load_weights(cfg, objective, str(path), content)
-    return objective.to(device)
 
 
 def _test_loaders(cfg: CfgNode, world: World) -> dict[str, Loader]:
@@ -257,16 +168,23 @@ def _test_loaders(cfg: CfgNode, world: World) -> dict[str, Loader]:
     return {f"{count}x{crops}": build_loader(cfg, "test", world, num_clips=count) for count in counts}
 
 
-def _results_path(cfg: CfgNode, views: str) -> Path:
-    """TEST.SAVE_RESULTS_PATH, or test_results.json in OUTPUT_DIR; the views are put into the name."""
+def _results_path(cfg: CfgNode, what: str) -> Path:
+    """TEST.SAVE_RESULTS_PATH, or test_results.json in OUTPUT_DIR; what was tested is put into the name."""
     path = Path(cfg.OUTPUT_DIR) / (cfg.TEST.SAVE_RESULTS_PATH or "test_results.json")
-    return path.with_name(f"{path.stem}_{views}{path.suffix or '.json'}")
+    return path.with_name(f"{path.stem}_{what}{path.suffix or '.json'}")
 
 
 def run_testing(
-    cfg: CfgNode, loaders: dict[str, Loader], world: World, device: torch.device, logbook: Logbook, objective: Objective
+    cfg: CfgNode,
+    loaders: Mapping[str, Loader],
+    world: World,
+    device: torch.device,
+    logbook: Logbook,
+    objective: Objective,
+    name: str = "",
 ) -> None:
-    """Multi-view testing with each of `loaders`."""
+    """Multi-view testing with each of `loaders`; `name` as in `_trained`."""
+    suffix = f"_{name}" if name else ""
     for number, (views, loader) in enumerate(loaders.items()):
         result = multi_view_test(
             objective,
@@ -274,15 +192,15 @@ def run_testing(
             loader.labels,
             device,
             precision_of(cfg),
-            _results_path(cfg, views) if world.is_main else None,
+            _results_path(cfg, views + suffix) if world.is_main else None,
         )
         line = (
-            f"test: top1 {result['top1']:.2f} %, top5 {result['top5']:.2f} % of {len(loader.labels)} "
-            f"({views} views), {result['unreadable']} unreadable"
+            f"test{' of averaged weights' if name else ''}: top1 {result['top1']:.2f} %, top5 {result['top5']:.2f} % "
+            f"of {len(loader.labels)} ({views} views), {result['unreadable']} unreadable"
         )
-        stats = {"split": "test_final", "samples": len(loader.labels), "views": views, **result}
+        stats = {"split": f"test_final{suffix}", "samples": len(loader.labels), "views": views, **result}
         stats["top1_acc"], stats["top5_acc"] = f"{result['top1']:.2f}", f"{result['top5']:.2f}"
-        logbook.write("test_final", line, stats, number)
+        logbook.write(f"test_final{suffix}", line, stats, number)
 
 
 def _work(world: World, init_method: str, cfg: CfgNode, given: Given) -> None:
@@ -293,11 +211,12 @@ def _work(world: World, init_method: str, cfg: CfgNode, given: Given) -> None:
     try:
         # The test's data is looked for before training, not after it.
         loaders = _test_loaders(cfg, world) if cfg.TEST.ENABLE else {}
-        objective = run_training(cfg, given, world, device, logbook) if cfg.TRAIN.ENABLE else None
+        objectives = run_training(cfg, given, world, device, logbook) if cfg.TRAIN.ENABLE else {}
         if cfg.TEST.ENABLE:
-            if objective is None or cfg.TEST.CHECKPOINT_FILE_PATH:
-                objective = _load_for_testing(cfg, device)
-            run_testing(cfg, loaders, world, device, logbook, objective)
+            if not objectives or cfg.TEST.CHECKPOINT_FILE_PATH:
+                objectives = load_for_testing(cfg, device)
+            for name, objective in objectives.items():
+                run_testing(cfg, loaders, world, device, logbook, objective, name)
     finally:
         logbook.close()
         leave()

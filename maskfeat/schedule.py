@@ -22,8 +22,11 @@ def lr_at_epoch(cfg: CfgNode, epoch: float) -> float:
 
     Linear warm-up from WARMUP_START_LR to where the policy stands at WARMUP_EPOCHS, then the policy. With
     SOLVER.BASE_LR_SCALE_NUM_SHARDS every rate is multiplied by NUM_SHARDS (machines): TRAIN.BATCH_SIZE is per machine.
+    With SOLVER.LR_PER_EPOCH a whole epoch has the rate of its beginning.
     """
     solver = cfg.SOLVER
+    if solver.LR_PER_EPOCH:
+        epoch = float(math.floor(epoch))
     lr = _after_warmup(cfg, epoch)
     if epoch < solver.WARMUP_EPOCHS:
         target = _after_warmup(cfg, solver.WARMUP_EPOCHS)

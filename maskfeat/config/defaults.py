@@ -20,7 +20,9 @@ def get_defaults() -> CfgNode:
     _mixup(cfg)
     _model(cfg)
     _mvit(cfg)
+    _resnet(cfg)
     _mask(cfg)
+    _mfm(cfg)
     _solver(cfg)
     return cfg
 
@@ -52,6 +54,7 @@ def _train(cfg: CfgNode) -> None:
     cfg.TRAIN.BATCH_SIZE = 64  # samples per optimisation step and machine, split over its GPUs
     cfg.TRAIN.MICRO_BATCH_SIZE = 0  # ours: samples per process and forward pass; 0 = all at once
     cfg.TRAIN.MIXED_PRECISION = False  # False ("off") | True ("fp16") | "bf16" | "fp16"
+    cfg.TRAIN.EMA = 0.0  # ours: decay per step, 0 .. 1, of an average of the weights, evaluated beside them; 0 = none
     cfg.TRAIN.EVAL_PERIOD = 10  # epochs between two validations; 0 = never
     cfg.TRAIN.CHECKPOINT_PERIOD = 10  # epochs between two checkpoints
     cfg.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint in OUTPUT_DIR
@@ -93,6 +96,8 @@ def _data(cfg: CfgNode) -> None:
     cfg.DATA.INPUT_CHANNEL_NUM = [3]  # only [3]: one pathway of colour images
     cfg.DATA.TRAIN_CROP_SIZE = 224  # pixels
     cfg.DATA.TEST_CROP_SIZE = 256  # pixels
+    cfg.DATA.TEST_SHORT_SIDE = 0  # ours: of images before the central crop; 0 = 256/224 of TEST_CROP_SIZE
+    cfg.DATA.TEST_INTERPOLATION = "bicubic"  # ours: | "bilinear" | "lanczos" | "nearest": of images in evaluation
     cfg.DATA.TRAIN_JITTER_SCALES = [256, 320]  # short side range in pixels; used where the next key is []
     cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE = []  # [low, high]: share of the area kept by a crop
     cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE = []  # [low, high]: width / height of such a crop
@@ -104,8 +109,9 @@ def _aug(cfg: CfgNode) -> None:
     cfg.AUG = CfgNode()
     cfg.AUG.ENABLE = False  # the augmentations of this section
     cfg.AUG.NUM_SAMPLE = 1  # differently augmented copies of each sample in a batch
+    cfg.AUG.REPEATS = 1  # ours: like NUM_SAMPLE in a batch of the same size; an epoch shows 1 / REPEATS of the data
     cfg.AUG.COLOR_JITTER = 0.4  # strength, >= 0, or None; used where AA_TYPE is ""
-    cfg.AUG.AA_TYPE = "rand-m9-mstd0.5-inc1"  # timm's RandAugment policy, or ""
+    cfg.AUG.AA_TYPE = "rand-m9-mstd0.5-inc1"  # timm's RandAugment policy, or torchvision's ("ra_6_10"), or ""
     cfg.AUG.INTERPOLATION = "bicubic"  # | "bilinear" | "lanczos" | "nearest": RandAugment and image crops
     cfg.AUG.RE_PROB = 0.25  # random erasing: probability, 0 .. 1
     cfg.AUG.RE_MODE = "pixel"  # "pixel" (noise per pixel) | "rand" (one colour) | "const" (zero)
@@ -127,14 +133,17 @@ def _mixup(cfg: CfgNode) -> None:
     cfg.MIXUP.PROB = 1.0  # probability of either, 0 .. 1
     cfg.MIXUP.SWITCH_PROB = 0.5  # probability of cutmix where both are on, 0 .. 1
     cfg.MIXUP.LABEL_SMOOTH_VALUE = 0.1  # 0 .. 1
+    cfg.MIXUP.LABEL_SMOOTH_OTHERS = False  # ours: spread it over the other classes alone, not over all
 
 
 def _model(cfg: CfgNode) -> None:
     cfg.MODEL = CfgNode()
-    cfg.MODEL.ARCH = "mvit"  # "mvit" | "maskmvit"
-    cfg.MODEL.MODEL_NAME = "MViT"  # "MViT" classifies; "MaskMViT" is pre-trained by masked feature prediction
+    cfg.MODEL.ARCH = "mvit"  # "mvit", "maskmvit": ViT or MViTv2, as MVIT says | "resnet": see RESNET
+    # "MViT", "ResNet" classify; "MaskMViT" is pre-trained by masked feature prediction, "MFM" by masked frequencies
+    cfg.MODEL.MODEL_NAME = "MViT"
     cfg.MODEL.NUM_CLASSES = 400
-    cfg.MODEL.LOSS_FUNC = "cross_entropy"  # or "soft_cross_entropy"; "multi_mse" pre-trains
+    # "cross_entropy" | "soft_cross_entropy" | "bce_logit"; in pre-training "multi_mse" (MaskMViT), "frequency" (MFM)
+    cfg.MODEL.LOSS_FUNC = "cross_entropy"
     cfg.MODEL.DROPOUT_RATE = 0.5  # before the classifier, 0 .. 1
     cfg.MODEL.HEAD_ACT = "softmax"  # only "softmax", in evaluation
     cfg.MODEL.ACT_CHECKPOINT = False  # recompute activations in the backward pass: less memory, more time
@@ -178,6 +187,11 @@ def _mvit(cfg: CfgNode) -> None:
     cfg.MVIT.HEAD_INIT_SCALE = 1.0  # factor on the classifier's first weights
 
 
+def _resnet(cfg: CfgNode) -> None:
+    cfg.RESNET = CfgNode()
+    cfg.RESNET.DEPTH = 50  # 18 | 34 | 50 | 101 | 152, torchvision's; 10 for trials on small machines
+
+
 def _mask(cfg: CfgNode) -> None:
     cfg.MASK = CfgNode()
     cfg.MASK.ENABLE = False  # masked pre-training
@@ -192,12 +206,26 @@ def _mask(cfg: CfgNode) -> None:
     cfg.MASK.PER_FRAME_MASKING = False  # only False
 
 
+def _mfm(cfg: CfgNode) -> None:
+    """All ours. The defaults are the ResNet-50 recipe's; the other published variant is in1k_R50_MFM_paper_PT."""
+    cfg.MFM = CfgNode()
+    cfg.MFM.RADIUS = 16.0  # of the disc of low frequencies around frequency 0, in frequencies
+    cfg.MFM.LOW_PASS_PROB = 0.5  # probability, 0 .. 1, that the disc stays and the rest is removed; or the reverse
+    cfg.MFM.FILTER_NORMALISED = True  # filter the normalised image; False: that in [0, 1], then clamp and normalise it
+    cfg.MFM.INVERSE = "modulus"  # what is taken of the inverse FFT: | "real"
+    cfg.MFM.TARGET_CHANNELS = 1  # spectrum of the grey image; 3 = of the three normalised channels
+    cfg.MFM.GAMMA = 1.0  # exponent of the distance of two frequencies
+    cfg.MFM.EPS = 1e-7  # below the square root of that distance
+    cfg.MFM.MEAN_PER_IMAGE = True  # average over each image's removed frequencies first; False: over all at once
+
+
 def _solver(cfg: CfgNode) -> None:
     cfg.SOLVER = CfgNode()
     cfg.SOLVER.OPTIMIZING_METHOD = "sgd"  # "sgd" | "adamw"
     cfg.SOLVER.BASE_LR = 0.1  # learning rate after warm-up
     cfg.SOLVER.BASE_LR_SCALE_NUM_SHARDS = False  # multiply base, warm-up start and end rate by NUM_SHARDS
     cfg.SOLVER.LR_POLICY = "cosine"  # "cosine" | "steps_with_relative_lrs"
+    cfg.SOLVER.LR_PER_EPOCH = False  # ours: change the rate between epochs only, not at every step
     cfg.SOLVER.COSINE_END_LR = 0.0  # learning rate at the end of the cosine
     cfg.SOLVER.COSINE_AFTER_WARMUP = False  # start the cosine where warm-up ends, not at epoch 0
     cfg.SOLVER.STEPS = []  # epochs at which the rates of LRS begin; the first is 0
@@ -261,7 +289,6 @@ INERT_SECTIONS = (
     "DETECTION",
     "MULTIGRID",
     "NONLOCAL",
-    "RESNET",
     "SLOWFAST",
     "SSL",
     "VIS_MASK",
@@ -313,6 +340,14 @@ INERT_KEYS = (
     "MODEL.MULTI_PATHWAY_ARCH",
     "MODEL.SINGLE_PATHWAY_ARCH",
     "MVIT.USE_FIXED_SINCOS_POS",
+    "RESNET.INPLACE_RELU",
+    "RESNET.NUM_BLOCK_TEMP_KERNEL",
+    "RESNET.NUM_GROUPS",
+    "RESNET.SPATIAL_*",
+    "RESNET.STRIDE_1X1",
+    "RESNET.TRANS_FUNC",
+    "RESNET.WIDTH_PER_GROUP",
+    "RESNET.ZERO_INIT_*",
     "SOLVER.LARS_ON",
     "SOLVER.STEP_SIZE",
     "SOLVER.WARMUP_FACTOR",

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from yacs.config import CfgNode
 
 DATASETS = ("imagenet", "kinetics")
-_RANDAUGMENT = re.compile(r"rand(-[a-z]+[0-9.]*)*")
+_RANDAUGMENT = re.compile(r"rand(-[a-z]+[0-9.]*)*|ra_\d+_\d+")
+_INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "DIST_BACKEND": ("nccl", "gloo"),
@@ -15,15 +16,19 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "TEST.CHECKPOINT_TYPE": ("pytorch",),
     "TEST.NUM_SPATIAL_CROPS": (1, 3),
     "DATA.DECODING_BACKEND": ("pyav", "torchvision"),
-    "AUG.INTERPOLATION": ("bicubic", "bilinear", "lanczos", "nearest"),
+    "DATA.TEST_INTERPOLATION": _INTERPOLATIONS,
+    "AUG.INTERPOLATION": _INTERPOLATIONS,
     "AUG.RE_MODE": ("pixel", "rand", "const"),
     "AUG.RE_SPLIT": (False,),
-    "MODEL.ARCH": ("mvit", "maskmvit"),
-    "MODEL.MODEL_NAME": ("MViT", "MaskMViT"),
-    "MODEL.LOSS_FUNC": ("cross_entropy", "soft_cross_entropy", "multi_mse"),
+    "MODEL.ARCH": ("mvit", "maskmvit", "resnet"),
+    "MODEL.MODEL_NAME": ("MViT", "ResNet", "MaskMViT", "MFM"),
+    "MODEL.LOSS_FUNC": ("cross_entropy", "soft_cross_entropy", "bce_logit", "multi_mse", "frequency"),
     "MODEL.HEAD_ACT": ("softmax",),
     "SOLVER.OPTIMIZING_METHOD": ("sgd", "adamw"),
     "SOLVER.LR_POLICY": ("cosine", "steps_with_relative_lrs"),
+    "RESNET.DEPTH": (50, 10, 18, 34, 101, 152),
+    "MFM.INVERSE": ("modulus", "real"),
+    "MFM.TARGET_CHANNELS": (1, 3),
     "MVIT.MODE": ("conv",),
     "MVIT.NORM": ("layernorm",),
     "MVIT.LAYER_SCALE_INIT_VALUE": (0.0,),
@@ -61,7 +66,8 @@ _POSITIVE_OR_NONE = Range("above 0 (None = no clipping)", lambda v: v > 0)
 RANGES: dict[str, Range] = {
     **dict.fromkeys(("RNG_SEED", "NUM_GPUS", "SHARD_ID", "DATA_LOADER.NUM_WORKERS"), _AT_LEAST_0),
     **dict.fromkeys(("NUM_SHARDS", "LOG_PERIOD"), _AT_LEAST_1),
-    **dict.fromkeys(("TRAIN.EVAL_PERIOD", "TRAIN.MICRO_BATCH_SIZE"), _AT_LEAST_0),
+    **dict.fromkeys(("TRAIN.EVAL_PERIOD", "TRAIN.MICRO_BATCH_SIZE", "DATA.TEST_SHORT_SIDE"), _AT_LEAST_0),
+    "TRAIN.EMA": _BELOW_1,
     **dict.fromkeys(("TRAIN.BATCH_SIZE", "TEST.BATCH_SIZE", "TRAIN.CHECKPOINT_PERIOD"), _AT_LEAST_1),
     **dict.fromkeys(("TEST.NUM_ENSEMBLE_VIEWS", "TEST.NUM_TEMPORAL_CLIPS"), _AT_LEAST_1),
     **dict.fromkeys(("DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TARGET_FPS"), _AT_LEAST_1),
@@ -69,7 +75,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("DATA.STD", "DATA.TRAIN_JITTER_ASPECT_RELATIVE"), _POSITIVE),
     "DATA.TRAIN_JITTER_SCALES_RELATIVE": _DECAY,
     "DATA.MAX_BAD_FRACTION": _SHARE,
-    **dict.fromkeys(("AUG.NUM_SAMPLE", "AUG.RE_COUNT", "AUG.MASK_WINDOW_SIZE"), _AT_LEAST_1),
+    **dict.fromkeys(("AUG.NUM_SAMPLE", "AUG.REPEATS", "AUG.RE_COUNT", "AUG.MASK_WINDOW_SIZE"), _AT_LEAST_1),
     **dict.fromkeys(("AUG.RE_PROB", "AUG.MASK_RATIO"), _SHARE),
     "AUG.COLOR_JITTER": _AT_LEAST_0,
     "AUG.MAX_MASK_PATCHES_PER_BLOCK": _AT_LEAST_1,
@@ -86,6 +92,8 @@ RANGES: dict[str, Range] = {
     "MVIT.MLP_RATIO": _POSITIVE,
     **dict.fromkeys(("MASK.HOG_BINS", "MASK.HOG_CELL"), _AT_LEAST_1),
     "MASK.HOG_GAUSSIAN_WINDOW": _AT_LEAST_0,
+    **dict.fromkeys(("MFM.RADIUS", "MFM.GAMMA", "MFM.EPS"), _POSITIVE),
+    "MFM.LOW_PASS_PROB": _SHARE,
     **dict.fromkeys(("SOLVER.BASE_LR", "SOLVER.COSINE_END_LR", "SOLVER.WARMUP_START_LR"), _AT_LEAST_0),
     **dict.fromkeys(("SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY", "SOLVER.LRS", "SOLVER.STEPS"), _AT_LEAST_0),
     **dict.fromkeys(("SOLVER.MOMENTUM", "SOLVER.BETAS"), _BELOW_1),
@@ -160,7 +168,8 @@ def _choices(cfg: CfgNode) -> Iterator[str]:
         yield f"DATA.INPUT_CHANNEL_NUM must be [3] (one pathway, RGB); given {cfg.DATA.INPUT_CHANNEL_NUM!r}"
     if cfg.AUG.AA_TYPE and not _RANDAUGMENT.fullmatch(cfg.AUG.AA_TYPE):
         yield (
-            f"AUG.AA_TYPE must be '' or a RandAugment policy such as 'rand-m9-mstd0.5-inc1'; given {cfg.AUG.AA_TYPE!r}"
+            "AUG.AA_TYPE must be '' or a RandAugment policy such as 'rand-m9-mstd0.5-inc1' (timm's) or 'ra_6_10' "
+            f"(torchvision's); given {cfg.AUG.AA_TYPE!r}"
         )
     if not cfg.DATA.PATH_LABEL_SEPARATOR:
         yield "DATA.PATH_LABEL_SEPARATOR must be at least one character; given ''"

@@ -1,11 +1,20 @@
 """Checks between keys, before any work: what was given, what was expected, and which key mends it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 
 from yacs.config import CfgNode
 
 from maskfeat.config.ranges import check_single_keys, lookup
+
+_TRANSFORMERS = ("mvit", "maskmvit")
+_ARCHS = {
+    "MViT": _TRANSFORMERS,
+    "MaskMViT": _TRANSFORMERS,
+    "ResNet": ("resnet",),
+    "MFM": (*_TRANSFORMERS, "resnet"),
+}
+_RESNET_STRIDE = 32  # pixels on the side of what one value of a ResNet's last feature map stands for
 
 _MUL_KEYS = ("MVIT.DIM_MUL", "MVIT.HEAD_MUL")
 _STRIDE_KEYS = ("MVIT.POOL_Q_STRIDE", "MVIT.POOL_KV_STRIDE")
@@ -15,10 +24,10 @@ def validate(cfg: CfgNode) -> None:
     """Checks a whole config. It reads no file: data and checkpoints are looked for when they are opened.
 
     Raises:
-        ValueError: names every problem of the first stage (single values, then lists of blocks, then their
-            combinations) that has one.
+        ValueError: names every problem of the first stage (single values, then objective, backbone and data, then
+            lists of blocks, then their combinations) that has one.
     """
-    for stage in (check_single_keys, _lists, _combinations):
+    for stage in (check_single_keys, _methods, _lists, _combinations):
         problems = list(stage(cfg))
         if len(problems) == 1:
             raise ValueError(problems[0])
@@ -26,8 +35,35 @@ def validate(cfg: CfgNode) -> None:
             raise ValueError(f"the config has {len(problems)} problems:\n- " + "\n- ".join(problems))
 
 
+def _is_resnet(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.ARCH == "resnet")
+
+
+def _methods(cfg: CfgNode) -> Iterator[str]:
+    """Which objective goes with which backbone and which data."""
+    name, arch = cfg.MODEL.MODEL_NAME, cfg.MODEL.ARCH
+    if arch not in _ARCHS[name]:
+        supported = " or ".join(repr(a) for a in _ARCHS[name])
+        hint = {
+            "MaskMViT": "MaskFeat hides patches of a ViT or an MViTv2; to pre-train a ResNet, MODEL.MODEL_NAME 'MFM'",
+            "MViT": "a ResNet classifies with MODEL.MODEL_NAME 'ResNet'",
+            "ResNet": "a ViT or an MViTv2 classifies with MODEL.MODEL_NAME 'MViT'",
+        }[name]
+        yield f"MODEL.MODEL_NAME {name!r} supports MODEL.ARCH {supported}; given {arch!r}: {hint}"
+    for section in ("TRAIN", "TEST"):
+        clips = cfg[section].ENABLE and cfg[section].DATASET.lower() == "kinetics"
+        if clips and (name == "MFM" or _is_resnet(cfg)):
+            method = "masked frequency modelling" if name == "MFM" else "torchvision's ResNet"
+            yield (
+                f"MODEL.MODEL_NAME {name!r} ({method}) supports images, {section}.DATASET imagenet; given "
+                f"{cfg[section].DATASET}: clips are pre-trained with 'MaskMViT' and classified with 'MViT'"
+            )
+
+
 def _lists(cfg: CfgNode) -> Iterator[str]:
     """Shapes that later checks rely on."""
+    if _is_resnet(cfg):
+        return
     mvit = cfg.MVIT
     axes = 2 if mvit.PATCH_2D else 3
     for key in ("PATCH_KERNEL", "PATCH_STRIDE", "PATCH_PADDING"):
@@ -57,13 +93,14 @@ def _lists(cfg: CfgNode) -> Iterator[str]:
 def _combinations(cfg: CfgNode) -> Iterator[str]:
     yield from _processes(cfg)
     yield from _datasets(cfg)
-    yield from _grids(cfg)
-    yield from _widths(cfg)
-    yield from _schedule(cfg)
-    if cfg.MODEL.MODEL_NAME == "MaskMViT":
-        yield from _pretraining(cfg)
+    yield from _views(cfg)
+    if _is_resnet(cfg):
+        yield from _resnet(cfg)
     else:
-        yield from _classification(cfg)
+        yield from _grids(cfg)
+        yield from _widths(cfg)
+    yield from _schedule(cfg)
+    yield from {"MaskMViT": _maskfeat, "MFM": _mfm}.get(cfg.MODEL.MODEL_NAME, _classification)(cfg)
 
 
 def _processes(cfg: CfgNode) -> Iterator[str]:
@@ -92,13 +129,37 @@ def _datasets(cfg: CfgNode) -> Iterator[str]:
         if images != (data.NUM_FRAMES == 1):
             expected = "1 for images" if images else "more than 1 for clips"
             yield f"DATA.NUM_FRAMES must be {expected} ({key} {name}); given {data.NUM_FRAMES}"
-        if images != cfg.MVIT.PATCH_2D:
+        if images != cfg.MVIT.PATCH_2D and not _is_resnet(cfg):
             yield f"MVIT.PATCH_2D must be {images} for {key} {name}; given {cfg.MVIT.PATCH_2D}"
     jitters = cfg.TRAIN.ENABLE and "kinetics" in used and not data.TRAIN_JITTER_SCALES_RELATIVE
     if jitters and data.TRAIN_JITTER_SCALES[0] < data.TRAIN_CROP_SIZE:
         yield (
             f"DATA.TRAIN_JITTER_SCALES must start at DATA.TRAIN_CROP_SIZE ({data.TRAIN_CROP_SIZE}) or above, "
             f"or the crop does not fit; given {data.TRAIN_JITTER_SCALES}"
+        )
+
+
+def _views(cfg: CfgNode) -> Iterator[str]:
+    """How images are repeated in training, and resized in evaluation."""
+    aug, data = cfg.AUG, cfg.DATA
+    if aug.REPEATS > 1 and aug.NUM_SAMPLE > 1:
+        yield f"AUG.REPEATS or AUG.NUM_SAMPLE must be 1; given {aug.REPEATS} and {aug.NUM_SAMPLE}"
+    if not data.TEST_SHORT_SIDE:
+        return
+    if data.TEST_SHORT_SIDE < data.TEST_CROP_SIZE:
+        yield (
+            f"DATA.TEST_SHORT_SIDE must be at least DATA.TEST_CROP_SIZE ({data.TEST_CROP_SIZE}), or 0; given "
+            f"{data.TEST_SHORT_SIDE}"
+        )
+    if data.NUM_FRAMES > 1:
+        yield f"DATA.TEST_SHORT_SIDE is for images and must be 0 for clips; given {data.TEST_SHORT_SIDE}"
+
+
+def _resnet(cfg: CfgNode) -> Iterator[str]:
+    if cfg.MODEL.ACT_CHECKPOINT:
+        yield (
+            "MODEL.ACT_CHECKPOINT must be False for MODEL.ARCH 'resnet' (its batch norms would count a batch twice); "
+            "given True; TRAIN.MIXED_PRECISION and TRAIN.MICRO_BATCH_SIZE save memory, too"
         )
 
 
@@ -156,19 +217,33 @@ def _schedule(cfg: CfgNode) -> Iterator[str]:
         yield f"SOLVER.STEPS must start at 0 and ascend; given {solver.STEPS}"
 
 
-def _pretraining(cfg: CfgNode) -> Iterator[str]:
-    needed = {
-        "MASK.ENABLE": True,
-        "MASK.PRED_HOG": True,
-        "MODEL.LOSS_FUNC": "multi_mse",
-        "AUG.GEN_MASK_LOADER": True,
-        "MIXUP.ENABLE": False,
-    }
-    for key, expected in needed.items():
+def _pretraining(cfg: CfgNode, needed: Mapping[str, object]) -> Iterator[str]:
+    """What a pre-training config must hold."""
+    name = cfg.MODEL.MODEL_NAME
+    for key, expected in {**needed, "AUG.GEN_MASK_LOADER": True, "MIXUP.ENABLE": False}.items():
         if lookup(cfg, key) != expected:
-            yield f"{key} must be {expected!r} for MODEL.MODEL_NAME 'MaskMViT'; given {lookup(cfg, key)!r}"
+            yield f"{key} must be {expected!r} for MODEL.MODEL_NAME {name!r}; given {lookup(cfg, key)!r}"
     if cfg.TEST.ENABLE:
-        yield "TEST.ENABLE must be False for MODEL.MODEL_NAME 'MaskMViT' (no classes to test); given True"
+        yield f"TEST.ENABLE must be False for MODEL.MODEL_NAME {name!r} (no classes to test); given True"
+
+
+def _mfm(cfg: CfgNode) -> Iterator[str]:
+    yield from _pretraining(cfg, {"MODEL.LOSS_FUNC": "frequency", "MASK.ENABLE": False, "MASK.PRED_HOG": False})
+    crop = cfg.DATA.TRAIN_CROP_SIZE
+    if _is_resnet(cfg) and crop % _RESNET_STRIDE:
+        yield (
+            f"DATA.TRAIN_CROP_SIZE must be a multiple of {_RESNET_STRIDE} to pre-train MODEL.ARCH 'resnet', which "
+            f"makes one token of {_RESNET_STRIDE} x {_RESNET_STRIDE} pixels; given {crop}"
+        )
+    if crop / 2 < cfg.MFM.RADIUS:
+        yield (
+            f"MFM.RADIUS must be at most half of DATA.TRAIN_CROP_SIZE ({crop}), or little is left outside of the disc; "
+            f"given {cfg.MFM.RADIUS:g}"
+        )
+
+
+def _maskfeat(cfg: CfgNode) -> Iterator[str]:
+    yield from _pretraining(cfg, {"MODEL.LOSS_FUNC": "multi_mse", "MASK.ENABLE": True, "MASK.PRED_HOG": True})
     if not 0 < cfg.AUG.MASK_RATIO < 1:
         yield f"AUG.MASK_RATIO must be above 0 and below 1 for pre-training; given {cfg.AUG.MASK_RATIO:g}"
     last = cfg.MVIT.DEPTH - 1
@@ -216,14 +291,16 @@ def _targets(cfg: CfgNode) -> Iterator[str]:
 
 
 def _classification(cfg: CfgNode) -> Iterator[str]:
+    name, loss = cfg.MODEL.MODEL_NAME, cfg.MODEL.LOSS_FUNC
     for key in ("MASK.ENABLE", "MASK.PRED_HOG", "AUG.GEN_MASK_LOADER"):
         if lookup(cfg, key):
-            yield f"{key} must be False for MODEL.MODEL_NAME 'MViT' (MaskMViT is pre-trained); given True"
-    loss = cfg.MODEL.LOSS_FUNC
-    if loss == "multi_mse":
+            yield f"{key} must be False for MODEL.MODEL_NAME {name!r} (it is not pre-trained); given True"
+    if loss in ("multi_mse", "frequency"):
         yield (
-            "MODEL.LOSS_FUNC must be 'cross_entropy' or 'soft_cross_entropy' for MODEL.MODEL_NAME 'MViT'; "
-            "given 'multi_mse'"
+            "MODEL.LOSS_FUNC must be 'cross_entropy', 'soft_cross_entropy' or 'bce_logit' for MODEL.MODEL_NAME "
+            f"{name!r}; given {loss!r}"
         )
-    elif cfg.MIXUP.ENABLE and loss != "soft_cross_entropy":
-        yield f"MODEL.LOSS_FUNC must be 'soft_cross_entropy' where MIXUP.ENABLE is True; given {loss!r}"
+    elif cfg.MIXUP.ENABLE and loss == "cross_entropy":
+        yield (
+            f"MODEL.LOSS_FUNC must be 'soft_cross_entropy' or 'bce_logit' where MIXUP.ENABLE is True; given {loss!r}"
+        )

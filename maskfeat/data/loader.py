@@ -42,6 +42,8 @@ class EpochSampler(Sampler[list[SampleKey]]):
         drop_last: leaves out a last global batch that is not full (training).
         seed: of the order.
         views: every sample makes this many items, with views 0, 1, ... side by side (testing).
+        repeats: repeated augmentation (Hoffer et al., CVPR 2020): each sample stands this often, differently augmented,
+            side by side; an epoch stays as long as it is, and shows the first 1 / repeats of the shuffled samples.
 
     Raises:
         ValueError: with `drop_last`, if the data set does not fill a single global batch.
@@ -57,13 +59,16 @@ class EpochSampler(Sampler[list[SampleKey]]):
         drop_last: bool = True,
         seed: int = 0,
         views: int = 1,
+        repeats: int = 1,
     ) -> None:
-        assert batch_size >= 1 and 0 <= rank < world_size and views >= 1
-        self.num_samples, self.views = num_samples, views
+        assert batch_size >= 1 and 0 <= rank < world_size and views >= 1 and repeats >= 1
+        assert views == 1 or repeats == 1, "all views are shown, or some are repeated"
+        self.num_items = num_samples * views
+        self.num_samples, self.copies = num_samples, views * repeats
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
         self.epoch, self.start = 0, 0
-        if drop_last and num_samples * views < batch_size * world_size:
+        if drop_last and self.num_items < batch_size * world_size:
             raise ValueError(
                 f"{num_samples} training samples do not fill one batch of {batch_size * world_size} "
                 f"({world_size} processes x {batch_size}): lower TRAIN.BATCH_SIZE"
@@ -71,7 +76,7 @@ class EpochSampler(Sampler[list[SampleKey]]):
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank, wherever it starts."""
-        full, rest = divmod(self.num_samples * self.views, self.batch_size * self.world_size)
+        full, rest = divmod(self.num_items, self.batch_size * self.world_size)
         return full + (not self.drop_last and rest > self.rank * self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
@@ -94,8 +99,8 @@ class EpochSampler(Sampler[list[SampleKey]]):
 
     def _batch(self, order: np.ndarray, epoch: int, step: int) -> list[SampleKey]:
         first = (step * self.world_size + self.rank) * self.batch_size
-        last = min(first + self.batch_size, self.num_samples * self.views)
-        return [SampleKey(epoch, int(order[item // self.views]), item % self.views) for item in range(first, last)]
+        last = min(first + self.batch_size, self.num_items)
+        return [SampleKey(epoch, int(order[item // self.copies]), item % self.copies) for item in range(first, last)]
 
 
 class Loader:

@@ -1,12 +1,15 @@
-"""RandAugment (Cubuk et al., 2019) as timm makes it, for images and for whole clips."""
+"""RandAugment (Cubuk et al., 2019) as timm or torchvision makes it, for images and for whole clips."""
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from timm.data.auto_augment import rand_augment_transform
+from torchvision.transforms import InterpolationMode, RandAugment
 
 _PIL_MODES = {
     "nearest": Image.Resampling.NEAREST,
@@ -18,12 +21,16 @@ _TRANSLATE = 0.45
 """timm's RandAugment shifts by up to this share of the short side."""
 
 
+_TORCHVISION = re.compile(r"ra_(\d+)_(\d+)")
+"""Magnitude and number of bins."""
+
+
 def make_rand_augment(policy: str, short_side: int, interpolation: str, fill: Sequence[int] | None = None) -> Any:
-    """timm's RandAugment for a policy string such as "rand-m9-mstd0.5-inc1"; draws from `random` and
-    numpy's globals.
+    """RandAugment for a policy string; draws from the globals of `random`, numpy and torch.
 
     Args:
-        policy: timm's notation.
+        policy: timm's notation, such as "rand-m9-mstd0.5-inc1"; or "ra_6_10" for torchvision's (two operations, of
+            magnitude 6 among 10 bins, which fill with black).
         short_side: of the picture in pixels; shifts are a share of it.
         interpolation: "bilinear", "bicubic", ... or "random".
         fill: RGB 0-255 of the pixels that move into view; None for timm's grey.
@@ -31,6 +38,13 @@ def make_rand_augment(policy: str, short_side: int, interpolation: str, fill: Se
     Raises:
         ValueError: not a RandAugment policy, or an unknown interpolation (AUG.AA_TYPE, AUG.INTERPOLATION).
     """
+    torchvisions = _TORCHVISION.fullmatch(policy)
+    if torchvisions:
+        magnitude, bins = int(torchvisions[1]), int(torchvisions[2])
+        if magnitude >= bins:
+            raise ValueError(f"AUG.AA_TYPE {policy!r}: the magnitude must be below the number of bins, ra_6_10 for one")
+        mode = InterpolationMode(interpolation)
+        return RandAugment(magnitude=magnitude, num_magnitude_bins=bins, interpolation=mode)
     params: dict[str, Any] = {"translate_const": max(int(short_side * _TRANSLATE), 1)}
     if interpolation != "random":
         params["interpolation"] = pil_mode(interpolation)
@@ -64,13 +78,14 @@ def pil_mode(interpolation: str) -> Image.Resampling:
 def augment_frames(frames: np.ndarray, policy: str, interpolation: str) -> np.ndarray:
     """RandAugment on (T, H, W, 3) uint8, with the same draw for every frame.
 
-    timm draws from the globals while it works, so each frame starts from the state that the first one found.
+    It draws from the globals while it works, so each frame starts from the state that the first one found.
     """
     augment = make_rand_augment(policy, min(frames.shape[1:3]), interpolation)
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     images = []
     for frame in frames:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+        torch.random.set_rng_state(torch_state)
         images.append(np.asarray(augment(Image.fromarray(frame))))
     return np.stack(images)

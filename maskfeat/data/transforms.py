@@ -207,7 +207,7 @@ class ImageTrainTransform:
 
 
 class ImageEvalTransform:
-    """Short side to 256/224 of the crop (bicubic), central crop, normalisation.
+    """Short side resized, central crop, normalisation.
 
     Args:
         crop: side of the result in pixels.

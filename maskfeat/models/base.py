@@ -11,6 +11,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+CLASSIFIER = "head.projection."
+"""Where released transformers keep their linear classifier."""
+
 
 class Tokens(NamedTuple):
     """What a backbone makes of a clip.
@@ -43,6 +46,8 @@ class Backbone(Protocol):
         token_pixels: pixels (H, W) that an output token stands for; frames are left out.
         frame_stride: frames that an output token stands for (1 for images).
         supports_hidden: whether `hidden` may be given.
+        needs_norm: whether tokens come without the LayerNorm that whoever reads them has to apply.
+        classifier: how released files of this architecture begin the names of the linear classifier.
         num_blocks: depth, for layer-wise learning rate decay.
     """
 
@@ -52,6 +57,8 @@ class Backbone(Protocol):
     token_pixels: tuple[int, int]
     frame_stride: int
     supports_hidden: bool
+    needs_norm: bool
+    classifier: str
     num_blocks: int
 
     def forward_tokens(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:

@@ -3,17 +3,24 @@
 import torch
 from torch import Tensor, nn
 
-from maskfeat.models.base import Tokens, init_weights
+from maskfeat.models.base import Backbone, Tokens, init_weights
 from maskfeat.models.layers import layer_norm
 
 
 class ClassifierHead(nn.Module):
-    """Dropout and one linear layer, under the released name `projection`."""
+    """Dropout and one linear layer, `projection`.
 
-    def __init__(self, width: int, num_classes: int, dropout: float, init_scale: float) -> None:
+    Args:
+        init_scale: factor on the initial weights of the published transformers; None = PyTorch's own initial weights,
+            as torchvision's ResNets start with.
+    """
+
+    def __init__(self, width: int, num_classes: int, dropout: float, init_scale: float | None) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.projection = nn.Linear(width, num_classes)
+        if init_scale is None:
+            return
         init_weights(self.projection)
         with torch.no_grad():
             self.projection.weight.mul_(init_scale)
@@ -23,9 +30,11 @@ class ClassifierHead(nn.Module):
         return self.projection(self.dropout(x))
 
 
-def pooled_norm(width: int) -> nn.LayerNorm:
-    """The final LayerNorm of a classifier, initialised as published."""
-    norm = layer_norm(width)
+def token_norm(backbone: Backbone) -> nn.Module:
+    """The final LayerNorm that a backbone's tokens need, initialised as published, or nothing."""
+    if not backbone.needs_norm:
+        return nn.Identity()
+    norm = layer_norm(backbone.width)
     init_weights(norm)
     return norm
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from maskfeat.models.attention import PoolingAttention
 from maskfeat.models.base import (
+    CLASSIFIER,
     Tokens,
     check_clip_size,
     conv_grid,
@@ -159,6 +160,9 @@ class MViT(nn.Module):
         position: "none", "joint" (one table) or "separate" (space and time).
         maskable: whether to carry a mask token, so that `hidden` may be given.
     """
+
+    needs_norm = True
+    classifier = CLASSIFIER
 
     def __init__(
         self,

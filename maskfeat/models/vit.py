@@ -7,7 +7,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from maskfeat.models.base import Tokens, check_clip_size, init_weights, layer_id, token_parameter
+from maskfeat.models.base import CLASSIFIER, Tokens, check_clip_size, init_weights, layer_id, token_parameter
 from maskfeat.models.layers import drop_path_rates, hide_tokens, layer_norm
 
 
@@ -23,6 +23,9 @@ class ViT(nn.Module):
         class_token, position: whether to add them.
         maskable: whether to carry a mask token, so that `hidden` may be given.
     """
+
+    needs_norm = True
+    classifier = CLASSIFIER
 
     def __init__(
         self,

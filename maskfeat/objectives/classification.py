@@ -12,25 +12,29 @@ from torch import Tensor
 
 from maskfeat.batch import Batch, StepOutput
 from maskfeat.models.base import Backbone
-from maskfeat.models.heads import ClassifierHead, pool_tokens, pooled_norm
+from maskfeat.models.heads import ClassifierHead, pool_tokens, token_norm
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.mixup import Mixup
 from maskfeat.weights import LoadRules
 
 # What pre-training files carry and a classifier has no use for.
-_PRETRAINING = ("pred_head.*", "mask_token", "hogs.*")
+_PRETRAINING = ("pred_head.*", "mask_token", "hogs.*", "decoder.*")
+_MARKS = ("pred_head.", "mask_token", "decoder.")
+_HEAD = "head.projection."
 
 
 class Classification(Objective):
-    """Cross-entropy on hard or soft targets.
+    """Cross-entropy, or binary cross-entropy class by class, on hard or soft targets.
 
     Args:
         backbone: any.
         num_classes: K.
         mean_pooling: average the patches rather than read the class token.
         dropout: before the classifier.
-        head_init_scale: factor on the classifier's initial weight and bias.
+        head_init_scale: factor on the classifier's initial weight and bias; None = PyTorch's own.
         mixup: applied in training mode to batches with hard labels; soft targets are taken as they are.
+        binary: a sigmoid for each class on its own (Wightman et al., 2021, section 2) in place of one softmax; the loss
+            is the mean over samples and classes.
     """
 
     classifies = True
@@ -41,13 +45,15 @@ class Classification(Objective):
         num_classes: int,
         mean_pooling: bool = False,
         dropout: float = 0.0,
-        head_init_scale: float = 1.0,
+        head_init_scale: float | None = 1.0,
         mixup: Mixup | None = None,
+        binary: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.num_classes, self.mean_pooling, self.mixup = num_classes, mean_pooling, mixup
-        self.norm = pooled_norm(backbone.width)
+        self.num_classes, self.mean_pooling = num_classes, mean_pooling
+        self.mixup, self.binary = mixup, binary
+        self.norm = token_norm(backbone)
         self.head = ClassifierHead(backbone.width, num_classes, dropout, head_init_scale)
 
     def logits(self, clip: Tensor) -> Tensor:
@@ -64,7 +70,7 @@ class Classification(Objective):
         return replace(batch, clip=clip, label=label)
 
     def forward(self, batch: Batch) -> StepOutput:
-        """Mean cross-entropy; the share of right answers only where targets are hard and nothing was mixed."""
+        """The mean loss; the share of right answers only where targets are hard and nothing was mixed."""
         if batch.label is None:
             raise ValueError("classification got a batch without labels: the data set must carry them")
         batch = self.prepare(batch)
@@ -76,11 +82,21 @@ class Classification(Objective):
             self._check_labels(label)
             label = label.long()
         logits = self.logits(clip).float()
-        loss = F.cross_entropy(logits, label)
+        loss = self.loss(logits, label)
         if label.is_floating_point():
             return StepOutput(loss, {})
         top1 = (logits.argmax(dim=1) == label).float().mean()
         return StepOutput(loss, {"top1": top1.detach()})
+
+    def loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Scalar from logits (B, K) float32 and label (B,) int64 or (B, K) float32."""
+        if not self.binary:
+            return F.cross_entropy(logits, label)
+        target = label if label.is_floating_point() else F.one_hot(label, self.num_classes).to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits, target)
+
+    def released_name(self, name: str) -> str:
+        return super().released_name(name.replace(_HEAD, self.backbone.classifier))
 
     def _check_labels(self, label: Tensor) -> None:
         # On a device the kernel's own assertion speaks; reading the values here would stop for the device.
@@ -98,7 +114,6 @@ class Classification(Objective):
         return torch.softmax(self.logits(batch.clip).float(), dim=1)
 
     def load_rules(self, state: Mapping[str, Tensor]) -> LoadRules:
-        pretrained = any(name == "mask_token" or name.startswith("pred_head.") for name in state)
-        if not pretrained:
+        if not any(name.startswith(_MARKS) for name in state):
             return LoadRules()
-        return LoadRules(fresh=("norm.*", "head.*"), dropped=_PRETRAINING)
+        return LoadRules(fresh=("norm.*", f"{self.backbone.classifier}*"), dropped=_PRETRAINING)

@@ -55,7 +55,11 @@ class MaskFeat(Objective):
 
     def __init__(self, backbone: Backbone, bins: int = 9, cell: int = 8, window: int = 0) -> None:
         super().__init__()
-        assert backbone.supports_hidden, "MaskFeat needs a backbone with a mask token"
+        if not backbone.supports_hidden:
+            raise ValueError(
+                f"MaskFeat hides patches, and {type(backbone).__name__} has no mask token: it supports ViT and MViTv2 "
+                "(MODEL.ARCH), built with one"
+            )
         height, width = backbone.token_pixels
         if height != width or height % cell:
             raise ValueError(

@@ -17,6 +17,7 @@ class Mixup:
         switch_prob: probability of CutMix where both are on.
         smoothing: label smoothing eps: 1 - eps + eps/K on, eps/K off.
         num_classes: K.
+        smooth_others: spread eps over the other classes alone: 1 - eps on, eps/(K - 1) off.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class Mixup:
         switch_prob: float,
         smoothing: float,
         num_classes: int,
+        smooth_others: bool = False,
     ) -> None:
         if alpha <= 0 and cutmix_alpha <= 0:
             raise ValueError(
@@ -35,7 +37,9 @@ class Mixup:
             )
         self.alpha, self.cutmix_alpha = alpha, cutmix_alpha
         self.prob, self.switch_prob = prob, switch_prob
-        self.smoothing, self.num_classes = smoothing, num_classes
+        # The share eps of the class itself, eps/K, is given to it: a larger eps spreads that over the others as well.
+        self.smoothing = smoothing * num_classes / (num_classes - 1) if smooth_others and num_classes > 1 else smoothing
+        self.num_classes = num_classes
 
     def __call__(self, clip: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """clip (B, C, [T,] H, W), label (B,) int64 -> mixed clip of the same shape, soft targets (B, K) float32."""

@@ -11,8 +11,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the package (ARCHITECTURE: imports point one way). A part may import itself.
 ALLOWED = {
-    "run": {"build", "flops", "parallel", "train", "evaluate", "checkpoint", "config", "weights", "distributed",
-            "logbook", "objectives", "optim", "schedule", "data"},
+    "run": {"build", "flops", "parallel", "train", "evaluate", "resume", "config", "distributed", "ema", "logbook",
+            "objectives", "schedule", "data"},
+    "resume": {"build", "checkpoint", "config", "ema", "objectives", "optim", "weights"},
+    "ema": {"objectives"},
     "quickstart": {"run", "data", "visualize", "picture", "logbook", "config", "checkpoint"},
     "visualize": {"build", "checkpoint", "config", "picture", "batch", "objectives"},
     "build": {"config", "data", "objectives", "models", "optim", "schedule", "masking", "distributed", "batch"},

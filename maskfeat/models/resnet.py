@@ -1,0 +1,71 @@
+"""torchvision's ResNet (He et al., CVPR 2016) behind the backbone protocol, with torchvision's parameter names."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import ResNet as TorchvisionResNet
+
+from maskfeat.models.base import Tokens
+
+STAGES: dict[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    10: (BasicBlock, [1, 1, 1, 1]),
+    18: (BasicBlock, [2, 2, 2, 2]),
+    34: (BasicBlock, [3, 4, 6, 3]),
+    50: (Bottleneck, [3, 4, 6, 3]),
+    101: (Bottleneck, [3, 4, 23, 3]),
+    152: (Bottleneck, [3, 8, 36, 3]),
+}
+"""RESNET.DEPTH -> kind of block, blocks a stage. Those of torchvision, and one for trials on small machines."""
+
+STRIDE = 32
+"""Pixels along one axis that a value of the last feature map stands for."""
+
+
+class ResNet(TorchvisionResNet):
+    """A ResNet without pooling and classifier: its last feature map as tokens. Images of any size go in.
+
+    On CUDA it runs in channels-last layout, for which cuDNN's tensor cores are made; on CPUs that gains nothing.
+
+    Args:
+        depth: a key of `STAGES`.
+        image_size: (H, W) pixels for which `grid` is told.
+    """
+
+    supports_hidden = False
+    needs_norm = False
+    classifier = "fc."
+    frame_stride = 1
+
+    def __init__(self, *, depth: int = 50, image_size: Sequence[int] = (224, 224)) -> None:
+        block, blocks = STAGES[depth]
+        super().__init__(block, blocks)
+        self.width = self.fc.in_features
+        del self.avgpool, self.fc
+        self.clip_size: tuple[int, ...] = (image_size[0], image_size[1])
+        self.grid: tuple[int, ...] = tuple(-(-side // STRIDE) for side in self.clip_size)
+        self.token_pixels = (STRIDE, STRIDE)
+        self.num_blocks = sum(blocks)
+        self._blocks = blocks
+
+    def forward_tokens(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
+        """clip (B, 3, H, W) float -> Tokens(x (B, H/32 W/32, D), (H/32, W/32)), rounded up; `hidden` must be None."""
+        assert hidden is None, "a ResNet has no tokens that could be hidden on its way in"
+        if clip.is_cuda:
+            clip = clip.contiguous(memory_format=torch.channels_last)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(clip))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return Tokens(x.flatten(2).transpose(1, 2), tuple(x.shape[2:]))
+
+    def no_weight_decay(self) -> set[str]:
+        return set()
+
+    def layer_id(self, name: str) -> int:
+        """0 for the stem, i + 1 for residual block i, counted through all stages; `num_blocks` + 1 for the rest."""
+        if name.startswith(("conv1.", "bn1.")):
+            return 0
+        if not name.startswith("layer"):
+            return self.num_blocks + 1
+        stage, block = name.split(".")[:2]
+        return sum(self._blocks[: int(stage.removeprefix("layer")) - 1]) + int(block) + 1

@@ -1,0 +1,165 @@
+"""MFM: rebuild the frequencies that were removed from an image (Xie et al., ICLR 2023).
+
+The two published variants differ in values alone, see `MFM`.
+
+Shape legend: B images, H x W pixels and frequencies, C target channels (1 or 3).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from maskfeat.batch import Batch, StepOutput
+from maskfeat.models.base import Backbone, check_clip_size
+from maskfeat.models.heads import token_norm
+from maskfeat.objectives.base import Objective
+from maskfeat.objectives.spectrum import Frequencies, disc, half_of
+from maskfeat.weights import LoadRules
+
+LUMA = (0.299, 0.587, 0.114)
+"""Grey of red, green and blue (ITU-R BT.601)."""
+
+
+class MFM(Objective):
+    """Removes the low or the high frequencies of each image, lets the backbone see the rest, rebuilds the image.
+
+    A batch's `hidden` is (B, H, W) bool: the removed frequencies of the shifted spectrum; or, as the loader draws it,
+    (B, 1, 1) bool: True = the disc of low frequencies is removed, False = everything else is. Where it is None it is
+    drawn here, on the batch's device.
+
+    Args:
+        backbone: of images, ResNet or transformer.
+        mean, std: RGB statistics by which the loader normalised the images.
+        radius: of the disc of low frequencies.
+        low_pass: probability that an image keeps the disc (and loses the rest), where it is drawn here.
+        target_channels: 1 = the grey image, 3 = the normalised channels.
+        filter_normalised: filter the normalised image; otherwise filter that of [0, 1], clamp it, normalise it again.
+        modulus: invert by the modulus, otherwise by the real part.
+        gamma, eps: of the distance, see `Frequencies.distance`.
+        mean_per_image: average over an image's removed frequencies, then over images and channels; otherwise once over
+            all.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        radius: float = 16.0,
+        low_pass: float = 0.5,
+        target_channels: int = 1,
+        filter_normalised: bool = True,
+        modulus: bool = True,
+        gamma: float = 1.0,
+        eps: float = 1e-7,
+        mean_per_image: bool = True,
+    ) -> None:
+        super().__init__()
+        if len(backbone.clip_size) != 2:
+            raise ValueError(
+                "MFM is for images (TRAIN.DATASET imagenet, MVIT.PATCH_2D True), and got a backbone of clips"
+            )
+        height, width = backbone.clip_size
+        stride = backbone.token_pixels[0]
+        if backbone.token_pixels != (stride, stride) or height % stride or width % stride:
+            raise ValueError(
+                f"{height} x {width} pixels are not made of whole square tokens of {backbone.token_pixels}: MFM needs "
+                "a DATA.TRAIN_CROP_SIZE that is a multiple of them"
+            )
+        self.backbone = backbone
+        self.low_pass, self.target_channels = low_pass, target_channels
+        self.filter_normalised, self.modulus = filter_normalised, modulus
+        self.gamma, self.eps, self.mean_per_image = gamma, eps, mean_per_image
+        self.norm = token_norm(backbone)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(backbone.width, target_channels * stride**2, kernel_size=1), nn.PixelShuffle(stride)
+        )
+        low = disc(height, width, radius)
+        self._width = width if height % 2 == width % 2 == 0 else 0
+        self.register_buffer("_low", half_of(low) if self._width else low, persistent=False)
+        for name, value in (("_luma", LUMA), ("_mean", mean), ("_std", std)):
+            self.register_buffer(name, torch.tensor(value).reshape(1, 3, 1, 1), persistent=False)
+
+    _low: Tensor
+    _luma: Tensor
+    _mean: Tensor
+    _std: Tensor
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch with a mask: drawn here where the loader has drawn none."""
+        if batch.hidden is not None:
+            return batch
+        return replace(batch, hidden=torch.rand(len(batch), 1, 1, device=batch.clip.device) >= self.low_pass)
+
+    def removed(self, batch: Batch) -> Frequencies:
+        """The frequencies that `batch.hidden`, which must not be None, removes."""
+        hidden = batch.hidden
+        assert hidden is not None
+        size = self.backbone.clip_size
+        if hidden.shape[1:] == (1, 1):
+            return Frequencies(torch.where(hidden, self._low, ~self._low).unsqueeze(1), self._width)
+        if hidden.shape[1:] != size:
+            raise ValueError(
+                f"MFM got masks of shape {tuple(hidden.shape)}, expected (B, {size[0]}, {size[1]}): one value for each "
+                "frequency of an image of DATA.TRAIN_CROP_SIZE; or (B, 1, 1)"
+            )
+        return Frequencies(hidden.unsqueeze(1))
+
+    def weight(self, batch: Batch) -> Tensor:
+        if self.mean_per_image:
+            return super().weight(batch)
+        return self.removed(batch).count().sum()
+
+    def filtered(self, clip: Tensor, removed: Frequencies) -> Tensor:
+        """What the backbone sees of clip (B, 3, H, W) float32: the same shape and normalisation."""
+        if self.filter_normalised:
+            return removed.remove(clip, self.modulus)
+        pixels = removed.remove(clip * self._std + self._mean, self.modulus)
+        return (pixels.clamp(0.0, 1.0) - self._mean) / self._std
+
+    def target(self, clip: Tensor) -> Tensor:
+        """The image whose spectrum is to be predicted: clip (B, 3, H, W) -> (B, C, H, W) float32."""
+        return (clip * self._luma).sum(dim=1, keepdim=True) if self.target_channels == 1 else clip
+
+    def predict_image(self, seen: Tensor) -> Tensor:
+        """The decoder's image for a filtered one: (B, 3, H, W) -> (B, C, H, W)."""
+        tokens = self.backbone.forward_tokens(seen)
+        patches = self.norm(tokens.patches).transpose(1, 2)
+        return self.decoder(patches.reshape(len(seen), -1, *tokens.grid))
+
+    @torch.no_grad()
+    def inputs(self, batch: Batch) -> tuple[Frequencies, Tensor, Tensor]:
+        """What is removed, what the backbone sees and the target image; float32 whatever the precision of a run."""
+        check_clip_size(batch.clip, self.backbone.clip_size)
+        with torch.autocast(batch.clip.device.type, enabled=False):
+            clip = batch.clip.float()
+            removed = self.removed(batch)
+            return removed, self.filtered(clip, removed), self.target(clip)
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """Mean distance over removed frequencies; the metric is what leaving them at zero would cost."""
+        batch = self.prepare(batch)
+        removed, seen, target = self.inputs(batch)
+        prediction = self.predict_image(seen)
+        with torch.autocast(batch.clip.device.type, enabled=False):
+            loss = self.loss(prediction.float(), target, removed)
+            with torch.no_grad():
+                nothing = self.loss(torch.zeros_like(target), target, removed)
+        return StepOutput(loss, {"zero_predictor": nothing})
+
+    def loss(self, prediction: Tensor, target: Tensor, removed: Frequencies) -> Tensor:
+        """Scalar: the mean distance of two images (B, C, H, W) float32 over the removed frequencies."""
+        sums = removed.distance(prediction, target, self.gamma, self.eps)
+        counts = removed.count().clamp(min=1)
+        if self.mean_per_image:
+            return (sums / counts).mean()
+        return sums.sum() / (counts.sum() * sums.shape[1])
+
+    def load_rules(self, state: Mapping[str, Tensor]) -> LoadRules:
+        if any(name.startswith("decoder.") for name in state):
+            return LoadRules()
+        # Pre-training may start from a classifier: it has no decoder, and its head is of no use.
+        return LoadRules(fresh=("decoder.*",), dropped=(f"{self.backbone.classifier}*",))
