@@ -9,9 +9,11 @@ import logging
 import os
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from zipfile import BadZipFile
 
 import torch
@@ -19,15 +21,15 @@ import yaml
 from iopath.common.file_io import HTTPURLHandler, PathManagerFactory
 from torch import Tensor
 from torchvision.models import get_weight
-from yacs.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
 AVERAGE = "ema_state"
 """Where a checkpoint keeps the average of the weights (TRAIN.EMA)."""
 
-# What training scripts save beside the parameters: the options of the run. They hold values and run nothing.
-_OPTIONS = [argparse.Namespace, CfgNode]
+# What training scripts save beside the parameters: the options of the run. They hold values and run nothing. PyTorch
+# fills no dict of a class of its own, so that yacs configs become plain ones.
+_OPTIONS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 _TORCHVISION = re.compile(r"\w+_Weights\.\w+")
 
 _paths = PathManagerFactory.get("maskfeat")
@@ -72,8 +74,15 @@ def _torchvision_weights(name: str) -> dict[str, Any]:
         raise ValueError(f"torchvision knows no weights {name}: see TRAIN.CHECKPOINT_FILE_PATH") from error
     try:
         return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"torchvision's weights {name} could not be fetched from {weights.url}: {error}") from error
+    except URLError as error:
+        raise ValueError(f"{name} could not be fetched from {weights.url}: {error.reason}") from error
+
+
+def _load(given: str) -> Any:
+    if _TORCHVISION.fullmatch(given):
+        return _torchvision_weights(given)
+    with torch.serialization.safe_globals(_OPTIONS):
+        return torch.load(_paths.get_local_path(given), map_location="cpu", weights_only=True)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -86,11 +95,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: where it is missing, damaged, or holds more than tensors and plain values.
     """
     given = str(path)
-    if _TORCHVISION.fullmatch(given):
-        return _torchvision_weights(given)
     try:
-        with torch.serialization.safe_globals(_OPTIONS):
-            content = torch.load(_paths.get_local_path(given), map_location="cpu", weights_only=True)
+        content = _load(given)
     except FileNotFoundError as error:
         raise ValueError(f"there is no checkpoint at {given}: see TRAIN.CHECKPOINT_FILE_PATH") from error
     except pickle.UnpicklingError as error:

@@ -13,8 +13,9 @@ def multiply_adds(backbone: Backbone) -> float:
     PyTorch's counter works on shapes alone; fvcore's would have to run the model.
 
     Args:
-        backbone: built on the meta device.
+        backbone: built on the meta device; left in evaluation mode.
     """
+    backbone.eval()  # one sample is too few for batch statistics
     clip = torch.empty(1, 3, *backbone.clip_size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         backbone.forward_tokens(clip)

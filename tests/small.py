@@ -34,6 +34,12 @@ MVIT_FT = [
     "[2]",
 ]
 
+_RESNET = ["RESNET.DEPTH", "10", "TRAIN.CHECKPOINT_FILE_PATH", ""]
+MFM_PT = [*COMMON, *_RESNET, "DATA.TRAIN_CROP_SIZE", "32", "DATA.TEST_CROP_SIZE", "32", "MFM.RADIUS", "6"]
+R50_FT = [
+    *COMMON, *_RESNET, "DATA.TRAIN_CROP_SIZE", "32", "DATA.TEST_CROP_SIZE", "40", "DATA.TEST_SHORT_SIDE", "44",
+]  # fmt: skip
+
 
 def images(root: Path) -> list[str]:
     return ["DATA.PATH_TO_DATA_DIR", str(root)]

@@ -2,11 +2,15 @@
 
 import os
 import pickle
+from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
+import torchvision
+from yacs.config import CfgNode
 
 from maskfeat import checkpoint
 from maskfeat.checkpoint import (
@@ -83,6 +87,49 @@ def test_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(ValueError, match="not loaded|not a readable"):
             read_checkpoint(tmp_path / name)
     assert not (tmp_path / "gadget_ran").exists()
+
+
+def test_options_of_other_scripts_are_read(tmp_path: Path) -> None:
+    """torchvision's scripts save an argparse.Namespace beside the weights, others a yacs config."""
+    options = Namespace(lr=0.1, sizes=[160, 224], nested=Namespace(name="r50"))
+    state = {"conv1.weight": torch.arange(3.0)}
+    content = {"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": 9, "args": options, "scaler": None}
+    torch.save({**content, "config": CfgNode({"A": {"B": 1}})}, tmp_path / "model.pth")
+    read = read_checkpoint(tmp_path / "model.pth")
+    assert torch.equal(model_state(read)["conv1.weight"], state["conv1.weight"])
+    assert read["args"] == options and read["config"]["A"]["B"] == 1
+
+    options.gadget = _Gadget()
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="not loaded"):
+        read_checkpoint(tmp_path / "model.pth")
+
+
+def test_weights_by_torchvisions_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    cached = tmp_path / "hub" / "checkpoints" / weights.url.rsplit("/", 1)[1]
+    cached.parent.mkdir(parents=True)
+    torch.save({"conv1.weight": torch.arange(3.0)}, cached)
+    assert torch.equal(model_state(read_checkpoint(str(weights)))["conv1.weight"], torch.arange(3.0))
+
+    cached.write_bytes(pickle.dumps(_Gadget()))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="ResNet18_Weights.IMAGENET1K_V1"):
+        read_checkpoint(str(weights))
+    assert not (tmp_path / "gadget_ran").exists()
+
+    cached.unlink()
+    monkeypatch.setattr("torch.hub.download_url_to_file", _no_network)
+    with pytest.raises(ValueError, match="could not be fetched.*no route"):
+        read_checkpoint(str(weights))
+    for name in ("ResNet18_Weights.IMAGENET1K_V9", "Resnet18_Weights.IMAGENET1K_V1"):
+        with pytest.raises(ValueError, match=f"knows no weights {name}: see TRAIN.CHECKPOINT_FILE_PATH"):
+            read_checkpoint(name)
+
+
+def _no_network(*_: object, **__: object) -> None:
+    raise URLError("no route to host")
 
 
 def test_damaged_and_missing(tmp_path: Path) -> None:

@@ -144,6 +144,11 @@ def _views(cfg: CfgNode) -> Iterator[str]:
     aug, data = cfg.AUG, cfg.DATA
     if aug.REPEATS > 1 and aug.NUM_SAMPLE > 1:
         yield f"AUG.REPEATS or AUG.NUM_SAMPLE must be 1; given {aug.REPEATS} and {aug.NUM_SAMPLE}"
+    if aug.ENABLE and aug.AA_TYPE and aug.INTERPOLATION == "lanczos":
+        yield (
+            "AUG.INTERPOLATION must be 'bicubic', 'bilinear' or 'nearest' where AUG.AA_TYPE is given (Pillow turns no "
+            "picture with Lanczos); given 'lanczos'"
+        )
     if not data.TEST_SHORT_SIDE:
         return
     if data.TEST_SHORT_SIDE < data.TEST_CROP_SIZE:

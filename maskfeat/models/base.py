@@ -65,6 +65,10 @@ class Backbone(Protocol):
         """Tokens of clip (B, C, [T,] H, W); `hidden` (B, *mask_grid) bool, True = replaced by the mask token."""
         ...
 
+    def eval(self) -> object:
+        """Evaluation mode, as of every `nn.Module`."""
+        ...
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters (of this backbone) that published recipes exempt where ZERO_DECAY_POS_CLS is set."""
         ...

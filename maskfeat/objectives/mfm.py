@@ -15,7 +15,7 @@ from maskfeat.batch import Batch, StepOutput
 from maskfeat.models.base import Backbone, check_clip_size
 from maskfeat.models.heads import token_norm
 from maskfeat.objectives.base import Objective
-from maskfeat.objectives.spectrum import Frequencies, disc, half_of
+from maskfeat.objectives.spectrum import Frequencies, disc, half_of, magnitude
 from maskfeat.weights import LoadRules
 
 LUMA = (0.299, 0.587, 0.114)
@@ -37,7 +37,7 @@ class MFM(Objective):
         target_channels: 1 = the grey image, 3 = the normalised channels.
         filter_normalised: filter the normalised image; otherwise filter that of [0, 1], clamp it, normalise it again.
         modulus: invert by the modulus, otherwise by the real part.
-        gamma, eps: of the distance, see `Frequencies.distance`.
+        gamma, eps: of the distance of two frequencies, see `magnitude`.
         mean_per_image: average over an image's removed frequencies, then over images and channels; otherwise once over
             all.
     """
@@ -151,8 +151,11 @@ class MFM(Objective):
         return StepOutput(loss, {"zero_predictor": nothing})
 
     def loss(self, prediction: Tensor, target: Tensor, removed: Frequencies) -> Tensor:
-        """Scalar: the mean distance of two images (B, C, H, W) float32 over the removed frequencies."""
-        sums = removed.distance(prediction, target, self.gamma, self.eps)
+        """Scalar: the mean distance of the spectra of two images (B, C, H, W) float32 over the removed frequencies; the
+        others have a gradient of zero.
+        """
+        # The transform is linear: the difference of two spectra is the spectrum of the difference.
+        sums = removed.sum(magnitude(removed.transform(prediction - target), self.gamma, self.eps))
         counts = removed.count().clamp(min=1)
         if self.mean_per_image:
             return (sums / counts).mean()

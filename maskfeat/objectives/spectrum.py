@@ -41,6 +41,13 @@ def half_of(shifted: Tensor) -> Tensor:
     return torch.fft.ifftshift(shifted, dim=(-2, -1))[..., : shifted.shape[-1] // 2 + 1]
 
 
+def magnitude(values: Tensor, gamma: float, eps: float) -> Tensor:
+    """(re^2 + im^2 + eps)^(gamma / 2) of complex values: the distance of two frequencies whose difference they are
+    (equation 3; eps keeps the gradient finite where they agree).
+    """
+    return (values.real.square() + values.imag.square() + eps).pow(gamma / 2)
+
+
 @dataclass(frozen=True)
 class Frequencies:
     """A set of frequencies for each image of a batch.
@@ -92,18 +99,3 @@ class Frequencies:
             return inverse.abs() if modulus else inverse
         inverse = inverse_spectrum(kept)
         return inverse.abs() if modulus else inverse.real
-
-    def distance(self, prediction: Tensor, target: Tensor, gamma: float, eps: float) -> Tensor:
-        """Equation 3 over this set alone: sqrt(dre^2 + dim^2 + eps)^gamma, summed over each image's frequencies.
-
-        The transform is linear: the difference of two spectra is the spectrum of the difference.
-
-        Args:
-            prediction, target: (B, C, H, W) float32 images.
-
-        Returns:
-            (B, C) float32. What is not in the set has a gradient of exactly zero.
-        """
-        difference = self.transform(prediction - target)
-        energy = difference.real.square() + difference.imag.square()
-        return self.sum((energy + eps).pow(gamma / 2))

@@ -6,7 +6,7 @@ import pytest
 
 from maskfeat.config import load_config
 from maskfeat.config.ranges import CHOICES, LENGTHS, RANGES
-from tests.config.helpers import MVIT_FT, MVIT_PT, VIT_FT, VIT_PT
+from tests.config.helpers import MFM_PT, MFM_VIT_PT, MVIT_FT, MVIT_PT, R50_FT, VIT_FT, VIT_PT
 
 STEPS = ["SOLVER.LR_POLICY", "steps_with_relative_lrs", "SOLVER.LRS", "[1, 0.1]"]
 
@@ -48,6 +48,31 @@ WRONG = [
     (VIT_FT, [*STEPS, "SOLVER.STEPS", "[0]"], ["SOLVER.STEPS", "SOLVER.LRS"]),
     (VIT_FT, [*STEPS, "SOLVER.STEPS", "[5, 9]"], ["SOLVER.STEPS", "start at 0"]),
     (VIT_FT, [*STEPS, "SOLVER.STEPS", "[0, 0]"], ["SOLVER.STEPS", "ascend"]),
+    (VIT_PT, ["MODEL.ARCH", "resnet"], ["MaskMViT", "'mvit' or 'maskmvit'", "resnet", "MFM"]),
+    (MFM_PT, ["MODEL.MODEL_NAME", "MaskMViT"], ["MaskMViT", "'mvit' or 'maskmvit'", "resnet", "MFM"]),
+    (VIT_FT, ["MODEL.ARCH", "resnet"], ["MODEL.MODEL_NAME 'MViT'", "'mvit' or 'maskmvit'", "'ResNet'"]),
+    (R50_FT, ["MODEL.ARCH", "mvit"], ["MODEL.MODEL_NAME 'ResNet'", "supports MODEL.ARCH 'resnet'", "'MViT'"]),
+    (MFM_PT, ["TRAIN.DATASET", "kinetics"], ["MFM", "supports images", "TRAIN.DATASET imagenet", "kinetics"]),
+    (MVIT_PT, ["MODEL.MODEL_NAME", "MFM"], ["MFM", "supports images", "TRAIN.DATASET imagenet", "MaskMViT"]),
+    (R50_FT, ["TEST.DATASET", "kinetics"], ["ResNet", "supports images", "TEST.DATASET imagenet", "'MViT'"]),
+    (MFM_PT, ["DATA.TRAIN_CROP_SIZE", "240"], ["DATA.TRAIN_CROP_SIZE", "multiple of 32", "240"]),
+    (MFM_VIT_PT, ["DATA.TRAIN_CROP_SIZE", "230"], ["DATA.TRAIN_CROP_SIZE", "MVIT.PATCH_STRIDE", "230"]),
+    (MFM_PT, ["MFM.RADIUS", "113"], ["MFM.RADIUS", "DATA.TRAIN_CROP_SIZE", "113"]),
+    (MFM_PT, ["MFM.LOW_PASS_PROB", "1.5"], ["MFM.LOW_PASS_PROB", "1.5", "0 and 1"]),
+    (MFM_PT, ["MFM.EPS", "0"], ["MFM.EPS", "above 0"]),
+    (MFM_PT, ["MODEL.LOSS_FUNC", "multi_mse"], ["MODEL.LOSS_FUNC", "frequency", "multi_mse"]),
+    (MFM_PT, ["AUG.GEN_MASK_LOADER", "False"], ["AUG.GEN_MASK_LOADER", "MFM"]),
+    (MFM_PT, ["MASK.ENABLE", "True"], ["MASK.ENABLE", "MFM"]),
+    (MFM_PT, ["MIXUP.ENABLE", "True"], ["MIXUP.ENABLE", "MFM"]),
+    (MFM_PT, ["TEST.ENABLE", "True"], ["TEST.ENABLE", "MFM"]),
+    (R50_FT, ["MODEL.ACT_CHECKPOINT", "True"], ["MODEL.ACT_CHECKPOINT", "resnet"]),
+    (R50_FT, ["MODEL.LOSS_FUNC", "frequency"], ["MODEL.LOSS_FUNC", "bce_logit", "frequency"]),
+    (R50_FT, ["DATA.TEST_SHORT_SIDE", "200"], ["DATA.TEST_SHORT_SIDE", "DATA.TEST_CROP_SIZE", "224", "200"]),
+    (MVIT_FT, ["DATA.TEST_SHORT_SIDE", "256"], ["DATA.TEST_SHORT_SIDE", "clips", "256"]),
+    (R50_FT, ["AUG.REPEATS", "2", "AUG.NUM_SAMPLE", "3"], ["AUG.REPEATS", "AUG.NUM_SAMPLE", "2 and 3"]),
+    (R50_FT, ["AUG.INTERPOLATION", "lanczos"], ["AUG.INTERPOLATION", "AUG.AA_TYPE", "lanczos"]),
+    (R50_FT, ["AUG.AA_TYPE", "ra_6"], ["AUG.AA_TYPE", "ra_6_10", "'ra_6'"]),
+    (R50_FT, ["TRAIN.EMA", "1.0"], ["TRAIN.EMA", "below 1"]),
     (VIT_FT, ["MODEL.LOSS_FUNC", "cross_entropy"], ["MODEL.LOSS_FUNC", "MIXUP.ENABLE", "soft_cross_entropy"]),
     (VIT_FT, ["MODEL.LOSS_FUNC", "multi_mse"], ["MODEL.LOSS_FUNC", "MODEL.MODEL_NAME", "multi_mse"]),
     (VIT_FT, ["MASK.ENABLE", "True"], ["MASK.ENABLE", "MODEL.MODEL_NAME"]),
@@ -114,6 +139,10 @@ UNSUPPORTED = [
     ("SOLVER.LARS_ON", "True"),
     ("SOLVER.OPTIMIZING_METHOD", "adam"),
     ("SOLVER.LR_POLICY", "exp"),
+    ("RESNET.DEPTH", "26"),
+    ("MFM.INVERSE", "imaginary"),
+    ("MFM.TARGET_CHANNELS", "2"),
+    ("DATA.TEST_INTERPOLATION", "box"),
     ("MODEL.ARCH", "slowfast"),
     ("MODEL.MODEL_NAME", "SlowFast"),
     ("MODEL.HEAD_ACT", "sigmoid"),
@@ -177,6 +206,11 @@ ALLOWED = [
     (MVIT_PT, ["AUG.MASK_TUBE", "True"]),
     (MVIT_PT, ["AUG.MASK_WINDOW_SIZE", "[4, 14, 14]"]),
     (MVIT_PT, ["DATA.TRAIN_CROP_SIZE", "112", "DATA.TEST_CROP_SIZE", "112"]),
+    (VIT_FT, ["MODEL.LOSS_FUNC", "bce_logit", "AUG.AA_TYPE", "ra_9_31", "AUG.REPEATS", "3", "TRAIN.EMA", "0.9999"]),
+    (R50_FT, ["DATA.TRAIN_CROP_SIZE", "161", "DATA.TEST_CROP_SIZE", "235"]),
+    (R50_FT, ["MIXUP.ENABLE", "False", "MODEL.LOSS_FUNC", "cross_entropy"]),
+    (MFM_VIT_PT, ["MODEL.ARCH", "maskmvit"]),
+    (MFM_PT, ["DATA.TRAIN_CROP_SIZE", "64", "MFM.RADIUS", "32"]),
     (MVIT_FT, ["TEST.NUM_SPATIAL_CROPS", "3", "TEST.NUM_TEMPORAL_CLIPS", "[]"]),
 ]
 

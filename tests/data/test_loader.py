@@ -88,6 +88,29 @@ def test_evaluation_shows_everything_once(world: int, num: int, views: int) -> N
         assert seen == sorted(seen)  # the views of a sample one after the other
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("repeats", [1, 2, 3, 4])
+def test_repeated_augmentation(repeats: int, world: int) -> None:
+    """An epoch of the same length, of fewer samples, each in `repeats` views; other samples in the next epoch."""
+    samplers = [EpochSampler(50, 12 // world, rank, world, seed=2, repeats=repeats) for rank in range(world)]
+    epochs = []
+    for epoch in range(3):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        joined = [sum(parts, []) for parts in zip(*samplers, strict=True)]
+        keys = [(key.index, key.view) for part in joined for key in part]
+        assert len(joined) == len(samplers[0]) == 4 and len(set(keys)) == len(keys) == 48
+        shown = dict.fromkeys(index for index, _ in keys)
+        assert len(shown) == 48 // repeats
+        assert keys == [(index, view) for index in shown for view in range(repeats)]
+        epochs.append(frozenset(shown))
+    assert len(set(epochs)) == 3
+    whole = EpochSampler(50, 12, seed=2)
+    assert [key.index for part in whole for key in part][: 48 // repeats] == list(
+        dict.fromkeys(key.index for part in EpochSampler(50, 12, seed=2, repeats=repeats) for key in part)
+    )
+
+
 def test_too_few_samples_names_the_key() -> None:
     with pytest.raises(ValueError, match="15 training samples.*16.*TRAIN.BATCH_SIZE"):
         EpochSampler(15, 8, 0, 2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, RandAugment, v2
 
 from maskfeat.data.rand_augment import augment_frames, make_rand_augment
 from maskfeat.data.seeding import seeded
@@ -152,7 +152,7 @@ def test_erasing_happens_as_often_as_asked() -> None:
             make_erasing(probability, mode, 1)
 
 
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m7-n4-mstd0.5-inc1"])
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m7-n4-mstd0.5-inc1", "ra_6_10"])
 def test_rand_augment_is_the_same_for_all_frames_and_differs_between_clips(policy: str) -> None:
     frames = np.repeat(picture(48, 64)[None], 4, axis=0)
     results = []
@@ -178,7 +178,34 @@ def test_rand_augment_at_full_strength() -> None:
             assert op(image).size == (32, 32), op.name
 
 
-@pytest.mark.parametrize("policy", ["original", "rand-q3", "augmix-m3"])
+def test_torchvisions_rand_augment() -> None:
+    image = Image.fromarray(picture(48, 48))
+    ours = make_rand_augment("ra_6_10", 48, "bilinear")
+    theirs = RandAugment(num_ops=2, magnitude=6, num_magnitude_bins=10, interpolation=InterpolationMode.BILINEAR)
+    seen = set()
+    for index in range(20):
+        torch.manual_seed(index)
+        expected = theirs(image)
+        torch.manual_seed(index)
+        assert np.array_equal(np.asarray(ours(image)), np.asarray(expected))
+        seen.add(np.asarray(expected).tobytes())
+    assert len(seen) > 10
+    transform = ImageTrainTransform(32, (0.3, 1.0), (1.0, 1.0), MEAN, STD, "bilinear", auto_augment="ra_6_10")
+    views = []
+    for view in (0, 0, 1):
+        with seeded(0, 0, 0, view) as rng:
+            views.append(transform(image, rng))
+    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
+
+
+def test_image_evaluation_at_another_size() -> None:
+    image = Image.fromarray(picture(300, 400))
+    reference = v2.Compose([v2.Resize(235, Image.BILINEAR), v2.CenterCrop(224)])(image)
+    transform = ImageEvalTransform(224, MEAN, STD, short_side=235, interpolation="bilinear")
+    assert torch.equal(transform(image), plain(np.asarray(reference)))
+
+
+@pytest.mark.parametrize("policy", ["original", "rand-q3", "augmix-m3", "ra_10_10", "ra_6"])
 def test_unknown_policy_names_the_key(policy: str) -> None:
     with pytest.raises(ValueError, match="AUG.AA_TYPE"):
         make_rand_augment(policy, 32, "bilinear")

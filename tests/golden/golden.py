@@ -20,14 +20,19 @@ from maskfeat.objectives.base import Objective
 REPO = Path(__file__).resolve().parents[2]
 
 
+def salted_draw(name: str, shape: tuple[int, ...], salt: int) -> np.ndarray:
+    """Normal numbers (std 0.02) from a generator seeded by a released name."""
+    draw = np.random.RandomState((zlib.crc32(name.encode()) + salt) % 2**32)
+    return np.asarray(draw.standard_normal(shape) * 0.02, dtype=np.float32)
+
+
 def salted_state(shapes: Mapping[str, tuple[int, ...]], salt: int) -> dict[str, Tensor]:
     """Weights drawn from a generator seeded by each released name; `hogs.*` are constants and left out."""
     state = {}
     for name, shape in shapes.items():
         if name.startswith("hogs."):
             continue
-        draw = np.random.RandomState((zlib.crc32(name.encode()) + salt) % 2**32)
-        value = (draw.standard_normal(shape) * 0.02).astype(np.float32)
+        value = salted_draw(name, shape, salt)
         if len(shape) == 1 and name.endswith("weight"):
             value = value + 1
         state[name] = torch.from_numpy(value.astype(np.float32))

@@ -1,9 +1,12 @@
 """Learning rates against the published schedule."""
 
 import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
+from maskfeat.config import load_config
 from maskfeat.schedule import lr_at_epoch
-from tests.golden.golden import load_golden, recipe
+from tests.golden.golden import REPO, load_golden, recipe
 
 SCHEDULES = load_golden("lr_schedule")
 
@@ -27,3 +30,18 @@ def test_relative_steps() -> None:
     opts = ["SOLVER.LR_POLICY", "steps_with_relative_lrs", "SOLVER.STEPS", "[0,10,20]", "SOLVER.LRS", "[1,0.1,0.01]"]
     cfg = recipe("in1k_VIT_B_MaskFeat_PT", [*opts, "SOLVER.WARMUP_EPOCHS", "0", "SOLVER.BASE_LR", "0.5"])
     assert [lr_at_epoch(cfg, e) for e in (0, 9.99, 10, 25)] == pytest.approx([0.5, 0.5, 0.05, 0.005])
+
+
+@pytest.mark.parametrize("name", ["in1k_R50_MFM_PT", "in1k_R50_MFM_FT"])
+def test_rate_of_whole_epochs(name: str) -> None:
+    """As torchvision's scripts set it: from 1 % to the base in the warm-up, a cosine to 0, stepped once an epoch."""
+    cfg = load_config(REPO / "configs" / "mfm" / f"{name}.yaml")
+    solver, warmup = cfg.SOLVER, int(cfg.SOLVER.WARMUP_EPOCHS)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=solver.BASE_LR)
+    parts = [LinearLR(optimizer, 0.01, total_iters=warmup), CosineAnnealingLR(optimizer, solver.MAX_EPOCH - warmup)]
+    schedule = SequentialLR(optimizer, parts, [warmup])
+    for epoch in range(solver.MAX_EPOCH):
+        for within in (0.0, 0.4, 0.999):
+            assert lr_at_epoch(cfg, epoch + within) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        schedule.step()

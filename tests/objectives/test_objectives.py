@@ -190,3 +190,25 @@ def test_mixup_smoothing_and_chances() -> None:
     assert 15 < cut < 45
     with pytest.raises(ValueError, match="MIXUP.ALPHA"):
         mix(clip, label, 0, alpha=0.0, cutmix_alpha=0.0)
+
+
+def test_smoothing_over_the_others_then_mixing() -> None:
+    clip, label = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+    _, target = mix(clip, label, 0, prob=0.0, smoothing=0.1, smooth_others=True)
+    assert target[1].tolist() == pytest.approx([0.1 / 3, 0.9, 0.1 / 3, 0.1 / 3])
+    _, mixed = mix(clip, label, 0, cutmix_alpha=0.0, smoothing=0.1, smooth_others=True)
+    _, share = mix(clip, label, 0, cutmix_alpha=0.0)
+    lam = share[0, 0]
+    torch.testing.assert_close(mixed, lam * target + (1 - lam) * target.flip(0))
+
+
+def test_binary_cross_entropy_by_the_definition() -> None:
+    objective = Classification(vit(), num_classes=5, binary=True).eval()
+    clip, hard = torch.randn(3, 3, 64, 64), torch.tensor([0, 3, 2])
+    soft = torch.rand(3, 5)
+    with torch.no_grad():
+        chance = torch.sigmoid(objective.logits(clip).double())
+    for label, target in ((hard, torch.nn.functional.one_hot(hard, 5).double()), (soft, soft.double())):
+        expected = -(target * chance.log() + (1 - target) * (1 - chance).log()).mean()
+        assert objective(Batch(clip, label=label)).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert objective(Batch(clip, label=hard)).metrics.keys() == {"top1"}
