@@ -1,4 +1,4 @@
-"""Pictures of what a model was to predict and what it predicted: HOG as line glyphs, rows of labelled tiles.
+"""Pictures of what a model was to predict and what it predicted: HOG as line glyphs, spectra, rows of labelled tiles.
 
 Nothing here needs torch: arrays go in, a `PIL.Image.Image` comes out.
 
@@ -32,6 +32,16 @@ HEADERS = (
     "What the model saw\ngrey: hidden from it",
     "HOG target\nblack ground: hidden from the model\nblue ground: seen by it",
     "HOG predicted\nyellow on black: predicted, where hidden\ndim on blue: the target, where seen",
+)
+
+SPECTRUM_HEADERS = (
+    "Input",
+    "Its spectrum\nlogarithm of the magnitude, frequency 0 in the middle",
+    "What was removed\nblack ground: removed\nblue ground: left to the model",
+    "What the model saw",
+    "Image predicted\nonly its removed frequencies count",
+    "Its spectrum\nyellow on black: predicted, where removed\ndim on blue: does not count",
+    "Put together\nwhat was left, and what was predicted where removed",
 )
 
 
@@ -165,11 +175,74 @@ def _tinted(brightness: Floats, where_hidden: Colour, where_seen: Colour, hidden
     return (mixed + 0.5).astype(np.uint8)
 
 
-def _resized(image: Pixels, size: tuple[int, ...]) -> Pixels:
+def _resized(image: Pixels, size: tuple[int, ...], smooth: bool = True) -> Pixels:
     if image.shape[:2] == tuple(size):
         return image
     height, width = size
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    mode = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(image).resize((width, height), mode))
+
+
+# --------------------------------------------------------------------------- spectra
+
+
+@dataclass(frozen=True)
+class SpectrumRow:
+    """One row of `spectrum_figure`.
+
+    Attributes:
+        image, seen: (H, W, 3) uint8, the input, and what the model saw of it.
+        spectrum, predicted_spectrum: (H, W) magnitudes, at least 0; frequency 0 in the middle.
+        removed: (H, W) bool, True = frequencies removed from the model's view.
+        predicted, together: (H, W, 3) or (H, W) uint8, the predicted image, and the input with its removed frequencies
+            taken from there.
+        caption: a line above the row.
+    """
+
+    image: Pixels
+    seen: Pixels
+    spectrum: Floats
+    removed: NDArray[np.bool_]
+    predicted: Pixels
+    predicted_spectrum: Floats
+    together: Pixels
+    caption: str = ""
+
+
+def log_brightness(magnitude: Floats, reference: Floats) -> Floats:
+    """Magnitudes (H, W) on a logarithmic scale, 0..1 between the lowest and highest percent of `reference`."""
+    low, high = np.log(np.maximum(np.percentile(reference, (1, 99.9)), 1e-6))
+    logarithm = np.log(np.maximum(magnitude, 1e-6))
+    return np.clip((logarithm - low) / max(high - low, 1e-6), 0.0, 1.0)
+
+
+def spectrum_figure(
+    rows: Sequence[SpectrumRow], title: str = "", headers: Sequence[str] = SPECTRUM_HEADERS
+) -> Image.Image:
+    """A labelled picture with a row for each image: see `SPECTRUM_HEADERS`.
+
+    Both spectra of a row are drawn at the same scale.
+    """
+    return tile_grid([_spectrum_tiles(row) for row in rows], headers, [row.caption for row in rows], title)
+
+
+def _spectrum_tiles(row: SpectrumRow) -> list[Pixels]:
+    side = max(MIN_TILE, *row.image.shape[:2])
+    size = (side, side)
+    real = log_brightness(row.spectrum, row.spectrum)
+    guess = log_brightness(row.predicted_spectrum, row.spectrum)
+    everything = np.ones_like(row.removed)
+    tiles = [
+        row.image,
+        _tinted(real, TARGET_COLOUR, TARGET_COLOUR, everything),
+        _tinted(np.where(row.removed, real, DIM * real), TARGET_COLOUR, TARGET_COLOUR, row.removed),
+        row.seen,
+        row.predicted,
+        _tinted(np.where(row.removed, guess, DIM * guess), PREDICTED_COLOUR, TARGET_COLOUR, row.removed),
+        row.together,
+    ]
+    smooth = (0, 3, 4, 6)  # photographs; a frequency is a square
+    return [_resized(tile, size, smooth=place in smooth) for place, tile in enumerate(tiles)]
 
 
 # --------------------------------------------------------------------------- rows of labelled tiles

@@ -19,13 +19,33 @@ from maskfeat.checkpoint import find_checkpoints
 from maskfeat.config import load_config
 from maskfeat.data.synthetic import make_clips, make_images
 from maskfeat.logbook import read_json_stats
-from maskfeat.picture import hog_figure
+from maskfeat.picture import hog_figure, spectrum_figure
 from maskfeat.run import main as run_net
-from maskfeat.visualize import pictured_rows
+from maskfeat.visualize import Drawing, drawing
 
 logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "quickstart"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of the quickstart: its name in words, and the folders and classes of its data."""
+
+    what: str
+    data: str
+    labelled: str
+    classes: int
+
+
+PARTS = {
+    "images": Part("ViT on images: MaskFeat", "images", "images_few", 8),
+    "clips": Part("MViTv2 on clips: MaskFeat", "clips", "clips", 6),
+    "mfm": Part("ResNet on images: MFM", "images", "images_few", 8),
+}
+
+
+STAGES = 1 + 3 * len(PARTS)
 
 
 @dataclass(frozen=True)
@@ -71,7 +91,7 @@ class Quickstart:
     def make_data(self) -> None:
         """Images (many, and few with labels) and clips."""
         data, size = self.root / "data", self.size
-        say(f"1/7 rendering images and H.264 clips into {data}")
+        say(f"1/{STAGES} rendering images and H.264 clips into {data}")
         for name, number in (("images", size.images), ("images_few", size.labelled)):
             make_images(data / name, train_per_class=number, val_per_class=size.image_tests)
         make_clips(
@@ -84,9 +104,11 @@ class Quickstart:
 
     def opts(self, config: str, output: str) -> list[str]:
         """Overrides that place a run in this folder."""
-        data = self.root / "data" / {"images_pt": "images", "images_ft": "images_few"}.get(config, "clips")
+        kind, stage = config.split("_")
+        part = PARTS[kind]
+        data = self.root / "data" / (part.data if stage == "pt" else part.labelled)
         places = ["DATA.PATH_TO_DATA_DIR", str(data), "OUTPUT_DIR", str(self.root / output)]
-        if config.startswith("clips"):
+        if kind == "clips":
             places += ["DATA.PATH_PREFIX", str(data)]
         return [*places, *self.size.opts]
 
@@ -110,31 +132,37 @@ class Quickstart:
     def run_all(self) -> None:
         """Every stage in turn."""
         self.make_data()
-        for number, kind, what in ((2, "images", "ViT on images"), (5, "clips", "MViTv2 on clips")):
-            self.run(f"{number}/7 pre-training a small {what}", f"{kind}_pt", f"{kind}_pt")
+        for number, (kind, part) in zip(range(2, STAGES, 3), PARTS.items(), strict=True):
+            self.run(f"{number}/{STAGES} pre-training a small {part.what}", f"{kind}_pt", f"{kind}_pt")
             weights = self.last_checkpoint(f"{kind}_pt")
             self.run(
-                f"{number + 1}/7 fine-tuning and testing it",
+                f"{number + 1}/{STAGES} fine-tuning and testing it",
                 f"{kind}_ft",
                 f"{kind}_ft",
                 "TRAIN.CHECKPOINT_FILE_PATH",
                 weights,
             )
             self.run(
-                f"{number + 2}/7 the same from scratch: without the pre-trained weights",
+                f"{number + 2}/{STAGES} the same from scratch: without the pre-trained weights",
                 f"{kind}_ft",
                 f"{kind}_scratch",
             )
 
-    def draw(self) -> Path:
-        """hog_predictions.png: a few held-out images and clip frames."""
-        rows = []
-        for kind, number in (("images", 4), ("clips", 2)):
-            cfg = load_config(CONFIGS / f"{kind}_pt.yaml", self.opts(f"{kind}_pt", f"{kind}_pt"))
-            rows += pictured_rows(cfg, number)[0]
-        path = self.root / "hog_predictions.png"
-        hog_figure(rows, title="Quickstart: held-out samples").save(path)
-        return path
+    def drawing(self, kind: str, number: int) -> Drawing:
+        """What a pre-trained model predicts for held-out samples."""
+        return drawing(load_config(CONFIGS / f"{kind}_pt.yaml", self.opts(f"{kind}_pt", f"{kind}_pt")), number)
+
+    def draw(self) -> list[Path]:
+        """hog_predictions.png of images and clip frames, spectrum_predictions.png of images."""
+        title = "Quickstart: held-out samples"
+        hog = self.drawing("images", 4).hog + self.drawing("clips", 2).hog
+        figures = {
+            "hog_predictions.png": hog_figure(hog, title),
+            "spectrum_predictions.png": spectrum_figure(self.drawing("mfm", 4).spectra, title),
+        }
+        for name, figure in figures.items():
+            figure.save(self.root / name)
+        return [self.root / name for name in figures]
 
     def outcome(self, output: str) -> Outcome:
         """The last test of a run."""
@@ -144,22 +172,17 @@ class Quickstart:
     def table(self) -> str:
         """What came out, in a few lines."""
         lines = [f"{'':<18}{'first':>9}{'last':>9}{'held-out':>10}{'zero':>9}{'mean HOG':>10}   pre-training loss"]
-        for kind in ("images", "clips"):
+        for kind in PARTS:
             steps = self.stats(f"{kind}_pt", "train_iter")
             held_out = self.stats(f"{kind}_pt", "val_epoch")[-1]
-            values = (
-                steps[0]["loss"],
-                steps[-1]["loss"],
-                held_out["loss"],
-                held_out["zero_predictor"],
-                held_out["mean_hog_predictor"],
-            )
-            shown = [f"{float(value):.4f}" for value in values]
+            constants = [held_out[name] for name in ("zero_predictor", "mean_hog_predictor") if name in held_out]
+            values = (steps[0]["loss"], steps[-1]["loss"], held_out["loss"], *constants)
+            shown = [f"{float(value):.4f}" for value in values] + ["-"] * (2 - len(constants))
             lines.append(f"{kind:<18}{shown[0]:>9}{shown[1]:>9}{shown[2]:>10}{shown[3]:>9}{shown[4]:>10}")
         lines += ["", f"{'':<18}{'fine-tuned':>18}{'from scratch':>18}{'chance':>9}   top-1 on held-out samples"]
-        for kind, classes in (("images", 8), ("clips", 6)):
+        for kind, part in PARTS.items():
             tuned, scratch = self.outcome(f"{kind}_ft"), self.outcome(f"{kind}_scratch")
-            lines.append(f"{kind:<18}{tuned!s:>18}{scratch!s:>18}{100 / classes:7.1f} %")
+            lines.append(f"{kind:<18}{tuned!s:>18}{scratch!s:>18}{100 / part.classes:7.1f} %")
             lines.append(f"  {verdict(tuned, scratch)}")
         return "\n".join(lines)
 
@@ -178,8 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the quickstart; the exit code."""
     parser = argparse.ArgumentParser(
         prog="quickstart.sh",
-        description="Make small data, pre-train, fine-tune and test a ViT on images and an MViTv2 on clips; "
-        "print a table and draw hog_predictions.png. Running it again goes on where it stopped.",
+        description="Make small data, pre-train, fine-tune and test a ViT on images, an MViTv2 on clips (MaskFeat) and "
+        "a ResNet on images (MFM); print a table and draw hog_predictions.png and spectrum_predictions.png. Running it "
+        "again goes on where it stopped.",
     )
     parser.add_argument("--output", default="quickstart", metavar="DIR", help="where all lands (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="start over: delete the runs of an earlier quickstart")
@@ -190,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     root = Path(args.output)
     if args.fresh:
-        for name in ("data", "images_pt", "images_ft", "images_scratch", "clips_pt", "clips_ft", "clips_scratch"):
+        for name in ("data", *(f"{kind}_{stage}" for kind in PARTS for stage in ("pt", "ft", "scratch"))):
             shutil.rmtree(root / name, ignore_errors=True)
     return play(Quickstart(root, Size(opts=tuple(args.opts))))
 
@@ -201,7 +225,7 @@ def play(quickstart: Quickstart) -> int:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     quickstart.run_all()
-    picture = quickstart.draw()
+    pictures = " and ".join(map(str, quickstart.draw()))
     minutes = (time.monotonic() - quickstart.started) / 60
-    say(f"what came out, after {minutes:.1f} minutes\n\n{quickstart.table()}\n\nThe picture: {picture}")
+    say(f"what came out, after {minutes:.1f} minutes\n\n{quickstart.table()}\n\nPictures: {pictures}")
     return 0

@@ -61,6 +61,13 @@ class Frequencies:
     mask: Tensor
     width: int = 0
 
+    def whole(self) -> Tensor:
+        """(B, 1, H, W) bool, shifted."""
+        if not self.width:
+            return self.mask
+        mirrored = self.mask[..., 1 : (self.width + 1) // 2].flip(-2, -1).roll(1, dims=-2)
+        return torch.fft.fftshift(torch.cat([self.mask, mirrored], dim=-1), dim=(-2, -1))
+
     def transform(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) float -> their spectra in the layout of `mask`, complex."""
         return torch.fft.rfft2(images, norm="ortho") if self.width else spectrum(images)

@@ -61,6 +61,7 @@ def test_half_is_whole(size: tuple[int, int], modulus: bool) -> None:
     mask, whole, half = sets(*size)
     assert is_symmetric(mask[0]) and is_symmetric(mask[1])
     clip, other = images(*size), images(*size).requires_grad_(True)
+    assert torch.equal(half.whole(), whole.whole()) and torch.equal(whole.whole(), whole.mask)
     torch.testing.assert_close(whole.remove(clip, modulus), half.remove(clip, modulus))
     counts = mask.sum(dim=(1, 2)).float().unsqueeze(1)
     torch.testing.assert_close(whole.count(), counts)
