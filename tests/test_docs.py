@@ -18,6 +18,7 @@ from tests.documents import DOCUMENTS, REPO, fenced_blocks, read, recorded_comma
 KEYS = frozenset(full_keys(get_defaults()))
 SECTIONS = frozenset(key.rsplit(".", 1)[0] for key in KEYS if "." in key)
 RECIPES = REPO / "configs" / "masked_ssl"
+MFM_RECIPES = REPO / "configs" / "mfm"
 
 VARIABLES = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "host", "first": "host"}
 
@@ -131,7 +132,7 @@ def test_keys_exist(document: str) -> None:
     assert not wrong - {"NCCL_DEBUG"}
     single = set(re.findall(r"`([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)\b", text))
     top = {key for key in KEYS if "." not in key} | SECTIONS
-    known = {"OMP_NUM_THREADS", "MASKFEAT_SHARED", "MASKFEAT_VENV", "NCCL_DEBUG", "OBJECTIVES", "_BASE_"}
+    known = {"OMP_NUM_THREADS", "MASKFEAT_SHARED", "MASKFEAT_VENV", "NCCL_DEBUG", "OBJECTIVES", "TORCH_HOME", "_BASE_"}
     assert single <= top | known
 
 
@@ -143,7 +144,9 @@ def test_paths_exist(document: str) -> None:
         if path != "configs/flowers_ft.yaml":  # the reader's own
             assert any(REPO.glob(path)), path
     for name in re.findall(r"`(\w+\.yaml)`", text):
-        assert (RECIPES / name).is_file() or name in ("config.yaml", "config_given.yaml"), name
+        assert (
+            (RECIPES / name).is_file() or (MFM_RECIPES / name).is_file() or name in ("config.yaml", "config_given.yaml")
+        ), name
 
 
 def test_the_layout_is_there() -> None:
@@ -188,7 +191,7 @@ def table_rows(text: str) -> Iterator[list[str]]:
 
 
 def test_recipe_table_is_that_of_the_configs() -> None:
-    rows = [row for row in table_rows(read("README.md")) if row[0].endswith(".yaml`")]
+    rows = [row for row in table_rows(read("README.md")) if (RECIPES / row[0].strip("`")).is_file()]
     assert len({row[0] for row in rows}) == 8
     for name, backbone, data, epochs, batch, lr, share, _ in rows:
         cfg = load_config(RECIPES / name.strip("`"))
@@ -200,6 +203,39 @@ def test_recipe_table_is_that_of_the_configs() -> None:
         depth = {"ViT-B/16": 12, "ViT-L/16": 24, "MViTv2-S": 16, "MViTv2-L": 48}[backbone]
         assert depth == cfg.MVIT.DEPTH, name
         assert cfg.NUM_GPUS == 8
+
+
+def test_mfm_table_is_that_of_the_configs() -> None:
+    rows = [row for row in table_rows(read("README.md")) if (MFM_RECIPES / row[0].strip("`")).is_file()]
+    assert {row[0].strip("`") for row in rows} == {path.name for path in MFM_RECIPES.glob("*.yaml")}
+    for name, backbone, epochs, batch, lr, loss, published in rows:
+        path = MFM_RECIPES / name.strip("`")
+        cfg = load_config(path)
+        assert epochs == f"{cfg.SOLVER.MAX_EPOCH} ({cfg.SOLVER.WARMUP_EPOCHS:g})", name
+        assert (int(batch), float(lr), loss) == (cfg.TRAIN.BATCH_SIZE, cfg.SOLVER.BASE_LR, cfg.MODEL.LOSS_FUNC), name
+        assert backbone == ("ResNet-50" if cfg.MODEL.ARCH == "resnet" else "ViT-B/16"), name
+        assert cfg.RESNET.DEPTH == 50 and cfg.TRAIN.DATASET == "imagenet"
+        for number in re.findall(r"\d\d\.\d+", published):
+            assert number in path.read_text().split("_BASE_")[0], name
+
+
+def test_mfm_variants_differ_as_the_guide_says() -> None:
+    """The table's two columns of values are those of the recipes; the probability differs among the paper's two."""
+    ours, resnet, vit = (
+        load_config(MFM_RECIPES / f"in1k_{name}_PT.yaml").MFM for name in ("R50_MFM", "R50_MFM_paper", "VIT_B_MFM")
+    )
+    assert (ours.pop("LOW_PASS_PROB"), resnet.pop("LOW_PASS_PROB"), vit.pop("LOW_PASS_PROB")) == (0.5, 0.3, 0.5)
+    assert resnet == vit
+    listed: dict[str, tuple[object, object]] = {}
+    for names, *columns, _ in (row for row in table_rows(read(GUIDE)) if len(row) == 4 and row[0].startswith("`MFM.")):
+        keys = re.findall(r"MFM\.(\w+)", names)
+        values = [[value.strip("` ") for value in column.split(",")] for column in columns]
+        listed.update(zip(keys, zip(*values, strict=False), strict=False))
+    assert listed.pop("LOW_PASS_PROB")[0] == "0.5"
+    assert listed.keys() == ours.keys()
+    for key, texts in listed.items():
+        for cfg, text in zip((ours, resnet), texts, strict=True):
+            assert cfg[key] == (text if isinstance(cfg[key], str) else ast.literal_eval(text)), key
 
 
 def test_scaling_table_is_right() -> None:

@@ -208,3 +208,18 @@ def test_pretraining_from_a_classifier_and_the_reverse() -> None:
     lost = {name: value for name, value in objective.released_state().items() if name != "decoder.0.bias"}
     with pytest.raises(ValueError, match="decoder.0.bias is not in the file"):
         mfm().load_released_state(lost)
+
+
+@pytest.mark.parametrize("changes", [SEED, PAPER])
+def test_a_few_steps_learn_more_than_nothing(changes: dict[str, object]) -> None:
+    objective, given = mfm(**changes), batch(8)
+    given = replace(given, clip=torch.nn.functional.avg_pool2d(given.clip, 5, 1, 2))  # neighbours are alike
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=2e-3)
+    first = objective(given)
+    assert first.loss > first.metrics["zero_predictor"]
+    for _ in range(75):
+        optimizer.zero_grad()
+        out = objective(given)
+        out.loss.backward()
+        optimizer.step()
+    assert out.loss < 0.97 * out.metrics["zero_predictor"] and out.loss < 0.5 * first.loss
