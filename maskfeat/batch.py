@@ -35,7 +35,8 @@ class Batch:
     Attributes:
         clip: (B, C, H, W) or (B, C, T, H, W) float32, normalised.
         label: (B,) int64 class indices; or (B, K) float soft targets, taken as they are and never mixed again; or None.
-        hidden: (B, *mask_grid) bool, True = removed from the model's view; or None.
+        hidden: (B, *mask_grid) bool, True = removed from the model's view; or None. Of frequencies (MFM): (B, H, W) of
+            the shifted spectrum, or (B, 1, 1), see `objectives.mfm`.
         index: (B,) int64, the place of each sample in its data set.
         bad: samples that could not be read while this batch was made (already replaced in training; in testing
             their rows hold zeros and count as wrong).

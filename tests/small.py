@@ -4,6 +4,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 RECIPES = REPO / "configs" / "masked_ssl"
+MFM_RECIPES = REPO / "configs" / "mfm"
 
 COMMON = [
     "NUM_GPUS", "0", "DATA_LOADER.NUM_WORKERS", "0", "TENSORBOARD.ENABLE", "False", "LOG_PERIOD", "1",

@@ -11,16 +11,15 @@ from maskfeat.ema import WeightAverage
 from maskfeat.models.resnet import ResNet
 from maskfeat.objectives.classification import Classification
 from maskfeat.run import main
-from tests.small import MFM_PT, MVIT_PT, R50_FT, RECIPES, VIT_FT, VIT_PT, clips, images
+from tests.small import MFM_PT, MFM_RECIPES, MVIT_PT, R50_FT, RECIPES, VIT_FT, VIT_PT, clips, images
 from tests.worker import json_stats
 
-MFM = RECIPES.parent / "mfm"
 RECIPE = {
     "in1k_VIT_B_MaskFeat_PT": (RECIPES, VIT_PT),
     "in1k_VIT_B_MaskFeat_FT": (RECIPES, VIT_FT),
     "k400_MVITv2_S_16x4_MaskFeat_PT": (RECIPES, MVIT_PT),
-    "in1k_R50_MFM_PT": (MFM, MFM_PT),
-    "in1k_R50_MFM_FT": (MFM, R50_FT),
+    "in1k_R50_MFM_PT": (MFM_RECIPES, MFM_PT),
+    "in1k_R50_MFM_FT": (MFM_RECIPES, R50_FT),
 }
 
 

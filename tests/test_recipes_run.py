@@ -12,12 +12,11 @@ from maskfeat.data.scenes import MOTIONS
 from maskfeat.data.synthetic import make_clips, make_images
 from maskfeat.run import main
 from tests.documents import marked_block, read, recorded_commands
-from tests.small import REPO
+from tests.small import MFM_RECIPES, REPO
 from tests.worker import json_stats
 
 FAMILIES = ("vit_b", "vit_l", "mvit_s", "mvit_l", "r50_mfm", "vit_b_mfm")
 OTHERS = "r50_others"
-MFM_FOLDER = REPO / "configs" / "mfm"
 GUIDE = "GETTING_STARTED.md"
 
 
@@ -73,7 +72,7 @@ def test_the_guide_covers_all_recipes() -> None:
     # Two of the twelve files are second names of others, and two more of the clips' fine-tuning.
     files = {f"configs/masked_ssl/{path.name}" for path in (REPO / "configs" / "masked_ssl").glob("*.yaml")}
     names = {path for path in files if "_BASE_: _base_/" in (REPO / path).read_text()}
-    mfm = {f"configs/mfm/{path.name}" for path in MFM_FOLDER.glob("*.yaml")}
+    mfm = {f"configs/mfm/{path.name}" for path in MFM_RECIPES.glob("*.yaml")}
     assert len(names) == 8 and len(mfm) == 7
     assert recipes == names | mfm
 

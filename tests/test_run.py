@@ -19,11 +19,13 @@ from maskfeat.config import load_config
 from maskfeat.distributed import launch
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.run import main
-from tests.small import MVIT_FT, MVIT_PT, RECIPES, REPO, VIT_FT, VIT_PT, clips, images
+from tests.small import MFM_RECIPES, MVIT_FT, MVIT_PT, R50_FT, RECIPES, REPO, VIT_FT, VIT_PT, clips, images
 from tests.worker import json_stats, losses, run_in_processes
 
 PT = str(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml")
 FT = str(RECIPES / "in1k_VIT_B_MaskFeat_FT.yaml")
+MFM_VIT = str(MFM_RECIPES / "in1k_VIT_B_MFM_PT.yaml")
+R50 = str(MFM_RECIPES / "in1k_R50_MFM_FT.yaml")
 NO_DRAWS = ["MIXUP.ENABLE", "False", "MODEL.LOSS_FUNC", "cross_entropy", "MVIT.DROPPATH_RATE", "0.0"]
 
 
@@ -69,7 +71,9 @@ def test_killed_and_resumed_is_bit_identical(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "opts"), [(PT, VIT_PT), (FT, [*VIT_FT, *NO_DRAWS])], ids=["pretraining", "finetuning"]
+    ("recipe", "opts"),
+    [(PT, VIT_PT), (FT, [*VIT_FT, *NO_DRAWS]), (MFM_VIT, VIT_FT)],
+    ids=["pretraining", "finetuning", "frequencies"],
 )
 def test_two_processes_equal_one(recipe: str, opts: list[str], image_data: Path, tmp_path: Path) -> None:
     """The same global batch, in one process, in two, and in micro-batches: the same losses."""
@@ -151,6 +155,18 @@ def test_clips_multi_view(clip_data: Path, tmp_path: Path) -> None:
     # Repeated augmentation: two clips of each of eight videos a step.
     assert "16 samples a step" in (out / "stdout.log").read_text()
     assert sorted(path.name for path in out.glob("*.json")) == ["test_results_1x3.json", "test_results_2x3.json"]
+
+
+@pytest.mark.slow
+def test_processes_share_running_statistics(image_data: Path, tmp_path: Path) -> None:
+    """Batch norms see another half of each batch in each process; what is tested is what was saved, in all of them."""
+    opts = [*R50_FT, *images(image_data), "TRAIN.EMA", "0.5", "OUTPUT_DIR", str(tmp_path)]
+    run_in_processes(load_config(R50, [*opts, "NUM_GPUS", "2", "DIST_BACKEND", "gloo"]), processes=2)
+    results = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("test_results*.json")}
+    assert set(results) == {"test_results_1x1.json", "test_results_1x1_ema.json"}
+    run(R50, [*opts, "TRAIN.ENABLE", "False"], tmp_path)
+    for name, before in results.items():
+        assert json.loads((tmp_path / name).read_text()) == before
 
 
 @pytest.mark.slow
