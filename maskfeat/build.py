@@ -11,14 +11,14 @@ from yacs.config import CfgNode
 from maskfeat.data.bad_samples import BadSampleLedger
 from maskfeat.data.images import ImageFolder, class_folders, list_image_folder
 from maskfeat.data.kinetics import VideoClips, read_video_list
-from maskfeat.data.loader import EpochSampler, Loader, available_cores
+from maskfeat.data.loader import EpochSampler, Loader
 from maskfeat.data.transforms import (
     ClipTestTransform,
     ClipTrainTransform,
     ImageEvalTransform,
     ImageTrainTransform,
 )
-from maskfeat.distributed import World
+from maskfeat.distributed import World, available_cores
 from maskfeat.masking import Sampler, band_sampler, mask_sampler
 from maskfeat.models.base import Backbone
 from maskfeat.models.mvit import MViT

@@ -79,7 +79,7 @@ def _torchvision_weights(name: str) -> dict[str, Any]:
 
 
 def _load(given: str) -> Any:
-    if _TORCHVISION.fullmatch(given):
+    if _TORCHVISION.fullmatch(given) and not Path(given).exists():
         return _torchvision_weights(given)
     with torch.serialization.safe_globals(_OPTIONS):
         return torch.load(_paths.get_local_path(given), map_location="cpu", weights_only=True)

@@ -100,8 +100,18 @@ def free_address() -> str:
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _spawned(local_rank: int, job: Callable[..., int], plan: World, init_method: str, args: tuple[Any, ...]) -> None:
     world = World(plan.rank + local_rank, plan.size, local_rank, plan.local_size)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # As torchrun does: processes that take one another's cores spend their time in waiting for threads.
+        torch.set_num_threads(max(available_cores() // plan.local_size, 1))
     code = job(world, init_method, *args)
     if code:
         sys.exit(code)  # the parent ends the other processes

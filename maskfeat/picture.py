@@ -210,7 +210,7 @@ class SpectrumRow:
 
 
 def log_brightness(magnitude: Floats, reference: Floats) -> Floats:
-    """Magnitudes (H, W) on a logarithmic scale, 0..1 between the lowest and highest percent of `reference`."""
+    """Magnitudes (H, W) on a logarithmic scale, 0..1 from the 1st to the 99.9th percentile of `reference`."""
     low, high = np.log(np.maximum(np.percentile(reference, (1, 99.9)), 1e-6))
     logarithm = np.log(np.maximum(magnitude, 1e-6))
     return np.clip((logarithm - low) / max(high - low, 1e-6), 0.0, 1.0)

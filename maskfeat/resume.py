@@ -21,9 +21,9 @@ from maskfeat.checkpoint import (
     trained_model,
 )
 from maskfeat.config import dump_config
-from maskfeat.ema import WeightAverage
 from maskfeat.objectives.base import Objective
 from maskfeat.optim import load_optimizer_state
+from maskfeat.step_hooks import WeightAverage
 from maskfeat.weights import LoadReport, clean_names
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ def start_training(cfg: CfgNode, training: TrainingState) -> int:
     """Weights (and, on resuming, everything else) to start from; returns the first epoch, counted from 0.
 
     A checkpoint of this very run in OUTPUT_DIR comes first (TRAIN.AUTO_RESUME), then TRAIN.CHECKPOINT_FILE_PATH:
-    weights alone with TRAIN.CHECKPOINT_EPOCH_RESET or where another objective wrote it, everything otherwise.
+    weights alone with TRAIN.CHECKPOINT_EPOCH_RESET, with TRAIN.CHECKPOINT_AVERAGE (their average) or where another
+    objective wrote it, everything otherwise.
     """
     name = cfg.MODEL.MODEL_NAME
     found = last_checkpoint(cfg.OUTPUT_DIR, cfg.TASK, name)
@@ -95,9 +96,12 @@ def start_training(cfg: CfgNode, training: TrainingState) -> int:
     if not given:
         return 0
     content = read_checkpoint(given)
-    if not cfg.TRAIN.CHECKPOINT_EPOCH_RESET and trained_model(content) == name:
+    averaged = cfg.TRAIN.CHECKPOINT_AVERAGE
+    if averaged and AVERAGE not in content:
+        raise ValueError(f"{given} has no average of the weights ({AVERAGE}): set TRAIN.CHECKPOINT_AVERAGE False")
+    if not cfg.TRAIN.CHECKPOINT_EPOCH_RESET and not averaged and trained_model(content) == name:
         return _resume(training, Path(given), content)
-    _load_weights(cfg, training.objective, given, content)
+    _load_weights(cfg, training.objective, given, content, AVERAGE if averaged else None)
     return 0
 
 

@@ -16,7 +16,6 @@ from maskfeat.config import load_config, save_config
 from maskfeat.data.bad_samples import TooManyBadSamples
 from maskfeat.data.loader import Loader
 from maskfeat.distributed import World, barrier, check_devices, choose_device, join, launch, leave, seed_draws
-from maskfeat.ema import WeightAverage
 from maskfeat.evaluate import multi_view_test, validate
 from maskfeat.flops import multiply_adds
 from maskfeat.logbook import Logbook, setup_logging
@@ -24,6 +23,7 @@ from maskfeat.objectives.base import Objective
 from maskfeat.parallel import checkpoint_activations, distribute, share_buffers
 from maskfeat.resume import TrainingState, load_for_testing, save_training, start_training
 from maskfeat.schedule import lr_at_epoch
+from maskfeat.step_hooks import WeightAverage, protect_statistics
 from maskfeat.train import Settings, train
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ def _training_state(cfg: CfgNode, device: torch.device) -> TrainingState:
     objective = build_objective(cfg).to(device)
     optimizer = build_optimizer(cfg, objective)
     scaler = torch.amp.GradScaler(device.type, enabled=precision_of(cfg) == "fp16")
+    protect_statistics(objective, optimizer)
     average = WeightAverage(objective, optimizer, cfg.TRAIN.EMA) if cfg.TRAIN.EMA else None
     if cfg.MODEL.ACT_CHECKPOINT:
         checkpoint_activations(objective)

@@ -67,9 +67,22 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def fuse_qkv(state: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
-    """Older MViT files carry attn.q, attn.k and attn.v: stack them into attn.qkv, as the model has it."""
+    """Older MViT files carry attn.q, attn.k and attn.v: stack them into attn.qkv, as the model has it.
+
+    Files of BEiT's family carry attn.q_bias and attn.v_bias beside attn.qkv.weight: keys have no bias there.
+    """
     fused: OrderedDict[str, Tensor] = OrderedDict()
     for name, value in state.items():
+        if name.endswith("attn.v_bias"):
+            continue
+        if name.endswith("attn.q_bias"):
+            stem = name.removesuffix("q_bias")
+            try:
+                other = state[f"{stem}v_bias"]
+            except KeyError as missing:
+                raise ValueError(f"the file has {name} but not {missing}: q, k and v come together") from missing
+            fused[f"{stem}qkv.bias"] = torch.cat([value, torch.zeros_like(value), other])
+            continue
         part = re.fullmatch(r"(.*\.attn\.)([qkv])\.(weight|bias)", name)
         if part is None:
             fused[name] = value

@@ -113,8 +113,12 @@ def test_weights_by_torchvisions_names(tmp_path: Path, monkeypatch: pytest.Monke
     torch.save({"conv1.weight": torch.arange(3.0)}, cached)
     assert torch.equal(model_state(read_checkpoint(str(weights)))["conv1.weight"], torch.arange(3.0))
 
-    cached.write_bytes(pickle.dumps(_Gadget()))
+    # A file of one's own may be called like that.
     monkeypatch.chdir(tmp_path)
+    torch.save({"conv1.weight": torch.arange(4.0)}, tmp_path / "R50_Weights.pth")
+    assert len(model_state(read_checkpoint("R50_Weights.pth"))["conv1.weight"]) == 4
+
+    cached.write_bytes(pickle.dumps(_Gadget()))
     with pytest.raises(ValueError, match="ResNet18_Weights.IMAGENET1K_V1"):
         read_checkpoint(str(weights))
     assert not (tmp_path / "gadget_ran").exists()

@@ -182,6 +182,7 @@ FOREIGN = re.compile(
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_nothing_of_this_machine(document: str) -> None:
     assert not FOREIGN.search(read(document))
+    assert "@@" not in read(document), "a number is still to be filled in"
 
 
 def table_rows(text: str) -> Iterator[list[str]]:

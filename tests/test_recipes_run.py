@@ -102,6 +102,8 @@ def test_recipe_runs_small(
         assert float(steps[-1]["mean_hog_predictor"]) < float(steps[-1]["zero_predictor"]) < 0.12
     first, last = find_checkpoints(out, task)
     whole = last_weights(out, task)
+    before = read_checkpoint(first)["model_state"]
+    assert all(not torch.equal(whole[name], value) for name, value in before.items() if value.dim() >= 4), "all learn"
 
     # As if it had been killed in the second epoch: the same command goes on, and to the same bits.
     last.unlink()
@@ -148,7 +150,10 @@ def test_other_recipes_run_small(data: tuple[Path, Path], tmp_path: Path, monkey
     assert all(float(stats["loss"]) > 0 and float(stats["skipped"]) == 0 for stats in steps)
     for command, loaded in ((supervised, True), (scratch, False)):
         out = run(command)
-        assert ("weights from" in log_of(out)) == loaded
+        log = log_of(out)
+        assert ("weights from" in log) == loaded
+        if loaded:  # all but the classifier, which pre-training has none of
+            assert "fresh       2  fc.weight, fc.bias" in log and "resized     0" in log
         (tested,) = json_stats(out, "test_final")
         assert 0 <= float(tested["top1"]) <= float(tested["top5"]) <= 100
     shutil.rmtree(tmp_path / "runs")

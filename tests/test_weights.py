@@ -150,3 +150,12 @@ def test_older_names() -> None:
     del split["blocks.0.attn.k.weight"]
     with pytest.raises(ValueError, match="come together"):
         fuse_qkv(split)
+
+
+def test_query_and_value_biases_of_other_vits() -> None:
+    state = {"blocks.0.attn.q_bias": torch.arange(3.0), "blocks.0.attn.v_bias": torch.arange(3.0) + 5}
+    fused = fuse_qkv({**state, "blocks.0.attn.qkv.weight": torch.zeros(9, 3)})
+    assert list(fused) == ["blocks.0.attn.qkv.bias", "blocks.0.attn.qkv.weight"]
+    assert fused["blocks.0.attn.qkv.bias"].tolist() == [0, 1, 2, 0, 0, 0, 5, 6, 7]
+    with pytest.raises(ValueError, match="blocks.0.attn.v_bias"):
+        fuse_qkv({"blocks.0.attn.q_bias": torch.zeros(3)})

@@ -62,6 +62,7 @@ def _train(cfg: CfgNode) -> None:
     cfg.TRAIN.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"
     cfg.TRAIN.CHECKPOINT_INFLATE = False  # a 2-D patch kernel in a 3-D model: at the centre frame, or "average"d
     cfg.TRAIN.CHECKPOINT_EPOCH_RESET = False  # start at epoch 0 with a fresh optimizer
+    cfg.TRAIN.CHECKPOINT_AVERAGE = False  # ours: take the file's average of the weights, see EMA
     cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN = ()  # parts of names to remove from the file's parameter names
     cfg.TRAIN.CHECKPOINT_ALLOW = []  # ours: glob patterns of parameters that may stay fresh or be left over
 
@@ -150,6 +151,7 @@ def _model(cfg: CfgNode) -> None:
 
 
 def _mvit(cfg: CfgNode) -> None:
+    """ViT and MViTv2; without effect for MODEL.ARCH resnet."""
     cfg.MVIT = CfgNode()
     cfg.MVIT.MODE = "conv"  # how queries, keys and values are pooled: only "conv"
     cfg.MVIT.POOL_FIRST = False  # only False

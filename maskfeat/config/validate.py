@@ -142,6 +142,8 @@ def _datasets(cfg: CfgNode) -> Iterator[str]:
 def _views(cfg: CfgNode) -> Iterator[str]:
     """How images are repeated in training, and resized in evaluation."""
     aug, data = cfg.AUG, cfg.DATA
+    if aug.REPEATS > 1 and not aug.ENABLE:
+        yield f"AUG.REPEATS must be 1 where AUG.ENABLE is False; given {aug.REPEATS}"
     if aug.REPEATS > 1 and aug.NUM_SAMPLE > 1:
         yield f"AUG.REPEATS or AUG.NUM_SAMPLE must be 1; given {aug.REPEATS} and {aug.NUM_SAMPLE}"
     if aug.ENABLE and aug.AA_TYPE and aug.INTERPOLATION == "lanczos":

@@ -1,7 +1,6 @@
 """Which samples make which batch, and the worker processes that make them."""
 
 import gc
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -191,13 +190,6 @@ class Loader:
             batch = collate([self.dataset[SampleKey(0, index)]])
             if not batch.bad:
                 yield batch
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _start_worker(worker: int) -> None:

@@ -160,7 +160,7 @@ class ImageTrainTransform:
         ratio: smallest and largest aspect (width / height) of the crop.
         interpolation: of the resize, and of RandAugment.
         flip: whether half of the images are mirrored.
-        auto_augment: timm's RandAugment policy, "" for none.
+        auto_augment: RandAugment policy, timm's or torchvision's, "" for none.
         color_jitter: strength for brightness, contrast and saturation; only where there is no `auto_augment`.
         erase_prob, erase_mode, erase_count: see `make_erasing`.
         mean, std: RGB, of pixels in [0, 1].
@@ -258,7 +258,7 @@ class ClipTrainTransform:
             side to a length drawn from `short_sides` instead and crops at random.
         short_sides: smallest and largest short side, used only where `scale` is empty.
         flip: whether half of the clips are mirrored.
-        auto_augment: timm's RandAugment policy, "" for none.
+        auto_augment: RandAugment policy, timm's or torchvision's, "" for none.
         interpolation: of RandAugment; the crop is resized bilinearly, without antialiasing.
         erase_prob, erase_mode, erase_count: one box for all frames, see `make_erasing`.
         mean, std: RGB, of pixels in [0, 1].

@@ -49,6 +49,10 @@ class ResNet(TorchvisionResNet):
         self.num_blocks = sum(blocks)
         self._blocks = blocks
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the tokens (B, H/32 W/32, D)."""
+        return self.forward_tokens(x).x
+
     def forward_tokens(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
         """clip (B, 3, H, W) float -> Tokens(x (B, H/32 W/32, D), (H/32, W/32)), rounded up; `hidden` must be None."""
         assert hidden is None, "a ResNet has no tokens that could be hidden on its way in"

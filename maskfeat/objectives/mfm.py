@@ -145,18 +145,18 @@ class MFM(Objective):
         removed, seen, target = self.inputs(batch)
         prediction = self.predict_image(seen)
         with torch.autocast(batch.clip.device.type, enabled=False):
-            loss = self.loss(prediction.float(), target, removed)
+            counts = removed.count().clamp(min=1)
+            loss = self.loss(prediction.float(), target, removed, counts)
             with torch.no_grad():
-                nothing = self.loss(torch.zeros_like(target), target, removed)
+                nothing = self.loss(torch.zeros_like(target), target, removed, counts)
         return StepOutput(loss, {"zero_predictor": nothing})
 
-    def loss(self, prediction: Tensor, target: Tensor, removed: Frequencies) -> Tensor:
-        """Scalar: the mean distance of the spectra of two images (B, C, H, W) float32 over the removed frequencies; the
-        others have a gradient of zero.
+    def loss(self, prediction: Tensor, target: Tensor, removed: Frequencies, counts: Tensor) -> Tensor:
+        """Scalar: the mean distance of the spectra of two images (B, C, H, W) float32 over the removed frequencies, of
+        which there are `counts` (B, 1); the others have a gradient of zero.
         """
         # The transform is linear: the difference of two spectra is the spectrum of the difference.
         sums = removed.sum(magnitude(removed.transform(prediction - target), self.gamma, self.eps))
-        counts = removed.count().clamp(min=1)
         if self.mean_per_image:
             return (sums / counts).mean()
         return sums.sum() / (counts.sum() * sums.shape[1])

@@ -69,6 +69,7 @@ WRONG = [
     (R50_FT, ["MODEL.LOSS_FUNC", "frequency"], ["MODEL.LOSS_FUNC", "bce_logit", "frequency"]),
     (R50_FT, ["DATA.TEST_SHORT_SIDE", "200"], ["DATA.TEST_SHORT_SIDE", "DATA.TEST_CROP_SIZE", "224", "200"]),
     (MVIT_FT, ["DATA.TEST_SHORT_SIDE", "256"], ["DATA.TEST_SHORT_SIDE", "clips", "256"]),
+    (R50_FT, ["AUG.REPEATS", "2", "AUG.ENABLE", "False"], ["AUG.REPEATS", "AUG.ENABLE", "2"]),
     (R50_FT, ["AUG.REPEATS", "2", "AUG.NUM_SAMPLE", "3"], ["AUG.REPEATS", "AUG.NUM_SAMPLE", "2 and 3"]),
     (R50_FT, ["AUG.INTERPOLATION", "lanczos"], ["AUG.INTERPOLATION", "AUG.AA_TYPE", "lanczos"]),
     (R50_FT, ["AUG.AA_TYPE", "ra_6"], ["AUG.AA_TYPE", "ra_6_10", "'ra_6'"]),

@@ -11,10 +11,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the package (ARCHITECTURE: imports point one way). A part may import itself.
 ALLOWED = {
-    "run": {"build", "flops", "parallel", "train", "evaluate", "resume", "config", "distributed", "ema", "logbook",
-            "objectives", "schedule", "data"},
-    "resume": {"build", "checkpoint", "config", "ema", "objectives", "optim", "weights"},
-    "ema": {"objectives"},
+    "run": {"build", "flops", "parallel", "train", "evaluate", "resume", "config", "distributed", "logbook",
+            "objectives", "schedule", "step_hooks", "data"},
+    "resume": {"build", "checkpoint", "config", "objectives", "optim", "step_hooks", "weights"},
+    "step_hooks": {"objectives"},
     "quickstart": {"run", "data", "visualize", "picture", "logbook", "config", "checkpoint"},
     "visualize": {"build", "checkpoint", "config", "picture", "batch", "objectives"},
     "build": {"config", "data", "objectives", "models", "optim", "schedule", "masking", "distributed", "batch"},

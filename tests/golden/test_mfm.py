@@ -62,7 +62,9 @@ def test_filtered_images_targets_and_loss(form: str) -> None:
     frequencies = spectrum(target)[SPARSE]
     torch.testing.assert_close(frequencies.real, torch.from_numpy(SMALL["target_real"]), atol=1e-5, rtol=0)
     torch.testing.assert_close(frequencies.imag, torch.from_numpy(SMALL["target_imag"]), atol=1e-5, rtol=0)
-    assert objective.loss(prediction, target, removed).item() == pytest.approx(float(SMALL["loss"]), rel=1e-5)
+    assert objective.loss(prediction, target, removed, removed.count()).item() == pytest.approx(
+        float(SMALL["loss"]), rel=1e-5
+    )
 
 
 def test_every_number_of_the_full_golden(shared: Path) -> None:

@@ -132,12 +132,12 @@ def test_the_loss_has_no_gradient_where_it_was_not_removed() -> None:
     objective, given = mfm(), batch()
     removed, _, target = objective.inputs(given)
     prediction = torch.randn_like(target).requires_grad_(True)
-    loss = objective.loss(prediction, target, removed)
+    loss = objective.loss(prediction, target, removed, removed.count())
     (gradient,) = torch.autograd.grad(loss, prediction)
     frequencies = removed.transform(gradient).abs()
     assert frequencies[~removed.mask].max() < 1e-6 * frequencies[removed.mask].max()
     seen_only = removed.remove(torch.randn_like(target), modulus=False)
-    torch.testing.assert_close(objective.loss(prediction + seen_only, target, removed), loss)
+    torch.testing.assert_close(objective.loss(prediction + seen_only, target, removed, removed.count()), loss)
 
 
 def test_draws_where_there_is_no_mask() -> None:

@@ -1,4 +1,6 @@
-"""The average of the weights: its formula, what a checkpoint keeps of it, and that it is evaluated."""
+"""What hangs on steps: the average of the weights (its formula, what a checkpoint keeps of it, that it is evaluated), and
+running statistics that survive a lost step.
+"""
 
 from pathlib import Path
 
@@ -7,10 +9,14 @@ import torch
 
 from maskfeat.batch import Batch
 from maskfeat.checkpoint import AVERAGE, find_checkpoints, model_state, read_checkpoint
-from maskfeat.ema import WeightAverage
+from maskfeat.distributed import World
+from maskfeat.logbook import Window
 from maskfeat.models.resnet import ResNet
 from maskfeat.objectives.classification import Classification
+from maskfeat.objectives.mfm import MFM
 from maskfeat.run import main
+from maskfeat.step_hooks import WeightAverage, protect_statistics
+from maskfeat.train import Settings, optimisation_step
 from tests.small import MFM_PT, MFM_RECIPES, MVIT_PT, R50_FT, RECIPES, VIT_FT, VIT_PT, clips, images
 from tests.worker import json_stats
 
@@ -50,6 +56,39 @@ def test_formula_for_parameters_and_running_statistics() -> None:
     assert not torch.equal(found["head.projection.weight"], objective.head.projection.weight)
 
 
+@pytest.mark.parametrize("precision", ["off", "fp16"])
+def test_a_lost_step_leaves_statistics_and_average_alone(precision: str) -> None:
+    """An infinity in one batch: everything is as it was before, and the run goes on with finite numbers."""
+    objective = MFM(ResNet(depth=10, image_size=(32, 32)), mean=(0.4,) * 3, std=(0.2,) * 3, radius=6.0).train()
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-3, fused=True)
+    protect_statistics(objective, optimizer)
+    average = WeightAverage(objective, optimizer, 0.5)
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=2.0**8)
+    settings = Settings(max_epoch=1, lr=lambda epoch: 1e-3, seed=0, precision=precision, micro_batch=2)
+    skipped = []
+    for step in range(4):
+        before = [
+            {name: value.clone() for name, value in o.state_dict().items()} for o in (objective, average.objective)
+        ]
+        clip = torch.randn(4, 3, 32, 32)
+        if step in (0, 2):  # also in the first step, from which the average would begin
+            clip[1, 0, 0, 0] = float("inf")
+        window = Window()
+        batch = Batch(clip, hidden=torch.ones(4, 1, 1, dtype=torch.bool))
+        optimisation_step(objective, objective, optimizer, scaler, batch, settings, window, World())
+        skipped.append(window.read()["skipped"])
+        after = [o.state_dict() for o in (objective, average.objective)]
+        for was, now in zip(before, after, strict=True):
+            floats = [name for name in was if was[name].is_floating_point()]
+            assert all(torch.isfinite(now[name]).all() for name in floats)
+            same = [torch.equal(was[name], now[name]) for name in floats]
+            assert all(same) if step in (0, 2) else sum(same) < 0.2 * len(same), step
+        if step == 1:
+            for name, value in objective.state_dict().items():
+                torch.testing.assert_close(average.objective.state_dict()[name], value)
+    assert [count > 0 for count in skipped] == [True, False, True, False]
+
+
 @pytest.mark.parametrize("name", RECIPE)
 def test_kept_resumed_and_evaluated(name: str, image_data: Path, clip_data: Path, tmp_path: Path) -> None:
     data = clip_data if name.startswith("k400") else image_data
@@ -79,6 +118,25 @@ def test_tested_after_training_and_alone(image_data: Path, tmp_path: Path) -> No
     alone = json_stats(out, "test_final_ema")[-1]
     assert (alone["top1"], alone["top5"]) == (after["top1"], after["top5"])
     assert {p.name for p in out.glob("test_results*")} == {"test_results_1x1.json", "test_results_1x1_ema.json"}
+
+
+def test_fine_tuning_from_an_average(image_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("in1k_R50_MFM_PT", image_data, tmp_path / "pt")
+    given = find_checkpoints(tmp_path / "pt", "ssl")[-1]
+    opts = ["TRAIN.CHECKPOINT_FILE_PATH", str(given), "TRAIN.CHECKPOINT_AVERAGE", "True", "SOLVER.BASE_LR", "0.0"]
+    out = run(
+        "in1k_R50_MFM_FT", image_data, tmp_path / "ft", *opts, "SOLVER.WARMUP_START_LR", "0.0", "TRAIN.EMA", "0.0"
+    )
+    assert "averaged weights from" in (out / "stdout.log").read_text()
+    tuned = read_checkpoint(find_checkpoints(out, "ssl_eval")[-1])["model_state"]
+    content = read_checkpoint(given)
+    assert torch.equal(tuned["conv1.weight"], content[AVERAGE]["conv1.weight"])
+    assert not torch.equal(tuned["conv1.weight"], content["model_state"]["conv1.weight"])
+    # A file that has none says so.
+    opts[1] = str(find_checkpoints(out, "ssl_eval")[-1])
+    with pytest.raises(AssertionError):
+        run("in1k_R50_MFM_FT", image_data, tmp_path / "again", *opts)
+    assert "has no average of the weights (ema_state): set TRAIN.CHECKPOINT_AVERAGE False" in capsys.readouterr().out
 
 
 def test_switched_on_later_it_starts_with_the_weights(image_data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""What hangs on an optimizer's steps: an average of the weights, and running statistics that a lost step leaves alone.
+
+A step whose gradient is not finite is skipped on the device: `found_inf` of the optimizer is 1 then, and nobody waits
+to read it.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from maskfeat.objectives.base import Objective
+
+
+def _lost(optimizer: Optimizer) -> Tensor | None:
+    """Scalar float32 on the device: 1 where the step just made was skipped; None where steps are not checked."""
+    found = getattr(optimizer, "found_inf", None)
+    return None if found is None else found.reshape(())
+
+
+def protect_statistics(objective: nn.Module, optimizer: Optimizer) -> None:
+    """Where a step is skipped, put the running statistics of batch norms back as they were before its forward pass.
+
+    One batch with an infinity in it would otherwise spoil every later evaluation.
+    """
+    norms = [module for module in objective.modules() if isinstance(module, _BatchNorm)]
+    values = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
+    if not values:
+        return
+    before: list[Tensor] = []
+
+    def keep(module: nn.Module, _: Any) -> None:
+        if module.training and not before:  # the first micro-batch of a step
+            before.append(torch.cat(values))
+
+    @torch.no_grad()
+    def restore(optimizer: Optimizer, *_: Any) -> None:
+        lost = _lost(optimizer)
+        if lost is not None and before:
+            chosen = torch.where(lost > 0, before[0], torch.cat(values))
+            torch._foreach_copy_(values, list(chosen.split([value.numel() for value in values])))
+        before.clear()
+
+    objective.register_forward_pre_hook(keep)
+    optimizer.register_step_post_hook(restore)
+
+
+class WeightAverage:
+    """Exponential moving average of an objective's parameters and buffers, taken after every step that is made.
+
+    Then the average becomes decay x itself + (1 - decay) x the weights; the first step's weights begin it. Whole
+    numbers are taken over.
+
+    Args:
+        objective: on its device; it is copied.
+        optimizer: whose steps are followed.
+        decay: 0 to 1, exclusive.
+
+    Attributes:
+        objective: the objective with averaged weights, in evaluation mode.
+    """
+
+    def __init__(self, objective: Objective, optimizer: Optimizer, decay: float) -> None:
+        self.objective = copy.deepcopy(objective).eval().requires_grad_(False)
+        self._source, self._decay = objective, decay
+        pairs = list(zip(self._values(self.objective), self._values(objective), strict=True))
+        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._begun = torch.zeros((), device=pairs[0][0].device)  # 1 as soon as there is an average
+        optimizer.register_step_post_hook(self._follow)
+
+    @staticmethod
+    def _values(objective: Objective) -> list[Tensor]:
+        return [*objective.parameters(), *objective.buffers()]
+
+    @torch.no_grad()
+    def _follow(self, optimizer: Optimizer, *_: Any) -> None:
+        lost = _lost(optimizer)
+        made = torch.ones_like(self._begun) if lost is None else 1.0 - lost
+        share = made * (1.0 - self._decay * self._begun)
+        self._begun = torch.maximum(self._begun, made)
+        mine, theirs = (list(values) for values in zip(*self._floats, strict=True))
+        difference = torch._foreach_sub(theirs, mine)
+        torch._foreach_mul_(difference, share)
+        torch._foreach_add_(mine, difference)
+        for own, value in self._others:
+            own.copy_(value)
+
+    def begin_with(self, state: "dict[str, Tensor] | None") -> None:
+        """Go on from an average with released names; None = start with the objective's own weights."""
+        self.objective.load_released_state(self._source.released_state() if state is None else state)
+        self._begun.fill_(1.0)
