@@ -1,6 +1,4 @@
-"""What hangs on steps: the average of the weights (its formula, what a checkpoint keeps of it, that it is evaluated), and
-running statistics that survive a lost step.
-"""
+"""What hangs on steps: the average of the weights, kept, resumed and evaluated; statistics that survive a lost step."""
 
 from pathlib import Path
 
