@@ -87,6 +87,7 @@ def test_a_lost_step_leaves_statistics_and_average_alone(precision: str) -> None
     assert [count > 0 for count in skipped] == [True, False, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPE)
 def test_kept_resumed_and_evaluated(name: str, image_data: Path, clip_data: Path, tmp_path: Path) -> None:
     data = clip_data if name.startswith("k400") else image_data
@@ -118,6 +119,7 @@ def test_tested_after_training_and_alone(image_data: Path, tmp_path: Path) -> No
     assert {p.name for p in out.glob("test_results*")} == {"test_results_1x1.json", "test_results_1x1_ema.json"}
 
 
+@pytest.mark.slow
 def test_fine_tuning_from_an_average(image_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("in1k_R50_MFM_PT", image_data, tmp_path / "pt")
     given = find_checkpoints(tmp_path / "pt", "ssl")[-1]

@@ -13,7 +13,7 @@ from tests.golden.golden import golden_batch, load_golden, recipe, salted_object
 
 GOLDEN = {entry["config"]: entry for entry in load_golden("model_forward_backward")}
 MANIFEST = load_golden("state_dict_manifest")
-LARGE = {name for name in GOLDEN if "_L_" in name}
+LARGE = {name for name in GOLDEN if "_L_" in name or "k400" in name}
 ALL = [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in GOLDEN]
 
 

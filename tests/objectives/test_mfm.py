@@ -210,6 +210,7 @@ def test_pretraining_from_a_classifier_and_the_reverse() -> None:
         mfm().load_released_state(lost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [SEED, PAPER])
 def test_a_few_steps_learn_more_than_nothing(changes: dict[str, object]) -> None:
     objective, given = mfm(**changes), batch(8)
