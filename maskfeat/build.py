@@ -354,7 +354,7 @@ def build_loader(cfg: CfgNode, split: str, world: World | None = None, num_clips
         drop_last=split == "train",
         seed=cfg.RNG_SEED,
         views=views,
-        repeats=cfg.AUG.REPEATS if split == "train" and cfg.AUG.ENABLE else 1,
+        repeats=cfg.AUG.REPEATS if split == "train" else 1,
     )
     ledger = BadSampleLedger(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split)
     # More workers than cores only take each other's time; how many there are changes nothing in the data.

@@ -1,7 +1,8 @@
 """Checkpoint files: PySlowFast's format and naming, written atomically, read without running anything.
 
 OUTPUT_DIR/checkpoints/[TASK_]checkpoint_epoch_00010.pyth holds `epoch` (counted from 0; the name counts from 1),
-`model_state` (released names), `optimizer_state`, `cfg` (YAML text), and `scaler_state` under fp16.
+`model_state` (released names), `optimizer_state`, `cfg` (YAML text), `scaler_state` under fp16, and `ema_state` with
+TRAIN.EMA.
 """
 
 import argparse

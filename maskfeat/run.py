@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as mp
 from yacs.config import CfgNode
 
-from maskfeat.build import build_loader, build_objective, build_optimizer
+from maskfeat.build import build_backbone, build_loader, build_objective, build_optimizer
 from maskfeat.config import load_config, save_config
 from maskfeat.data.bad_samples import TooManyBadSamples
 from maskfeat.data.loader import Loader
@@ -61,8 +61,8 @@ def _announce(cfg: CfgNode, objective: Objective, device: torch.device, world: W
     batch = cfg.TRAIN.BATCH_SIZE * views * (world.size // world.local_size)
     if cfg.LOG_MODEL_INFO:
         with torch.device("meta"):
-            twin = build_objective(cfg)
-        logger.info("%.3g G multiply-adds a view in the backbone", multiply_adds(twin.backbone) / 1e9)
+            twin = build_backbone(cfg)
+        logger.info("%.3g G multiply-adds a view in the backbone", multiply_adds(twin) / 1e9)
     logger.info(
         "%s, %.2f M parameters, on %d x %s, %s precision; %d samples a step",
         type(objective).__name__,
@@ -123,6 +123,7 @@ def run_training(
     )
 
     def after_epoch(epoch: int) -> None:
+        """Save and validate where that is due."""
         last = epoch + 1 == max_epoch
         if world.is_main and ((epoch + 1) % cfg.TRAIN.CHECKPOINT_PERIOD == 0 or last):
             save_training(cfg, training, epoch)

@@ -33,11 +33,13 @@ def protect_statistics(objective: nn.Module, optimizer: Optimizer) -> None:
     before: list[Tensor] = []
 
     def keep(module: nn.Module, _: Any) -> None:
+        """Before a forward pass."""
         if module.training and not before:  # the first micro-batch of a step
             before.append(torch.cat(values))
 
     @torch.no_grad()
     def restore(optimizer: Optimizer, *_: Any) -> None:
+        """After a step, made or skipped."""
         lost = _lost(optimizer)
         if lost is not None and before:
             chosen = torch.where(lost > 0, before[0], torch.cat(values))
@@ -66,15 +68,16 @@ class WeightAverage:
     def __init__(self, objective: Objective, optimizer: Optimizer, decay: float) -> None:
         self.objective = copy.deepcopy(objective).eval().requires_grad_(False)
         self._source, self._decay = objective, decay
-        pairs = list(zip(self._values(self.objective), self._values(objective), strict=True))
-        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
-        self._begun = torch.zeros((), device=pairs[0][0].device)  # 1 as soon as there is an average
+        self._mine, self._my_counts = self._values(self.objective)
+        self._theirs, self._their_counts = self._values(objective)
+        self._begun = torch.zeros((), device=self._mine[0].device)  # 1 as soon as there is an average
         optimizer.register_step_post_hook(self._follow)
 
     @staticmethod
-    def _values(objective: Objective) -> list[Tensor]:
-        return [*objective.parameters(), *objective.buffers()]
+    def _values(objective: Objective) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters and buffers: those to average, and whole numbers."""
+        values: list[Tensor] = [*objective.parameters(), *objective.buffers()]
+        return [v for v in values if v.is_floating_point()], [v for v in values if not v.is_floating_point()]
 
     @torch.no_grad()
     def _follow(self, optimizer: Optimizer, *_: Any) -> None:
@@ -82,12 +85,11 @@ class WeightAverage:
         made = torch.ones_like(self._begun) if lost is None else 1.0 - lost
         share = made * (1.0 - self._decay * self._begun)
         self._begun = torch.maximum(self._begun, made)
-        mine, theirs = (list(values) for values in zip(*self._floats, strict=True))
-        difference = torch._foreach_sub(theirs, mine)
+        difference = torch._foreach_sub(self._theirs, self._mine)
         torch._foreach_mul_(difference, share)
-        torch._foreach_add_(mine, difference)
-        for own, value in self._others:
-            own.copy_(value)
+        torch._foreach_add_(self._mine, difference)
+        for mine, theirs in zip(self._my_counts, self._their_counts, strict=True):
+            mine.copy_(theirs)
 
     def begin_with(self, state: "dict[str, Tensor] | None") -> None:
         """Go on from an average with released names; None = start with the objective's own weights."""

@@ -66,6 +66,14 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def _all_of(state: Mapping[str, Tensor], first: str, names: Sequence[str]) -> list[Tensor]:
+    """The tensors of these names, which a file that has `first` must have all."""
+    try:
+        return [state[name] for name in names]
+    except KeyError as missing:
+        raise ValueError(f"the file has {first} but not {missing}: q, k and v come together") from missing
+
+
 def fuse_qkv(state: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
     """Older MViT files carry attn.q, attn.k and attn.v: stack them into attn.qkv, as the model has it.
 
@@ -73,27 +81,16 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
     """
     fused: OrderedDict[str, Tensor] = OrderedDict()
     for name, value in state.items():
-        if name.endswith("attn.v_bias"):
-            continue
-        if name.endswith("attn.q_bias"):
-            stem = name.removesuffix("q_bias")
-            try:
-                other = state[f"{stem}v_bias"]
-            except KeyError as missing:
-                raise ValueError(f"the file has {name} but not {missing}: q, k and v come together") from missing
-            fused[f"{stem}qkv.bias"] = torch.cat([value, torch.zeros_like(value), other])
-            continue
-        part = re.fullmatch(r"(.*\.attn\.)([qkv])\.(weight|bias)", name)
+        part = re.fullmatch(r"(.*\.attn\.)(?:([qkv])\.(weight|bias)|([qv])_bias)", name)
         if part is None:
             fused[name] = value
             continue
-        stem, which, kind = part.groups()
-        if which == "q":
-            try:
-                parts = [state[f"{stem}{letter}.{kind}"] for letter in "qkv"]
-            except KeyError as missing:
-                raise ValueError(f"the file has {name} but not {missing}: q, k and v come together") from missing
-            fused[f"{stem}qkv.{kind}"] = torch.cat(parts)
+        stem, letter, kind, biased = part.groups()
+        if letter == "q":
+            fused[f"{stem}qkv.{kind}"] = torch.cat(_all_of(state, name, [f"{stem}{other}.{kind}" for other in "qkv"]))
+        elif biased == "q":
+            (of_values,) = _all_of(state, name, [f"{stem}v_bias"])
+            fused[f"{stem}qkv.bias"] = torch.cat([value, torch.zeros_like(value), of_values])
     return fused
 
 
