@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 
 class SampleKey(NamedTuple):
@@ -38,6 +39,7 @@ class Batch:
         hidden: (B, *mask_grid) bool, True = removed from the model's view; or None. Of frequencies (MFM): (B, H, W) of
             the shifted spectrum, or (B, 1, 1), see `objectives.mfm`.
         index: (B,) int64, the place of each sample in its data set.
+        max_hidden: the most cells that any sample's mask hides, counted where the masks were drawn; None = unknown.
         bad: samples that could not be read while this batch was made (already replaced in training; in testing
             their rows hold zeros and count as wrong).
     """
@@ -47,6 +49,7 @@ class Batch:
     hidden: Tensor | None = None
     index: Tensor | None = None
     bad: tuple[BadSample, ...] = ()
+    max_hidden: int | None = None
 
     def __len__(self) -> int:
         return self.clip.shape[0]
@@ -65,7 +68,13 @@ class Batch:
         def changed(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else change(tensor)
 
-        return Batch(change(self.clip), changed(self.label), changed(self.hidden), changed(self.index), self.bad)
+        return replace(
+            self,
+            clip=change(self.clip),
+            label=changed(self.label),
+            hidden=changed(self.hidden),
+            index=changed(self.index),
+        )
 
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of at most `size` samples, in order. `size` 0 keeps the batch whole."""
@@ -89,3 +98,7 @@ class StepOutput:
 
     loss: Tensor
     metrics: Mapping[str, Tensor]
+
+
+# DistributedDataParallel looks for tensors with gradients in what it wraps returns.
+register_dataclass(StepOutput)

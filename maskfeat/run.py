@@ -20,7 +20,7 @@ from maskfeat.evaluate import multi_view_test, validate
 from maskfeat.flops import multiply_adds
 from maskfeat.logbook import Logbook, setup_logging
 from maskfeat.objectives.base import Objective
-from maskfeat.parallel import checkpoint_activations, distribute, share_buffers
+from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, share_buffers
 from maskfeat.resume import TrainingState, load_for_testing, save_training, start_training
 from maskfeat.schedule import lr_at_epoch
 from maskfeat.step_hooks import WeightAverage, protect_statistics
@@ -81,7 +81,9 @@ def _training_state(cfg: CfgNode, device: torch.device) -> TrainingState:
     protect_statistics(objective, optimizer)
     average = WeightAverage(objective, optimizer, cfg.TRAIN.EMA) if cfg.TRAIN.EMA else None
     if cfg.MODEL.ACT_CHECKPOINT:
-        checkpoint_activations(objective)
+        checkpoint_activations(objective, light=cfg.MODEL.ACT_CHECKPOINT == "light")
+    if cfg.TRAIN.COMPILE:
+        compile_parts(objective, device)
     return TrainingState(objective, optimizer, scaler, average)
 
 
@@ -110,7 +112,7 @@ def run_training(
     if world.is_main:
         # Not earlier: a run that is refused leaves the folder of another one as it was.
         save_config(given.path, given.opts, cfg, cfg.OUTPUT_DIR)
-    model = distribute(objective, world)
+    model = distribute(objective, world, static=not cfg.TRAIN.MICRO_BATCH_SIZE)
     settings = Settings(
         max_epoch=max_epoch,
         lr=lambda epoch: lr_at_epoch(cfg, epoch),
@@ -154,7 +156,9 @@ def _validate(
 ) -> None:
     values = {}
     for name, objective in objectives.items():
-        found = validate(objective, loader, device, precision_of(cfg))
+        # Compiled blocks are made for training's one shape of batch.
+        with torch.compiler.set_stance("force_eager"):
+            found = validate(objective, loader, device, precision_of(cfg))
         values.update({f"{name}_{key}" if name else key: value for key, value in found.items()})
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     stats = {"epoch": f"{epoch + 1}/{cfg.SOLVER.MAX_EPOCH}", **values}

@@ -16,6 +16,7 @@ _WORDS = {
     "str": "text",
     "precision": "False (off), True (fp16), bf16 or fp16",
     "inflation": "False, True (both center), center or average",
+    "recomputation": "False, True or light",
 }
 
 
@@ -154,6 +155,10 @@ def _inflation(value: object) -> bool | str:
     return _bool_or_word(value, {"center": "center", "average": "average"})
 
 
+def _recomputation(value: object) -> bool | str:
+    return _bool_or_word(value, {"light": "light"})
+
+
 _SCALARS: dict[str, Callable[[object], object]] = {
     "bool": _bool,
     "int": _int,
@@ -162,6 +167,7 @@ _SCALARS: dict[str, Callable[[object], object]] = {
     "str": _str,
     "precision": _precision,
     "inflation": _inflation,
+    "recomputation": _recomputation,
 }
 
 

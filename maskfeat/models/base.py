@@ -73,6 +73,10 @@ class Backbone(Protocol):
         """Names of parameters (of this backbone) that published recipes exempt where ZERO_DECAY_POS_CLS is set."""
         ...
 
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The blocks that are compiled, or whose activations are computed again, one by one."""
+        ...
+
     def layer_id(self, name: str) -> int:
         """0 for embeddings, i + 1 for block i, `num_blocks` + 1 for the rest."""
         ...

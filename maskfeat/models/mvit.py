@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.layers import DropPath, Mlp, make_divisible
+from timm.layers import DropPath, make_divisible
 from torch import Tensor, nn
 
 from maskfeat.models.attention import PoolingAttention
@@ -20,7 +20,7 @@ from maskfeat.models.base import (
     layer_id,
     token_parameter,
 )
-from maskfeat.models.layers import CONV, MAX_POOL, drop_path_rates, hide_tokens, layer_norm
+from maskfeat.models.layers import CONV, MAX_POOL, Mlp, drop_path_rates, hide_tokens, layer_norm
 
 
 class PatchStem(nn.Module):
@@ -140,11 +140,9 @@ class MultiScaleBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, prefix + prod(grid), D) -> (B, prefix + prod(grid_out), D_out)."""
-        x = self._skip(x) + self.drop_path(self.attn(self.norm1(x)))
-        normed = self.norm2(x)
-        if self.proj is not None:
-            x = self.proj(normed)
-        return x + self.drop_path(self.mlp(normed))
+        x = self._skip(x) + self.drop_path(self.attn(x, self.norm1))
+        skip = x if self.proj is None else self.proj(self.norm2(x))
+        return skip + self.drop_path(self.mlp(x, self.norm2))
 
 
 class MViT(nn.Module):
@@ -282,6 +280,9 @@ class MViT(nn.Module):
             if ".rel_pos_" in name:
                 names.add(name)
         return names
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
 
     def layer_id(self, name: str) -> int:
         return layer_id(name, self.num_blocks)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
@@ -64,6 +64,9 @@ class ResNet(TorchvisionResNet):
 
     def no_weight_decay(self) -> set[str]:
         return set()
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        return [block for stage in (self.layer1, self.layer2, self.layer3, self.layer4) for block in stage]
 
     def layer_id(self, name: str) -> int:
         """0 for the stem, i + 1 for residual block i, counted through all stages; `num_blocks` + 1 for the rest."""

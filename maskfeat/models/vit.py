@@ -8,7 +8,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from maskfeat.models.base import CLASSIFIER, Tokens, check_clip_size, init_weights, layer_id, token_parameter
-from maskfeat.models.layers import drop_path_rates, hide_tokens, layer_norm
+from maskfeat.models.layers import Mlp, drop_path_rates, hide_tokens, layer_norm
 
 
 class ViT(nn.Module):
@@ -66,6 +66,7 @@ class ViT(nn.Module):
                 proj_drop=dropout,
                 drop_path=rate,
                 norm_layer=layer_norm,  # type: ignore[arg-type]  # any callable will do
+                mlp_layer=Mlp,
             )
             for rate in drop_path_rates(drop_path, depth)
         )
@@ -88,6 +89,9 @@ class ViT(nn.Module):
     def no_weight_decay(self) -> set[str]:
         names = {"cls_token": self.cls_token, "pos_embed": self.pos_embed}
         return {name for name, parameter in names.items() if parameter is not None}
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
 
     def layer_id(self, name: str) -> int:
         return layer_id(name, self.num_blocks)

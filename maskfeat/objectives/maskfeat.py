@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from maskfeat.batch import Batch, StepOutput
 from maskfeat.masking import resize_mask
 from maskfeat.models.base import Backbone
-from maskfeat.models.layers import layer_norm
+from maskfeat.models.layers import full_precision, layer_norm
 from maskfeat.objectives.base import Objective
-from maskfeat.objectives.hog import hog, hog_tokens
+from maskfeat.objectives.hog import cut_patches, hog, hog_tokens, pad_border, patch_features, pixel_weights
 from maskfeat.weights import LoadRules
 
 
@@ -53,6 +53,8 @@ class MaskFeat(Objective):
         bins, cell, window: of the HOG target, see `hog`.
     """
 
+    compilable = ("features",)
+
     def __init__(self, backbone: Backbone, bins: int = 9, cell: int = 8, window: int = 0) -> None:
         super().__init__()
         if not backbone.supports_hidden:
@@ -80,7 +82,7 @@ class MaskFeat(Objective):
 
     def target(self, clip: Tensor) -> Tensor:
         """HOG of every token: clip (B, 3, [T,] H, W), normalised and unmasked -> (B, prod(grid), F) float32."""
-        with torch.autocast(clip.device.type, enabled=False):
+        with full_precision(clip):
             images = clip.float()
             if images.dim() == 5:
                 # Every frame_stride-th frame, as many as the output grid has: (B T', 3, H, W).
@@ -88,24 +90,72 @@ class MaskFeat(Objective):
             features = hog_tokens(hog(images, self.bins, self.cell, self.window), self.cells)
         return features.reshape(len(clip), math.prod(self.backbone.grid), -1)
 
+    def features(self, patches: Tensor, weight: Tensor | None) -> Tensor:
+        """HOG of patches with their border: (n, 3, S + 2, S + 2) -> (n, F), see `patch_features`."""
+        return patch_features(patches, self.bins, self.cell, weight)
+
+    @torch.no_grad()
+    def target_at(self, clip: Tensor, tokens: Tensor) -> Tensor:
+        """HOG of some tokens: clip (B, 3, [T,] H, W), tokens (B, K) int64 places in the flattened grid -> (B, K, F)
+        float32, the same as those of `target` there.
+        """
+        frames, rows, columns = self.backbone.grid if clip.dim() == 5 else (1, *self.backbone.grid)
+        with full_precision(clip):
+            images = clip.float() if clip.dim() == 5 else clip.float().unsqueeze(2)
+            padded = pad_border(images[:, :, :: self.backbone.frame_stride])
+            sample = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1])
+            place = tokens.flatten()
+            frame, row, column = place // (rows * columns), place // columns % rows, place % columns
+            side = self.backbone.token_pixels[0]
+            patches = cut_patches(padded, (sample, frame, row, column), side)
+            weight = pixel_weights(clip, self.cell, self.window)
+            if weight is not None:
+                weight = weight.float().reshape(rows, side, columns, side)[row, :, column].unsqueeze(1)
+            return self.features(patches, weight).view(*tokens.shape, -1)
+
+    def chosen(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Which tokens are predicted: (B, K) int64 places in the flattened grid, hidden ones first and in order, and
+        (B, K) bool, which of them are hidden; the rest fills up the rows of samples with fewer hidden tokens.
+
+        K comes from `batch.max_hidden`, so that nothing waits for the device to count the mask. A batch without it
+        is counted.
+        """
+        hidden = self.hidden_tokens(batch)
+        if batch.max_hidden is None or hidden.device.type == "cpu":
+            most = int(hidden.sum(dim=1).max())
+        else:
+            assert batch.hidden is not None
+            # A cell of the mask covers so many tokens at most. Multiples of 16: one shape for nearly all batches.
+            sizes = zip(self.backbone.grid, batch.hidden.shape[1:], strict=True)
+            most = batch.max_hidden * math.prod(math.ceil(tokens / cells) for tokens, cells in sizes)
+            most = min(math.ceil(most / 16) * 16, hidden.shape[1])
+        order = hidden.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : max(most, 1)]
+        return order, hidden.gather(1, order)
+
     def weight(self, batch: Batch) -> Tensor:
         return self.hidden_tokens(batch).sum().float()
 
+    def predict_at(self, batch: Batch, tokens: Tensor) -> Tensor:
+        """Predicted HOG of some tokens (B, K): (B, K, F), in the dtype of the head."""
+        patches = self.backbone.forward_tokens(batch.clip, batch.hidden).patches
+        return self.pred_head(patches.gather(1, tokens.unsqueeze(-1).expand(-1, -1, patches.shape[-1])))
+
+    def hidden_target(self, batch: Batch) -> Tensor:
+        """(n, F) float32: what `predict_hidden` is to predict."""
+        tokens, hidden = self.chosen(batch)
+        return self.target_at(batch.clip, tokens)[hidden]
+
     def predict_hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(prediction, target), both (n, F): the prediction in the dtype of the head, the target float32."""
-        hidden = self.hidden_tokens(batch)
-        tokens = self.backbone.forward_tokens(batch.clip, batch.hidden)
-        return self.pred_head(tokens.patches[hidden]), self.target(batch.clip)[hidden]
+        tokens, hidden = self.chosen(batch)
+        return self.predict_at(batch, tokens)[hidden], self.target_at(batch.clip, tokens)[hidden]
 
     def forward(self, batch: Batch) -> StepOutput:
-        """Mean squared error over hidden tokens and features; metrics give what two constant predictors would cost.
-
-        Every token is predicted and the visible ones get weight zero: shapes do not depend on the mask, so that
-        nothing waits for the device to count it.
-        """
-        hidden = self.hidden_tokens(batch).unsqueeze(-1)
-        tokens = self.backbone.forward_tokens(batch.clip, batch.hidden)
-        prediction, target = self.pred_head(tokens.patches).float(), self.target(batch.clip)
+        """Mean squared error over hidden tokens and features; metrics give what two constant predictors would cost."""
+        tokens, valid = self.chosen(batch)
+        target = self.target_at(batch.clip, tokens)
+        prediction = self.predict_at(batch, tokens).float()
+        hidden = valid.unsqueeze(-1)
         count = hidden.sum().clamp(min=1)
         terms = count * target.shape[-1]
         mean = (target * hidden).sum(dim=(0, 1)) / count

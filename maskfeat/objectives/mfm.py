@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from maskfeat.batch import Batch, StepOutput
 from maskfeat.models.base import Backbone, check_clip_size
 from maskfeat.models.heads import token_norm
+from maskfeat.models.layers import full_precision
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.spectrum import Frequencies, disc, half_of, magnitude
 from maskfeat.weights import LoadRules
@@ -134,7 +135,7 @@ class MFM(Objective):
     def inputs(self, batch: Batch) -> tuple[Frequencies, Tensor, Tensor]:
         """What is removed, what the backbone sees and the target image; float32 whatever the precision of a run."""
         check_clip_size(batch.clip, self.backbone.clip_size)
-        with torch.autocast(batch.clip.device.type, enabled=False):
+        with full_precision(batch.clip):
             clip = batch.clip.float()
             removed = self.removed(batch)
             return removed, self.filtered(clip, removed), self.target(clip)
@@ -144,7 +145,7 @@ class MFM(Objective):
         batch = self.prepare(batch)
         removed, seen, target = self.inputs(batch)
         prediction = self.predict_image(seen)
-        with torch.autocast(batch.clip.device.type, enabled=False):
+        with full_precision(batch.clip):
             counts = removed.count().clamp(min=1)
             loss = self.loss(prediction.float(), target, removed, counts)
             with torch.no_grad():

@@ -21,7 +21,7 @@ ALLOWED = {
     "train": {"batch", "data", "distributed", "logbook", "objectives", "optim", "parallel", "schedule"},
     "evaluate": {"batch", "data", "distributed", "logbook", "objectives", "parallel"},
     "flops": {"models"},
-    "parallel": {"distributed"},
+    "parallel": {"distributed", "objectives"},
     "logbook": {"distributed"},
     "optim": set(),
     "objectives": {"models", "batch", "masking", "weights"},
