@@ -14,6 +14,9 @@ strip is known when a kernel is compiled, for strips start at multiples of the s
 The launches go to the current CUDA device, which has to be the one that holds the tensors.
 """
 
+# mypy: disable-error-code="import-untyped, no-untyped-def, assignment"
+# (Triton has no types: what the kernels take is its own business, and so is a tuple of sums that grows.)
+
 import math
 from collections.abc import Sequence
 
@@ -26,8 +29,9 @@ from torch.library import triton_op, wrap_triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _THREADS = 128  # of a program: Triton's own choice of four warps
-_LOAD_BYTES = 16  # the widest load of one thread
-_STRIPS = (8, 7, 6, 5, 4)  # places of a strip; a strip of 8 takes 64 registers of a thread's 255
+# One thread's load: 16 bytes would save instructions, but twice the sums halve the warps that a multiprocessor holds.
+_LOAD_BYTES = 8
+_STRIPS = (8, 7, 6, 5, 4)  # places of a strip
 _PROGRAMS = 1024  # of `grad_weight`: a few for each multiprocessor, and partial sums of a few megabytes
 _INT32 = 2**31
 
@@ -75,12 +79,6 @@ def _taps(ptr, channels, mask, KW: tl.constexpr):
 
 
 @triton.jit
-def _add(sums, i: tl.constexpr, value, tap):
-    """`sums` with value * tap added to the i-th (a fused multiply-add by name: Triton's default is to change)."""
-    return sums[:i] + (tl.fma(value, tap, sums[i]),) + sums[i + 1 :]
-
-
-@triton.jit
 def _forward_kernel(
     x_ptr,
     table_ptr,
@@ -114,20 +112,22 @@ def _forward_kernel(
     sums = _zeros(STRIP, BLOCK_P, BLOCK_D)
     x_ptr += sample * x_batch + d
     table_ptr += d % channels
-    for a in tl.static_range(KT):
-        for e in tl.static_range(KH):
-            at_t = t * ST + (a - KT // 2)
-            at_h = h * SH + (e - KH // 2)
-            at_w = w * SW - KW // 2
-            ok = inside & known & (at_t >= 0) & (at_t < t_in) & (at_h >= 0) & (at_h < h_in)
-            line = x_ptr + ((at_t * h_in + at_h) * w_in + at_w) * X_TOKEN
-            taps = _taps(table_ptr + (a * KH + e) * KW * channels, channels, known, KW)
-            for j in tl.static_range((STRIP - 1) * SW + KW):
-                seen = ok & (at_w + j >= 0) & (at_w + j < w_in)
-                value = tl.load(line + j * X_TOKEN, mask=seen, other=0.0).to(tl.float32)
-                for k in tl.static_range(KW):
-                    if j >= k and (j - k) % SW == 0 and (j - k) // SW < STRIP:
-                        sums = _add(sums, (j - k) // SW, value, taps[k])
+    for row in tl.range(KT * KH, loop_unroll_factor=KT * KH if STRIP == 1 else 1):
+        a, e = row // KH, row % KH
+        at_t = t * ST + (a - KT // 2)
+        at_h = h * SH + (e - KH // 2)
+        at_w = w * SW - KW // 2
+        ok = inside & known & (at_t >= 0) & (at_t < t_in) & (at_h >= 0) & (at_h < h_in)
+        line = x_ptr + ((at_t * h_in + at_h) * w_in + at_w) * X_TOKEN
+        taps = _taps(table_ptr + row * KW * channels, channels, known, KW)
+        for j in tl.static_range((STRIP - 1) * SW + KW):
+            seen = ok & (at_w + j < w_in)
+            if j < KW // 2:
+                seen = seen & (at_w + j >= 0)
+            value = tl.load(line + j * X_TOKEN, mask=seen, other=0.0).to(tl.float32)
+            for i in tl.static_range(STRIP):
+                if j - i * SW >= 0 and j - i * SW < KW:
+                    sums = sums[:i] + (tl.fma(value, taps[j - i * SW], sums[i]),) + sums[i + 1 :]
     y_ptr += (((sample * t_out + t) * h_out + h) * w_out + w) * width + d
     for i in tl.static_range(STRIP):
         tl.store(y_ptr + i * width, sums[i].to(y_ptr.dtype.element_ty), mask=inside & known & (w + i < w_out))
@@ -173,23 +173,27 @@ def _grad_input_kernel(
     sums = _zeros(STRIP, BLOCK_P, BLOCK_D)
     grad_ptr += sample * grad_batch + d
     table_ptr += d % channels
-    for m in tl.static_range((KT + ST - 1) // ST):
-        for n in tl.static_range((KH + SH - 1) // SH):
-            a = (t + KT // 2) % ST + m * ST
-            e = (h + KH // 2) % SH + n * SH
-            at_t = (t + KT // 2) // ST - m
-            at_h = (h + KH // 2) // SH - n
-            at_w = w // SW + FIRST
-            met = inside & known & (a < KT) & (e < KH)
-            ok = met & (at_t >= 0) & (at_t < t_out) & (at_h >= 0) & (at_h < h_out)
-            line = grad_ptr + ((at_t * h_out + at_h) * w_out + at_w) * GRAD_TOKEN
-            taps = _taps(table_ptr + (a * KH + e) * KW * channels, channels, met, KW)
-            for j in tl.static_range(LAST - FIRST + 1):
-                seen = ok & (at_w + j >= 0) & (at_w + j < w_out)
-                value = tl.load(line + j * GRAD_TOKEN, mask=seen, other=0.0).to(tl.float32)
-                for k in tl.static_range(KW):
-                    if (FIRST + j) * SW + k - KW // 2 >= 0 and (FIRST + j) * SW + k - KW // 2 < STRIP:
-                        sums = _add(sums, (FIRST + j) * SW + k - KW // 2, value, taps[k])
+    ROWS: tl.constexpr = (KH + SH - 1) // SH
+    for row in tl.range((KT + ST - 1) // ST * ROWS, loop_unroll_factor=1):
+        m, n = row // ROWS, row % ROWS
+        a = (t + KT // 2) % ST + m * ST
+        e = (h + KH // 2) % SH + n * SH
+        at_t = (t + KT // 2) // ST - m
+        at_h = (h + KH // 2) // SH - n
+        at_w = w // SW + FIRST
+        met = inside & known & (a < KT) & (e < KH)
+        ok = met & (at_t >= 0) & (at_t < t_out) & (at_h >= 0) & (at_h < h_out)
+        line = grad_ptr + ((at_t * h_out + at_h) * w_out + at_w) * GRAD_TOKEN
+        taps = _taps(table_ptr + (a * KH + e) * KW * channels, channels, met, KW)
+        for j in tl.static_range(LAST - FIRST + 1):
+            seen = ok & (at_w + j < w_out)
+            if FIRST + j < 0:
+                seen = seen & (at_w + j >= 0)
+            value = tl.load(line + j * GRAD_TOKEN, mask=seen, other=0.0).to(tl.float32)
+            for i in tl.static_range(STRIP):
+                if i + KW // 2 - (FIRST + j) * SW >= 0 and i + KW // 2 - (FIRST + j) * SW < KW:
+                    tap = taps[i + KW // 2 - (FIRST + j) * SW]
+                    sums = sums[:i] + (tl.fma(value, tap, sums[i]),) + sums[i + 1 :]
     dx_ptr += (((sample * t_in + t) * h_in + h) * w_in + w) * width + d
     for i in tl.static_range(STRIP):
         tl.store(dx_ptr + i * width, sums[i].to(dx_ptr.dtype.element_ty), mask=inside & known & (w + i < w_in))
@@ -242,19 +246,20 @@ def _grad_weight_kernel(
         for i in tl.static_range(STRIP):
             value = tl.load(row + i * GRAD_TOKEN, mask=inside & (w + i < w_out), other=0.0)
             grads = grads + (value.to(tl.float32),)
-        for a in tl.static_range(KT):
-            for e in tl.static_range(KH):
-                at_t = t * ST + (a - KT // 2)
-                at_h = h * SH + (e - KH // 2)
-                at_w = w * SW - KW // 2
-                ok = inside & (at_t >= 0) & (at_t < t_in) & (at_h >= 0) & (at_h < h_in)
-                line = x_ptr + sample * x_batch + ((at_t * h_in + at_h) * w_in + at_w) * X_TOKEN + d
-                for j in tl.static_range((STRIP - 1) * SW + KW):
-                    seen = ok & (at_w + j >= 0) & (at_w + j < w_in)
-                    value = tl.load(line + j * X_TOKEN, mask=seen, other=0.0).to(tl.float32)
-                    for k in tl.static_range(KW):
-                        if j >= k and (j - k) % SW == 0 and (j - k) // SW < STRIP:
-                            sums = _add(sums, (a * KH + e) * KW + k, value, grads[(j - k) // SW])
+        for row in tl.static_range(KT * KH):
+            at_t = t * ST + (row // KH - KT // 2)
+            at_h = h * SH + (row % KH - KH // 2)
+            at_w = w * SW - KW // 2
+            ok = inside & (at_t >= 0) & (at_t < t_in) & (at_h >= 0) & (at_h < h_in)
+            line = x_ptr + sample * x_batch + ((at_t * h_in + at_h) * w_in + at_w) * X_TOKEN + d
+            for j in tl.static_range((STRIP - 1) * SW + KW):
+                seen = ok & (at_w + j < w_in)
+                if j < KW // 2:
+                    seen = seen & (at_w + j >= 0)
+                value = tl.load(line + j * X_TOKEN, mask=seen, other=0.0).to(tl.float32)
+                for n in tl.static_range(row * KW, row * KW + KW):  # taps of the row
+                    if j >= n - row * KW and (j - n + row * KW) % SW == 0 and (j - n + row * KW) // SW < STRIP:
+                        sums = sums[:n] + (tl.fma(value, grads[(j - n + row * KW) // SW], sums[n]),) + sums[n + 1 :]
     d = first_d + tl.arange(0, BLOCK_D)
     for n in tl.static_range(KT * KH * KW):
         tl.store(partial_ptr + (program * KT * KH * KW + n) * width + d, tl.sum(sums[n], axis=0), mask=d < width)
