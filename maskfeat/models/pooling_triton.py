@@ -105,7 +105,11 @@ def _forward_kernel(
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """y[p] = sum over taps k of x[p * stride + k - K // 2] * weight[k]; a strip holds STRIP places of y."""
+    """y[p] = sum over taps k of x[p * stride + k - K // 2] * weight[k]; a strip holds STRIP places of y.
+
+    The loop over rows of taps stays a loop, for small code and few registers, but for strips of one place: those have
+    little else to do while they wait for memory.
+    """
     place, d = _program(tl.program_id(0), width, BLOCK_P, BLOCK_D)
     sample, t, h, w = _coordinates(place, t_out, h_out, w_out, STRIP, WIDE)
     inside, known = place < strips, d < width
@@ -241,10 +245,10 @@ def _grad_weight_kernel(
         place = program * chunk + start + tl.arange(0, BLOCK_P)[:, None]
         sample, t, h, w = _coordinates(place, t_out, h_out, w_out, STRIP, WIDE)
         inside = (place < strips) & (d < width)
-        row = grad_ptr + sample * grad_batch + ((t * h_out + h) * w_out + w) * GRAD_TOKEN + d
+        own = grad_ptr + sample * grad_batch + ((t * h_out + h) * w_out + w) * GRAD_TOKEN + d
         grads = ()
         for i in tl.static_range(STRIP):
-            value = tl.load(row + i * GRAD_TOKEN, mask=inside & (w + i < w_out), other=0.0)
+            value = tl.load(own + i * GRAD_TOKEN, mask=inside & (w + i < w_out), other=0.0)
             grads = grads + (value.to(tl.float32),)
         for row in tl.static_range(KT * KH):
             at_t = t * ST + (row // KH - KT // 2)
@@ -260,9 +264,10 @@ def _grad_weight_kernel(
                 for n in tl.static_range(row * KW, row * KW + KW):  # taps of the row
                     if j >= n - row * KW and (j - n + row * KW) % SW == 0 and (j - n + row * KW) // SW < STRIP:
                         sums = sums[:n] + (tl.fma(value, grads[(j - n + row * KW) // SW], sums[n]),) + sums[n + 1 :]
-    d = first_d + tl.arange(0, BLOCK_D)
+    flat_d = first_d + tl.arange(0, BLOCK_D)  # the program's channels again, on one axis
     for n in tl.static_range(KT * KH * KW):
-        tl.store(partial_ptr + (program * KT * KH * KW + n) * width + d, tl.sum(sums[n], axis=0), mask=d < width)
+        to = partial_ptr + (program * KT * KH * KW + n) * width + flat_d
+        tl.store(to, tl.sum(sums[n], axis=0), mask=flat_d < width)
 
 
 def _token_stride(x: Tensor) -> int:
@@ -412,10 +417,10 @@ def grad_weight(x: Tensor, grad: Tensor, weight_shape: Sequence[int], stride: Se
     out = tuple(grad.shape[1:4])
     assert pooled_size(size, kernel, stride) == out, (x.shape, grad.shape, weight_shape, stride)
     strip = _forward_strip(out[2], stride[2], kernel[2])
-    block_p, block_d = _block(width, 2 * _THREADS)  # two channels a thread: kt * kh * kw sums of each are held
+    block_p, block_d = _block(width, _THREADS * 4 // x.element_size())  # few channels a thread: each has all its sums
     strips = batch * out[0] * out[1] * triton.cdiv(out[2], strip)
     blocks_d = triton.cdiv(width, block_d)
-    chunk = triton.cdiv(strips, max(_PROGRAMS // blocks_d, 1) * block_p) * block_p
+    chunk = max(triton.cdiv(strips, max(_PROGRAMS // blocks_d, 1) * block_p), 1) * block_p
     programs = triton.cdiv(strips, chunk)
     partial = torch.empty((programs, math.prod(kernel), width), dtype=torch.float32, device=x.device)
     wrap_triton(_grad_weight_kernel)[(programs * blocks_d,)](
@@ -438,5 +443,5 @@ def grad_weight(x: Tensor, grad: Tensor, weight_shape: Sequence[int], stride: Se
         block_d,
         _wide(x, grad),
     )
-    summed = partial.view(programs, -1, width // channels, channels).sum((0, 2))
+    summed = partial.view(programs, math.prod(kernel), width // channels, channels).sum((0, 2))
     return summed.t().reshape(channels, 1, *kernel)
