@@ -163,6 +163,14 @@ def test_offsets_past_int32(few_programs: None) -> None:
     assert_rounded(pooling.grad_weight(x, x, weight.shape, (1, 1, 1)), dw, size=5)
 
 
+@interpreted
+def test_no_samples() -> None:
+    x, weight = torch.empty(0, 2, 3, 3, 24), torch.ones(12, 1, 3, 3, 3)
+    assert pooling.forward(x, weight, (1, 1, 1)).shape == x.shape
+    assert pooling.grad_input(x, weight, (1, 1, 1), (2, 3, 3)).shape == x.shape
+    assert torch.equal(pooling.grad_weight(x, x, weight.shape, (1, 1, 1)), torch.zeros_like(weight))
+
+
 def test_layouts_that_are_refused() -> None:
     x, weight, *_ = make("stride_1", torch.float32)
     spread = torch.empty(*x.shape[:-1], 2 * x.shape[-1])[..., ::2]
