@@ -36,8 +36,10 @@ def _kernels() -> ModuleType | None:
     return pooling_triton
 
 
-def _on_gpu(x: Tensor) -> ModuleType | None:
-    return _kernels() if x.is_cuda else None
+def _on_gpu(x: Tensor, weight: Tensor) -> ModuleType | None:
+    """The kernels for CUDA, where they can do it: odd kernels, and not in float64."""
+    odd = all(side % 2 for side in weight.shape[2:])
+    return _kernels() if x.is_cuda and odd and x.dtype != torch.float64 else None
 
 
 def _padding(weight: Tensor) -> list[int]:
@@ -46,7 +48,7 @@ def _padding(weight: Tensor) -> list[int]:
 
 def _forward(x: Tensor, weight: Tensor, stride: Triple) -> Tensor:
     """x (B, T, H, W, D), weight (C, 1, kt, kh, kw) -> (B, T', H', W', D) of the dtype of x."""
-    kernels = _on_gpu(x)
+    kernels = _on_gpu(x, weight)
     if kernels is not None:
         return kernels.forward(x, weight, stride)
     dtype = _working_dtype(x)
@@ -79,7 +81,7 @@ def _frame_gradient(grad: Tensor, frames: Tensor, weight: Tensor, stride: Triple
 
 def _grad_input(grad: Tensor, weight: Tensor, stride: Triple, size: Triple) -> Tensor:
     """grad (B, T', H', W', D) -> (B, T, H, W, D) with `size` = (T, H, W)."""
-    kernels = _on_gpu(grad)
+    kernels = _on_gpu(grad, weight)
     if kernels is not None:
         return kernels.grad_input(grad, weight, stride, size)
     odd = all(side % 2 for side in weight.shape[2:])
@@ -132,7 +134,7 @@ def _grad_in_3d(grad: Tensor, weight: Tensor, stride: Triple, size: Triple) -> T
 
 def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor, stride: Triple) -> Tensor:
     """x (B, T, H, W, D), grad (B, T', H', W', D) -> float32 (or float64) of the shape of weight (C, 1, kt, kh, kw)."""
-    kernels = _on_gpu(x)
+    kernels = _on_gpu(x, weight)
     if kernels is not None:
         return kernels.grad_weight(x, grad, tuple(weight.shape), stride)
     dtype, groups = _working_dtype(x), x.shape[-1]
@@ -180,7 +182,7 @@ class _PoolTokens(torch.autograd.Function):
         for (part, into), weight, stride, grad in zip(columns, weights, strides, grads, strict=True):
             into[:, :prefix] = grad[:, :prefix]
             small = conv_grid(grid, weight.shape[2:], stride, _padding(weight))
-            grad = grad[:, prefix:].unflatten(1, small)
+            grad = grad.contiguous()[:, prefix:].unflatten(1, small)
             into[:, prefix:] = _grad_input(grad, weight, stride, grid).flatten(1, 3)
             of_weights.append(_grad_weight(part[:, prefix:].unflatten(1, grid), grad, weight, stride).to(weight.dtype))
         return of_tokens, None, None, None, *of_weights

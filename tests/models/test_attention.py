@@ -40,24 +40,25 @@ def textbook(
 )
 def test_folding_is_exact(grid: tuple[int, ...], keys: tuple[int, ...], prefix: int) -> None:
     draw = torch.Generator().manual_seed(1)
-    shape = (2, 3, prefix + math.prod(grid), 10)
+    shape = (2, prefix + math.prod(grid), 3, 10)
     q = torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True)
     k, v = (
-        torch.randn(2, 3, prefix + math.prod(keys), 10, generator=draw, dtype=torch.float64, requires_grad=True)
+        torch.randn(2, prefix + math.prod(keys), 3, 10, generator=draw, dtype=torch.float64, requires_grad=True)
         for _ in "kv"
     )
     axes = tuple(range(len(grid)))
     tables = [
-        torch.randn(table_rows(a, b), 10, generator=draw, dtype=torch.float64)[relative_index(a, b)]
+        torch.randn(table_rows(a, b), 10, generator=draw, dtype=torch.float64)[relative_index(a, b)].requires_grad_()
         for a, b in zip(grid, keys, strict=True)
     ]
     places = key_places(keys, prefix, axes).double()
-    folded = folded_attention(q, k, v, tables, places, grid, axes)
-    expected = textbook(q, k, v, tables, grid, keys)
+    folded, wide = (x[..., :10] for x in folded_attention(q, k, v, tables, places, grid, axes))
+    assert torch.equal(wide, q)
+    expected = textbook(*(x.transpose(1, 2) for x in (q, k, v)), tables, grid, keys).transpose(1, 2)
     torch.testing.assert_close(folded, expected, rtol=0, atol=1e-10)
     weight = torch.randn(expected.shape, generator=draw, dtype=torch.float64)
-    mine = torch.autograd.grad((folded * weight).sum(), (q, k, v))
-    theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    mine = torch.autograd.grad((folded * weight).sum(), (q, k, v, *tables))
+    theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v, *tables))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
@@ -91,7 +92,6 @@ def test_class_token_skips_pooling() -> None:
     moved = x.clone()
     moved[:, 0] += 1.0  # changes the class token alone
     with torch.no_grad():
-        qkv = attention.qkv(torch.cat([x, moved])).reshape(2, 33, 3, 2, 8)
-        pooled = attention._pool(qkv[:, :, 0], attention.pool_q, attention.norm_q)
-    assert not torch.allclose(pooled[0, :, 0], pooled[1, :, 0])
-    torch.testing.assert_close(pooled[0, :, 1:], pooled[1, :, 1:])
+        pooled, *_ = attention.pooled(attention.qkv(torch.cat([x, moved])))
+    assert not torch.allclose(pooled[0, 0], pooled[1, 0])
+    torch.testing.assert_close(pooled[0, 1:], pooled[1, 1:])

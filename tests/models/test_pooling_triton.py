@@ -23,6 +23,8 @@ from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
+from maskfeat.models import pooling as tokenwise
+
 triton = pytest.importorskip("triton")
 pooling = pytest.importorskip("maskfeat.models.pooling_triton")
 
@@ -164,6 +166,25 @@ def test_offsets_past_int32(few_programs: None) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("grid", [(2, 5, 6), (5, 6)])
+def test_pool_tokens_through_the_kernels(
+    grid: tuple[int, ...], few_programs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a model calls, with the kernels in place of PyTorch's convolutions."""
+    strides = [(1,) * len(grid), *[(1, 2, 2)[-len(grid) :]] * 2]
+    weights = [torch.randn(12, 1, *(3,) * len(grid), requires_grad=True) for _ in range(3)]
+    tokens = torch.randn(2, 1 + math.prod(grid), 3 * 24, requires_grad=True)
+    grads = []
+    for kernels in (None, pooling):
+        monkeypatch.setattr(tokenwise, "_on_gpu", lambda x, weight, kernels=kernels: kernels)
+        outputs = tokenwise.pool_tokens(tokens, 1, grid, strides, weights)
+        loss = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in outputs)
+        grads.append([*outputs, *torch.autograd.grad(loss, [tokens, *weights])])
+    for theirs, mine in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
 def test_no_samples() -> None:
     x, weight = torch.empty(0, 2, 3, 3, 24), torch.ones(12, 1, 3, 3, 3)
     assert pooling.forward(x, weight, (1, 1, 1)).shape == x.shape
@@ -270,7 +291,7 @@ def test_compiles_without_spills(name: str, dtype: str, monkeypatch: pytest.Monk
         print(name, dtype, kernel_name, takes, f"SHARED:{made.metadata.shared}")  # shown with -s
         # Whole vectors are read, and threads exchange nothing but the last sums.
         assert ".b16" not in "".join(re.findall(r"ld\.global\S*", made.asm["ptx"])), kernel_name
-        assert kernel_name == "_grad_weight_kernel" or made.metadata.shared == 0, kernel_name
+        assert kernel_name == "grad_weight_kernel" or made.metadata.shared == 0, kernel_name
 
 
 class Pool(torch.autograd.Function):

@@ -5,8 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from maskfeat.objectives.hog import hog, hog_tokens
+from maskfeat.objectives.hog import (
+    cut_patches,
+    gradients,
+    histograms,
+    hog,
+    hog_tokens,
+    pad_border,
+    patch_features,
+    pixel_weights,
+)
 
 
 def slow_hog(image: np.ndarray, bins: int, cell: int, window: int) -> np.ndarray:
@@ -83,3 +94,76 @@ def test_sizes_that_do_not_fit() -> None:
         hog(torch.zeros(1, 3, 20, 16))
     with pytest.raises(ValueError, match="MASK.HOG_GAUSSIAN_WINDOW"):
         hog(torch.zeros(1, 3, 24, 24), window=16)
+
+
+def test_patches_are_cut_with_their_border() -> None:
+    clip = torch.randn(2, 3, 4, 12, 20)
+    padded = pad_border(clip)
+    assert torch.equal(padded, torch.stack([F.pad(c, (1, 1, 1, 1), mode="reflect") for c in clip.unbind(1)], dim=1))
+    places = [(0, 0, 0, 0), (1, 3, 2, 4), (1, 0, 1, 2), (0, 2, 2, 0)]
+    patches = cut_patches(padded, torch.tensor(places).T.unbind(), 4)
+    for patch, (sample, frame, row, column) in zip(patches, places, strict=True):
+        assert torch.equal(patch, padded[sample, :, frame, 4 * row : 4 * row + 6, 4 * column : 4 * column + 6])
+
+
+@pytest.mark.parametrize("window", [0, 8, 16, 32])
+def test_patches_have_the_features_of_the_image(window: int) -> None:
+    images = torch.randn(2, 3, 32, 64)
+    whole = hog_tokens(hog(images, 9, 4, window), 2)
+    places = torch.cartesian_prod(torch.arange(2), torch.arange(1), torch.arange(4), torch.arange(8))
+    patches = cut_patches(pad_border(images.unsqueeze(2)), places.unbind(1), 8)
+    weight = None
+    if window:
+        line = pixel_weights(images, 4, window)
+        assert line is not None
+        weight = line.reshape(4, 8, 8, 8).transpose(1, 2).reshape(32, 1, 8, 8).repeat(2, 1, 1, 1)
+    assert torch.equal(patch_features(patches, 9, 4, weight), whole.flatten(0, 2))
+
+
+def bins_by_angle(gx: Tensor, gy: Tensor, bins: int) -> Tensor:
+    """The published formula; -1 where there is no gradient."""
+    angle = torch.floor(torch.atan2(gx, gy) / math.pi * bins).remainder(bins)
+    return torch.where((gx == 0) & (gy == 0), -1.0, angle)
+
+
+def bins_by_histograms(gx: Tensor, gy: Tensor, bins: int) -> Tensor:
+    """Which bin each gradient falls into, every pixel a cell of its own."""
+    votes = histograms(gx, gy, bins, cell=1) > 0
+    return torch.where(votes.any(dim=-3), votes.to(torch.uint8).argmax(dim=-3).float(), -1.0)
+
+
+def tie_heavy() -> Tensor:
+    """(6, 3, 64, 64): pixels of few values, where gradients lie along the axes; whole numbers, flat ground, noise."""
+    draw = torch.Generator().manual_seed(5)
+    few = torch.randint(0, 3, (3, 3, 64, 64), generator=draw).float()
+    many = torch.randint(0, 256, (1, 3, 64, 64), generator=draw) / 255
+    flat = torch.where(torch.rand(1, 3, 64, 64, generator=draw) < 0.1, 1.0, 0.25)
+    return torch.cat([few, (many - 0.45) / 0.225, flat, torch.randn(1, 3, 64, 64, generator=draw)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bins_are_those_of_the_angle(dtype: torch.dtype) -> None:
+    gx, gy = gradients(pad_border(tie_heavy().to(dtype)))
+    assert ((gx == 0) & (gy != 0)).float().mean() > 0.01 and ((gy == 0) & (gx != 0)).float().mean() > 0.01
+    assert torch.equal(bins_by_histograms(gx, gy, 9), bins_by_angle(gx, gy, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bins_around_half_a_turn(dtype: torch.dtype) -> None:
+    """Angles so close to half a turn that they round to it belong to bin 0, the next smaller ones to the last."""
+    steps = torch.arange(1, 60, dtype=dtype) * torch.finfo(dtype).eps / 16
+    for scale in (1.0, 1e-3, 777.0):
+        gx = (steps * scale).reshape(1, 1, 1, -1)
+        gy = torch.full_like(gx, -scale)
+        expected = bins_by_angle(gx, gy, 9)
+        assert {0.0, 8.0} == set(expected.flatten().tolist())
+        assert torch.equal(bins_by_histograms(gx, gy, 9), expected)
+
+
+@pytest.mark.slow
+def test_compiled_features_are_the_same() -> None:
+    """Bins included: a gradient that changed its bin would change features by far more than rounding."""
+    torch.compiler.reset()
+    patches = pad_border(tie_heavy().reshape(-1, 3, 16, 16))
+    compiled = torch.compile(patch_features)(patches, 9, 8)
+    torch.testing.assert_close(compiled, patch_features(patches, 9, 8), rtol=0, atol=1e-6)
