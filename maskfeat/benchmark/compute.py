@@ -1,0 +1,229 @@
+"""HOG targets, pooling attention and whole steps of pre-training, each against its plain formulation."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from yacs.config import CfgNode
+
+from benchmarks.textbook_hog import sobel
+from benchmarks.textbook_mvit import textbook_forward, use_textbook_attention
+from benchmarks.textbook_step import frames_of, textbook_loss, textbook_optimizer, textbook_step, textbook_target
+from maskfeat.batch import Batch
+from maskfeat.benchmark.cases import MVIT_S, VIT_B, Options, normalised, random_batch
+from maskfeat.benchmark.measure import NotTheSame, Row, check_same, compare, in_float32, in_turn, peak_mib
+from maskfeat.build import build_backbone, build_objective
+from maskfeat.distributed import World, seed_draws
+from maskfeat.logbook import Window
+from maskfeat.models.attention import PoolingAttention
+from maskfeat.objectives.maskfeat import MaskFeat
+from maskfeat.parallel import autocast, distribute
+from maskfeat.run import settings_of, training_state
+from maskfeat.train import optimisation_step
+
+HOG_TOLERANCE = 1e-6
+
+
+def hidden_target(objective: MaskFeat, batch: Batch) -> Tensor:
+    """The targets that the objective learns from, of hidden tokens alone: (n_hidden, F) float32."""
+    own: Callable[[Batch], Tensor] | None = getattr(objective, "hidden_target", None)
+    return own(batch) if own else objective.target(batch.clip)[objective.hidden_tokens(batch)]
+
+
+def maskfeat_objective(cfg: CfgNode) -> MaskFeat:
+    """The objective of a recipe. ValueError where that is not MaskFeat, the one with a textbook form here."""
+    objective = build_objective(cfg)
+    if not isinstance(objective, MaskFeat):
+        raise ValueError(f"--cfg must be a recipe of MaskFeat pre-training (MODEL.MODEL_NAME MaskMViT), not {cfg.TASK}")
+    return objective
+
+
+class Picture(NamedTuple):
+    """Clips (B, 3, ...) to check HOG on; `exact`: sums of their values have no rounding error in float32."""
+
+    clip: Tensor
+    exact: bool
+
+
+def pictures_for_check(like: Tensor, cfg: CfgNode) -> dict[str, Picture]:
+    """Noise, grey levels, and pictures full of gradients on the edge of a bin, of the shape of `like` (B, 3, ...)."""
+    draw = torch.Generator().manual_seed(1)
+    side = like.shape[-1]
+    blocks = torch.randint(0, 8, (*like.shape[:-2], -(-side // 4), -(-side // 4)), generator=draw)
+    blocks = blocks.repeat_interleave(4, -1).repeat_interleave(4, -2)[..., :side, :side]
+    levels = torch.randint(0, 256, like.shape, generator=draw)
+    pictures = {
+        "noise": Picture(torch.randn(like.shape, generator=draw), False),
+        "grey levels": Picture(normalised(levels / 255, cfg), False),
+        "few levels": Picture(torch.randint(0, 4, like.shape, generator=draw) / 8, True),
+        "blocks": Picture(blocks / 8, True),
+        "blocks of grey levels": Picture(normalised(blocks * 32 / 255, cfg), False),
+    }
+    return {name: Picture(picture.clip.to(like.device), picture.exact) for name, picture in pictures.items()}
+
+
+def uncertain_cells(images: Tensor, bins: int, cell: int) -> Tensor:
+    """(N, 3, bins, H / cell, W / cell) bool: cells with a pixel whose bin hangs on how float32 rounds.
+
+    The sums of a gradient come out differently in every order of adding, by up to `slack`. Where that can carry it
+    over the edge of a bin, no formulation is more right than the other.
+    """
+    gx, gy = sobel(images.double())
+    slack = 8 * torch.finfo(torch.float32).eps * images.abs().max().double()
+    place = torch.atan2(gx, gy) / math.pi * bins
+    distance = (place - place.round()).abs() * math.pi / bins * torch.hypot(gx, gy)  # to the nearest edge
+    near = F.max_pool2d((distance <= slack).float(), cell) > 0
+    return near[:, :, None].expand(-1, -1, bins, -1, -1)
+
+
+def check_hog(objective: MaskFeat, batch: Batch, cfg: CfgNode) -> str:
+    """Our targets against the textbook's on every picture; in words what was found.
+
+    Raises:
+        NotTheSame: where a number differs by more than HOG_TOLERANCE, cells aside whose bins hang on rounding.
+    """
+    hidden = objective.hidden_tokens(batch)
+    largest, beyond, numbers = 0.0, 0, 0
+    for name, picture in pictures_for_check(batch.clip, cfg).items():
+        given = Batch(clip=picture.clip, hidden=batch.hidden)
+        apart = (hidden_target(objective, given) - textbook_target(objective, given)).abs()
+        numbers += apart.numel()
+        beyond += int((apart > HOG_TOLERANCE).sum())
+        if not picture.exact:
+            frames = frames_of(objective, given)
+            cells = uncertain_cells(frames, objective.bins, objective.cell)
+            apart[tokens_of(cells, objective.cells)[hidden.flatten()]] = 0.0
+        largest = max(largest, apart.max().item())
+        if not largest <= HOG_TOLERANCE:
+            raise NotTheSame(
+                f"HOG of {name}: ours and the textbook's are {largest:.1e} apart (at most {HOG_TOLERANCE:g})"
+            )
+    return f"{largest:.0e} apart; {beyond} of {numbers} numbers on rounding ties"
+
+
+def tokens_of(cells: Tensor, side: int) -> Tensor:
+    """(N, 3, bins, H, W) by cell -> (N tokens, F), in the order of the targets."""
+    split = cells.flatten(1, 2).unfold(2, side, side).unfold(3, side, side)
+    return split.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+
+
+def measure_hog(options: Options) -> Iterator[Row]:
+    """Targets of the hidden tokens of a batch of images (or of clips, with a video recipe)."""
+    cfg = options.recipe(VIT_B, 16)
+    objective = maskfeat_objective(cfg).to(options.device)
+    batch = random_batch(cfg, options.device)
+    note = check_hog(objective, batch, cfg)
+    share = objective.hidden_tokens(batch).float().mean().item()
+    sides = {
+        "textbook": lambda: textbook_target(objective, batch),
+        "ours": lambda: hidden_target(objective, batch),
+    }
+    with torch.no_grad():
+        what = f"HOG targets, {_size(batch)}, {share:.0%} hidden"
+        yield compare(what, sides, options.repeats, options.device, asked=">= 20x", note=note)
+
+
+def _size(batch: Batch) -> str:
+    """8 x 224 x 224."""
+    return " x ".join(str(n) for n in (len(batch), *batch.clip.shape[2:]))
+
+
+def distinct_attentions(cfg: CfgNode) -> list[tuple[str, PoolingAttention]]:
+    """One module for each shape of attention among the blocks of a recipe, and which blocks have it."""
+    backbone = build_backbone(cfg)
+    assert isinstance(backbone, torch.nn.Module)
+    found: dict[tuple[object, ...], list[tuple[int, PoolingAttention]]] = {}
+    modules = [module for module in backbone.modules() if isinstance(module, PoolingAttention)]
+    for number, module in enumerate(modules):
+        shape = (module.grid, module.q_grid, module.kv_grid, module.num_heads, module.head_width)
+        found.setdefault(shape, []).append((number, module))
+    if not found:
+        raise ValueError("--cfg must be a recipe of an MViTv2 to measure its attention: this one pools nothing")
+    return [(_block_name([number for number, _ in same]), same[0][1]) for same in found.values()]
+
+
+def _block_name(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return f"block {numbers[0]}"
+    return f"blocks {numbers[0]}-{numbers[-1]} ({len(numbers)})"
+
+
+def measure_attention(options: Options) -> Iterator[Row]:
+    """Forward and backward of each distinct shape of pooling attention in a recipe."""
+    torch.manual_seed(0)
+    cfg = options.recipe(MVIT_S, 1)
+    for name, module in distinct_attentions(cfg):
+        yield _attention(name, module.to(options.device), cfg.TRAIN.BATCH_SIZE, options)
+
+
+def _attention(name: str, module: PoolingAttention, batch: int, options: Options) -> Row:
+    shape = (batch, module.prefix + math.prod(module.grid), module.num_heads * module.head_width)
+    x = torch.randn(shape, device=options.device, requires_grad=True)
+    leaves = [x, *module.parameters()]
+    upstream = torch.randn_like(module(x))
+
+    def passes(out: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return out.detach(), torch.autograd.grad(out, leaves, upstream)
+
+    sides = {"textbook": lambda: passes(textbook_forward(module, x)), "ours": lambda: passes(module(x))}
+    what = f"attention {name}: {_times(module.q_grid)} q, {_times(module.kv_grid)} kv, {module.num_heads} heads"
+    with in_float32():
+        (out, gradients), (expected, theirs) = sides["ours"](), sides["textbook"]()
+    note = check_same(what, out, expected, gradients, theirs)
+    del out, gradients, expected, theirs
+    return compare(what, sides, options.repeats, options.device, note=note)
+
+
+def _times(grid: tuple[int, ...]) -> str:
+    return "x".join(str(n) for n in grid)
+
+
+def measure_step(options: Options) -> Iterator[Row]:
+    """Whole steps: MViTv2-S and ViT-B, or the recipe given."""
+    yield _step(options, MVIT_S, 1, ">= 2x, memory <= 0.5x")
+    if options.cfg is None:
+        yield _step(options, VIT_B, 4, "")
+
+
+def _step(options: Options, default: str, batch_size: int, asked: str) -> Row:
+    """One recipe. Ours is the program's own step on what a run builds; memory is that of forward and backward."""
+    cfg = options.recipe(default, batch_size)
+    world, device = World(), options.device
+    plain = maskfeat_objective(cfg).to(device)  # first: it says where a recipe has no textbook form
+    seed_draws(cfg.RNG_SEED)
+    training, settings = training_state(cfg, device), settings_of(cfg)
+    objective, optimizer = training.objective, training.optimizer
+    plain.load_state_dict(objective.state_dict())
+    use_textbook_attention(plain)
+    plain_optimizer = textbook_optimizer(optimizer, plain, objective)
+    model = distribute(objective, world)
+    batch, window = random_batch(cfg, device), Window()
+
+    def passes(ours: bool, precision: str) -> Tensor:
+        """Forward and backward alone, from no gradients: the loss."""
+        (objective if ours else plain).zero_grad(set_to_none=True)
+        with autocast(device, precision):
+            loss = model(batch).loss if ours else textbook_loss(plain, batch)
+        loss.backward()
+        return loss.detach()
+
+    what = f"step of {Path(options.cfg or default).stem}, {_size(batch)}"
+    with in_float32():
+        loss, expected = passes(True, "off"), passes(False, "off")
+    mine, theirs = ([p.grad for p in side.parameters()] for side in (objective, plain))
+    note = f"{check_same(what, loss, expected, mine, theirs)}, timed in {settings.precision.replace('off', 'fp32')}"
+    del mine, theirs
+    sides = {
+        "textbook": lambda: textbook_step(plain, plain_optimizer, batch, settings.clip_norm, settings.precision),
+        "ours": lambda: optimisation_step(model, objective, optimizer, training.scaler, batch, settings, window, world),
+    }
+    seconds = in_turn(sides, options.repeats, device)
+    for side in (objective, plain):
+        side.zero_grad(set_to_none=True)
+    plain_mib = peak_mib(lambda: passes(False, settings.precision), device)
+    ours_mib = peak_mib(lambda: passes(True, settings.precision), device)
+    return Row(what, seconds["textbook"], seconds["ours"], plain_mib, ours_mib, asked, note)
