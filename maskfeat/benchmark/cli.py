@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from maskfeat.benchmark.cases import Options, scratch
-from maskfeat.benchmark.compute import measure_attention, measure_hog, measure_step
+from maskfeat.benchmark.compute import measure_attention, measure_hog
 from maskfeat.benchmark.measure import NotTheSame, Row
 from maskfeat.benchmark.reading import measure_decode, measure_images, measure_video
 from maskfeat.benchmark.report import machine, machine_line, table, training_table, write_json
+from maskfeat.benchmark.steps import measure_step
 from maskfeat.benchmark.training import Training, measure_training
 
 logger = logging.getLogger(__name__)

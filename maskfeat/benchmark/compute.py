@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,19 +10,14 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from benchmarks.textbook_hog import sobel
-from benchmarks.textbook_mvit import textbook_forward, use_textbook_attention
-from benchmarks.textbook_step import frames_of, textbook_loss, textbook_optimizer, textbook_step, textbook_target
+from benchmarks.textbook_mvit import textbook_forward
+from benchmarks.textbook_step import frames_of, textbook_target
 from maskfeat.batch import Batch
 from maskfeat.benchmark.cases import MVIT_S, VIT_B, Options, normalised, random_batch
-from maskfeat.benchmark.measure import NotTheSame, Row, check_same, compare, in_float32, in_turn, peak_mib
+from maskfeat.benchmark.measure import NotTheSame, Row, check_same, compare, in_float32
 from maskfeat.build import build_backbone, build_objective
-from maskfeat.distributed import World, seed_draws
-from maskfeat.logbook import Window
 from maskfeat.models.attention import PoolingAttention
 from maskfeat.objectives.maskfeat import MaskFeat
-from maskfeat.parallel import autocast, distribute
-from maskfeat.run import settings_of, training_state
-from maskfeat.train import optimisation_step
 
 HOG_TOLERANCE = 1e-6
 
@@ -123,11 +117,11 @@ def measure_hog(options: Options) -> Iterator[Row]:
         "ours": lambda: hidden_target(objective, batch),
     }
     with torch.no_grad():
-        what = f"HOG targets, {_size(batch)}, {share:.0%} hidden"
+        what = f"HOG targets, {size_of(batch)}, {share:.0%} hidden"
         yield compare(what, sides, options.repeats, options.device, asked=">= 20x", note=note)
 
 
-def _size(batch: Batch) -> str:
+def size_of(batch: Batch) -> str:
     """8 x 224 x 224."""
     return " x ".join(str(n) for n in (len(batch), *batch.clip.shape[2:]))
 
@@ -180,50 +174,3 @@ def _attention(name: str, module: PoolingAttention, batch: int, options: Options
 
 def _times(grid: tuple[int, ...]) -> str:
     return "x".join(str(n) for n in grid)
-
-
-def measure_step(options: Options) -> Iterator[Row]:
-    """Whole steps: MViTv2-S and ViT-B, or the recipe given."""
-    yield _step(options, MVIT_S, 1, ">= 2x, memory <= 0.5x")
-    if options.cfg is None:
-        yield _step(options, VIT_B, 4, "")
-
-
-def _step(options: Options, default: str, batch_size: int, asked: str) -> Row:
-    """One recipe. Ours is the program's own step on what a run builds; memory is that of forward and backward."""
-    cfg = options.recipe(default, batch_size)
-    world, device = World(), options.device
-    plain = maskfeat_objective(cfg).to(device)  # first: it says where a recipe has no textbook form
-    seed_draws(cfg.RNG_SEED)
-    training, settings = training_state(cfg, device), settings_of(cfg)
-    objective, optimizer = training.objective, training.optimizer
-    plain.load_state_dict(objective.state_dict())
-    use_textbook_attention(plain)
-    plain_optimizer = textbook_optimizer(optimizer, plain, objective)
-    model = distribute(objective, world)
-    batch, window = random_batch(cfg, device), Window()
-
-    def passes(ours: bool, precision: str) -> Tensor:
-        """Forward and backward alone, from no gradients: the loss."""
-        (objective if ours else plain).zero_grad(set_to_none=True)
-        with autocast(device, precision):
-            loss = model(batch).loss if ours else textbook_loss(plain, batch)
-        loss.backward()
-        return loss.detach()
-
-    what = f"step of {Path(options.cfg or default).stem}, {_size(batch)}"
-    with in_float32():
-        loss, expected = passes(True, "off"), passes(False, "off")
-    mine, theirs = ([p.grad for p in side.parameters()] for side in (objective, plain))
-    note = f"{check_same(what, loss, expected, mine, theirs)}, timed in {settings.precision.replace('off', 'fp32')}"
-    del mine, theirs
-    sides = {
-        "textbook": lambda: textbook_step(plain, plain_optimizer, batch, settings.clip_norm, settings.precision),
-        "ours": lambda: optimisation_step(model, objective, optimizer, training.scaler, batch, settings, window, world),
-    }
-    seconds = in_turn(sides, options.repeats, device)
-    for side in (objective, plain):
-        side.zero_grad(set_to_none=True)
-    plain_mib = peak_mib(lambda: passes(False, settings.precision), device)
-    ours_mib = peak_mib(lambda: passes(True, settings.precision), device)
-    return Row(what, seconds["textbook"], seconds["ours"], plain_mib, ours_mib, asked, note)

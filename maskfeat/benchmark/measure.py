@@ -152,9 +152,14 @@ def in_float32() -> Iterator[None]:
 
 
 def check_same(
-    what: str, ours: Tensor, textbook: Tensor, mine: Sequence[Tensor | None], theirs: Sequence[Tensor | None]
+    what: str,
+    ours: Tensor,
+    textbook: Tensor,
+    mine: Sequence[Tensor | None],
+    theirs: Sequence[Tensor | None],
+    gradient_tolerance: float = GRADIENT_TOLERANCE,
 ) -> str:
-    """Outputs (or losses) and gradients of two sides, in float32; in words how far apart they are.
+    """Outputs (or losses) and gradients of two sides; in words how far apart they are.
 
     Raises:
         NotTheSame: where they are further apart than rounding explains.
@@ -167,9 +172,9 @@ def check_same(
     largest = max(b.abs().max().item() for _, b in pairs)
     apart = max((a - b).abs().max().item() for a, b in pairs) / largest
     # Written so that a NaN fails.
-    if not (out <= LOSS_TOLERANCE and apart <= GRADIENT_TOLERANCE):
+    if not (out <= LOSS_TOLERANCE and apart <= gradient_tolerance):
         raise NotTheSame(
             f"{what}: ours and the textbook's form are {out:.1e} apart in what comes out (at most {LOSS_TOLERANCE:g}) "
-            f"and {apart:.1e} in gradients (at most {GRADIENT_TOLERANCE:g} of the largest)"
+            f"and {apart:.1e} in gradients (at most {gradient_tolerance:g} of the largest)"
         )
     return f"out {out:.0e}, gradients {apart:.0e} apart"
