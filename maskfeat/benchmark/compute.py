@@ -64,13 +64,22 @@ def uncertain_cells(images: Tensor, bins: int, cell: int) -> Tensor:
     """(N, 3, bins, H / cell, W / cell) bool: cells with a pixel whose bin hangs on how float32 rounds.
 
     The sums of a gradient come out differently in every order of adding, by up to `slack`. Where that can carry it
-    over the edge of a bin, no formulation is more right than the other.
+    over the edge of a bin, or where hardly anything else is there, no formulation is more right than the other. Lines
+    whose left and right pixels are equal, as all are at a mirrored border, cancel in every order that takes them in
+    turn.
     """
     gx, gy = sobel(images.double())
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    level = padded[..., :-2] == padded[..., 2:]
+    cancels = level[:, :, :-2] & level[:, :, 1:-1] & level[:, :, 2:]
     slack = 8 * torch.finfo(torch.float32).eps * images.abs().max().double()
-    place = torch.atan2(gx, gy) / math.pi * bins
-    distance = (place - place.round()).abs() * math.pi / bins * torch.hypot(gx, gy)  # to the nearest edge
-    near = F.max_pool2d((distance <= slack).float(), cell) > 0
+    magnitude, place = torch.hypot(gx, gy), torch.atan2(gx, gy) / math.pi * bins
+    edge = place.round() * math.pi / bins
+    error = torch.where(cancels, 0.0, slack) * edge.cos().abs() + slack * edge.sin().abs()
+    distance = (place * math.pi / bins - edge).abs() * magnitude
+    near = F.max_pool2d(((distance <= error) & (error > 1e-3 * slack)).float(), cell) > 0
+    nothing = slack * F.avg_pool2d((magnitude <= slack).double(), cell)  # what rounding leaves on flat ground
+    near |= nothing > HOG_TOLERANCE / bins * F.avg_pool2d(magnitude, cell)
     return near[:, :, None].expand(-1, -1, bins, -1, -1)
 
 
