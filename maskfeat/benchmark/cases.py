@@ -62,7 +62,7 @@ class Options:
         path = self.cfg or str(CONFIGS / default)
         if self.compile:
             if "COMPILE" not in load_config(path).TRAIN:
-                raise ValueError("--compile: this version has no TRAIN.COMPILE, leave the option out")
+                raise ValueError("--compile: this version compiles nothing, leave the option out")
             fixed += ["TRAIN.COMPILE", "True"]
         return load_config(path, [*fixed, *settings, *self.opts])
 
