@@ -74,7 +74,8 @@ def _announce(cfg: CfgNode, objective: Objective, device: torch.device, world: W
     )
 
 
-def _training_state(cfg: CfgNode, device: torch.device) -> TrainingState:
+def training_state(cfg: CfgNode, device: torch.device) -> TrainingState:
+    """What a run trains, on its device, before anything is loaded."""
     objective = build_objective(cfg).to(device)
     optimizer = build_optimizer(cfg, objective)
     scaler = torch.amp.GradScaler(device.type, enabled=precision_of(cfg) == "fp16")
@@ -85,6 +86,20 @@ def _training_state(cfg: CfgNode, device: torch.device) -> TrainingState:
     if cfg.TRAIN.COMPILE:
         compile_parts(objective, device)
     return TrainingState(objective, optimizer, scaler, average)
+
+
+def settings_of(cfg: CfgNode) -> Settings:
+    """How the loop trains."""
+    return Settings(
+        max_epoch=cfg.SOLVER.MAX_EPOCH,
+        lr=lambda epoch: lr_at_epoch(cfg, epoch),
+        seed=cfg.RNG_SEED,
+        clip_norm=cfg.SOLVER.CLIP_GRAD_L2NORM,
+        clip_value=cfg.SOLVER.CLIP_GRAD_VAL,
+        precision=precision_of(cfg),
+        micro_batch=cfg.TRAIN.MICRO_BATCH_SIZE,
+        log_period=cfg.LOG_PERIOD,
+    )
 
 
 def _trained(training: TrainingState) -> dict[str, Objective]:
@@ -101,7 +116,7 @@ def run_training(
 ) -> dict[str, Objective]:
     """Train as configured; returns the trained objectives, on `device`, as `_trained` names them."""
     seed_draws(cfg.RNG_SEED)
-    training = _training_state(cfg, device)
+    training = training_state(cfg, device)
     objective = training.objective
     _announce(cfg, objective, device, world)
     loader = build_loader(cfg, "train", world)
@@ -113,16 +128,7 @@ def run_training(
         # Not earlier: a run that is refused leaves the folder of another one as it was.
         save_config(given.path, given.opts, cfg, cfg.OUTPUT_DIR)
     model = distribute(objective, world, static=not cfg.TRAIN.MICRO_BATCH_SIZE)
-    settings = Settings(
-        max_epoch=max_epoch,
-        lr=lambda epoch: lr_at_epoch(cfg, epoch),
-        seed=cfg.RNG_SEED,
-        clip_norm=cfg.SOLVER.CLIP_GRAD_L2NORM,
-        clip_value=cfg.SOLVER.CLIP_GRAD_VAL,
-        precision=precision_of(cfg),
-        micro_batch=cfg.TRAIN.MICRO_BATCH_SIZE,
-        log_period=cfg.LOG_PERIOD,
-    )
+    settings = settings_of(cfg)
 
     def after_epoch(epoch: int) -> None:
         """Save and validate where that is due."""

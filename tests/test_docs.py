@@ -51,7 +51,8 @@ COMMANDS = commands()
 def test_there_are_commands() -> None:
     tools = {command[0] for command in COMMANDS}
     assert {
-        f"tools/{name}" for name in ("run_net.py", "make_synthetic.py", "visualize.py", "quickstart.sh", "test.sh")
+        f"tools/{name}"
+        for name in ("run_net.py", "make_synthetic.py", "visualize.py", "benchmark.py", "quickstart.sh", "test.sh")
     } == tools
     assert sum(command[0] == "tools/run_net.py" for command in COMMANDS) >= 20
 
@@ -140,7 +141,7 @@ def test_keys_exist(document: str) -> None:
 def test_paths_exist(document: str) -> None:
     text = read(document)
     # Files of the repository by their first folder, and config files by their name alone.
-    for path in re.findall(r"(?<![\w/.])((?:maskfeat|tools|tests|configs|\.ci)/[\w./*-]*\w)", text):
+    for path in re.findall(r"(?<![\w/.])((?:maskfeat|tools|tests|configs|benchmarks|docs|\.ci)/[\w./*-]*\w)", text):
         if path != "configs/flowers_ft.yaml":  # the reader's own
             assert any(REPO.glob(path)), path
     for name in re.findall(r"`(\w+\.yaml)`", text):

@@ -15,6 +15,8 @@ ALLOWED = {
             "objectives", "schedule", "step_hooks", "data"},
     "resume": {"build", "checkpoint", "config", "objectives", "optim", "step_hooks", "weights"},
     "step_hooks": {"objectives"},
+    "benchmark": {"run", "build", "train", "flops", "parallel", "config", "data", "distributed", "logbook",
+                  "objectives", "models", "batch", "schedule"},
     "quickstart": {"run", "data", "visualize", "picture", "logbook", "config", "checkpoint"},
     "visualize": {"build", "checkpoint", "config", "picture", "batch", "objectives"},
     "build": {"config", "data", "objectives", "models", "optim", "schedule", "masking", "distributed", "batch"},

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.textbook_mvit import textbook_forward
 from maskfeat.models.attention import (
     PoolingAttention,
     folded_attention,
@@ -95,3 +96,32 @@ def test_class_token_skips_pooling() -> None:
         pooled, *_ = attention.pooled(attention.qkv(torch.cat([x, moved])))
     assert not torch.allclose(pooled[0, 0], pooled[1, 0])
     torch.testing.assert_close(pooled[0, 1:], pooled[1, 1:])
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize(
+    ("grid", "stride_q", "stride_kv"),
+    [((2, 8, 8), (1, 2, 2), (1, 4, 4)), ((2, 4, 4), (1, 1, 1), (1, 1, 1)), ((8, 4), (2, 2), (4, 2))],
+)
+def test_a_whole_module_is_the_textbooks(
+    grid: tuple[int, ...], stride_q: tuple[int, ...], stride_kv: tuple[int, ...], class_token: bool
+) -> None:
+    """Pooling, norms, relative positions and residual of clips and images, with every gradient."""
+    attention = PoolingAttention(
+        width=16,
+        num_heads=2,
+        grid=grid,
+        kernel=(3,) * len(grid),
+        stride_q=stride_q,
+        stride_kv=stride_kv,
+        class_token=class_token,
+        relative_time=len(grid) == 3,
+    ).double()
+    x = torch.randn(2, class_token + math.prod(grid), 16, dtype=torch.float64, requires_grad=True)
+    out, expected = attention(x), textbook_forward(attention, x)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+    leaves, upstream = [x, *attention.parameters()], torch.randn_like(out)
+    mine = torch.autograd.grad(out, leaves, upstream)
+    theirs = torch.autograd.grad(expected, leaves, upstream)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)

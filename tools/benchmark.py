@@ -1,0 +1,11 @@
+"""Measure speed and memory against plain formulations: see --help and docs/PERFORMANCE.md."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed, too
+
+from maskfeat.benchmark.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
