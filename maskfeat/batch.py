@@ -40,6 +40,8 @@ class Batch:
         index: (B,) int64, the place of each sample in its data set.
         bad: samples that could not be read while this batch was made (already replaced in training; in testing
             their rows hold zeros and count as wrong).
+        max_hidden: the largest number of True in any sample's mask, known without asking the device; None without
+            masks. Of micro-batches, still that of the whole batch.
     """
 
     clip: Tensor
@@ -47,6 +49,7 @@ class Batch:
     hidden: Tensor | None = None
     index: Tensor | None = None
     bad: tuple[BadSample, ...] = ()
+    max_hidden: int | None = None
 
     def __len__(self) -> int:
         return self.clip.shape[0]
@@ -56,7 +59,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """Called by the DataLoader's pinning thread: the same batch in page-locked memory."""
+        """The same batch in page-locked memory."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -65,7 +68,13 @@ class Batch:
         def changed(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else change(tensor)
 
-        return Batch(change(self.clip), changed(self.label), changed(self.hidden), changed(self.index), self.bad)
+        return replace(
+            self,
+            clip=change(self.clip),
+            label=changed(self.label),
+            hidden=changed(self.hidden),
+            index=changed(self.index),
+        )
 
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of at most `size` samples, in order. `size` 0 keeps the batch whole."""

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.bad_samples import UnreadableSample, naming_sample, open_regular_file
+from maskfeat.data.pixels import Pixels
 from maskfeat.data.samples import DrawHidden, Sample, draw_mask, first_readable
 from maskfeat.data.seeding import seeded
 from maskfeat.data.transforms import ImageTransform
@@ -140,7 +139,7 @@ class ImageFolder(Dataset[list[Sample]]):
 
     Args:
         samples: [(path, class number)], see `list_image_folder`.
-        transform: an image and a generator into (3, crop, crop) float32.
+        transform: an image and a generator into pixels that end as (3, crop, crop).
         seed: of all draws.
         draw_hidden: draws a mask for every view; None where the method hides nothing here.
         replace_bad: True shows the next readable image in place of one that cannot be read (training);
@@ -188,9 +187,9 @@ class ImageFolder(Dataset[list[Sample]]):
         self, image: Image.Image | None, key: SampleKey, view: int, index: int, bad: tuple[BadSample, ...]
     ) -> Sample:
         with seeded(self.seed, key.epoch, key.index, view) as rng:
-            clip = self._zeros() if image is None else self.transform(image, rng)
+            clip = self._unreadable() if image is None else self.transform(image, rng)
         hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
         return Sample(clip, self.samples[index][1], hidden, index, bad)
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(3, self.transform.crop, self.transform.crop)
+    def _unreadable(self) -> Pixels:
+        return Pixels.unreadable((3, self.transform.crop, self.transform.crop))

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.bad_samples import naming_sample
 from maskfeat.data.decode import VideoInfo, decode_frames
+from maskfeat.data.pixels import Pixels
 from maskfeat.data.samples import DrawHidden, Sample, draw_mask, first_readable
 from maskfeat.data.sampling import clip_length, clip_span, frame_indices
 from maskfeat.data.seeding import SPAN_STREAM, sample_generator, seeded
@@ -87,7 +86,7 @@ class VideoClips(Dataset[list[Sample]]):
 
     Args:
         videos: [(path, label)], see `read_video_list`.
-        transform: frames, a generator and the number of the crop into (3, num_frames, crop, crop) float32.
+        transform: frames, a generator and the number of the crop into pixels that end as (3, num_frames, crop, crop).
         num_frames, sampling_rate, target_fps: a clip spans num_frames x sampling_rate frames at target_fps.
         seed: of all draws.
         mode: "train", "val" or "test".
@@ -175,9 +174,9 @@ class VideoClips(Dataset[list[Sample]]):
         self, frames: np.ndarray | None, key: SampleKey, view: int, index: int, bad: tuple[BadSample, ...]
     ) -> Sample:
         with seeded(self.seed, key.epoch, key.index, view) as rng:
-            clip = self._zeros() if frames is None else self.transform(frames, rng, view % self.num_crops)
+            clip = self._unreadable() if frames is None else self.transform(frames, rng, view % self.num_crops)
         hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
         return Sample(clip, self.videos[index][1], hidden, index, bad)
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(3, self.num_frames, self.transform.crop, self.transform.crop)
+    def _unreadable(self) -> Pixels:
+        return Pixels.unreadable((3, self.num_frames, self.transform.crop, self.transform.crop))

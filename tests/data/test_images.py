@@ -15,6 +15,7 @@ from maskfeat.batch import SampleKey
 from maskfeat.data import images
 from maskfeat.data.bad_samples import UnreadableSample
 from maskfeat.data.images import ImageFolder, list_image_folder, read_image
+from maskfeat.data.pixels import Pixels
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -158,7 +159,7 @@ def test_shared_damaged_images(shared: Path) -> None:
     for name, size in sizes.items():
         image = read_image(folder / name)
         assert (image.mode, image.size) == ("RGB", size), name
-        assert ImageEvalTransform(64, MEAN, STD)(image).shape == (3, 64, 64)
+        assert ImageEvalTransform(64, MEAN, STD)(image).finish().shape == (3, 64, 64)
     # Five copies of one photograph: its colours must come out alike.
     means = [np.asarray(read_image(folder / n)).mean((0, 1)) for n in sizes if n not in ("gray.JPEG", "one_pixel.JPEG")]
     assert np.ptp(np.stack(means), axis=0).max() < 3
@@ -211,14 +212,14 @@ def test_samples(tmp_path: Path) -> None:
     dataset = ImageFolder(samples, transform, seed=1, draw_hidden=draw, num_views=2)
     first, second = dataset[SampleKey(0, 4, 0)]
     assert (first.label, first.index, first.bad) == (1, 4, ())
-    assert first.clip.shape == (3, 32, 32) and first.clip.dtype == torch.float32
+    assert first.clip.finish().shape == (3, 32, 32) and first.clip.data.dtype == torch.uint8
     assert first.hidden is not None and first.hidden.shape == (4, 4) and first.hidden.dtype == torch.bool
-    assert not torch.equal(first.clip, second.clip) and not torch.equal(first.hidden, second.hidden)
+    assert not torch.equal(first.clip.finish(), second.clip.finish()) and not torch.equal(first.hidden, second.hidden)
     again = dataset[SampleKey(0, 4, 0)]
-    assert torch.equal(again[1].clip, second.clip) and torch.equal(again[1].hidden, second.hidden)
-    assert not torch.equal(dataset[SampleKey(1, 4, 0)][0].clip, first.clip)
+    assert torch.equal(again[1].clip.finish(), second.clip.finish()) and torch.equal(again[1].hidden, second.hidden)
+    assert not torch.equal(dataset[SampleKey(1, 4, 0)][0].clip.finish(), first.clip.finish())
     other_seed = ImageFolder(samples, transform, seed=2, draw_hidden=draw)
-    assert not torch.equal(other_seed[SampleKey(0, 4, 0)][0].clip, first.clip)
+    assert not torch.equal(other_seed[SampleKey(0, 4, 0)][0].clip.finish(), first.clip.finish())
     # The mask does not depend on the augmentation.
     plainer = ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=1, draw_hidden=draw)
     assert torch.equal(plainer[SampleKey(0, 4, 0)][0].hidden, first.hidden)
@@ -233,14 +234,14 @@ def test_bad_samples_are_replaced_by_the_next_and_disturb_no_other(tmp_path: Pat
     Path(samples[2][0]).unlink()
     after = [dataset[SampleKey(0, index)][0] for index in range(6)]
     for index in (0, 3, 4, 5):
-        assert torch.equal(before[index].clip, after[index].clip) and after[index].bad == ()
+        assert torch.equal(before[index].clip.finish(), after[index].clip.finish()) and after[index].bad == ()
     assert [sample.index for sample in after] == [0, 3, 3, 3, 4, 5]
     assert [sample.label for sample in after] == [0, 1, 1, 1, 1, 1]
     assert [(bad.index, bad.cause) for bad in after[1].bad] == [(1, "the file is empty"), (2, "no such file")]
     assert after[1].bad[0].path == samples[1][0]
     # The place of sample 1 keeps the draws of sample 1.
-    assert not torch.equal(after[1].clip, after[3].clip)
-    assert torch.equal(after[1].clip, dataset[SampleKey(0, 1)][0].clip)
+    assert not torch.equal(after[1].clip.finish(), after[3].clip.finish())
+    assert torch.equal(after[1].clip.finish(), dataset[SampleKey(0, 1)][0].clip.finish())
 
 
 def test_the_last_sample_is_replaced_by_the_first(tmp_path: Path) -> None:
@@ -261,14 +262,14 @@ def test_testing_shows_zeros_and_keeps_the_label(tmp_path: Path) -> None:
     dataset = ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=0, replace_bad=False)
     (sample,) = dataset[SampleKey(0, 2)]
     assert (sample.label, sample.index, len(sample.bad)) == (1, 2, 1)
-    assert sample.clip.shape == (3, 32, 32) and not sample.clip.any()
+    assert sample.clip.finish().shape == (3, 32, 32) and not sample.clip.finish().any()
 
 
 def test_other_errors_name_the_file(tmp_path: Path) -> None:
     samples, _ = list_image_folder(make_folder(tmp_path, {"a": 1}))
 
     class Broken(ImageEvalTransform):
-        def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
+        def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Pixels:
             raise IndexError("a bug")
 
     with pytest.raises(RuntimeError, match="0.JPEG.*IndexError: a bug"):

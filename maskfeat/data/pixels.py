@@ -1,0 +1,232 @@
+"""What leaves a data worker: uint8 pixels, and what the consuming process still does to them on its device.
+
+Resizing in float, mirroring, normalising and erasing cost more than reading once they are done in float32 in a worker,
+and four bytes a value on the way to the device. So a worker sends bytes, and `PackedPixels.finish` does the rest where
+the batch is used. Nothing in it waits for a CUDA device.
+
+Shape legend: B views, C = 3 channels, T frames, H x W pixels of the finished view, h x w pixels as they were cropped.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+Colour = tuple[float, ...]
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Erased(NamedTuple):
+    """A box that is overwritten, and the shape of what is written: (C * T, height, width), or (C * T, 1, 1)."""
+
+    box: Box
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left to do to one view, in the order of the attributes.
+
+    Attributes:
+        shape: of the finished view, (C, H, W) or (C, T, H, W).
+        size: (height, width) that frames are resized to, bilinearly and without antialiasing; None = as they are.
+        window: what is cut out of the resized frames; None = all of them.
+        mirror: whether left and right change places.
+        mean, std: RGB, of pixels in [0, 1].
+        erased: boxes of the normalised view that hold other values, in the order in which they were drawn.
+        readable: False for a sample that could not be read: its finished view holds zeros.
+    """
+
+    shape: tuple[int, ...]
+    mean: Colour = (0.0, 0.0, 0.0)
+    std: Colour = (1.0, 1.0, 1.0)
+    size: tuple[int, int] | None = None
+    window: Box | None = None
+    mirror: bool = False
+    erased: tuple[Erased, ...] = ()
+    readable: bool = True
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """One view on its way from a worker to its batch.
+
+    Attributes:
+        data: uint8, of any strides: (H, W, C) of an image, (T, h, w, C) of a clip.
+        plan: what is left to do.
+        values: float32, what is written into each of `plan.erased`.
+    """
+
+    data: Tensor
+    plan: Plan
+    values: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def unreadable(cls, shape: Sequence[int]) -> "Pixels":
+        """What stands for a sample that could not be read: a view of `shape`, (C, [T,] H, W), that ends as zeros."""
+        _, *frames, height, width = shape
+        return cls(torch.zeros(*frames, height, width, 3, dtype=torch.uint8), Plan(tuple(shape), readable=False))
+
+    def finish(self) -> Tensor:
+        """The view as an objective sees it: (C, [T,] H, W) float32, normalised, on the CPU."""
+        return PackedPixels.pack([self]).finish(torch.device("cpu"))[0]
+
+
+class _Recorder:
+    """Takes the place of a tensor (C * T, H, W) float32 under timm's RandomErasing and notes what is written."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        channels, *frames, height, width = shape
+        self.shape = torch.Size((channels * math.prod(frames), height, width))
+        self.erased: list[Erased] = []
+        self.values: list[Tensor] = []
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __setitem__(self, place: Any, values: Tensor) -> None:
+        channels, rows, columns = place
+        assert channels == slice(None), "all channels are erased together"
+        box = Box(rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+        self.erased.append(Erased(box, tuple(values.shape)))
+        self.values.append(values)
+
+
+def erase(pixels: Pixels, erasing: RandomErasing) -> Pixels:
+    """Draws what timm's RandomErasing erases of the finished view, in every frame the same box."""
+    recorder = _Recorder(pixels.plan.shape)
+    erasing(recorder)
+    return replace(pixels, plan=replace(pixels.plan, erased=tuple(recorder.erased)), values=tuple(recorder.values))
+
+
+@dataclass(frozen=True)
+class PackedPixels:
+    """The pixels of a batch: as few tensors as can be, to share between processes and to page-lock.
+
+    Attributes:
+        data: (n,) uint8, the pixels of all views one after the other.
+        values: (m,) float32, what is written into all erased boxes, or None where nothing is erased.
+        mirrored: (k,) int64, the rows of an image batch that are mirrored, or None.
+        shapes: of each view in `data`.
+        plans: of each view.
+    """
+
+    data: Tensor
+    values: Tensor | None
+    mirrored: Tensor | None
+    shapes: tuple[tuple[int, ...], ...]
+    plans: tuple[Plan, ...]
+
+    @classmethod
+    def pack(cls, views: Sequence[Pixels]) -> "PackedPixels":
+        """The views of a batch, in order; they end in the same shape, however large they still are."""
+        plans = tuple(view.plan for view in views)
+        shapes = tuple(tuple(view.data.shape) for view in views)
+        assert len({plan.shape for plan in plans}) == 1, "the views of a batch end in one shape"
+        data = torch.empty(sum(map(math.prod, shapes)), dtype=torch.uint8)
+        for part, view in zip(data.split([math.prod(shape) for shape in shapes]), views, strict=True):
+            part.view(view.data.shape).copy_(view.data)
+        values = [value.flatten() for view in views for value in view.values]
+        rows = [row for row, plan in enumerate(plans) if plan.mirror and len(plan.shape) == 3]
+        return cls(
+            data,
+            torch.cat(values) if values else None,
+            torch.tensor(rows, dtype=torch.int64) if rows else None,
+            shapes,
+            plans,
+        )
+
+    def pin_memory(self) -> "PackedPixels":
+        """The same in page-locked memory."""
+        pinned = [None if part is None else part.pin_memory() for part in (self.values, self.mirrored)]
+        return replace(self, data=self.data.pin_memory(), values=pinned[0], mirrored=pinned[1])
+
+    def finish(self, device: torch.device) -> Tensor:
+        """Moves the bytes to `device` and does what is left to do there.
+
+        Returns:
+            (B, C, H, W) or (B, C, T, H, W) float32 on `device`, normalised, contiguous.
+        """
+        clip = torch.empty(len(self.plans), *self.plans[0].shape, device=device)
+        data = self.data.to(device, non_blocking=True)
+        if clip.ndim == 4:
+            self._finish_images(data.view(len(clip), *self.shapes[0]).permute(0, 3, 1, 2), clip)
+        else:
+            lengths = [math.prod(shape) for shape in self.shapes]
+            for row, part in enumerate(data.split(lengths)):
+                _finish_clip(part.view(self.shapes[row]), self.plans[row], clip[row])
+        self._erase(clip)
+        for row, plan in enumerate(self.plans):
+            if not plan.readable:
+                clip[row].zero_()
+        return clip
+
+    def _finish_images(self, data: Tensor, clip: Tensor) -> None:
+        """(B, C, H, W) uint8 with the channels last in memory into float32 of the same shape."""
+        readable = next((plan for plan in self.plans if plan.readable), self.plans[0])
+        shift, scale = _affine(readable.mean, readable.std, clip.device)
+        if clip.device.type == "cpu":  # one picture at a time stays in the cache
+            for row, plan in enumerate(self.plans):
+                picture = data[row].to(torch.float32, memory_format=torch.contiguous_format)
+                torch.addcmul(shift, picture.flip(-1) if plan.mirror else picture, scale, out=clip[row])
+            return
+        pictures = data.to(torch.float32, memory_format=torch.contiguous_format)
+        if self.mirrored is not None:
+            rows = self.mirrored.to(clip.device, non_blocking=True)
+            pictures.index_copy_(0, rows, pictures.index_select(0, rows).flip(-1))
+        torch.addcmul(shift, pictures, scale, out=clip)
+
+    def _erase(self, clip: Tensor) -> None:
+        if self.values is None:
+            return
+        values = self.values.to(clip.device, non_blocking=True)
+        places = [(row, erased) for row, plan in enumerate(self.plans) for erased in plan.erased]
+        parts = values.split([math.prod(erased.shape) for _, erased in places])
+        for (row, (box, shape)), part in zip(places, parts, strict=True):
+            view = clip[row].view(-1, *clip.shape[-2:])  # (C * T, H, W), as timm saw it
+            view[:, box.top : box.top + box.height, box.left : box.left + box.width] = part.view(shape)
+
+
+def _finish_clip(frames: Tensor, plan: Plan, clip: Tensor) -> None:
+    """(T, h, w, C) uint8 into (C, T, H, W) float32: resized, cut, mirrored and normalised."""
+    shift, scale = _affine(plan.mean, plan.std, clip.device)
+    out = clip.transpose(0, 1)
+    # On the CPU a frame at a time, its channels last: a fraction of the time and memory of the clip as one tensor.
+    step = 1 if clip.device.type == "cpu" else len(frames)
+    for first in range(0, len(frames), step):
+        pictures = frames[first : first + step].permute(0, 3, 1, 2).to(torch.float32)
+        if plan.size is not None:
+            pictures = F.interpolate(pictures, size=plan.size, mode="bilinear", align_corners=False)
+        if plan.window is not None:
+            top, left, height, width = plan.window
+            pictures = pictures[..., top : top + height, left : left + width]
+        if plan.mirror:
+            pictures = pictures.flip(-1)
+        torch.addcmul(shift, pictures, scale, out=out[first : first + step])
+
+
+@lru_cache(maxsize=64)
+def _affine(mean: Colour, std: Colour, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(C, 1, 1) float32 each: x * scale + shift = (x / 255 - mean) / std, within 5e-7 for x of 0 to 255.
+
+    Kept for each device: a new tensor would have to be waited for.
+    """
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32, device=device)
+    scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32, device=device)
+    return shift.view(-1, 1, 1), scale.view(-1, 1, 1)
