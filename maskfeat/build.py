@@ -269,6 +269,7 @@ def _image_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None) -> Ima
         draw_hidden=draw_hidden,
         replace_bad=split == "train",
         num_views=cfg.AUG.NUM_SAMPLE if split == "train" and cfg.AUG.ENABLE else 1,
+        backend=cfg.DATA_LOADER.IMAGE_BACKEND,
     )
 
 

@@ -54,7 +54,7 @@ def block_mask(
             top = int(rng.integers(0, height - h + 1))
             left = int(rng.integers(0, width - w + 1))
             block = hidden[top : top + h, left : left + w]
-            added = h * w - int(block.sum())
+            added = h * w - np.count_nonzero(block)
             if 0 < added <= missing:
                 block[...] = True
                 break
@@ -99,7 +99,7 @@ def cube_mask(
             top = int(rng.integers(0, height - h + 1))
             left = int(rng.integers(0, width - w + 1))
             cube = hidden[front : front + t, top : top + h, left : left + w]
-            added = t * h * w - int(cube.sum())
+            added = t * h * w - np.count_nonzero(cube)
             if 0 < added <= missing:
                 cube[...] = True
                 break

@@ -41,6 +41,8 @@ def _run(cfg: CfgNode) -> None:
     cfg.DATA_LOADER = CfgNode()
     cfg.DATA_LOADER.NUM_WORKERS = 8  # data processes per training process; 0 = none, load in the loop
     cfg.DATA_LOADER.PIN_MEMORY = True  # page-locked batches: faster copies to a GPU
+    # ours: "pil" | "torchvision": its JPEG decoder, and resizing by torch: faster, grey levels a little different
+    cfg.DATA_LOADER.IMAGE_BACKEND = "pil"
 
     cfg.TENSORBOARD = CfgNode()
     cfg.TENSORBOARD.ENABLE = True  # write event files (off in PySlowFast)

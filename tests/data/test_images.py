@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from maskfeat.batch import SampleKey
 from maskfeat.data import images
 from maskfeat.data.bad_samples import UnreadableSample
-from maskfeat.data.images import ImageFolder, list_image_folder, read_image
+from maskfeat.data.images import ImageFolder, list_image_folder, read_image, read_tensor
 from maskfeat.data.pixels import Pixels
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 
@@ -168,6 +169,65 @@ def test_shared_damaged_images(shared: Path) -> None:
             read_image(folder / name)
 
 
+def both(path: Path) -> np.ndarray | str:
+    """What both readers read, or the cause that both give; fails where they differ by a bit."""
+    try:
+        read = np.asarray(read_image(path))
+    except UnreadableSample as error:
+        with pytest.raises(UnreadableSample) as caught:
+            read_tensor(path)
+        assert caught.value.cause == error.cause
+        return error.cause
+    tensor = read_tensor(path)
+    assert tensor.dtype == torch.uint8 and np.array_equal(tensor.numpy(), read)
+    return read
+
+
+def test_torchvisions_decoder_shows_the_same_bits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        size = tuple(rng.integers(1, 90, 2))
+        image = Image.fromarray(
+            rng.integers(0, 256, (*size, 3), dtype=np.uint8) // 2 + np.resize(colours(), (*size, 3)) // 2
+        )
+        options = {"quality": int(rng.integers(20, 100)), "subsampling": number % 3, "progressive": number % 2 == 0}
+        image.convert(("RGB", "L", "CMYK")[number // 8]).save(tmp_path / "a.jpg", **options)
+        assert both(tmp_path / "a.jpg").shape == (*size, 3)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(colours()).save(tmp_path / "a.jpg", exif=exif)
+        both(tmp_path / "a.jpg")
+    for kind in ("PNG", "WEBP"):
+        Image.fromarray(colours()).save(tmp_path / "a.jpg", kind)
+        both(tmp_path / "a.jpg")
+
+
+def test_torchvisions_decoder_on_mutated_files(tmp_path: Path) -> None:
+    """What one reader refuses the other refuses, and what is shown of damaged files is the same."""
+    rng = np.random.default_rng(1)
+    originals = []
+    for number, mode in enumerate(("RGB", "RGB", "L", "CMYK")):
+        file = io.BytesIO()
+        Image.fromarray(colours()).convert(mode).save(file, "JPEG", progressive=number == 1)
+        originals.append(file.getvalue())
+    outcomes = set()
+    for turn in range(400):
+        data = bytearray(originals[turn % 4])
+        for place in rng.integers(0, len(data), rng.integers(1, 12)):
+            data[place] = rng.integers(256)
+        (tmp_path / "a.jpg").write_bytes(data[: rng.integers(1, len(data) + 1)] if turn % 3 else data)
+        outcomes.add(isinstance(both(tmp_path / "a.jpg"), str))
+    assert outcomes == {True, False}
+
+
+def test_torchvisions_decoder_on_shared_images(shared: Path) -> None:
+    for path in sorted((shared / "data" / "imagenet_samples").rglob("*.JPEG")):
+        assert isinstance(both(path), np.ndarray), path
+    for path in sorted((shared / "data" / "damaged" / "images").iterdir()):
+        both(path)
+
+
 def make_folder(root: Path, classes: dict[str, int]) -> Path:
     for number, (name, count) in enumerate(classes.items()):
         (root / name).mkdir(parents=True)
@@ -274,6 +334,41 @@ def test_other_errors_name_the_file(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="0.JPEG.*IndexError: a bug"):
         ImageFolder(samples, Broken(32, MEAN, STD), seed=0)[SampleKey(0, 0)]
+
+
+def test_without_a_decoder_in_torchvision_pillow_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(colours()).save(tmp_path / "a.jpg")
+    monkeypatch.delattr(torchvision.io, "decode_jpeg")
+    both(tmp_path / "a.jpg")
+
+
+def test_the_torchvision_backend_differs_by_little(shared: Path) -> None:
+    """Mean absolute difference in grey levels, 0 to 255, from what Pillow makes of the same draws."""
+    listed, _ = list_image_folder(shared / "data" / "imagenet_samples" / "train")
+    for transform, bound in (
+        (ImageTrainTransform(224, (0.5, 1.0), (3 / 4, 4 / 3), MEAN, STD), 0.05),
+        (ImageTrainTransform(224, (0.08, 1.0), (3 / 4, 4 / 3), MEAN, STD, "bilinear"), 0.05),
+        (ImageTrainTransform(96, (0.3, 1.0), (3 / 4, 4 / 3), MEAN, STD, "lanczos"), 0.0),
+        (ImageEvalTransform(224, MEAN, STD), 0.05),
+    ):
+        pil, torchvision = (ImageFolder(listed, transform, seed=0, backend=name) for name in ("pil", "torchvision"))
+        differences = []
+        for index in range(0, len(listed), 4):
+            (plain,), (fast,) = pil[SampleKey(0, index)], torchvision[SampleKey(0, index)]
+            assert fast.clip.plan == plain.clip.plan
+            differences.append((fast.clip.data.float() - plain.clip.data.float()).abs().mean())
+        assert torch.stack(differences).mean() <= bound, (torch.stack(differences).mean(), max(differences))
+
+
+@pytest.mark.parametrize(
+    "augment", [{"auto_augment": "rand-m9-mstd0.5-inc1"}, {"color_jitter": 0.4}, {"erase_prob": 1.0}]
+)
+def test_the_torchvision_backend_augments(tmp_path: Path, augment: dict) -> None:
+    listed, _ = list_image_folder(make_folder(tmp_path, {"a": 3}))
+    transform = ImageTrainTransform(32, (1.0, 1.0), (1.0, 1.0), MEAN, STD, **augment)
+    views = [ImageFolder(listed, transform, 1, backend=name)[SampleKey(0, 1)][0] for name in ("pil", "torchvision")]
+    first, second = (view.clip.finish() for view in views)
+    assert (first - second).abs().mean() < 0.03 and first.std() > 0.1
 
 
 def test_limit_lies_below_pillows() -> None:
