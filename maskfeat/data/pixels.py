@@ -183,8 +183,7 @@ class PackedPixels:
         shift, scale = _affine(readable.mean, readable.std, clip.device)
         if clip.device.type == "cpu":  # one picture at a time stays in the cache
             for row, plan in enumerate(self.plans):
-                picture = data[row].to(torch.float32, memory_format=torch.contiguous_format)
-                torch.addcmul(shift, picture.flip(-1) if plan.mirror else picture, scale, out=clip[row])
+                clip[row].copy_(data[row].flip(-1) if plan.mirror else data[row]).mul_(scale).add_(shift)
             return
         pictures = data.to(torch.float32, memory_format=torch.contiguous_format)
         if self.mirrored is not None:
@@ -225,8 +224,8 @@ def _finish_clip(frames: Tensor, plan: Plan, clip: Tensor) -> None:
 def _affine(mean: Colour, std: Colour, device: torch.device) -> tuple[Tensor, Tensor]:
     """(C, 1, 1) float32 each: x * scale + shift = (x / 255 - mean) / std, within 5e-7 for x of 0 to 255.
 
-    Kept for each device: a new tensor would have to be waited for.
+    Kept for each device, and filled there: what is copied from the host has to be waited for.
     """
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32, device=device)
-    scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32, device=device)
-    return shift.view(-1, 1, 1), scale.view(-1, 1, 1)
+    shift = torch.stack([torch.full((1, 1), -m / s, device=device) for m, s in zip(mean, std, strict=True)])
+    scale = torch.stack([torch.full((1, 1), 1 / (255 * s), device=device) for s in std])
+    return shift, scale

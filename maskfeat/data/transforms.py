@@ -119,8 +119,8 @@ def resize_image(picture: Picture, size: tuple[int, int], mode: Image.Resampling
         return picture.resize((size[1], size[0]), mode)
     if mode not in _TORCH_MODES:
         return torch.from_numpy(np.array(Image.fromarray(picture.numpy()).resize((size[1], size[0]), mode)))
-    channels_first = picture.permute(2, 0, 1)[None]
-    resized = F.interpolate(channels_first, size, mode=_TORCH_MODES[mode], align_corners=False, antialias=True)
+    pixels = picture.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)  # and so is the result
+    resized = F.interpolate(pixels, size, mode=_TORCH_MODES[mode], align_corners=False, antialias=True)
     return resized[0].permute(1, 2, 0)
 
 
