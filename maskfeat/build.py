@@ -303,6 +303,7 @@ def _clip_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, num_cli
         num_views=cfg.AUG.NUM_SAMPLE if split == "train" and cfg.AUG.ENABLE else 1,
         draw_hidden=draw_hidden,
         replace_bad=split == "train",
+        torchcodec=data.DECODING_BACKEND == "torchcodec",
     )
 
 

@@ -95,7 +95,8 @@ def _data(cfg: CfgNode) -> None:
     cfg.DATA.SAMPLING_RATE = 8  # frames (at TARGET_FPS) from one sampled frame to the next
     cfg.DATA.TARGET_FPS = 30  # frames per second that SAMPLING_RATE counts in
     cfg.DATA.USE_OFFSET_SAMPLING = False  # uniform clips are a whole number of frames apart
-    cfg.DATA.DECODING_BACKEND = "torchvision"  # "pyav" | "torchvision": both mean the built-in PyAV decoder
+    # "pyav" | "torchvision": both mean the built-in PyAV decoder | "torchcodec": the same frames by that package
+    cfg.DATA.DECODING_BACKEND = "torchvision"
     cfg.DATA.INPUT_CHANNEL_NUM = [3]  # only [3]: one pathway of colour images
     cfg.DATA.TRAIN_CROP_SIZE = 224  # pixels
     cfg.DATA.TEST_CROP_SIZE = 256  # pixels

@@ -125,6 +125,16 @@ class Video:
             raise UnreadableSample(self.path, "no frame could be decoded")
         return np.stack([images[number] for number in numbers.tolist()])
 
+    @property
+    def stream_index(self) -> int:
+        """The place of the video stream among all streams of the file."""
+        return int(self._stream.index)
+
+    def seconds(self, numbers: Sequence[int]) -> list[float] | None:
+        """When these frames are shown, as the container counts; None where time stamps do not tell frames apart."""
+        times = self._packets.times
+        return None if times is None else [float(times[number] * self._stream.time_base) for number in numbers]
+
     def _open(self) -> None:
         self._file = open_regular_file(self.path)
         try:

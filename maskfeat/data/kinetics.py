@@ -9,6 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from maskfeat.batch import BadSample, SampleKey
+from maskfeat.data import decode_torchcodec
 from maskfeat.data.bad_samples import naming_sample
 from maskfeat.data.decode import VideoInfo, decode_frames
 from maskfeat.data.pixels import Pixels
@@ -96,6 +97,7 @@ class VideoClips(Dataset[list[Sample]]):
         draw_hidden: draws a mask for every view; None where the method hides nothing here.
         replace_bad: True shows the next readable video in place of one that cannot be read (training);
             False shows zeros.
+        torchcodec: decode by torchcodec, which must be installed, see `decode_torchcodec`; the frames are the same.
     """
 
     def __init__(
@@ -113,7 +115,11 @@ class VideoClips(Dataset[list[Sample]]):
         num_views: int = 1,
         draw_hidden: DrawHidden | None = None,
         replace_bad: bool = True,
+        torchcodec: bool = False,
     ) -> None:
+        if torchcodec:  # where it is missing, that is told before the first video
+            decode_torchcodec.load_decoder()
+        self.torchcodec = torchcodec
         assert mode in MODES, f"mode is one of {MODES}, not {mode!r}"
         self.videos = list(videos)
         self.transform = transform
@@ -153,12 +159,13 @@ class VideoClips(Dataset[list[Sample]]):
             start, end = self._span(info, key)
             return frame_indices(start, end, self.num_frames, info.frames)
 
+        decode = decode_torchcodec.decode_frames if self.torchcodec else decode_frames
         if self.mode == "train":
-            return decode_frames(self.path(place), wanted)[0]
+            return decode(self.path(place), wanted)[0]
         # The crops of a clip are asked for one after the other: it is decoded once.
         clip = (place, key.view // self.num_crops)
         if self._last is None or self._last[0] != clip:
-            self._last = clip, decode_frames(self.path(place), wanted)[0]
+            self._last = clip, decode(self.path(place), wanted)[0]
         return self._last[1]
 
     def _span(self, info: VideoInfo, key: SampleKey) -> tuple[float, float]:
