@@ -9,6 +9,7 @@ import torch
 from maskfeat.batch import SampleKey
 from maskfeat.data import kinetics
 from maskfeat.data.kinetics import VideoClips, read_video_list
+from maskfeat.data.loader import EpochSampler, Loader
 from maskfeat.data.pixels import Pixels, Plan
 from maskfeat.data.sampling import clip_span, frame_indices
 from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform
@@ -174,6 +175,23 @@ def test_with_real_transforms(videos: list[tuple[str, int]]) -> None:
     clips = [dataset[SampleKey(0, 0, view)][0].clip.finish() for view in range(6)]
     assert len({clip.numpy().tobytes() for clip in clips}) == 6
     assert torch.equal(dataset[SampleKey(0, 0, 2)][0].clip.finish(), clips[2])
+
+
+def test_workers_change_nothing_in_clips(videos: list[tuple[str, int]], tmp_path: Path) -> None:
+    """Clips of crops of many sizes, an unreadable one among them."""
+    (tmp_path / "text.mp4").write_text("not a video " * 50)
+    listed = [*videos, (str(tmp_path / "text.mp4"), 7)]
+    train = ClipTrainTransform(32, (0.3, 1.0), (3 / 4, 4 / 3), MEAN, STD, erase_prob=0.5)
+    dataset = VideoClips(listed, train, 4, 4, 30, seed=0, num_views=2, replace_bad=False)
+    batches = []
+    for workers in (0, 2):
+        loader = Loader(dataset, EpochSampler(4, 2, shuffle=False), num_workers=workers)
+        loader.set_epoch(3)
+        batches.append(list(loader))
+    for here, there in zip(*batches, strict=True):
+        assert here.clip.shape == (4, 3, 4, 32, 32)
+        assert torch.equal(here.clip, there.clip) and here.bad == there.bad
+    assert not batches[0][1].clip[2:].any() and batches[0][1].clip[:2].all(dim=0).any()
 
 
 def test_bad_videos(videos: list[tuple[str, int]], tmp_path: Path) -> None:

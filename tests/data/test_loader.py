@@ -197,6 +197,13 @@ def test_batches(samples: list[tuple[str, int]]) -> None:
     assert torch.equal(alone.clip, batch.clip[2:4]) and alone.max_hidden is not None
 
 
+def test_batches_come_on_the_device_of_the_loader(samples: list[tuple[str, int]]) -> None:
+    loader = Loader(dataset(samples), EpochSampler(16, 4), pin_memory=True, device=torch.device("meta"))
+    for batch in (next(iter(loader)), next(loader.some([3]))):
+        assert {t.device.type for t in (batch.clip, batch.label, batch.hidden, batch.index)} == {"meta"}  # type: ignore[union-attr]
+        assert batch.max_hidden is not None
+
+
 def test_collate_names_each_bad_sample_once() -> None:
     bad = BadSample(1, "p", "c")
     pixels = Pixels(torch.zeros(2, 2, 3, dtype=torch.uint8), Plan((3, 2, 2)))

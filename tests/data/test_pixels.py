@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from maskfeat.batch import Batch
+from maskfeat.data import pixels
 from maskfeat.data.pixels import PackedPixels, Pixels, Plan
 from maskfeat.data.samples import Sample, collate
 from maskfeat.data.seeding import seeded
@@ -145,9 +146,8 @@ def test_max_hidden_goes_with_the_batch() -> None:
     assert Batch(torch.zeros(1, 3, 2, 2)).max_hidden is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", [*IMAGE_TRANSFORMS, *(f"clip_{name}" for name in CLIP_TRANSFORMS)])
-def test_a_gpu_finishes_alike_and_is_not_waited_for(name: str) -> None:
+def views_of(name: str) -> list[Pixels]:
+    """Views of several sizes by one of the transforms above, an unreadable one before them."""
     clips = name.startswith("clip_")
     transform = CLIP_TRANSFORMS[name.removeprefix("clip_")] if clips else IMAGE_TRANSFORMS[name]
     views = [Pixels.unreadable((3, 3, 32, 32) if clips else (3, 32, 32))]
@@ -155,14 +155,33 @@ def test_a_gpu_finishes_alike_and_is_not_waited_for(name: str) -> None:
         given = clip(*size, seed) if clips else Image.fromarray(picture(*size, seed))
         with seeded(0, 0, seed, 0) as rng:
             views.append(transform(given, rng))  # type: ignore[arg-type]
-    raw = collate([[Sample(view, 0, torch.ones(2, 2, dtype=torch.bool), 0)] for view in views])
+    return views
+
+
+NAMES = [*IMAGE_TRANSFORMS, *(f"clip_{name}" for name in CLIP_TRANSFORMS)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_at_once_or_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU, on the CPU; and on a device without values, where whatever asks for one would raise."""
+    packed = PackedPixels.pack(views_of(name))
+    expected = packed.finish(CPU)
+    assert packed.finish(torch.device("meta")).shape == expected.shape
+    monkeypatch.setattr(pixels, "_at_once", lambda device: True)
+    together = packed.finish(CPU)
+    assert together.is_contiguous()
+    torch.testing.assert_close(together, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_finishes_alike_and_is_not_waited_for(name: str) -> None:
+    raw = collate([[Sample(view, 0, torch.ones(2, 2, dtype=torch.bool), 0)] for view in views_of(name)])
     pinned = raw.pin_memory()
     assert pinned.pixels.data.is_pinned() and pinned.label.is_pinned() and pinned.max_hidden == 4
-    device = torch.device("cuda", 0)
-    pinned.finish(device)  # the constants of the device are made once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batch = pinned.finish(device)
+        batch = pinned.finish(torch.device("cuda", 0))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(batch.clip.cpu(), raw.finish(CPU).clip, atol=1e-5, rtol=0)
