@@ -66,7 +66,7 @@ class Pixels:
     """One view on its way from a worker to its batch.
 
     Attributes:
-        data: uint8, of any strides: (H, W, C) of an image, (T, h, w, C) of a clip.
+        data: of any strides: (H, W, C) uint8 of an image, (T, h, w, C) uint8 or float32 of 0 to 255 of a clip.
         plan: what is left to do.
         values: float32, what is written into each of `plan.erased`.
     """
@@ -80,6 +80,16 @@ class Pixels:
         """What stands for a sample that could not be read: a view of `shape`, (C, [T,] H, W), that ends as zeros."""
         _, *frames, height, width = shape
         return cls(torch.zeros(*frames, height, width, 3, dtype=torch.uint8), Plan(tuple(shape), readable=False))
+
+    def slim(self) -> "Pixels":
+        """The same view, already resized where that takes fewer bytes although it takes float32.
+
+        Of frames much larger than their crop (1080p), batches of bytes would fill the memory that processes share.
+        """
+        if self.plan.size is None or self.data.numel() <= 4 * math.prod(self.plan.shape):
+            return self
+        frames = torch.cat([_resized(frame[None], self.plan) for frame in self.data])
+        return replace(self, data=frames.permute(0, 2, 3, 1), plan=replace(self.plan, size=None, window=None))
 
     def finish(self) -> Tensor:
         """The view as an objective sees it: (C, [T,] H, W) float32, normalised, on the CPU."""
@@ -115,40 +125,52 @@ def erase(pixels: Pixels, erasing: RandomErasing) -> Pixels:
     return replace(pixels, plan=replace(pixels.plan, erased=tuple(recorder.erased)), values=tuple(recorder.values))
 
 
+class Part(NamedTuple):
+    """One view in a packed batch: its shape and dtype, and how many bytes it takes, what is left between included."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    size: int
+
+
 @dataclass(frozen=True)
 class PackedPixels:
     """The pixels of a batch: as few tensors as can be, to share between processes and to page-lock.
 
     Attributes:
-        data: (n,) uint8, the pixels of all views one after the other.
+        data: (n,) uint8, the bytes of all views one after the other.
         values: (m,) float32, what is written into all erased boxes, or None where nothing is erased.
         mirrored: (k,) int64, the rows of an image batch that are mirrored, or None.
-        shapes: of each view in `data`.
+        parts: where each view lies in `data`.
         plans: of each view.
     """
 
     data: Tensor
     values: Tensor | None
     mirrored: Tensor | None
-    shapes: tuple[tuple[int, ...], ...]
+    parts: tuple[Part, ...]
     plans: tuple[Plan, ...]
 
     @classmethod
     def pack(cls, views: Sequence[Pixels]) -> "PackedPixels":
         """The views of a batch, in order; they end in the same shape, however large they still are."""
         plans = tuple(view.plan for view in views)
-        shapes = tuple(tuple(view.data.shape) for view in views)
+        # A float must not begin between two multiples of its size.
+        unit = max(view.data.itemsize for view in views)
+        parts = tuple(
+            Part(tuple(view.data.shape), view.data.dtype, -(-view.data.nbytes // unit) * unit) for view in views
+        )
         assert len({plan.shape for plan in plans}) == 1, "the views of a batch end in one shape"
-        data = torch.empty(sum(map(math.prod, shapes)), dtype=torch.uint8)
-        for part, view in zip(data.split([math.prod(shape) for shape in shapes]), views, strict=True):
-            part.view(view.data.shape).copy_(view.data)
+        data = torch.empty(sum(part.size for part in parts), dtype=torch.uint8)
+        for place, view in zip(_unpacked(data, parts), views, strict=True):
+            place.copy_(view.data)
         values = [value.flatten() for view in views for value in view.values]
         rows = [row for row, plan in enumerate(plans) if plan.mirror and len(plan.shape) == 3]
         return cls(
             data,
             torch.cat(values) if values else None,
             torch.tensor(rows, dtype=torch.int64) if rows else None,
-            shapes,
+            parts,
             plans,
         )
 
@@ -166,11 +188,10 @@ class PackedPixels:
         clip = torch.empty(len(self.plans), *self.plans[0].shape, device=device)
         data = self.data.to(device, non_blocking=True)
         if clip.ndim == 4:
-            self._finish_images(data.view(len(clip), *self.shapes[0]).permute(0, 3, 1, 2), clip)
+            self._finish_images(data.view(len(clip), *self.parts[0].shape).permute(0, 3, 1, 2), clip)
         else:
-            lengths = [math.prod(shape) for shape in self.shapes]
-            for row, part in enumerate(data.split(lengths)):
-                _finish_clip(part.view(self.shapes[row]), self.plans[row], clip[row])
+            for row, frames in enumerate(_unpacked(data, self.parts)):
+                _finish_clip(frames, self.plans[row], clip[row])
         self._erase(clip)
         for row, plan in enumerate(self.plans):
             if not plan.readable:
@@ -210,18 +231,33 @@ def _at_once(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def _unpacked(data: Tensor, parts: Sequence[Part]) -> list[Tensor]:
+    """The views that lie in (n,) uint8, without a copy."""
+    places = data.split([part.size for part in parts])
+    return [
+        place[: math.prod(part.shape) * part.dtype.itemsize].view(part.dtype).view(part.shape)
+        for place, part in zip(places, parts, strict=True)
+    ]
+
+
+def _resized(frames: Tensor, plan: Plan) -> Tensor:
+    """(T, h, w, C) into (T, C, H, W) float32: resized and cut."""
+    pictures = frames.permute(0, 3, 1, 2).to(torch.float32)
+    if plan.size is not None:
+        pictures = F.interpolate(pictures, size=plan.size, mode="bilinear", align_corners=False)
+    if plan.window is not None:
+        top, left, height, width = plan.window
+        pictures = pictures[..., top : top + height, left : left + width]
+    return pictures
+
+
 def _finish_clip(frames: Tensor, plan: Plan, clip: Tensor) -> None:
-    """(T, h, w, C) uint8 into (C, T, H, W) float32: resized, cut, mirrored and normalised."""
+    """(T, h, w, C) uint8 or float32 into (C, T, H, W) float32: resized, cut, mirrored and normalised."""
     shift, scale = _affine(plan.mean, plan.std, clip.device)
     out = clip.transpose(0, 1)
     step = len(frames) if _at_once(clip.device) else 1
     for first in range(0, len(frames), step):
-        pictures = frames[first : first + step].permute(0, 3, 1, 2).to(torch.float32)
-        if plan.size is not None:
-            pictures = F.interpolate(pictures, size=plan.size, mode="bilinear", align_corners=False)
-        if plan.window is not None:
-            top, left, height, width = plan.window
-            pictures = pictures[..., top : top + height, left : left + width]
+        pictures = _resized(frames[first : first + step], plan)
         if plan.mirror:
             pictures = pictures.flip(-1)
         torch.addcmul(shift, pictures, scale, out=out[first : first + step])

@@ -349,7 +349,7 @@ def _clip_pixels(
         window=window,
         mirror=mirror,
     )
-    return Pixels(_borrowed(frames), plan)
+    return Pixels(_borrowed(frames), plan).slim()
 
 
 def _borrowed(frames: np.ndarray) -> Tensor:
