@@ -122,6 +122,8 @@ def erase(pixels: Pixels, erasing: RandomErasing) -> Pixels:
     """Draws what timm's RandomErasing erases of the finished view, in every frame the same box."""
     recorder = _Recorder(pixels.plan.shape)
     erasing(recorder)
+    if not recorder.erased:
+        return pixels
     return replace(pixels, plan=replace(pixels.plan, erased=tuple(recorder.erased)), values=tuple(recorder.values))
 
 
