@@ -22,5 +22,8 @@ setup(
         "simplejson",
         "tensorboard",
     ],
-    extras_require={"dev": ["pytest", "ruff", "mypy", "types-PyYAML", "types-simplejson"]},
+    extras_require={
+        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "types-simplejson"],
+        "torchcodec": ["torchcodec"],
+    },
 )

@@ -42,6 +42,8 @@ class Batch:
         max_hidden: the most cells that any sample's mask hides, counted where the masks were drawn; None = unknown.
         bad: samples that could not be read while this batch was made (already replaced in training; in testing
             their rows hold zeros and count as wrong).
+        max_hidden: the largest number of True in any sample's mask, known without asking the device; None without
+            masks. Of micro-batches, still that of the whole batch.
     """
 
     clip: Tensor
@@ -59,7 +61,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """Called by the DataLoader's pinning thread: the same batch in page-locked memory."""
+        """The same batch in page-locked memory."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":

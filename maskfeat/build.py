@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
@@ -268,6 +269,7 @@ def _image_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None) -> Ima
         draw_hidden=draw_hidden,
         replace_bad=split == "train",
         num_views=cfg.AUG.NUM_SAMPLE if split == "train" and cfg.AUG.ENABLE else 1,
+        backend=cfg.DATA_LOADER.IMAGE_BACKEND,
     )
 
 
@@ -301,16 +303,24 @@ def _clip_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, num_cli
         num_views=cfg.AUG.NUM_SAMPLE if split == "train" and cfg.AUG.ENABLE else 1,
         draw_hidden=draw_hidden,
         replace_bad=split == "train",
+        torchcodec=data.DECODING_BACKEND == "torchcodec",
     )
 
 
-def build_loader(cfg: CfgNode, split: str, world: World | None = None, num_clips: int | None = None) -> Loader:
+def build_loader(
+    cfg: CfgNode,
+    split: str,
+    world: World | None = None,
+    num_clips: int | None = None,
+    device: torch.device | None = None,
+) -> Loader:
     """Batches of a split for one process.
 
     Args:
         split: "train" (shuffled, augmented, full batches only), "val" (one central view) or "test" (every view).
         world: where this process stands; None = alone on its machine.
         num_clips: clips a video in testing; None = TEST.NUM_ENSEMBLE_VIEWS.
+        device: where batches are finished and handed out; None = the CPU.
 
     Raises:
         ValueError: where the data is not there or smaller than a batch; the message names the key.
@@ -359,4 +369,4 @@ def build_loader(cfg: CfgNode, split: str, world: World | None = None, num_clips
     ledger = BadSampleLedger(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split)
     # More workers than cores only take each other's time; how many there are changes nothing in the data.
     workers = min(cfg.DATA_LOADER.NUM_WORKERS, max(available_cores() // world.local_size, 1))
-    return Loader(dataset, sampler, ledger, num_workers=workers, pin_memory=cfg.DATA_LOADER.PIN_MEMORY)
+    return Loader(dataset, sampler, ledger, workers, cfg.DATA_LOADER.PIN_MEMORY, device=device)

@@ -16,9 +16,15 @@ Sampler = Callable[[np.random.Generator], np.ndarray]
 _TRIES_2D, _TRIES_3D = 10, 100
 
 
+def _uniform(low: float, high: float, rng: np.random.Generator) -> float:
+    """What rng.uniform(low, high) draws, in a third of its time; cubes take a hundred tries and more."""
+    return low + (high - low) * rng.random()
+
+
 def _rectangle(area: float, min_aspect: float, rng: np.random.Generator) -> tuple[int, int]:
     """(height, width) of about this area, the aspect log-uniform in [min_aspect, 1 / min_aspect]."""
-    aspect = math.exp(rng.uniform(math.log(min_aspect), -math.log(min_aspect)))
+    spread = math.log(min_aspect)
+    aspect = math.exp(_uniform(spread, -spread, rng))
     return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
 
 
@@ -47,14 +53,14 @@ def block_mask(
         added = 0
         for _ in range(_TRIES_2D):
             # With fewer than `min_block` left to hide, between those and `min_block`: what is too large is dropped.
-            area = min_block + (largest - min_block) * rng.random()
+            area = _uniform(min_block, largest, rng)
             h, w = _rectangle(area, min_aspect, rng)
             if not (0 < h < height and 0 < w < width):
                 continue
             top = int(rng.integers(0, height - h + 1))
             left = int(rng.integers(0, width - w + 1))
             block = hidden[top : top + h, left : left + w]
-            added = h * w - int(block.sum())
+            added = h * w - np.count_nonzero(block)
             if 0 < added <= missing:
                 block[...] = True
                 break
@@ -90,7 +96,7 @@ def cube_mask(
         missing = num_hidden - count
         added = 0
         for _ in range(_TRIES_3D):
-            area = rng.uniform(smallest, largest)
+            area = _uniform(smallest, largest, rng)
             h, w = _rectangle(area, min_aspect, rng)
             t = int(rng.integers(1, frames + 1))
             if not (0 < h < height and 0 < w < width):
@@ -99,7 +105,7 @@ def cube_mask(
             top = int(rng.integers(0, height - h + 1))
             left = int(rng.integers(0, width - w + 1))
             cube = hidden[front : front + t, top : top + h, left : left + w]
-            added = t * h * w - int(cube.sum())
+            added = t * h * w - np.count_nonzero(cube)
             if 0 < added <= missing:
                 cube[...] = True
                 break

@@ -119,10 +119,10 @@ def run_training(
     training = training_state(cfg, device)
     objective = training.objective
     _announce(cfg, objective, device, world)
-    loader = build_loader(cfg, "train", world)
+    loader = build_loader(cfg, "train", world, device=device)
     max_epoch = cfg.SOLVER.MAX_EPOCH
     evaluates = any(_is_due(cfg, objective, epoch) for epoch in range(max_epoch))
-    val_loader = build_loader(cfg, "val", world) if evaluates else None
+    val_loader = build_loader(cfg, "val", world, device=device) if evaluates else None
     start_epoch = start_training(cfg, training)
     if world.is_main:
         # Not earlier: a run that is refused leaves the folder of another one as it was.
@@ -171,13 +171,13 @@ def _validate(
     logbook.write("val_epoch", f"validation after epoch {epoch + 1}: {shown}", stats, epoch)
 
 
-def _test_loaders(cfg: CfgNode, world: World) -> dict[str, Loader]:
+def _test_loaders(cfg: CfgNode, world: World, device: torch.device) -> dict[str, Loader]:
     """A loader for each number of views, by its name: TEST.NUM_TEMPORAL_CLIPS (or TEST.NUM_ENSEMBLE_VIEWS) x crops."""
     if cfg.TEST.DATASET.lower() == "imagenet":
-        return {"1x1": build_loader(cfg, "test", world)}
+        return {"1x1": build_loader(cfg, "test", world, device=device)}
     counts = cfg.TEST.NUM_TEMPORAL_CLIPS or [cfg.TEST.NUM_ENSEMBLE_VIEWS]
     crops = cfg.TEST.NUM_SPATIAL_CROPS
-    return {f"{count}x{crops}": build_loader(cfg, "test", world, num_clips=count) for count in counts}
+    return {f"{count}x{crops}": build_loader(cfg, "test", world, count, device) for count in counts}
 
 
 def _results_path(cfg: CfgNode, what: str) -> Path:
@@ -222,7 +222,7 @@ def _work(world: World, init_method: str, cfg: CfgNode, given: Given) -> None:
     logbook = Logbook(world, folder)
     try:
         # The test's data is looked for before training, not after it.
-        loaders = _test_loaders(cfg, world) if cfg.TEST.ENABLE else {}
+        loaders = _test_loaders(cfg, world, device) if cfg.TEST.ENABLE else {}
         objectives = run_training(cfg, given, world, device, logbook) if cfg.TRAIN.ENABLE else {}
         if cfg.TEST.ENABLE:
             if not objectives or cfg.TEST.CHECKPOINT_FILE_PATH:

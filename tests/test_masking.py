@@ -1,10 +1,12 @@
 """Masks: aims, bounds, shapes of the hidden regions, and carrying them to other grids."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from maskfeat.masking import block_mask, cube_mask, frame_mask, mask_sampler, resize_mask, tube_mask
+from maskfeat.masking import _uniform, block_mask, cube_mask, frame_mask, mask_sampler, resize_mask, tube_mask
 
 
 def draws(number: int = 200) -> list[np.random.Generator]:
@@ -70,6 +72,14 @@ def test_a_draw_is_a_function_of_its_generator() -> None:
     for sampler in (mask_sampler((14, 14), 0.4), mask_sampler((8, 7, 7), 0.4)):
         assert (sampler(np.random.default_rng(5)) == sampler(np.random.default_rng(5))).all()
         assert (sampler(np.random.default_rng(5)) != sampler(np.random.default_rng(6))).any()
+
+
+def test_uniform_draws_are_numpys() -> None:
+    for low, high in ((9, 49), (math.log(0.3), -math.log(0.3)), (15, 7), (0.1, 0.7)):
+        ours, numpys = np.random.default_rng(3), np.random.default_rng(3)
+        for _ in range(300):
+            drawn = numpys.uniform(low, high) if low < high else low + (high - low) * numpys.random()
+            assert math.isclose(_uniform(low, high, ours), drawn, rel_tol=1e-15, abs_tol=1e-15)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1])

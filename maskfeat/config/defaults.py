@@ -41,6 +41,8 @@ def _run(cfg: CfgNode) -> None:
     cfg.DATA_LOADER = CfgNode()
     cfg.DATA_LOADER.NUM_WORKERS = 8  # data processes per training process; 0 = none, load in the loop
     cfg.DATA_LOADER.PIN_MEMORY = True  # page-locked batches: faster copies to a GPU
+    # ours: "pil" | "torchvision": its JPEG decoder, and resizing by torch: faster, grey levels a little different
+    cfg.DATA_LOADER.IMAGE_BACKEND = "pil"
 
     cfg.TENSORBOARD = CfgNode()
     cfg.TENSORBOARD.ENABLE = True  # write event files (off in PySlowFast)
@@ -94,7 +96,8 @@ def _data(cfg: CfgNode) -> None:
     cfg.DATA.SAMPLING_RATE = 8  # frames (at TARGET_FPS) from one sampled frame to the next
     cfg.DATA.TARGET_FPS = 30  # frames per second that SAMPLING_RATE counts in
     cfg.DATA.USE_OFFSET_SAMPLING = False  # uniform clips are a whole number of frames apart
-    cfg.DATA.DECODING_BACKEND = "torchvision"  # "pyav" | "torchvision": both mean the built-in PyAV decoder
+    # "pyav" | "torchvision": both mean the built-in PyAV decoder | "torchcodec": the same frames by that package
+    cfg.DATA.DECODING_BACKEND = "torchvision"
     cfg.DATA.INPUT_CHANNEL_NUM = [3]  # only [3]: one pathway of colour images
     cfg.DATA.TRAIN_CROP_SIZE = 224  # pixels
     cfg.DATA.TEST_CROP_SIZE = 256  # pixels

@@ -12,10 +12,11 @@ _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "DIST_BACKEND": ("nccl", "gloo"),
+    "DATA_LOADER.IMAGE_BACKEND": ("pil", "torchvision"),
     "TRAIN.CHECKPOINT_TYPE": ("pytorch",),
     "TEST.CHECKPOINT_TYPE": ("pytorch",),
     "TEST.NUM_SPATIAL_CROPS": (1, 3),
-    "DATA.DECODING_BACKEND": ("pyav", "torchvision"),
+    "DATA.DECODING_BACKEND": ("pyav", "torchvision", "torchcodec"),
     "DATA.TEST_INTERPOLATION": _INTERPOLATIONS,
     "AUG.INTERPOLATION": _INTERPOLATIONS,
     "AUG.RE_MODE": ("pixel", "rand", "const"),

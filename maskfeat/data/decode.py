@@ -5,7 +5,8 @@ decodes nothing (about 1 % of the time that decoding takes), collects the time s
 frame counts that the container does not know, variable frame rates, streams that start late, edit lists and
 files that end early need no special case: a frame is found by its time stamp, and only frames whose data is
 there are counted. Then one seek to the key frame before the first frame wanted, decoding up to the last one,
-and conversion of those that are used.
+and conversion of those that are used. Of H.264 and HEVC, frames that are neither wanted nor referred to are not
+even decoded; where anything about that looks odd, the span is decoded again in full.
 
 Damage: a packet that does not decode is skipped, and a frame that is missing for it is replaced by the one
 shown before it (or the first one after it). Only if no frame at all comes out is the sample unreadable.
@@ -15,6 +16,7 @@ stream that refers to other files or to the network opens nothing.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,8 @@ MAX_BYTES = 1 << 30
 """Of the frames that one call returns."""
 
 _ATTACHED_PICTURE = 0x0400
+_SKIPPING = ("h264", "hevc")
+"""Decoders that can leave out a frame to which no other refers, with no effect on the bits of the others."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,11 @@ class Video:
         numbers = np.clip(np.asarray(indices, dtype=np.int64), 0, self.info.frames - 1)
         wanted = sorted(set(numbers.tolist()))
         images = None
-        for timestamp in self._packets.entries(wanted[0]):
+        can_skip = self._threads == 1 and self._stream.codec_context.name in _SKIPPING
+        ways = (True, False) if can_skip else (False,)
+        for timestamp, skip in itertools.product(self._packets.entries(wanted[0]), ways):
             if self._seek(timestamp):
-                images = self._collect(wanted, from_start=False)
+                images = self._collect(wanted, from_start=False, skip=skip)
             if images is not None:
                 break
         if images is None:  # no time stamps to go by, or every seek went astray: from the beginning, then
@@ -118,6 +124,16 @@ class Video:
         if not images:
             raise UnreadableSample(self.path, "no frame could be decoded")
         return np.stack([images[number] for number in numbers.tolist()])
+
+    @property
+    def stream_index(self) -> int:
+        """The place of the video stream among all streams of the file."""
+        return int(self._stream.index)
+
+    def seconds(self, numbers: Sequence[int]) -> list[float] | None:
+        """When these frames are shown, as the container counts; None where time stamps do not tell frames apart."""
+        times = self._packets.times
+        return None if times is None else [float(times[number] * self._stream.time_base) for number in numbers]
 
     def _open(self) -> None:
         self._file = open_regular_file(self.path)
@@ -209,31 +225,50 @@ class Video:
             return False
         return True
 
-    def _decode(self) -> Iterator[Any]:
-        """Frames in display order; packets that do not decode are skipped."""
+    def _decode(self, only: Sequence[int] | None = None) -> Iterator[Any]:
+        """Frames in display order; packets that do not decode are skipped.
+
+        Args:
+            only: the numbers of frames, ascending: others before the last of them are left out where no frame refers
+                to them, and the first packet that does not decode is the end.
+        """
+        context = self._stream.codec_context
+        context.skip_frame = "DEFAULT"
+        wanted = frozenset(only or ())
         for packet in self._demux():
+            if only is not None:
+                number = self._packets.number(packet.pts)
+                needed = number is None or number in wanted or number > only[-1]
+                context.skip_frame = "DEFAULT" if needed else "NONREF"
             try:
                 yield from packet.decode()
             except (av.FFmpegError, ValueError):
-                continue
+                if only is not None:
+                    return
         try:
-            yield from self._stream.codec_context.decode(None)
+            yield from context.decode(None)
         except (av.FFmpegError, ValueError, EOFError):
             return
 
-    def _collect(self, wanted: list[int], from_start: bool) -> dict[int, np.ndarray] | None:
-        """The wanted frames by number; {} if nothing decodes; None if decoding began behind the first one."""
+    def _collect(self, wanted: list[int], from_start: bool, skip: bool = False) -> dict[int, np.ndarray] | None:
+        """The wanted frames by number; {} if nothing decodes; None if decoding began behind the first one.
+
+        With `skip`, frames that are not needed are left out, and None also says that a wanted one did not come out
+        or is marked as damaged: what is shown in its stead then depends on frames that were left out.
+        """
         images: dict[int, np.ndarray] = {}
         pending = iter(wanted)
         target: int | None = next(pending)
         previous: Any = None
-        for count, frame in enumerate(self._decode()):
+        for count, frame in enumerate(self._decode(wanted if skip else None)):
             number = self._packets.number(frame.pts)
             if number is None:
                 number = count
             if previous is None and not from_start and (frame.pts is None or number > wanted[0]):
                 return None
             while target is not None and target <= number:
+                if skip and (target != number or frame.is_corrupt):
+                    return None
                 # A frame that did not decode is replaced by the one before it, the first ones by the one
                 # after.
                 source = frame if previous is None or target == number else previous
@@ -242,6 +277,8 @@ class Video:
             if target is None:
                 return images
             previous = frame
+        if skip:
+            return None
         if previous is None:
             return {} if from_start else None
         while target is not None:

@@ -1,23 +1,26 @@
 """Folders of images: one folder a class, and reading what real data sets contain."""
 
+import contextlib
 import logging
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.bad_samples import UnreadableSample, naming_sample, open_regular_file
+from maskfeat.data.pixels import Pixels
 from maskfeat.data.samples import DrawHidden, Sample, draw_mask, first_readable
 from maskfeat.data.seeding import seeded
-from maskfeat.data.transforms import ImageTransform
+from maskfeat.data.transforms import ImageTransform, Picture
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +90,28 @@ def list_image_folder(
     return samples, names
 
 
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Image]]:
+    """A picture whose header alone has been read, and its file; what goes wrong inside is an UnreadableSample."""
+    with open_regular_file(path) as file:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise UnreadableSample(
+                        path, f"{image.width}x{image.height} pixels, more than {MAX_PIXELS / 1e6:.0f} million"
+                    )
+                yield file, image
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise UnreadableSample(path, f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from error
+        except Image.UnidentifiedImageError as error:
+            raise UnreadableSample(path, f"not a {', '.join(FORMATS)} picture") from error
+        except UnreadableSample:
+            raise
+        # What Pillow's parsers raise on damaged files.
+        except (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error) as error:
+            raise UnreadableSample(path, f"damaged picture ({error})") from error
+
+
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """Reads a JPEG, PNG or WebP file, told by its content and not by its name.
 
@@ -97,26 +122,32 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         UnreadableSample: missing, empty, another format, more than MAX_PIXELS, damaged or cut short.
     """
-    with open_regular_file(path) as file:
-        try:
-            with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UnreadableSample(
-                        path, f"{image.width}x{image.height} pixels, more than {MAX_PIXELS / 1e6:.0f} million"
-                    )
-                orientation = _orientation(image)
-                image.load()
-                picture = _to_rgb(image)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise UnreadableSample(path, f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from error
-        except Image.UnidentifiedImageError as error:
-            raise UnreadableSample(path, f"not a {', '.join(FORMATS)} picture") from error
-        except UnreadableSample:
-            raise
-        # What Pillow's parsers raise on damaged files.
-        except (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error) as error:
-            raise UnreadableSample(path, f"damaged picture ({error})") from error
+    with _opened(path) as (_, image):
+        orientation = _orientation(image)
+        image.load()
+        picture = _to_rgb(image)
     return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+
+
+def read_tensor(path: str | os.PathLike[str]) -> Tensor:
+    """What `read_image` reads, the same pixels, as (H, W, 3) uint8: JPEG files by torchvision's decoder.
+
+    Whatever that decoder does not take, or might show otherwise than Pillow, is read by Pillow: other formats, CMYK,
+    pictures that are to be turned, damaged files; and all of them where a torchvision has no decoder any more, which it
+    announces.
+    """
+    with _opened(path) as (file, image):
+        decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
+        if decode_jpeg is None:
+            pass
+        elif image.format == "JPEG" and image.mode in ("RGB", "L") and _orientation(image) not in _TURNS:
+            file.seek(0)
+            data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+            with contextlib.suppress(RuntimeError):  # what it raises on damage; Pillow then finds the words
+                pixels = decode_jpeg(data, mode="RGB").permute(1, 2, 0)
+                if pixels.shape[:2] == (image.height, image.width):
+                    return pixels
+    return torch.from_numpy(np.array(read_image(path)))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -132,7 +163,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.clip(grey, 0, 65535) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+READERS: dict[str, Callable[[str], Picture]] = {"pil": read_image, "torchvision": read_tensor}
+"""By DATA_LOADER.IMAGE_BACKEND. What they read is the same; transforms resize an image by Pillow, a tensor by torch."""
 
 
 class ImageFolder(Dataset[list[Sample]]):
@@ -140,12 +175,13 @@ class ImageFolder(Dataset[list[Sample]]):
 
     Args:
         samples: [(path, class number)], see `list_image_folder`.
-        transform: an image and a generator into (3, crop, crop) float32.
+        transform: an image and a generator into pixels that end as (3, crop, crop).
         seed: of all draws.
         draw_hidden: draws a mask for every view; None where the method hides nothing here.
         replace_bad: True shows the next readable image in place of one that cannot be read (training);
             False shows zeros.
         num_views: how many augmentations of each image a key asks for (repeated augmentation).
+        backend: what decodes and resizes, a key of `READERS`.
     """
 
     def __init__(
@@ -156,7 +192,9 @@ class ImageFolder(Dataset[list[Sample]]):
         draw_hidden: DrawHidden | None = None,
         replace_bad: bool = True,
         num_views: int = 1,
+        backend: str = "pil",
     ) -> None:
+        self.read = READERS[backend]
         self.samples = list(samples)
         self.transform = transform
         self.seed = seed
@@ -180,17 +218,15 @@ class ImageFolder(Dataset[list[Sample]]):
         """All views of the sample that `key` (a SampleKey) names: `num_views` of them, from view `key.view`
         on."""
         key = SampleKey(*key)
-        image, index, bad = first_readable(self, lambda place: read_image(self.path(place)), key.index)
+        image, index, bad = first_readable(self, lambda place: self.read(self.path(place)), key.index)
         with naming_sample(self.path(index)):
             return [self._view(image, key, key.view + i, index, bad) for i in range(self.num_views)]
 
-    def _view(
-        self, image: Image.Image | None, key: SampleKey, view: int, index: int, bad: tuple[BadSample, ...]
-    ) -> Sample:
+    def _view(self, image: Picture | None, key: SampleKey, view: int, index: int, bad: tuple[BadSample, ...]) -> Sample:
         with seeded(self.seed, key.epoch, key.index, view) as rng:
-            clip = self._zeros() if image is None else self.transform(image, rng)
+            clip = self._unreadable() if image is None else self.transform(image, rng)
         hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
         return Sample(clip, self.samples[index][1], hidden, index, bad)
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(3, self.transform.crop, self.transform.crop)
+    def _unreadable(self) -> Pixels:
+        return Pixels.unreadable((3, self.transform.crop, self.transform.crop))

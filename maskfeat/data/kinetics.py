@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from maskfeat.batch import BadSample, SampleKey
+from maskfeat.data import decode_torchcodec
 from maskfeat.data.bad_samples import naming_sample
 from maskfeat.data.decode import VideoInfo, decode_frames
+from maskfeat.data.pixels import Pixels
 from maskfeat.data.samples import DrawHidden, Sample, draw_mask, first_readable
 from maskfeat.data.sampling import clip_length, clip_span, frame_indices
 from maskfeat.data.seeding import SPAN_STREAM, sample_generator, seeded
@@ -87,7 +87,7 @@ class VideoClips(Dataset[list[Sample]]):
 
     Args:
         videos: [(path, label)], see `read_video_list`.
-        transform: frames, a generator and the number of the crop into (3, num_frames, crop, crop) float32.
+        transform: frames, a generator and the number of the crop into pixels that end as (3, num_frames, crop, crop).
         num_frames, sampling_rate, target_fps: a clip spans num_frames x sampling_rate frames at target_fps.
         seed: of all draws.
         mode: "train", "val" or "test".
@@ -97,6 +97,7 @@ class VideoClips(Dataset[list[Sample]]):
         draw_hidden: draws a mask for every view; None where the method hides nothing here.
         replace_bad: True shows the next readable video in place of one that cannot be read (training);
             False shows zeros.
+        torchcodec: decode by torchcodec, which must be installed, see `decode_torchcodec`; the frames are the same.
     """
 
     def __init__(
@@ -114,7 +115,11 @@ class VideoClips(Dataset[list[Sample]]):
         num_views: int = 1,
         draw_hidden: DrawHidden | None = None,
         replace_bad: bool = True,
+        torchcodec: bool = False,
     ) -> None:
+        if torchcodec:  # where it is missing, that is told before the first video
+            decode_torchcodec.load_decoder()
+        self.torchcodec = torchcodec
         assert mode in MODES, f"mode is one of {MODES}, not {mode!r}"
         self.videos = list(videos)
         self.transform = transform
@@ -154,12 +159,13 @@ class VideoClips(Dataset[list[Sample]]):
             start, end = self._span(info, key)
             return frame_indices(start, end, self.num_frames, info.frames)
 
+        decode = decode_torchcodec.decode_frames if self.torchcodec else decode_frames
         if self.mode == "train":
-            return decode_frames(self.path(place), wanted)[0]
+            return decode(self.path(place), wanted)[0]
         # The crops of a clip are asked for one after the other: it is decoded once.
         clip = (place, key.view // self.num_crops)
         if self._last is None or self._last[0] != clip:
-            self._last = clip, decode_frames(self.path(place), wanted)[0]
+            self._last = clip, decode(self.path(place), wanted)[0]
         return self._last[1]
 
     def _span(self, info: VideoInfo, key: SampleKey) -> tuple[float, float]:
@@ -175,9 +181,9 @@ class VideoClips(Dataset[list[Sample]]):
         self, frames: np.ndarray | None, key: SampleKey, view: int, index: int, bad: tuple[BadSample, ...]
     ) -> Sample:
         with seeded(self.seed, key.epoch, key.index, view) as rng:
-            clip = self._zeros() if frames is None else self.transform(frames, rng, view % self.num_crops)
+            clip = self._unreadable() if frames is None else self.transform(frames, rng, view % self.num_crops)
         hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
         return Sample(clip, self.videos[index][1], hidden, index, bad)
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(3, self.num_frames, self.transform.crop, self.transform.crop)
+    def _unreadable(self) -> Pixels:
+        return Pixels.unreadable((3, self.num_frames, self.transform.crop, self.transform.crop))

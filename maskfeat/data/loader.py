@@ -113,8 +113,9 @@ class Loader:
         sampler: the batches of keys.
         ledger: where bad samples are named and counted; None ignores them.
         num_workers: processes; 0 makes the data in this one.
-        pin_memory: page-locks batches for the way to a CUDA device; without effect where there is none.
+        pin_memory: page-locks batches for the way to `device`; without effect on the CPU.
         prefetch_factor: batches that each worker makes ahead.
+        device: where batches are finished (resized, mirrored, normalised, erased) and handed out; None = the CPU.
     """
 
     def __init__(
@@ -125,7 +126,9 @@ class Loader:
         num_workers: int = 0,
         pin_memory: bool = False,
         prefetch_factor: int = 2,
+        device: torch.device | None = None,
     ) -> None:
+        self.device = device or torch.device("cpu")
         self.dataset = dataset
         self.sampler = sampler
         self.ledger = ledger
@@ -138,7 +141,7 @@ class Loader:
             batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=collate,
-            pin_memory=pin_memory and torch.cuda.is_available(),
+            pin_memory=pin_memory and self.device.type == "cuda",
             worker_init_fn=_start_worker,
             # The DataLoader draws a seed for its workers every epoch; from here, and not from the model's
             # generator.
@@ -170,7 +173,7 @@ class Loader:
         self.sampler.set_start(step)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches.
+        """The batches, finished on the loader's device.
 
         Raises:
             TooManyBadSamples: more than DATA.MAX_BAD_FRACTION of the data set cannot be read.
@@ -179,17 +182,17 @@ class Loader:
             # What waits to be collected here (a decoder with threads, a file) must not be cleared away by a worker.
             gc.collect()
             self._forks = False
-        for batch in self._loader:
+        for raw in self._loader:
             if self.ledger is not None:
-                self.ledger.record(batch.bad)
-            yield batch
+                self.ledger.record(raw.bad)
+            yield raw.finish(self.device)
 
     def some(self, indices: Sequence[int]) -> Iterator[Batch]:
         """One batch for each of these samples, made in this process; those that cannot be read are left out."""
         for index in indices:
-            batch = collate([self.dataset[SampleKey(0, index)]])
-            if not batch.bad:
-                yield batch
+            raw = collate([self.dataset[SampleKey(0, index)]])
+            if not raw.bad:
+                yield raw.finish(self.device)
 
 
 def _start_worker(worker: int) -> None:

@@ -37,6 +37,11 @@ class PacketTimes:
             if not (trusted and distinct):
                 self._times = None
 
+    @property
+    def times(self) -> list[int] | None:
+        """When each frame is shown, ascending, in units of the stream; None where time stamps are of no use."""
+        return self._times
+
     def number(self, pts: int | None) -> int | None:
         """The number of the frame that is on screen at `pts`; None where only counting helps."""
         if self._times is None or pts is None:

@@ -1,7 +1,7 @@
 """One sample on its way from a data set to a batch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maskfeat.batch import BadSample, Batch
 from maskfeat.data.bad_samples import UnreadableSample, naming_sample
+from maskfeat.data.pixels import PackedPixels, Pixels
 from maskfeat.data.seeding import MASK_STREAM, sample_generator
 
 MAX_REPLACEMENTS = 100
@@ -27,14 +28,14 @@ class Sample:
     """One view of one sample.
 
     Attributes:
-        clip: (C, H, W) or (C, T, H, W) float32, normalised; zeros where it could not be read (testing only).
+        clip: its pixels and what is left to do to them; ends as zeros where it could not be read (testing only).
         label: the class.
         hidden: bool of the mask grid, True = removed from the model's view; or None.
         index: the sample's place in its data set. Where another one was shown in its stead, that one's place.
         bad: every sample that could not be read on the way here.
     """
 
-    clip: Tensor
+    clip: Pixels
     label: int
     hidden: Tensor | None
     index: int
@@ -49,19 +50,54 @@ def draw_mask(draw: DrawHidden | None, seed: int, epoch: int, index: int, view: 
     return torch.from_numpy(np.ascontiguousarray(hidden, dtype=np.bool_))
 
 
-def collate(samples: Sequence[Sequence[Sample]]) -> Batch:
+@dataclass(frozen=True)
+class RawBatch:
+    """A batch as a worker sends it: on the CPU, its pixels not finished. For the other attributes see `Batch`."""
+
+    pixels: PackedPixels
+    label: Tensor
+    hidden: Tensor | None
+    index: Tensor
+    bad: tuple[BadSample, ...]
+    max_hidden: int | None
+
+    def pin_memory(self) -> "RawBatch":
+        """Called by the DataLoader's pinning thread: the same batch in page-locked memory."""
+        return replace(
+            self,
+            pixels=self.pixels.pin_memory(),
+            label=self.label.pin_memory(),
+            hidden=None if self.hidden is None else self.hidden.pin_memory(),
+            index=self.index.pin_memory(),
+        )
+
+    def finish(self, device: torch.device) -> Batch:
+        """The batch on `device`, its clip made there. Waits for nothing where its memory is page-locked."""
+        return Batch(
+            clip=self.pixels.finish(device),
+            label=self.label.to(device, non_blocking=True),
+            hidden=None if self.hidden is None else self.hidden.to(device, non_blocking=True),
+            index=self.index.to(device, non_blocking=True),
+            bad=self.bad,
+            max_hidden=self.max_hidden,
+        )
+
+
+def collate(samples: Sequence[Sequence[Sample]]) -> RawBatch:
     """All views of all samples as one batch, in order: the views of a sample stand beside one another."""
     flat = [view for views in samples for view in views]
     assert flat, "a batch needs at least one sample"
     masks = [view.hidden for view in flat if view.hidden is not None]
     assert len(masks) in (0, len(flat)), "either all samples of a batch have a mask or none has"
+    hidden = torch.stack(masks) if masks else None
     bad = {sample.index: sample for view in flat for sample in view.bad}
-    return Batch(
-        clip=torch.stack([view.clip for view in flat]),
+    return RawBatch(
+        pixels=PackedPixels.pack([view.clip for view in flat]),
         label=torch.tensor([view.label for view in flat], dtype=torch.int64),
-        hidden=torch.stack(masks) if masks else None,
+        hidden=hidden,
         index=torch.tensor([view.index for view in flat], dtype=torch.int64),
         bad=tuple(bad.values()),
+        max_hidden=None if hidden is None else int(hidden.flatten(1).sum(dim=1).max()),
     )
 
 

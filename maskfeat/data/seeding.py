@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 VIEW_STREAM = 0
 """Draws of the augmentation of one view."""
@@ -29,15 +30,15 @@ def seeded(seed: int, epoch: int, index: int, view: int) -> Iterator[np.random.G
     """Seeds the global generators of `random`, numpy and torch (CPU), and yields a generator of our own.
 
     timm's augmentations draw from the globals. Their former states come back on exit, so that data that is
-    made in the training process (no workers) leaves the model's own draws alone.
+    made in the training process (no workers) leaves the model's own draws alone. In a worker nobody else draws,
+    and keeping the states would take half of the time.
 
     Args:
         seed, epoch, index, view: non-negative; together they name the draw.
     """
     words = np.random.SeedSequence((seed, epoch, index, view, VIEW_STREAM)).generate_state(6, np.uint32)
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
-    torch_state = torch.random.get_rng_state()
+    alone = get_worker_info() is not None
+    states = None if alone else (random.getstate(), np.random.get_state(), torch.random.get_rng_state())
     try:
         random.seed(int(words[0]) << 32 | int(words[1]))
         np.random.seed(words[2:4])
@@ -45,6 +46,7 @@ def seeded(seed: int, epoch: int, index: int, view: int) -> Iterator[np.random.G
         torch.default_generator.manual_seed(int(words[4]) << 31 | int(words[5]) >> 1)
         yield sample_generator(seed, epoch, index, view)
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.random.set_rng_state(torch_state)
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.random.set_rng_state(states[2])

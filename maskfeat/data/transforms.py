@@ -18,6 +18,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
+from maskfeat.data.pixels import Box, Pixels, Plan, erase
 from maskfeat.data.rand_augment import augment_frames, make_rand_augment, pil_mode
 
 ERASING_MODES = ("const", "rand", "pixel")
@@ -25,32 +26,36 @@ MAX_GROWTH = 8
 """Above this aspect an image is not resized whole before it is cropped."""
 
 
+_TORCH_MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
+
+Picture = Image.Image | Tensor
+"""An RGB image of any size: Pillow's, or (H, W, 3) uint8 of any strides."""
+
+
 class ImageTransform(Protocol):
-    """An image into (C, H, W)."""
+    """An image into pixels that end as (C, crop, crop)."""
 
     crop: int
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor: ...
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels: ...
 
 
 class ClipTransform(Protocol):
-    """(T, H, W, C) uint8 into (C, T, H, W)."""
+    """(T, H, W, C) uint8 into pixels that end as (C, T, crop, crop)."""
 
     crop: int
 
-    def __call__(self, frames: np.ndarray, rng: np.random.Generator, position: int = 1) -> Tensor: ...
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator, position: int = 1) -> Pixels: ...
 
 
-def random_area_box(
-    height: int, width: int, scale: Sequence[float], ratio: Sequence[float]
-) -> tuple[int, int, int, int]:
+def random_area_box(height: int, width: int, scale: Sequence[float], ratio: Sequence[float]) -> Box:
     """torchvision's random resized crop: a share of the area in `scale`, an aspect (width / height) in `ratio`.
 
     Returns:
-        (top, left, height, width) in pixels, inside the picture.
+        a box inside the picture.
     """
     picture = torch.empty(1, height, width, device="meta")  # only its size is read
-    return RandomResizedCrop.get_params(picture, list(scale), list(ratio))
+    return Box(*RandomResizedCrop.get_params(picture, list(scale), list(ratio)))
 
 
 def make_erasing(probability: float, mode: str, count: int) -> RandomErasing:
@@ -68,26 +73,6 @@ def make_erasing(probability: float, mode: str, count: int) -> RandomErasing:
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"AUG.RE_PROB must lie in [0, 1], not be {probability}")
     return RandomErasing(probability, mode=mode, max_count=count, device="cpu")
-
-
-def erase(clip: Tensor, erasing: RandomErasing) -> Tensor:
-    """Erases the same box in every frame of (C, T, H, W) float32, in place."""
-    erasing(clip.view(-1, *clip.shape[2:]))
-    return clip
-
-
-def to_float(pixels: np.ndarray) -> Tensor:
-    """(..., 3) uint8 into (3, ...) float32, still 0 to 255."""
-    tensor = torch.from_numpy(np.array(pixels, dtype=np.uint8, copy=True))
-    return tensor.movedim(-1, 0).to(torch.float32, memory_format=torch.contiguous_format)
-
-
-def normalise(tensor: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(3, ...) float32 of 0 to 255, in place: (x / 255 - mean) / std per channel."""
-    shape = (-1,) + (1,) * (tensor.ndim - 1)
-    centre = torch.tensor(mean, dtype=torch.float32).view(shape)
-    spread = torch.tensor(std, dtype=torch.float32).view(shape)
-    return tensor.div_(255).sub_(centre).div_(spread)
 
 
 def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
@@ -117,38 +102,42 @@ def crop_corner(height: int, width: int, size: int, position: int) -> tuple[int,
     return top, (0 if position == 0 else width - size)
 
 
-def uniform_crop(clip: Tensor, size: int, short_side: int, position: int) -> Tensor:
-    """Resizes the short side of (C, T, H, W) float (bilinear, no antialias) and takes one of three crops.
+def crop_image(picture: Picture, box: Box) -> Picture:
+    """What `box` shows of a picture."""
+    if isinstance(picture, Image.Image):
+        return picture.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+    return picture[box.top : box.top + box.height, box.left : box.left + box.width]
 
-    Args:
-        clip: (C, T, H, W) float.
-        size: side of the crop, at most `short_side`.
-        short_side: what the short side is resized to first.
-        position: see `crop_corner`.
 
-    Returns:
-        (C, T, size, size).
+def resize_image(picture: Picture, size: tuple[int, int], mode: Image.Resampling) -> Picture:
+    """Resizes a picture to (height, width), antialiased: by Pillow, or by torch where it is a tensor.
+
+    Of "bicubic" and "bilinear" torch computes in 16 bits what Pillow computes in 32; of other modes it has no uint8
+    kernel, so that Pillow takes its place.
     """
-    height, width = short_side_size(clip.shape[-2], clip.shape[-1], short_side)
-    if (height, width) != tuple(clip.shape[-2:]):
-        clip = F.interpolate(clip, size=(height, width), mode="bilinear", align_corners=False)
-    top, left = crop_corner(height, width, size, position)
-    return clip[..., top : top + size, left : left + size].clone(memory_format=torch.contiguous_format)
+    if isinstance(picture, Image.Image):
+        return picture.resize((size[1], size[0]), mode)
+    if mode not in _TORCH_MODES:
+        return torch.from_numpy(np.array(Image.fromarray(picture.numpy()).resize((size[1], size[0]), mode)))
+    pixels = picture.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)  # and so is the result
+    resized = F.interpolate(pixels, size, mode=_TORCH_MODES[mode], align_corners=False, antialias=True)
+    return resized[0].permute(1, 2, 0)
 
 
-def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """(T, H, W, 3) uint8 into (3, T, *size) float32 of 0 to 255. Bilinear, no antialias.
+def _as_tensor(picture: Picture) -> Tensor:
+    """(H, W, C) uint8."""
+    return torch.from_numpy(np.array(picture)) if isinstance(picture, Image.Image) else picture
 
-    Frame by frame with the channels last: a fraction of the time and memory of resizing the clip as one
-    tensor, and within 1e-5 of its values.
-    """
-    if frames.shape[1:3] == tuple(size):
-        return to_float(frames)
-    clip = torch.empty(3, len(frames), *size)
-    for place, frame in enumerate(frames):
-        picture = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].to(torch.float32)
-        clip[:, place] = F.interpolate(picture, size=size, mode="bilinear", align_corners=False)[0]
-    return clip
+
+def _as_image(picture: Picture) -> Image.Image:
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture.numpy())
+
+
+def _size(picture: Picture) -> tuple[int, int]:
+    """(height, width)."""
+    if isinstance(picture, Image.Image):
+        return picture.height, picture.width
+    return picture.shape[0], picture.shape[1]
 
 
 class ImageTrainTransform:
@@ -194,16 +183,18 @@ class ImageTrainTransform:
             self.augment = ColorJitter(color_jitter, color_jitter, color_jitter)
         self.erasing = make_erasing(erase_prob, erase_mode, erase_count)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """An RGB image of any size into (3, crop, crop) float32."""
-        top, left, height, width = random_area_box(image.height, image.width, self.scale, self.ratio)
-        image = image.crop((left, top, left + width, top + height)).resize((self.crop, self.crop), self.mode)
-        if self.flip and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels:
+        """An RGB image of any size into pixels that end as (3, crop, crop)."""
+        box = random_area_box(*_size(image), self.scale, self.ratio)
+        image = resize_image(crop_image(image, box), (self.crop, self.crop), self.mode)
+        mirror = self.flip and rng.random() < 0.5
         if self.augment is not None:
-            image = self.augment(image)
-        tensor = normalise(to_float(np.asarray(image)), self.mean, self.std)
-        return erase(tensor[:, None], self.erasing)[:, 0]
+            image = _as_image(image)
+            if mirror:  # not later: what follows does not treat left and right alike
+                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image, mirror = self.augment(image), False
+        plan = Plan((3, self.crop, self.crop), self.mean, self.std, mirror=mirror)
+        return erase(Pixels(_as_tensor(image), plan), self.erasing)
 
 
 class ImageEvalTransform:
@@ -231,21 +222,21 @@ class ImageEvalTransform:
         if self.short_side < crop:
             raise ValueError(f"a crop of {crop} needs a short side of at least that, not {self.short_side}")
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
-        """An RGB image of any size into (3, crop, crop) float32. Draws nothing."""
-        width, height = image.size
+    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Pixels:
+        """An RGB image of any size into pixels that end as (3, crop, crop). Draws nothing."""
+        height, width = _size(image)
         new_width = self.short_side if width <= height else int(self.short_side * width / height)
         new_height = self.short_side if height <= width else int(self.short_side * height / width)
         left, top = round((new_width - self.crop) / 2), round((new_height - self.crop) / 2)
         if new_width * new_height <= MAX_GROWTH * self.short_side**2:
-            image = image.resize((new_width, new_height), self.mode)
-            image = image.crop((left, top, left + self.crop, top + self.crop))
+            image = resize_image(image, (new_height, new_width), self.mode)
+            image = crop_image(image, Box(top, left, self.crop, self.crop))
         else:  # 1 x 10,000 pixels must not grow to 256 x 2.5 million: only what the crop shows is made
             step_x, step_y = width / new_width, height / new_height
             right, bottom = (left + self.crop) * step_x, (top + self.crop) * step_y
             box = (left * step_x, top * step_y, min(right, width), min(bottom, height))
-            image = image.resize((self.crop, self.crop), self.mode, box=box)
-        return normalise(to_float(np.asarray(image)), self.mean, self.std)
+            image = _as_image(image).resize((self.crop, self.crop), self.mode, box=box)
+        return Pixels(_as_tensor(image), Plan((3, self.crop, self.crop), self.mean, self.std))
 
 
 class ClipTrainTransform:
@@ -293,26 +284,24 @@ class ClipTrainTransform:
             make_rand_augment(auto_augment, crop, interpolation)
         self.erasing = make_erasing(erase_prob, erase_mode, erase_count)
 
-    def __call__(self, frames: np.ndarray, rng: np.random.Generator, position: int = 1) -> Tensor:
-        """(T, H, W, 3) uint8 into (3, T, crop, crop) float32. `position` has no meaning here."""
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator, position: int = 1) -> Pixels:
+        """(T, h, w, 3) uint8 into pixels that end as (3, T, crop, crop). `position` has no meaning here."""
         if self.auto_augment:
             frames = augment_frames(frames, self.auto_augment, self.interpolation)
         height, width = frames.shape[1:3]
         if self.scale:
-            top, left, h, w = random_area_box(height, width, self.scale, self.ratio)
-            clip = resize_frames(frames[:, top : top + h, left : left + w], (self.crop, self.crop))
+            box = random_area_box(height, width, self.scale, self.ratio)
+            frames = frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
+            size, window = (self.crop, self.crop), None
         else:
-            side = round(rng.uniform(self.short_sides[0], self.short_sides[-1]))
-            height, width = short_side_size(height, width, side)
-            clip = resize_frames(frames, (height, width))
-            top = int(rng.integers(0, height - self.crop + 1))
-            left = int(rng.integers(0, width - self.crop + 1))
-            clip = clip[..., top : top + self.crop, left : left + self.crop]
-        if self.flip and rng.random() < 0.5:
-            clip = clip.flip(-1)
+            size = short_side_size(height, width, round(rng.uniform(self.short_sides[0], self.short_sides[-1])))
+            top = int(rng.integers(0, size[0] - self.crop + 1))
+            left = int(rng.integers(0, size[1] - self.crop + 1))
+            window = Box(top, left, self.crop, self.crop)
+        mirror = self.flip and rng.random() < 0.5
         # The published code normalises first; afterwards it is the same (the resize is linear) on fewer
         # pixels.
-        return erase(normalise(clip.contiguous(), self.mean, self.std), self.erasing)
+        return erase(_clip_pixels(frames, self, size, window, mirror), self.erasing)
 
 
 class ClipTestTransform:
@@ -333,10 +322,36 @@ class ClipTestTransform:
         self.crop, self.short_side, self.num_crops = crop, short_side, num_crops
         self.mean, self.std = tuple(mean), tuple(std)
 
-    def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None, position: int = 0) -> Tensor:
-        """(T, H, W, 3) uint8 into (3, T, crop, crop) float32: the crop `position` of `num_crops`. Draws
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None, position: int = 0) -> Pixels:
+        """(T, h, w, 3) uint8 into pixels that end as (3, T, crop, crop): the crop `position` of `num_crops`. Draws
         nothing."""
-        height, width = short_side_size(frames.shape[1], frames.shape[2], self.short_side)
-        top, left = crop_corner(height, width, self.crop, 1 if self.num_crops == 1 else position)
-        clip = resize_frames(frames, (height, width))[..., top : top + self.crop, left : left + self.crop]
-        return normalise(clip.contiguous(), self.mean, self.std)
+        size = short_side_size(frames.shape[1], frames.shape[2], self.short_side)
+        top, left = crop_corner(*size, self.crop, 1 if self.num_crops == 1 else position)
+        return _clip_pixels(frames, self, size, Box(top, left, self.crop, self.crop))
+
+
+def _clip_pixels(
+    frames: np.ndarray,
+    transform: ClipTrainTransform | ClipTestTransform,
+    size: tuple[int, int],
+    window: Box | None,
+    mirror: bool = False,
+) -> Pixels:
+    """(T, h, w, 3) uint8 as pixels that are yet to be resized to `size`, cut to `window` and mirrored."""
+    if frames.shape[1:3] == size and window is not None:  # nothing to resize: only what is shown is sent
+        frames = frames[:, window.top : window.top + window.height, window.left : window.left + window.width]
+        size, window = (window.height, window.width), None
+    plan = Plan(
+        (3, len(frames), transform.crop, transform.crop),
+        transform.mean,
+        transform.std,
+        size=None if frames.shape[1:3] == size else size,
+        window=window,
+        mirror=mirror,
+    )
+    return Pixels(_borrowed(frames), plan).slim()
+
+
+def _borrowed(frames: np.ndarray) -> Tensor:
+    """The array as a tensor, without a copy unless it runs backwards, as frames that were turned do."""
+    return torch.from_numpy(frames if min(frames.strides) >= 0 else np.ascontiguousarray(frames))

@@ -149,6 +149,7 @@ UNSUPPORTED = [
     ("MODEL.HEAD_ACT", "sigmoid"),
     ("MODEL.LOSS_FUNC", "bce"),
     ("DATA.DECODING_BACKEND", "decord"),
+    ("DATA_LOADER.IMAGE_BACKEND", "turbo"),
     ("AUG.INTERPOLATION", "sharp"),
     ("AUG.RE_MODE", "grey"),
     ("AUG.RE_SPLIT", "True"),

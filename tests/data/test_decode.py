@@ -149,8 +149,8 @@ def test_only_the_span_is_decoded_and_each_frame_converted_once(
     decoded, converted = [], []
     plain_decode, plain_convert = decode.Video._decode, decode.Video._to_rgb
 
-    def counting_decode(self: decode.Video):  # type: ignore[no-untyped-def]
-        for frame in plain_decode(self):
+    def counting_decode(self: decode.Video, *args: object):  # type: ignore[no-untyped-def]
+        for frame in plain_decode(self, *args):  # type: ignore[arg-type]
             decoded.append(frame.pts)
             yield frame
 
@@ -163,6 +163,61 @@ def test_only_the_span_is_decoded_and_each_frame_converted_once(
     assert read_numbers(decode_frames(path, [101, 101, 105, 109, 109])[0]) == [101, 101, 105, 109, 109]
     assert len(decoded) <= 12
     assert len(converted) == 3
+
+
+SKIPPED = ["h264_b_frames", "h264_one_gop", "h264_open_gop", "h264_mkv", "h264_ts", "h264_fragments", "hevc"]
+
+
+def in_full(path: Path, wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """The same frames where nothing is left out."""
+    with monkeypatch.context() as context:
+        context.setattr(decode, "_SKIPPING", ())
+        return decode_frames(path, wanted)[0]
+
+
+@pytest.mark.parametrize("kind", SKIPPED)
+def test_frames_that_are_left_out_change_no_bit_of_the_others(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path, kind)
+    decoded = []
+    plain_decode = decode.Video._decode
+
+    def counting_decode(self: decode.Video, *args: object):  # type: ignore[no-untyped-def]
+        for frame in plain_decode(self, *args):  # type: ignore[arg-type]
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(decode.Video, "_decode", counting_decode)
+    counts = {True: 0, False: 0}
+    for step in (1, 3, 4, 7):
+        for first in (0, 5, 14, 39):
+            wanted = [first + step * i for i in range(5) if first + step * i < 40]
+            for skip in (True, False):
+                decoded.clear()
+                frames = decode_frames(path, wanted)[0] if skip else in_full(path, wanted, monkeypatch)
+                counts[skip] += len(decoded)
+                assert read_numbers(frames) == wanted
+                if skip:
+                    lean = frames
+            assert np.array_equal(lean, frames), wanted
+    assert counts[True] < 0.9 * counts[False]
+
+
+def test_of_damaged_files_nothing_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes the place of a frame that does not decode is what it would be if all had been decoded."""
+    whole = make(tmp_path, "h264_b_frames").read_bytes()
+    with av.open(str(tmp_path / "h264_b_frames.mp4")) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    path = tmp_path / "damaged.mp4"
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        data = bytearray(whole)
+        for position, size in rng.permutation(packets)[: rng.integers(1, 4)].tolist():
+            data[position : position + size] = (size - 4).to_bytes(4, "big") + bytes(size - 4)
+        path.write_bytes(data)
+        wanted = sorted(rng.permutation(40)[:6].tolist())
+        assert np.array_equal(decode_frames(path, wanted)[0], in_full(path, wanted, monkeypatch)), wanted
 
 
 def test_a_seek_that_goes_astray_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

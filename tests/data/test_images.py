@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from maskfeat.batch import SampleKey
 from maskfeat.data import images
 from maskfeat.data.bad_samples import UnreadableSample
-from maskfeat.data.images import ImageFolder, list_image_folder, read_image
+from maskfeat.data.images import ImageFolder, list_image_folder, read_image, read_tensor
+from maskfeat.data.pixels import Pixels
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -158,13 +160,72 @@ def test_shared_damaged_images(shared: Path) -> None:
     for name, size in sizes.items():
         image = read_image(folder / name)
         assert (image.mode, image.size) == ("RGB", size), name
-        assert ImageEvalTransform(64, MEAN, STD)(image).shape == (3, 64, 64)
+        assert ImageEvalTransform(64, MEAN, STD)(image).finish().shape == (3, 64, 64)
     # Five copies of one photograph: its colours must come out alike.
     means = [np.asarray(read_image(folder / n)).mean((0, 1)) for n in sizes if n not in ("gray.JPEG", "one_pixel.JPEG")]
     assert np.ptp(np.stack(means), axis=0).max() < 3
     for name in ("empty.JPEG", "header_only.JPEG", "text.JPEG", "truncated.JPEG", "bomb_60000x60000.png"):
         with pytest.raises(UnreadableSample):
             read_image(folder / name)
+
+
+def both(path: Path) -> np.ndarray | str:
+    """What both readers read, or the cause that both give; fails where they differ by a bit."""
+    try:
+        read = np.asarray(read_image(path))
+    except UnreadableSample as error:
+        with pytest.raises(UnreadableSample) as caught:
+            read_tensor(path)
+        assert caught.value.cause == error.cause
+        return error.cause
+    tensor = read_tensor(path)
+    assert tensor.dtype == torch.uint8 and np.array_equal(tensor.numpy(), read)
+    return read
+
+
+def test_torchvisions_decoder_shows_the_same_bits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        size = tuple(rng.integers(1, 90, 2))
+        image = Image.fromarray(
+            rng.integers(0, 256, (*size, 3), dtype=np.uint8) // 2 + np.resize(colours(), (*size, 3)) // 2
+        )
+        options = {"quality": int(rng.integers(20, 100)), "subsampling": number % 3, "progressive": number % 2 == 0}
+        image.convert(("RGB", "L", "CMYK")[number // 8]).save(tmp_path / "a.jpg", **options)
+        assert both(tmp_path / "a.jpg").shape == (*size, 3)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(colours()).save(tmp_path / "a.jpg", exif=exif)
+        both(tmp_path / "a.jpg")
+    for kind in ("PNG", "WEBP"):
+        Image.fromarray(colours()).save(tmp_path / "a.jpg", kind)
+        both(tmp_path / "a.jpg")
+
+
+def test_torchvisions_decoder_on_mutated_files(tmp_path: Path) -> None:
+    """What one reader refuses the other refuses, and what is shown of damaged files is the same."""
+    rng = np.random.default_rng(1)
+    originals = []
+    for number, mode in enumerate(("RGB", "RGB", "L", "CMYK")):
+        file = io.BytesIO()
+        Image.fromarray(colours()).convert(mode).save(file, "JPEG", progressive=number == 1)
+        originals.append(file.getvalue())
+    outcomes = set()
+    for turn in range(400):
+        data = bytearray(originals[turn % 4])
+        for place in rng.integers(0, len(data), rng.integers(1, 12)):
+            data[place] = rng.integers(256)
+        (tmp_path / "a.jpg").write_bytes(data[: rng.integers(1, len(data) + 1)] if turn % 3 else data)
+        outcomes.add(isinstance(both(tmp_path / "a.jpg"), str))
+    assert outcomes == {True, False}
+
+
+def test_torchvisions_decoder_on_shared_images(shared: Path) -> None:
+    for path in sorted((shared / "data" / "imagenet_samples").rglob("*.JPEG")):
+        assert isinstance(both(path), np.ndarray), path
+    for path in sorted((shared / "data" / "damaged" / "images").iterdir()):
+        both(path)
 
 
 def make_folder(root: Path, classes: dict[str, int]) -> Path:
@@ -211,14 +272,14 @@ def test_samples(tmp_path: Path) -> None:
     dataset = ImageFolder(samples, transform, seed=1, draw_hidden=draw, num_views=2)
     first, second = dataset[SampleKey(0, 4, 0)]
     assert (first.label, first.index, first.bad) == (1, 4, ())
-    assert first.clip.shape == (3, 32, 32) and first.clip.dtype == torch.float32
+    assert first.clip.finish().shape == (3, 32, 32) and first.clip.data.dtype == torch.uint8
     assert first.hidden is not None and first.hidden.shape == (4, 4) and first.hidden.dtype == torch.bool
-    assert not torch.equal(first.clip, second.clip) and not torch.equal(first.hidden, second.hidden)
+    assert not torch.equal(first.clip.finish(), second.clip.finish()) and not torch.equal(first.hidden, second.hidden)
     again = dataset[SampleKey(0, 4, 0)]
-    assert torch.equal(again[1].clip, second.clip) and torch.equal(again[1].hidden, second.hidden)
-    assert not torch.equal(dataset[SampleKey(1, 4, 0)][0].clip, first.clip)
+    assert torch.equal(again[1].clip.finish(), second.clip.finish()) and torch.equal(again[1].hidden, second.hidden)
+    assert not torch.equal(dataset[SampleKey(1, 4, 0)][0].clip.finish(), first.clip.finish())
     other_seed = ImageFolder(samples, transform, seed=2, draw_hidden=draw)
-    assert not torch.equal(other_seed[SampleKey(0, 4, 0)][0].clip, first.clip)
+    assert not torch.equal(other_seed[SampleKey(0, 4, 0)][0].clip.finish(), first.clip.finish())
     # The mask does not depend on the augmentation.
     plainer = ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=1, draw_hidden=draw)
     assert torch.equal(plainer[SampleKey(0, 4, 0)][0].hidden, first.hidden)
@@ -233,14 +294,14 @@ def test_bad_samples_are_replaced_by_the_next_and_disturb_no_other(tmp_path: Pat
     Path(samples[2][0]).unlink()
     after = [dataset[SampleKey(0, index)][0] for index in range(6)]
     for index in (0, 3, 4, 5):
-        assert torch.equal(before[index].clip, after[index].clip) and after[index].bad == ()
+        assert torch.equal(before[index].clip.finish(), after[index].clip.finish()) and after[index].bad == ()
     assert [sample.index for sample in after] == [0, 3, 3, 3, 4, 5]
     assert [sample.label for sample in after] == [0, 1, 1, 1, 1, 1]
     assert [(bad.index, bad.cause) for bad in after[1].bad] == [(1, "the file is empty"), (2, "no such file")]
     assert after[1].bad[0].path == samples[1][0]
     # The place of sample 1 keeps the draws of sample 1.
-    assert not torch.equal(after[1].clip, after[3].clip)
-    assert torch.equal(after[1].clip, dataset[SampleKey(0, 1)][0].clip)
+    assert not torch.equal(after[1].clip.finish(), after[3].clip.finish())
+    assert torch.equal(after[1].clip.finish(), dataset[SampleKey(0, 1)][0].clip.finish())
 
 
 def test_the_last_sample_is_replaced_by_the_first(tmp_path: Path) -> None:
@@ -261,18 +322,53 @@ def test_testing_shows_zeros_and_keeps_the_label(tmp_path: Path) -> None:
     dataset = ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=0, replace_bad=False)
     (sample,) = dataset[SampleKey(0, 2)]
     assert (sample.label, sample.index, len(sample.bad)) == (1, 2, 1)
-    assert sample.clip.shape == (3, 32, 32) and not sample.clip.any()
+    assert sample.clip.finish().shape == (3, 32, 32) and not sample.clip.finish().any()
 
 
 def test_other_errors_name_the_file(tmp_path: Path) -> None:
     samples, _ = list_image_folder(make_folder(tmp_path, {"a": 1}))
 
     class Broken(ImageEvalTransform):
-        def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> torch.Tensor:
+        def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Pixels:
             raise IndexError("a bug")
 
     with pytest.raises(RuntimeError, match="0.JPEG.*IndexError: a bug"):
         ImageFolder(samples, Broken(32, MEAN, STD), seed=0)[SampleKey(0, 0)]
+
+
+def test_without_a_decoder_in_torchvision_pillow_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(colours()).save(tmp_path / "a.jpg")
+    monkeypatch.delattr(torchvision.io, "decode_jpeg")
+    both(tmp_path / "a.jpg")
+
+
+def test_the_torchvision_backend_differs_by_little(shared: Path) -> None:
+    """Mean absolute difference in grey levels, 0 to 255, from what Pillow makes of the same draws."""
+    listed, _ = list_image_folder(shared / "data" / "imagenet_samples" / "train")
+    for transform, bound in (
+        (ImageTrainTransform(224, (0.5, 1.0), (3 / 4, 4 / 3), MEAN, STD), 0.05),
+        (ImageTrainTransform(224, (0.08, 1.0), (3 / 4, 4 / 3), MEAN, STD, "bilinear"), 0.05),
+        (ImageTrainTransform(96, (0.3, 1.0), (3 / 4, 4 / 3), MEAN, STD, "lanczos"), 0.0),
+        (ImageEvalTransform(224, MEAN, STD), 0.05),
+    ):
+        pil, torchvision = (ImageFolder(listed, transform, seed=0, backend=name) for name in ("pil", "torchvision"))
+        differences = []
+        for index in range(0, len(listed), 4):
+            (plain,), (fast,) = pil[SampleKey(0, index)], torchvision[SampleKey(0, index)]
+            assert fast.clip.plan == plain.clip.plan
+            differences.append((fast.clip.data.float() - plain.clip.data.float()).abs().mean())
+        assert torch.stack(differences).mean() <= bound, (torch.stack(differences).mean(), max(differences))
+
+
+@pytest.mark.parametrize(
+    "augment", [{"auto_augment": "rand-m9-mstd0.5-inc1"}, {"color_jitter": 0.4}, {"erase_prob": 1.0}]
+)
+def test_the_torchvision_backend_augments(tmp_path: Path, augment: dict) -> None:
+    listed, _ = list_image_folder(make_folder(tmp_path, {"a": 3}))
+    transform = ImageTrainTransform(32, (1.0, 1.0), (1.0, 1.0), MEAN, STD, **augment)
+    views = [ImageFolder(listed, transform, 1, backend=name)[SampleKey(0, 1)][0] for name in ("pil", "torchvision")]
+    first, second = (view.clip.finish() for view in views)
+    assert (first - second).abs().mean() < 0.03 and first.std() > 0.1
 
 
 def test_limit_lies_below_pillows() -> None:

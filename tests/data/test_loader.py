@@ -17,6 +17,7 @@ from maskfeat.data.bad_samples import BadSampleLedger, TooManyBadSamples
 from maskfeat.data.decode import decode_frames
 from maskfeat.data.images import ImageFolder, list_image_folder
 from maskfeat.data.loader import EpochSampler, Loader
+from maskfeat.data.pixels import Pixels, Plan
 from maskfeat.data.samples import Sample, collate
 from maskfeat.data.synthetic import write_video
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
@@ -191,13 +192,24 @@ def test_batches(samples: list[tuple[str, int]]) -> None:
     assert batch.label is not None and batch.label.dtype == torch.int64
     assert batch.index is not None and batch.index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert batch.bad == () and isinstance(batch, Batch)
+    assert batch.max_hidden == batch.hidden.flatten(1).sum(1).max()
+    (alone,) = loader.some([1])
+    assert torch.equal(alone.clip, batch.clip[2:4]) and alone.max_hidden is not None
+
+
+def test_batches_come_on_the_device_of_the_loader(samples: list[tuple[str, int]]) -> None:
+    loader = Loader(dataset(samples), EpochSampler(16, 4), pin_memory=True, device=torch.device("meta"))
+    for batch in (next(iter(loader)), next(loader.some([3]))):
+        assert {t.device.type for t in (batch.clip, batch.label, batch.hidden, batch.index)} == {"meta"}  # type: ignore[union-attr]
+        assert batch.max_hidden is not None
 
 
 def test_collate_names_each_bad_sample_once() -> None:
     bad = BadSample(1, "p", "c")
-    views = [Sample(torch.zeros(3, 2, 2), 0, None, 2, (bad,)) for _ in range(2)]
-    batch = collate([views, [Sample(torch.zeros(3, 2, 2), 5, None, 3)]])
-    assert batch.bad == (bad,) and batch.hidden is None and batch.label is not None
+    pixels = Pixels(torch.zeros(2, 2, 3, dtype=torch.uint8), Plan((3, 2, 2)))
+    views = [Sample(pixels, 0, None, 2, (bad,)) for _ in range(2)]
+    batch = collate([views, [Sample(pixels, 5, None, 3)]]).finish(torch.device("cpu"))
+    assert batch.max_hidden is None and batch.bad == (bad,) and batch.hidden is None and batch.label is not None
     assert batch.label.tolist() == [0, 0, 5]
 
 
@@ -206,7 +218,7 @@ def test_datasets_can_be_sent_to_fresh_processes(samples: list[tuple[str, int]])
 
 
 class Failing(ImageEvalTransform):
-    def __call__(self, image: object, rng: object = None) -> Tensor:
+    def __call__(self, image: object, rng: object = None) -> Pixels:
         raise IndexError("a bug")
 
 
@@ -245,7 +257,7 @@ class CollectsGarbage(Dataset[list[Sample]]):
 
     def __getitem__(self, key: object) -> list[Sample]:
         gc.collect()
-        return [Sample(torch.zeros(1), 0, None, SampleKey(*key).index)]  # type: ignore[misc]
+        return [Sample(Pixels.unreadable((3, 1, 1)), 0, None, SampleKey(*key).index)]  # type: ignore[misc]
 
 
 def test_workers_do_not_hang_on_videos_that_the_parent_decoded(tmp_path: Path) -> None:

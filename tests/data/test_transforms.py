@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandAugment, v2
 
+from maskfeat.data.pixels import Pixels, Plan, erase
 from maskfeat.data.rand_augment import augment_frames, make_rand_augment
 from maskfeat.data.seeding import seeded
 from maskfeat.data.transforms import (
@@ -17,15 +18,11 @@ from maskfeat.data.transforms import (
     ClipTrainTransform,
     ImageEvalTransform,
     ImageTrainTransform,
-    erase,
     make_erasing,
-    normalise,
     random_area_box,
-    resize_frames,
     short_side_size,
-    to_float,
-    uniform_crop,
 )
+from tests.data.oracle import normalise, resize, to_float, uniform_crop
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GOLDEN = Path(__file__).parents[1] / "golden" / "spatial_test_crops_small.npz"
@@ -44,6 +41,12 @@ def picture(height: int, width: int) -> np.ndarray:
 
 def plain(pixels: np.ndarray) -> torch.Tensor:
     return normalise(to_float(pixels), MEAN, STD)
+
+
+def erased(shape: tuple[int, ...], probability: float, mode: str, grey: int = 0) -> torch.Tensor:
+    """A grey view of that shape, (3, [T,] H, W), after random erasing; grey pixels keep their value."""
+    pixels = Pixels(torch.full((*shape[1:], 3), grey, dtype=torch.uint8), Plan(shape, std=(1 / 255,) * 3))
+    return erase(pixels, make_erasing(probability, mode, 1)).finish()
 
 
 def check_crops(golden: dict[str, np.ndarray]) -> None:
@@ -68,23 +71,38 @@ def test_resize_of_the_short_side_floors_the_long_one() -> None:
     assert short_side_size(50, 50, 36) == (36, 36)
 
 
+def resized(frames: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """What is left to do to frames, done: resized, 0 to 255."""
+    plan = Plan((3, len(frames), *size), std=(1 / 255,) * 3, size=size)
+    return Pixels(torch.from_numpy(frames), plan).finish()
+
+
 def test_frames_are_resized_as_a_clip_would_be() -> None:
     frames = noise(3, 50, 70, 3)
     for size in ((36, 50), (64, 64), (50, 70), (9, 100)):
-        expected = torch.nn.functional.interpolate(to_float(frames), size=size, mode="bilinear")
-        torch.testing.assert_close(resize_frames(frames, size), expected, atol=2e-3, rtol=0)  # of 255
-    turned = resize_frames(frames[:, ::-1], (36, 50))  # as it comes from a video that is upside down
-    torch.testing.assert_close(turned, resize_frames(frames, (36, 50)).flip(2), atol=2e-3, rtol=0)
+        torch.testing.assert_close(resized(frames, size), resize(to_float(frames), size), atol=2e-3, rtol=0)  # of 255
+
+
+def test_frames_of_a_video_that_is_upside_down() -> None:
+    frames = noise(3, 50, 70, 3)
+    transform = ClipTestTransform(32, 36, 3, MEAN, STD)
+    turned, copied = transform(frames[:, ::-1, ::-1]), transform(frames[:, ::-1, ::-1].copy())
+    assert torch.equal(turned.finish(), copied.finish())
 
 
 def test_normalise() -> None:
     pixels = noise(4, 5, 6, 3)
     expected = (torch.from_numpy(pixels).double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
-    result = plain(pixels)
+    result = Pixels(torch.from_numpy(pixels), Plan((3, 4, 5, 6), MEAN, STD)).finish()
     assert result.dtype == torch.float32 and result.shape == (3, 4, 5, 6) and result.is_contiguous()
-    torch.testing.assert_close(result, expected.permute(3, 0, 1, 2).float(), atol=1e-6, rtol=1e-6)
-    flipped = pixels[:, ::-1]
-    torch.testing.assert_close(plain(flipped), plain(pixels).flip(2))
+    torch.testing.assert_close(result, expected.permute(3, 0, 1, 2).float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(plain(pixels), result, atol=1e-6, rtol=0)
+
+
+def same_pixels(pixels: Pixels, image: Image.Image) -> None:
+    """Bit by bit before, and within rounding after normalisation."""
+    assert np.array_equal(pixels.data.numpy(), np.asarray(image))
+    torch.testing.assert_close(pixels.finish(), plain(np.asarray(image)), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(300, 400), (400, 300), (90, 90), (256, 257), (37, 250)])
@@ -92,19 +110,19 @@ def test_normalise() -> None:
 def test_image_evaluation_equals_resize_and_centre_crop(size: tuple[int, int], crop: int) -> None:
     image = Image.fromarray(picture(*size))
     reference = v2.Compose([v2.Resize(int(256 / 224 * crop), Image.BICUBIC), v2.CenterCrop(crop)])(image)
-    assert torch.equal(ImageEvalTransform(crop, MEAN, STD)(image), plain(np.asarray(reference)))
+    same_pixels(ImageEvalTransform(crop, MEAN, STD)(image), reference)
 
 
 def test_image_evaluation_of_slivers_shows_the_same() -> None:
     image = Image.fromarray(picture(20, 400))
     reference = v2.Compose([v2.Resize(36, Image.BICUBIC), v2.CenterCrop(32)])(image)
-    difference = ImageEvalTransform(32, MEAN, STD, short_side=36)(image) - plain(np.asarray(reference))
+    difference = ImageEvalTransform(32, MEAN, STD, short_side=36)(image).finish() - plain(np.asarray(reference))
     assert difference.abs().mean() < 0.5 / 255 / min(STD)
 
 
 def test_image_evaluation_of_extreme_shapes() -> None:
     for size in ((1, 1), (2000, 4), (4, 2000)):
-        assert ImageEvalTransform(224, MEAN, STD)(Image.new("RGB", size)).shape == (3, 224, 224)
+        assert ImageEvalTransform(224, MEAN, STD)(Image.new("RGB", size)).finish().shape == (3, 224, 224)
 
 
 def test_random_area_box_of_slivers_is_central() -> None:
@@ -116,10 +134,11 @@ def test_random_area_box_of_slivers_is_central() -> None:
 def test_image_training_without_randomness_is_a_resize() -> None:
     image = Image.fromarray(picture(100, 100))
     transform = ImageTrainTransform(64, (1.0, 1.0), (1.0, 1.0), MEAN, STD, flip=False)
-    result = transform(image, np.random.default_rng(0))
-    torch.testing.assert_close(result, plain(np.asarray(image.resize((64, 64), Image.BICUBIC))))
+    pixels = transform(image, np.random.default_rng(0))
+    same_pixels(pixels, image.resize((64, 64), Image.BICUBIC))
+    result = pixels.finish()
     mirrored = ImageTrainTransform(64, (1.0, 1.0), (1.0, 1.0), MEAN, STD)
-    flips = [torch.equal(mirrored(image, np.random.default_rng(i)), result.flip(-1)) for i in range(60)]
+    flips = [torch.equal(mirrored(image, np.random.default_rng(i)).finish(), result.flip(-1)) for i in range(60)]
     assert 15 < sum(flips) < 45
 
 
@@ -128,7 +147,7 @@ def test_erasing_takes_the_same_box_in_all_frames(mode: str) -> None:
     shares = []
     for seed in range(40):
         with seeded(0, 0, seed, 0):
-            clip = erase(torch.full((3, 4, 48, 64), 9.0), make_erasing(1.0, mode, 1))
+            clip = erased((3, 4, 48, 64), 1.0, mode, grey=9)
         gone = (clip != 9.0).any(0)
         assert torch.equal(gone, gone[:1].expand_as(gone))
         rows, columns = gone[0].any(1), gone[0].any(0)
@@ -142,11 +161,10 @@ def test_erasing_takes_the_same_box_in_all_frames(mode: str) -> None:
 
 
 def test_erasing_happens_as_often_as_asked() -> None:
-    erasing = make_erasing(0.25, "pixel", 1)
     with seeded(0, 0, 0, 0):
-        hits = sum(bool((erase(torch.zeros(3, 1, 16, 16), erasing) != 0).any()) for _ in range(800))
+        hits = sum(bool(erased((3, 1, 16, 16), 0.25, "pixel").any()) for _ in range(800))
     assert 150 < hits < 250
-    assert not erase(torch.zeros(3, 1, 16, 16), make_erasing(0.0, "pixel", 1)).any()
+    assert not erased((3, 16, 16), 0.0, "pixel").any()
     for probability, mode in ((1.5, "pixel"), (0.5, "black")):
         with pytest.raises(ValueError, match="AUG.RE_"):
             make_erasing(probability, mode, 1)
@@ -194,7 +212,7 @@ def test_torchvisions_rand_augment() -> None:
     views = []
     for view in (0, 0, 1):
         with seeded(0, 0, 0, view) as rng:
-            views.append(transform(image, rng))
+            views.append(transform(image, rng).finish())
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
 
 
@@ -202,7 +220,7 @@ def test_image_evaluation_at_another_size() -> None:
     image = Image.fromarray(picture(300, 400))
     reference = v2.Compose([v2.Resize(235, Image.BILINEAR), v2.CenterCrop(224)])(image)
     transform = ImageEvalTransform(224, MEAN, STD, short_side=235, interpolation="bilinear")
-    assert torch.equal(transform(image), plain(np.asarray(reference)))
+    same_pixels(transform(image), reference)
 
 
 @pytest.mark.parametrize("policy", ["original", "rand-q3", "augmix-m3", "ra_10_10", "ra_6"])
@@ -215,7 +233,7 @@ def test_clip_training_is_a_crop_and_a_resize() -> None:
     frames = np.stack([picture(90, 120), noise(90, 120, 3)])
     transform = ClipTrainTransform(64, (0.3, 0.5), (3 / 4, 4 / 3), MEAN, STD, flip=False)
     with seeded(0, 0, 1, 0) as rng:
-        result = transform(frames, rng)
+        result = transform(frames, rng).finish()
     with seeded(0, 0, 1, 0):
         top, left, height, width = random_area_box(90, 120, (0.3, 0.5), (3 / 4, 4 / 3))
     region = plain(frames)[..., top : top + height, left : left + width]
@@ -227,7 +245,7 @@ def test_clip_training_by_short_side() -> None:
     frames = np.repeat(picture(90, 120)[None], 2, axis=0)
     transform = ClipTrainTransform(64, (), (), MEAN, STD, short_sides=(64, 80))
     for seed in range(5):
-        assert transform(frames, np.random.default_rng(seed)).shape == (3, 2, 64, 64)
+        assert transform(frames, np.random.default_rng(seed)).finish().shape == (3, 2, 64, 64)
     with pytest.raises(ValueError, match="DATA.TRAIN_JITTER_SCALES"):
         ClipTrainTransform(64, (), (), MEAN, STD, short_sides=(40, 80))
 
@@ -246,7 +264,7 @@ def test_clip_training_shows_every_frame_the_same_way() -> None:
     )
     for index in range(6):
         with seeded(0, 0, index, 0) as rng:
-            clip = transform(frames, rng)
+            clip = transform(frames, rng).finish()
         assert clip.shape == (3, 3, 64, 64) and clip.dtype == torch.float32 and clip.is_contiguous()
         assert torch.equal(clip[:, :1].expand_as(clip), clip)
 
@@ -254,11 +272,11 @@ def test_clip_training_shows_every_frame_the_same_way() -> None:
 def test_clip_testing() -> None:
     frames = np.stack([picture(60, 100)] * 2)
     three = ClipTestTransform(32, 36, 3, MEAN, STD)
-    crops = [three(frames, position=position) for position in range(3)]
+    crops = [three(frames, position=position).finish() for position in range(3)]
     for position, crop in enumerate(crops):
         torch.testing.assert_close(crop, uniform_crop(plain(frames), 32, 36, position), atol=1e-5, rtol=1e-5)
     assert not torch.equal(crops[0], crops[2])
-    torch.testing.assert_close(ClipTestTransform(32, 36, 1, MEAN, STD)(frames), crops[1])
+    torch.testing.assert_close(ClipTestTransform(32, 36, 1, MEAN, STD)(frames).finish(), crops[1])
     with pytest.raises(ValueError, match="TEST.NUM_SPATIAL_CROPS"):
         ClipTestTransform(32, 36, 2, MEAN, STD)
 
@@ -274,7 +292,7 @@ def test_transforms_are_a_function_of_the_seed_alone() -> None:
         for _ in range(2):
             random.random(), np.random.rand(), torch.rand(3)  # whatever happened before
             with seeded(7, 1, 5, 0) as rng:
-                outcomes.append(maker(image, rng))
+                outcomes.append(maker(image, rng).finish())
         assert torch.equal(*outcomes)
         with seeded(7, 1, 6, 0) as rng:
-            assert not torch.equal(maker(image, rng), outcomes[0])
+            assert not torch.equal(maker(image, rng).finish(), outcomes[0])
