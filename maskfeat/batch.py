@@ -39,7 +39,6 @@ class Batch:
         hidden: (B, *mask_grid) bool, True = removed from the model's view; or None. Of frequencies (MFM): (B, H, W) of
             the shifted spectrum, or (B, 1, 1), see `objectives.mfm`.
         index: (B,) int64, the place of each sample in its data set.
-        max_hidden: the most cells that any sample's mask hides, counted where the masks were drawn; None = unknown.
         bad: samples that could not be read while this batch was made (already replaced in training; in testing
             their rows hold zeros and count as wrong).
         max_hidden: the largest number of True in any sample's mask, known without asking the device; None without

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.textbook_hog import textbook_hog, textbook_targets
 from benchmarks.textbook_step import textbook_loss, textbook_optimizer, textbook_step
 from maskfeat.batch import Batch
-from maskfeat.benchmark import compute, reading
+from maskfeat.benchmark import reading
 from maskfeat.benchmark.cases import MVIT_S, VIT_B, Options, random_batch
 from maskfeat.benchmark.cli import main
 from maskfeat.benchmark.compute import maskfeat_objective, uncertain_cells

@@ -1,7 +1,6 @@
 """Reading images and clips as a training run does, against Pillow with torchvision and against decoding whole files."""
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -23,8 +22,6 @@ from maskfeat.data.loader import Loader
 from maskfeat.data.sampling import clip_length, clip_span, frame_indices
 from maskfeat.data.seeding import SPAN_STREAM, sample_generator, seeded
 from maskfeat.data.transforms import random_area_box
-
-logger = logging.getLogger(__name__)
 
 BACKEND = "DATA_LOADER.IMAGE_BACKEND"
 CHECKED = 16  # images whose pixels are compared
@@ -52,32 +49,18 @@ def _per_second(row: Row, samples: int, unit: str) -> Row:
 
 def _levels(clip: Tensor, cfg: CfgNode) -> Tensor:
     """(3, ...) as the loader gives it, in grey levels 0 to 255, float32."""
-    if clip.dtype == torch.uint8:
-        return clip.float()
     shape = (3,) + (1,) * (clip.dim() - 1)
     mean, std = (torch.tensor(values).view(shape) for values in (cfg.DATA.MEAN, cfg.DATA.STD))
     return (clip * std + mean) * 255
 
 
-def _backends() -> Sequence[str]:
-    """Every reader of images that the config offers, the default first; one without a name where there is no choice."""
-    return [str(name) for name in CHOICES.get(BACKEND, ("",))]
-
-
 def measure_images(options: Options) -> Iterator[Row]:
     """Reading, cropping and collating images in this process, with every backend that there is."""
     data = image_data(options, 64)
-    for number, backend in enumerate(_backends()):
-        choice = (BACKEND, backend) if backend else ()
-        cfg = options.recipe(VIT_B, 16, *IN_THIS_PROCESS, *data, *choice)
-        try:
-            loader = build_loader(cfg, "train")
-        except ValueError as error:
-            if number == 0:
-                raise
-            logger.warning("%s %s is not measured: %s", BACKEND, backend, error)
-            continue
-        row = _images(cfg, loader, backend or "pil", is_default=number == 0, repeats=options.repeats)
+    for number, backend in enumerate(CHOICES[BACKEND]):  # the default first
+        cfg = options.recipe(VIT_B, 16, *IN_THIS_PROCESS, *data, BACKEND, str(backend))
+        loader = build_loader(cfg, "train")
+        row = _images(cfg, loader, str(backend), is_default=number == 0, repeats=options.repeats)
         yield _per_second(row, len(loader) * loader.batch_size, "images")
 
 
@@ -119,7 +102,7 @@ def _check_images(cfg: CfgNode, dataset: ImageFolder, exact: bool) -> float:
     transform = dataset.transform
     apart = []
     for index in range(min(CHECKED, len(dataset))):
-        clip = dataset[SampleKey(0, index)][0].clip
+        clip = dataset[SampleKey(0, index)][0].clip.finish()
         scale, ratio = cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE, cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE
         with seeded(dataset.seed, 0, index, 0) as rng:
             box = random_area_box(*_image_size(dataset.path(index)), scale, ratio)
@@ -194,12 +177,10 @@ def measure_video(options: Options) -> Iterator[Row]:
                 data.STD,
             )
 
-    apart = [_levels(dataset[SampleKey(0, i)][0].clip, cfg) - _levels(plain(i), cfg) for i in indices]
+    apart = [_levels(dataset[SampleKey(0, i)][0].clip.finish(), cfg) - _levels(plain(i), cfg) for i in indices]
     largest = max(levels.abs().max().item() for levels in apart)
-    # A loader that hands uint8 over has rounded each pixel once.
-    allowed = 0.51 if dataset[SampleKey(0, 0)][0].clip.dtype == torch.uint8 else SAME_LEVELS
-    if not largest <= allowed:
-        raise NotTheSame(f"clips: up to {largest:.3g} grey levels from the textbook's (at most {allowed:g})")
+    if not largest <= SAME_LEVELS:
+        raise NotTheSame(f"clips: up to {largest:.3g} grey levels from the textbook's (at most {SAME_LEVELS:g})")
 
     def textbook() -> None:
         for start in range(0, len(indices), loader.batch_size):
