@@ -119,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report; the exit code: 1 where the two sides differ, 2 for what a user can mend."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("maskfeat.data").setLevel(logging.WARNING)
+    reading = logging.getLogger("maskfeat.data")
+    level = reading.level
+    reading.setLevel(logging.WARNING)
     try:
         options = options_of(args)
         torch.set_num_threads(args.threads)
@@ -139,4 +141,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         logger.error("error: %s", error)
         return 2
+    finally:
+        reading.setLevel(level)
     return 0
