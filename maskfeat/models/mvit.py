@@ -126,16 +126,19 @@ class MultiScaleBlock(nn.Module):
         self.proj = nn.Linear(plan.width, plan.width_out) if plan.width != plan.width_out else None
         self.pool_skip: nn.Module | None = None
         if any(s > 1 for s in plan.stride_q):
-            skip_kernel = tuple(s + 1 if s > 1 else s for s in plan.stride_q)
-            self.pool_skip = MAX_POOL[len(grid)](skip_kernel, plan.stride_q, tuple(k // 2 for k in skip_kernel))
+            # Frames that are not pooled together are pooled as images: those have a kernel for channels that come last.
+            stride = plan.stride_q[1:] if len(grid) == 3 and plan.stride_q[0] == 1 else plan.stride_q
+            skip_kernel = tuple(s + 1 if s > 1 else s for s in stride)
+            self.pool_skip = MAX_POOL[len(stride)](skip_kernel, stride, tuple(k // 2 for k in skip_kernel))
 
     def _skip(self, x: Tensor) -> Tensor:
         """The residual path: max-pooled on the grid where the queries are strided; the class token as it is."""
         if self.pool_skip is None:
             return x
-        patches = x[:, self.prefix :]
-        on_grid = patches.transpose(1, 2).reshape(len(x), -1, *self.grid)
-        pooled = self.pool_skip(on_grid).flatten(2).transpose(1, 2)
+        on_grid = x[:, self.prefix :].unflatten(1, self.grid)
+        if isinstance(self.pool_skip, nn.MaxPool2d):
+            on_grid = on_grid.flatten(0, -4)
+        pooled = self.pool_skip(on_grid.movedim(-1, 1)).movedim(1, -1).reshape(len(x), -1, x.shape[-1])
         return torch.cat([x[:, : self.prefix], pooled], dim=1) if self.prefix else pooled
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Depthwise pooling of queries, keys and values with their heads side by side (MViTv2, Li et al., CVPR 2022).
 
-Tokens stay where the linear layer wrote them: nothing is transposed to channels first and back. PyTorch has fast
-kernels for depthwise convolutions whose channels come last, forwards in 3-D and backwards in 2-D only, so the gradients
-are sums over the kernel's time steps. On CUDA, `pooling_triton` has kernels of its own.
+Tokens stay where the linear layer wrote them: nothing is transposed to channels first and back. On CPUs PyTorch is fast
+at depthwise convolutions whose channels come last forwards in 3-D, and at their weights' gradients in 2-D. So gradients
+of inputs are convolutions forwards, and those of weights are taken frame by frame, for each time step of the kernel.
+On CUDA, `pooling_triton` has kernels of its own.
 
 Shape legend: B samples, N tokens (`prefix` of them stand for no place and come first), grid = ([T,] H, W) tokens along
 each axis, G heads, C channels of one head, D = G C.
@@ -68,51 +69,23 @@ def _frames(x: Tensor) -> Tensor:
     return x.flatten(0, 1).movedim(-1, 1)
 
 
-def _frame_gradient(grad: Tensor, frames: Tensor, weight: Tensor, stride: Triple, of_weight: bool) -> Tensor:
-    """The gradient of a 2-D depthwise convolution of `frames` by its weight (D, 1, kh, kw) or its input."""
-    groups = grad.shape[1]
-    wanted = (not of_weight, of_weight, False)
-    padding = _padding(weight)
-    grads = _convolution_backward(
-        grad, frames, weight, None, stride[1:], padding, (1, 1), False, (0, 0), groups, wanted
-    )
-    return grads[1] if of_weight else grads[0]
-
-
 def _grad_input(grad: Tensor, weight: Tensor, stride: Triple, size: Triple) -> Tensor:
     """grad (B, T', H', W', D) -> (B, T, H, W, D) with `size` = (T, H, W)."""
     kernels = _on_gpu(grad, weight)
     if kernels is not None:
         return kernels.grad_input(grad, weight, stride, size)
-    odd = all(side % 2 for side in weight.shape[2:])
-    if stride == (1, 1, 1) and odd:
-        return _forward(grad, weight.flip(2, 3, 4), stride)
-    if stride[0] != 1 or not odd:
+    if any(side % 2 == 0 for side in weight.shape[2:]):
         return _grad_in_3d(grad, weight, stride, size)
-    dtype, groups = _working_dtype(grad), grad.shape[-1]
-    whole = weight.to(dtype).repeat(groups // len(weight), 1, 1, 1, 1)
-    frames = _frames(grad.to(dtype))
-    # Only the shape of the input matters here.
-    shape_of = frames.new_empty(1).expand(len(frames), groups, *size[1:])
-    middle = whole.shape[2] // 2
-    total = None
-    # The middle one first: the others reach past the clip's ends and are added to it.
-    for step in sorted(range(whole.shape[2]), key=lambda i: abs(i - middle)):
-        part = _frame_gradient(frames, shape_of, whole[:, :, step], stride, of_weight=False)
-        part = part.movedim(1, -1).unflatten(0, (len(grad), -1))
-        shift = step - middle  # place t of the output has seen place t + shift
-        if total is None:
-            total = part
-        elif shift > 0:
-            total[:, shift:] += part[:, :-shift]
-        else:
-            total[:, :shift] += part[:, -shift:]
-    assert total is not None
-    return total.to(grad.dtype)
+    if stride != (1, 1, 1):
+        # With zeros between its places, as far apart as the stride, it is the gradient of a convolution of stride 1.
+        spread = grad.new_zeros(len(grad), *size, grad.shape[-1])
+        spread[:, :: stride[0], :: stride[1], :: stride[2]] = grad
+        grad = spread
+    return _forward(grad, weight.flip(2, 3, 4), (1, 1, 1))
 
 
 def _grad_in_3d(grad: Tensor, weight: Tensor, stride: Triple, size: Triple) -> Tensor:
-    """`_grad_input` for strides in time and even kernels, which no published model has."""
+    """`_grad_input` for even kernels, which no published model has."""
     dtype, groups = _working_dtype(grad), grad.shape[-1]
     whole = weight.to(dtype).repeat(groups // len(weight), 1, 1, 1, 1)
     clip = grad.new_empty(len(grad), groups, *size, dtype=dtype)
@@ -150,7 +123,20 @@ def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor, stride: Triple) -> Ten
             continue
         start = first * stride[0] + step - middle
         seen = x[:, start : start + (last - first) * stride[0] + 1 : stride[0]]
-        parts.append(_frame_gradient(_frames(grad[:, first : last + 1]), _frames(seen), like, stride, of_weight=True))
+        grads = _convolution_backward(
+            _frames(grad[:, first : last + 1]),
+            _frames(seen),
+            like,
+            None,
+            stride[1:],
+            _padding(like),
+            (1, 1),
+            False,
+            (0, 0),
+            groups,
+            (False, True, False),
+        )
+        parts.append(grads[1])
     return torch.stack(parts, dim=2).unflatten(0, (-1, len(weight))).sum(0)
 
 
@@ -181,10 +167,13 @@ class _PoolTokens(torch.autograd.Function):
         columns = zip(tokens.split(width, dim=-1), of_tokens.split(width, dim=-1), strict=True)
         for (part, into), weight, stride, grad in zip(columns, weights, strides, grads, strict=True):
             into[:, :prefix] = grad[:, :prefix]
+            seen = part[:, prefix:].unflatten(1, grid)
+            if not seen.is_cuda:
+                seen = seen.contiguous()  # or every step of the kernel would copy it
             small = conv_grid(grid, weight.shape[2:], stride, _padding(weight))
             grad = grad.contiguous()[:, prefix:].unflatten(1, small)
             into[:, prefix:] = _grad_input(grad, weight, stride, grid).flatten(1, 3)
-            of_weights.append(_grad_weight(part[:, prefix:].unflatten(1, grid), grad, weight, stride).to(weight.dtype))
+            of_weights.append(_grad_weight(seen, grad, weight, stride).to(weight.dtype))
         return of_tokens, None, None, None, *of_weights
 
 
