@@ -58,14 +58,22 @@ def measured(tmp_path: Path, what: str, cfg: str, *arguments: str) -> dict:
     return found
 
 
-@pytest.mark.parametrize("cfg", [VIT_FILE, MVIT_FILE])
-@pytest.mark.parametrize("what", ["hog", "step"])
+@pytest.mark.parametrize(
+    ("what", "cfg"),
+    [
+        ("hog", VIT_FILE),
+        ("step", MVIT_FILE),
+        pytest.param("hog", MVIT_FILE, marks=pytest.mark.slow),
+        pytest.param("step", VIT_FILE, marks=pytest.mark.slow),
+    ],
+)
 def test_computations(tmp_path: Path, what: str, cfg: str, caplog: pytest.LogCaptureFixture) -> None:
     (row,) = measured(tmp_path, what, cfg)["rows"]
     assert row["textbook_mib"] > 0 and row["ours_mib"] > 0
     assert row["what"] in caplog.text and "checked before" in caplog.text
 
 
+@pytest.mark.slow
 def test_attention_has_a_row_for_each_shape(tmp_path: Path) -> None:
     rows = measured(tmp_path, "attention", MVIT_FILE)["rows"]
     assert [row["what"].split(":")[0] for row in rows] == ["attention block 0", "attention block 1"]
@@ -76,7 +84,7 @@ def test_images(tmp_path: Path, image_data: Path) -> None:
     assert "same pixels" in rows[0]["note"] and len(rows) == len(CHOICES[reading.BACKEND])
 
 
-@pytest.mark.parametrize("what", ["video", "decode"])
+@pytest.mark.parametrize("what", ["video", pytest.param("decode", marks=pytest.mark.slow)])
 def test_clips(tmp_path: Path, what: str, clip_data: Path) -> None:
     (row,) = measured(tmp_path, what, MVIT_FILE, "--data", str(clip_data))["rows"]
     assert "clips/s" in row["note"]
@@ -97,6 +105,7 @@ def test_training_of_another_method(tmp_path: Path, image_data: Path) -> None:
     assert json.loads(path.read_text())["training"][0]["target_share"] is None
 
 
+@pytest.mark.slow
 def test_files_are_made_where_none_are_given(tmp_path: Path) -> None:
     (row,) = measured(tmp_path, "images", VIT_FILE, "--files", "4")["rows"][:1]
     assert "reading 4 images" in row["what"]

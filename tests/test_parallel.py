@@ -50,7 +50,7 @@ def test_light_recomputation(name: str) -> None:
     logged = [follow(run, objective, build_optimizer(cfg, objective), first=6) for objective in (plain, light)]
     assert logged[0] == logged[1]
     batch = golden_batch(cfg, 1, 2)
-    assert kept_bytes(light, batch) < {"tiny_vit_pt": 0.85, "tiny_mvit_pt": 0.7}[name] * kept_bytes(plain, batch)
+    assert kept_bytes(light, batch) < {"tiny_vit_pt": 0.85, "tiny_mvit_pt": 0.75}[name] * kept_bytes(plain, batch)
 
 
 def compiled(objective: Objective) -> Objective:

@@ -201,7 +201,8 @@ def test_layouts_that_are_refused() -> None:
 
 
 @compiled
-@pytest.mark.parametrize("tier", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", ["not slow", "slow"])
 def test_interpreted(tier: str) -> None:
     """The tests above, in a process with Triton's interpreter."""
     done = subprocess.run(
