@@ -22,6 +22,8 @@ from maskfeat.parallel import autocast
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 30.0
+# Compiled blocks are made for training's one shape of batch: others would be compiled anew.
+_uncompiled = torch.compiler.set_stance("force_eager")
 
 
 def _unreadable(batch: Batch) -> Tensor:
@@ -48,6 +50,7 @@ class _Pace:
 
 
 @torch.no_grad()
+@_uncompiled
 def validate(objective: Objective, loader: Loader, device: torch.device, precision: str) -> dict[str, float]:
     """One pass over a validation set.
 
@@ -81,6 +84,7 @@ def in_top(scores: Tensor, label: Tensor, ks: Sequence[int]) -> dict[str, Tensor
 
 
 @torch.no_grad()
+@_uncompiled
 def multi_view_test(
     objective: Objective,
     loader: Loader,

@@ -162,9 +162,7 @@ def _validate(
 ) -> None:
     values = {}
     for name, objective in objectives.items():
-        # Compiled blocks are made for training's one shape of batch.
-        with torch.compiler.set_stance("force_eager"):
-            found = validate(objective, loader, device, precision_of(cfg))
+        found = validate(objective, loader, device, precision_of(cfg))
         values.update({f"{name}_{key}" if name else key: value for key, value in found.items()})
     shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
     stats = {"epoch": f"{epoch + 1}/{cfg.SOLVER.MAX_EPOCH}", **values}
