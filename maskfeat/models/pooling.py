@@ -10,6 +10,7 @@ each axis, G heads, C channels of one head, D = G C.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -29,7 +30,9 @@ _convolution_backward = torch.ops.aten.convolution_backward
 
 @cache
 def _kernels() -> ModuleType | None:
-    """The Triton kernels, where Triton is installed."""
+    """The Triton kernels, where Triton is installed and MASKFEAT_TRITON is not 0."""
+    if os.environ.get("MASKFEAT_TRITON") == "0":
+        return None
     try:
         from maskfeat.models import pooling_triton
     except ImportError:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskfeat.models import pooling
 from maskfeat.models.pooling import pool_tokens
 
 
@@ -68,3 +69,15 @@ def test_halves_are_summed_in_float32() -> None:
     for mine, exact in zip(pooled, pool_tokens(low.float(), 1, (2, 4, 4), strides, weights), strict=True):
         assert mine.dtype == torch.bfloat16
         torch.testing.assert_close(mine, exact.bfloat16(), rtol=0, atol=0)
+
+
+def test_kernels_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    try:
+        pooling._kernels.cache_clear()
+        assert pooling._kernels() is not None
+        monkeypatch.setenv("MASKFEAT_TRITON", "0")
+        pooling._kernels.cache_clear()
+        assert pooling._kernels() is None
+    finally:
+        pooling._kernels.cache_clear()
