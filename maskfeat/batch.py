@@ -59,10 +59,6 @@ class Batch:
         """The same batch with every tensor on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory."""
-        return self._map(Tensor.pin_memory)
-
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with every tensor changed."""
 

@@ -77,8 +77,7 @@ def distribute(objective: nn.Module, world: World, static: bool = False) -> nn.M
     """The objective for several processes: gradients are averaged over ranks.
 
     Args:
-        static: every step goes through the same graph, once. Not so where gradients are accumulated: PyTorch then
-            loses the first micro-batches of the first step.
+        static: every step goes through the same graph, once. Not so where gradients are accumulated.
     """
     if world.size == 1:
         return objective

@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from maskfeat.models.base import conv_grid
 from maskfeat.models.pooling_kernels import forward_kernel, grad_input_kernel, grad_weight_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,7 +75,7 @@ def _forward_strip(size: int, stride: int, taps: int) -> int:
 
 def pooled_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
     """(T, H, W) -> (T', H', W') with padding k // 2."""
-    return tuple((n + k // 2 * 2 - k) // s + 1 for n, k, s in zip(size, kernel, stride, strict=True))
+    return conv_grid(size, kernel, stride, [k // 2 for k in kernel])
 
 
 @triton_op("maskfeat::pooling_forward", mutates_args=())
