@@ -10,20 +10,12 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from maskfeat.build import build_objective
-from maskfeat.checkpoint import (
-    AVERAGE,
-    checkpoint_path,
-    given_or_last,
-    last_checkpoint,
-    model_state,
-    read_checkpoint,
-    save_checkpoint,
-    trained_model,
-)
+from maskfeat.checkpoint import AVERAGE, checkpoint_path, given_or_last, last_checkpoint, save_checkpoint
 from maskfeat.config import dump_config
 from maskfeat.objectives.base import Objective
 from maskfeat.optim import load_optimizer_state
 from maskfeat.step_hooks import WeightAverage
+from maskfeat.weight_files import model_state, read_checkpoint, trained_model
 from maskfeat.weights import LoadReport, clean_names
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,13 @@ from yacs.config import CfgNode
 
 from maskfeat.batch import Batch
 from maskfeat.build import build_loader, build_objective
-from maskfeat.checkpoint import given_or_last, model_state
+from maskfeat.checkpoint import given_or_last
 from maskfeat.config import load_config
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.mfm import LUMA, MFM
 from maskfeat.objectives.spectrum import inverse_spectrum, spectrum
 from maskfeat.picture import HogRow, SpectrumRow, grey_out, hog_figure, spectrum_figure, tokens_to_cells
+from maskfeat.weight_files import model_state
 
 logger = logging.getLogger(__name__)
 

@@ -13,15 +13,8 @@ import torchvision
 from yacs.config import CfgNode
 
 from maskfeat import checkpoint
-from maskfeat.checkpoint import (
-    checkpoint_path,
-    find_checkpoints,
-    last_checkpoint,
-    model_state,
-    read_checkpoint,
-    save_checkpoint,
-    trained_model,
-)
+from maskfeat.checkpoint import checkpoint_path, find_checkpoints, last_checkpoint, save_checkpoint
+from maskfeat.weight_files import model_state, read_checkpoint, trained_model
 
 CONTENT = {"epoch": 3, "model_state": {"a": torch.arange(5.0)}, "cfg": "MODEL:\n  MODEL_NAME: MViT\n"}
 

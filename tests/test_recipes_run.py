@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskfeat.checkpoint import find_checkpoints, read_checkpoint
+from maskfeat.checkpoint import find_checkpoints
 from maskfeat.config import load_config
 from maskfeat.data.scenes import MOTIONS
 from maskfeat.data.synthetic import make_clips, make_images
 from maskfeat.run import main
+from maskfeat.weight_files import read_checkpoint
 from tests.documents import marked_block, read, recorded_commands
 from tests.small import MFM_RECIPES, REPO
 from tests.worker import json_stats

@@ -14,11 +14,12 @@ import torch
 
 from maskfeat.batch import Batch
 from maskfeat.build import build_loader
-from maskfeat.checkpoint import find_checkpoints, read_checkpoint
+from maskfeat.checkpoint import find_checkpoints
 from maskfeat.config import load_config
 from maskfeat.distributed import launch
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.run import main
+from maskfeat.weight_files import read_checkpoint
 from tests.small import MFM_RECIPES, MVIT_FT, MVIT_PT, R50_FT, RECIPES, REPO, VIT_FT, VIT_PT, clips, images
 from tests.worker import json_stats, losses, run_in_processes
 

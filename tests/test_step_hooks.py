@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maskfeat.batch import Batch
-from maskfeat.checkpoint import AVERAGE, find_checkpoints, model_state, read_checkpoint
+from maskfeat.checkpoint import AVERAGE, find_checkpoints
 from maskfeat.distributed import World
 from maskfeat.logbook import Window
 from maskfeat.models.resnet import ResNet
@@ -15,6 +15,7 @@ from maskfeat.objectives.mfm import MFM
 from maskfeat.run import main
 from maskfeat.step_hooks import WeightAverage, protect_statistics
 from maskfeat.train import Settings, optimisation_step
+from maskfeat.weight_files import model_state, read_checkpoint
 from tests.small import MFM_PT, MFM_RECIPES, MVIT_PT, R50_FT, RECIPES, VIT_FT, VIT_PT, clips, images
 from tests.worker import json_stats
 

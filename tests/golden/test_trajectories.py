@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from maskfeat.build import build_optimizer
-from maskfeat.checkpoint import model_state, read_checkpoint
 from maskfeat.distributed import World
 from maskfeat.logbook import Window
 from maskfeat.objectives.base import Objective
@@ -15,6 +14,7 @@ from maskfeat.optim import load_optimizer_state
 from maskfeat.parallel import checkpoint_activations
 from maskfeat.schedule import lr_at_epoch, set_lr
 from maskfeat.train import Settings, optimisation_step
+from maskfeat.weight_files import model_state, read_checkpoint
 from tests.golden.golden import golden_batch, load_golden, recipe, salted_objective
 
 RUNS = {entry["name"]: entry for entry in load_golden("training_trajectories")}
