@@ -11,11 +11,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of the package (ARCHITECTURE: imports point one way). A part may import itself.
 ALLOWED = {
-    "run": {"build", "flops", "parallel", "train", "evaluate", "resume", "config", "distributed", "logbook",
-            "objectives", "schedule", "step_hooks", "data"},
-    "resume": {"build", "checkpoint", "config", "objectives", "optim", "step_hooks", "weight_files", "weights"},
+    "run": {"build", "training", "evaluate", "resume", "config", "distributed", "logbook", "objectives", "data",
+            "preemption", "watch"},
+    "training": {"build", "checkpoint", "flops", "parallel", "train", "evaluate", "resume", "saver", "config",
+                 "distributed", "logbook", "objectives", "schedule", "step_hooks", "data", "preemption", "watch"},
+    "saver": {"checkpoint", "config", "distributed", "resume"},
+    "resume": {"build", "checkpoint", "config", "distributed", "objectives", "optim", "step_hooks", "weight_files",
+               "weights"},
+    "watch": {"distributed", "preemption"},
+    "preemption": set(),
     "step_hooks": {"objectives"},
-    "benchmark": {"run", "build", "train", "flops", "parallel", "config", "data", "distributed", "logbook",
+    "benchmark": {"training", "build", "train", "flops", "parallel", "config", "data", "distributed", "logbook",
                   "objectives", "models", "batch", "schedule"},
     "quickstart": {"run", "data", "visualize", "picture", "logbook", "config", "checkpoint"},
     "visualize": {"build", "checkpoint", "config", "picture", "batch", "objectives", "weight_files"},
