@@ -6,6 +6,7 @@ TRAIN.EMA. A checkpoint within an epoch, checkpoint_epoch_00010_step_000123.pyth
 epoch; it also holds `step` (123) and `samples_per_step`. Beside each lies NAME.sha256, as `sha256sum -c` reads it.
 """
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -113,10 +114,10 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         OSError: where the disk is full or fails; the message names the file, and nothing half-written is left.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial, total = _partial(path), _sum_path(path)
     partial_total = _partial(total)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             hashed = _Hashed(file)
             torch.save(dict(content), hashed)  # type: ignore[arg-type]
@@ -130,7 +131,8 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
         for left in (partial, partial_total):
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"could not write the checkpoint {path}: {cause}") from error
 

@@ -1,4 +1,4 @@
-"""Promise 2: a damaged checkpoint is noticed and the last good one used. Promise 3: a full or failing disk loses nothing."""
+"""Promises 2 and 3: damaged checkpoints are noticed, the last good one used; a failing disk loses nothing."""
 
 import builtins
 import errno
