@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from yacs.config import CfgNode
 
 from maskfeat.build import build_backbone, build_loader, build_objective, build_optimizer
 from maskfeat.config import load_config, save_config
 from maskfeat.data.bad_samples import TooManyBadSamples
 from maskfeat.data.loader import Loader
-from maskfeat.distributed import World, barrier, check_devices, choose_device, join, launch, leave, seed_draws
+from maskfeat.distributed import World, barrier, choose_device, join, leave, seed_draws
 from maskfeat.evaluate import multi_view_test, validate
 from maskfeat.flops import multiply_adds
+from maskfeat.launch import check_devices, find_started, launch
 from maskfeat.logbook import Logbook, setup_logging
 from maskfeat.objectives.base import Objective
 from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, share_buffers
@@ -271,7 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     say = logging.getLogger("maskfeat").error
     try:
-        cfg = load_config(args.cfg, opts)
+        started = find_started()
+        cfg = load_config(args.cfg, opts, started.numbers() if started else {})
         if not (cfg.TRAIN.ENABLE or cfg.TEST.ENABLE):
             raise ValueError("TRAIN.ENABLE and TEST.ENABLE are both False: there is nothing to do, set one of them")
         check_devices(cfg.NUM_GPUS, cfg.DIST_BACKEND)
@@ -279,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return launch(
             work,
             (cfg, Given(args.cfg, tuple(opts))),
-            processes=max(cfg.NUM_GPUS, 1),
+            processes=cfg.NUM_GPUS,
             num_shards=cfg.NUM_SHARDS,
             shard_id=cfg.SHARD_ID,
             init_method=args.init_method,
@@ -287,9 +288,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         say("error: %s", error)
         return 2
-    except mp.ProcessRaisedException as error:
-        say("error: %s", error)  # the traceback of the process that failed, ending with what it said
-        return 1
     except KeyboardInterrupt:
         say("interrupted: the same command goes on from the last checkpoint in OUTPUT_DIR")
         return 130

@@ -12,7 +12,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of the package (ARCHITECTURE: imports point one way). A part may import itself.
 ALLOWED = {
     "run": {"build", "flops", "parallel", "train", "evaluate", "resume", "config", "distributed", "logbook",
-            "objectives", "schedule", "step_hooks", "data"},
+            "objectives", "schedule", "step_hooks", "data", "launch"},
+    "launch": {"distributed", "supervise"},
+    "supervise": {"processes"},
     "resume": {"build", "checkpoint", "config", "objectives", "optim", "step_hooks", "weight_files", "weights"},
     "step_hooks": {"objectives"},
     "benchmark": {"run", "build", "train", "flops", "parallel", "config", "data", "distributed", "logbook",
@@ -28,7 +30,7 @@ ALLOWED = {
     "optim": set(),
     "objectives": {"models", "batch", "masking", "weights"},
     "models": {"masking"},
-    "data": {"batch"},
+    "data": {"batch", "processes"},
     "config": set(),
     "checkpoint": {"weight_files"},
     "weight_files": set(),
@@ -38,6 +40,7 @@ ALLOWED = {
     "batch": set(),
     "distributed": set(),
     "picture": set(),
+    "processes": set(),
     "__init__": set(),
 }  # fmt: skip
 
