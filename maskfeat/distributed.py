@@ -1,13 +1,10 @@
-"""Processes: who they are, how they start, and the few collectives that the program needs.
+"""Processes: who they are, the group that they join, and the few collectives that the program needs.
 
-torchrun and `torch.multiprocessing` are the engines. A set-up that fails raises; nothing falls back in silence.
+A set-up that fails raises; nothing falls back in silence. How processes start stands in launch.py.
 """
 
-import logging
 import os
 import random
-import socket
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,11 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed import Store
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -37,32 +31,6 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-
-def torchrun_world() -> World | None:
-    """The world that torchrun describes in the environment; None where it did not start this process."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if any(name not in os.environ for name in names):
-        return None
-    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
-    return World(rank, size, local_rank, local_size)
-
-
-def check_devices(num_gpus: int, backend: str) -> None:
-    """See that this machine has the GPUs that are asked for.
-
-    Several CPU processes are had by NUM_GPUS > 1 with DIST_BACKEND gloo on a machine without a GPU.
-
-    Raises:
-        ValueError: where it has fewer.
-    """
-    available = torch.cuda.device_count()
-    if num_gpus <= available or (available == 0 and num_gpus > 1 and backend == "gloo"):
-        return
-    hint = " to run on the CPU" if available == 0 else ""
-    raise ValueError(
-        f"NUM_GPUS is {num_gpus}, but this machine shows {available} CUDA device(s): set NUM_GPUS {available}{hint}"
-    )
 
 
 def choose_device(num_gpus: int, local_rank: int) -> torch.device:
@@ -121,65 +89,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def free_address() -> str:
-    """A tcp:// address on this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-
-
 def available_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _spawned(local_rank: int, job: Callable[..., int], plan: World, init_method: str, args: tuple[Any, ...]) -> None:
-    world = World(plan.rank + local_rank, plan.size, local_rank, plan.local_size)
-    if "OMP_NUM_THREADS" not in os.environ:
-        # As torchrun does: processes that take one another's cores spend their time in waiting for threads.
-        torch.set_num_threads(max(available_cores() // plan.local_size, 1))
-    code = job(world, init_method, *args)
-    if code:
-        sys.exit(code)  # the parent ends the other processes
-
-
-def launch(
-    job: Callable[..., int],
-    args: tuple[Any, ...],
-    *,
-    processes: int,
-    num_shards: int = 1,
-    shard_id: int = 0,
-    init_method: str = "",
-) -> int:
-    """Run `job(world, init_method, *args)` in every process of this machine, and wait; the exit code.
-
-    Under torchrun this process is one of them. Otherwise `processes` are spawned where there are several in all, and
-    `init_method` is where the machines meet (one machine finds an address by itself).
-    """
-    world = torchrun_world()
-    if world is not None:
-        machines = world.size // world.local_size
-        if machines != num_shards:
-            raise ValueError(
-                f"torchrun started {machines} machine(s), but NUM_SHARDS is {num_shards}: set NUM_SHARDS {machines} "
-                "(learning rates scale by it, see SOLVER.BASE_LR_SCALE_NUM_SHARDS)"
-            )
-        return job(world, "env://", *args)
-    size = processes * num_shards
-    if size == 1:
-        return job(World(), "", *args)
-    if num_shards > 1 and not init_method:
-        raise ValueError(f"NUM_SHARDS is {num_shards}: give --init_method tcp://HOST:PORT of the first machine")
-    plan = World(shard_id * processes, size, 0, processes)
-    try:
-        mp.spawn(_spawned, (job, plan, init_method or free_address(), args), nprocs=processes)
-    except mp.ProcessExitedException as error:
-        logger.error("process %d of this machine ended with code %s", error.error_index, error.exit_code)
-        return error.exit_code or 1
-    return 0
 
 
 def number_of_ranks() -> int:

@@ -7,15 +7,15 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
 from yacs.config import CfgNode
 
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.data.bad_samples import TooManyBadSamples
 from maskfeat.data.loader import Loader
-from maskfeat.distributed import World, check_devices, choose_device, join, launch, leave
+from maskfeat.distributed import World, choose_device, join, leave
 from maskfeat.evaluate import multi_view_test
+from maskfeat.launch import check_devices, find_started, launch
 from maskfeat.logbook import Logbook, setup_logging
 from maskfeat.objectives.base import Objective
 from maskfeat.preemption import PREEMPTED, Preempted, StopRequest
@@ -163,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     say = logging.getLogger("maskfeat").error
     try:
-        cfg = load_config(args.cfg, opts)
+        started = find_started()
+        cfg = load_config(args.cfg, opts, started.numbers() if started else {})
         if not (cfg.TRAIN.ENABLE or cfg.TEST.ENABLE):
             raise ValueError("TRAIN.ENABLE and TEST.ENABLE are both False: there is nothing to do, set one of them")
         check_devices(cfg.NUM_GPUS, cfg.DIST_BACKEND)
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return launch(
             work,
             (cfg, Given(args.cfg, tuple(opts))),
-            processes=max(cfg.NUM_GPUS, 1),
+            processes=cfg.NUM_GPUS,
             num_shards=cfg.NUM_SHARDS,
             shard_id=cfg.SHARD_ID,
             init_method=args.init_method,
@@ -179,9 +180,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         say("error: %s", error)
         return 2
-    except mp.ProcessRaisedException as error:
-        say("error: %s", error)  # the traceback of the process that failed, ending with what it said
-        return 1
     except KeyboardInterrupt:
         say("interrupted: the same command goes on from the last checkpoint in OUTPUT_DIR")
         return 130

@@ -16,7 +16,7 @@ from maskfeat.batch import Batch
 from maskfeat.build import build_loader
 from maskfeat.checkpoint import find_checkpoints
 from maskfeat.config import load_config
-from maskfeat.distributed import launch
+from maskfeat.launch import launch
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.run import main
 from maskfeat.weight_files import read_checkpoint

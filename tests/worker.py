@@ -5,7 +5,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from maskfeat.distributed import launch
+from maskfeat.launch import launch
 from maskfeat.logbook import read_json_stats
 from maskfeat.run import work
 from maskfeat.training import Given

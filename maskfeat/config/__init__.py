@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -12,19 +12,23 @@ from maskfeat.config.defaults import get_defaults
 from maskfeat.config.merge import full_keys, merge_entries, override_entries
 from maskfeat.config.ranges import lookup
 from maskfeat.config.validate import validate
-from maskfeat.config.yaml_io import read_chain
+from maskfeat.config.yaml_io import Entry, read_chain
 
 __all__ = ["dump_config", "get_defaults", "load_config", "save_config", "validate"]
 
 logger = logging.getLogger("maskfeat.config")
 
 
-def load_config(path: str | Path | None, opts: Sequence[object] = ()) -> CfgNode:
+def load_config(
+    path: str | Path | None, opts: Sequence[object] = (), started: Mapping[str, int] | None = None
+) -> CfgNode:
     """Reads a YAML and overrides into a frozen config.
 
     Args:
         path: the YAML; None = the defaults.
         opts: KEY, VALUE, KEY, VALUE, ... as text (as from a command line) or as Python values.
+        started: counts of machines and processes, by key, where something else started them. They replace those of
+            the YAML, and not those of `opts`; a 0 (NUM_GPUS on the CPU) stays.
 
     Returns:
         Every effective key in its own type, and the inert keys that were given. Inert keys (of PySlowFast's
@@ -38,7 +42,10 @@ def load_config(path: str | Path | None, opts: Sequence[object] = ()) -> CfgNode
     known = {key: lookup(cfg, key) for key in full_keys(cfg)}
     layers = [] if path is None else read_chain(Path(path))
     inert: dict[str, None] = {}
-    for entries in [*layers, override_entries(opts)]:
+    for entries in layers:
+        inert.update(dict.fromkeys(merge_entries(cfg, entries, known)))
+    counted = {key: Entry(value, None, "launch") for key, value in (started or {}).items() if cfg[key]}
+    for entries in (counted, override_entries(opts)):
         inert.update(dict.fromkeys(merge_entries(cfg, entries, known)))
     if inert:
         logger.warning("Keys of other models, accepted and without effect here: %s", ", ".join(inert))

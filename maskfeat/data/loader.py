@@ -1,6 +1,7 @@
 """Which samples make which batch, and the worker processes that make them."""
 
 import gc
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from maskfeat.batch import Batch, SampleKey
 from maskfeat.data.bad_samples import BadSampleLedger
 from maskfeat.data.samples import Sample, collate
+from maskfeat.processes import leave_signals_to_parent, signals_held_back
 
 
 class LabelledSamples(Protocol):
@@ -136,6 +138,9 @@ class Loader:
         workers: dict[str, Any] = {}
         if num_workers > 0:
             workers = {"persistent_workers": True, "prefetch_factor": prefetch_factor}
+            if sys.platform == "linux":
+                # Said outright: a process that was spawned would spawn in its turn, and every worker start Python anew.
+                workers["multiprocessing_context"] = "fork"
         self._loader: DataLoader[Any] = DataLoader(
             dataset,  # type: ignore[arg-type]  # a map by SampleKey rather than by int
             batch_sampler=sampler,
@@ -182,7 +187,9 @@ class Loader:
             # What waits to be collected here (a decoder with threads, a file) must not be cleared away by a worker.
             gc.collect()
             self._forks = False
-        for raw in self._loader:
+        with signals_held_back():
+            batches = iter(self._loader)
+        for raw in batches:
             if self.ledger is not None:
                 self.ledger.record(raw.bad)
             yield raw.finish(self.device)
@@ -197,3 +204,4 @@ class Loader:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
+    leave_signals_to_parent()

@@ -12,7 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of the package (ARCHITECTURE: imports point one way). A part may import itself.
 ALLOWED = {
     "run": {"build", "training", "evaluate", "resume", "config", "distributed", "logbook", "objectives", "data",
-            "preemption", "watch"},
+            "preemption", "watch", "launch"},
     "training": {"build", "checkpoint", "flops", "parallel", "train", "evaluate", "resume", "saver", "config",
                  "distributed", "logbook", "objectives", "schedule", "step_hooks", "data", "preemption", "watch"},
     "saver": {"checkpoint", "config", "distributed", "resume"},
@@ -20,6 +20,8 @@ ALLOWED = {
                "weights"},
     "watch": {"distributed", "preemption"},
     "preemption": set(),
+    "launch": {"distributed", "supervise"},
+    "supervise": {"processes", "preemption"},
     "step_hooks": {"objectives"},
     "benchmark": {"training", "build", "train", "flops", "parallel", "config", "data", "distributed", "logbook",
                   "objectives", "models", "batch", "schedule"},
@@ -34,7 +36,7 @@ ALLOWED = {
     "optim": set(),
     "objectives": {"models", "batch", "masking", "weights"},
     "models": {"masking"},
-    "data": {"batch"},
+    "data": {"batch", "processes"},
     "config": set(),
     "checkpoint": {"weight_files"},
     "weight_files": set(),
@@ -44,6 +46,7 @@ ALLOWED = {
     "batch": set(),
     "distributed": set(),
     "picture": set(),
+    "processes": set(),
     "__init__": set(),
 }  # fmt: skip
 

@@ -1,0 +1,57 @@
+"""How a process is tied to the one that started it, and which signals it heeds."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_SET_SIGNAL_ON_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of prctl(2)
+
+
+def die_with_parent() -> None:
+    """Have this process killed at once when the one that started it is gone. Linux only; elsewhere without effect."""
+    if sys.platform != "linux":
+        return
+    parent = multiprocessing.parent_process()
+    started_it = os.getppid()
+    ctypes.CDLL(None).prctl(_SET_SIGNAL_ON_PARENTS_DEATH, signal.SIGKILL, 0, 0, 0)
+    if parent is not None and parent.pid == started_it and os.getppid() != started_it:
+        os.kill(os.getpid(), signal.SIGKILL)  # it was gone before the kernel was asked
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Signals that ask for an end wait until the block is left; a process started in it begins with them blocked."""
+    asking = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, asking)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_signals_to_parent() -> None:
+    """For a process that works for its parent, started in `signals_held_back`: it ends with it, and when it says so.
+
+    Schedulers signal whole process groups, while the parent still needs what this process makes in order to come to a
+    good end. SIGTERM therefore counts from the parent alone; SIGINT, SIGUSR1 and SIGUSR2 are ignored.
+    """
+    die_with_parent()
+    for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)
+    heeded = set()
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM keeps its meaning
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_on_parents_word, args=(os.getppid(),), daemon=True).start()
+        heeded = {signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_SETMASK, heeded)
+
+
+def _end_on_parents_word(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
