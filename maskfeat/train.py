@@ -183,12 +183,14 @@ def train(
     device: torch.device,
     world: World,
     logbook: Logbook,
+    beat: Callable[[str], None],
     after_step: Callable[[int, int], None],
     after_epoch: Callable[[int], None],
 ) -> None:
     """Train from `start` on: an epoch, counted from 0, and how many of its steps are done already.
 
-    `after_step(epoch, steps done in it)` saves where that is due, and may end the training by raising;
+    `beat` is told what is being done. `after_step(epoch, steps done in it)` saves where that is due, and may end the
+    training by raising;
     `after_epoch(epoch)` saves and evaluates.
     """
     steps = len(loader)
@@ -203,6 +205,7 @@ def train(
         asked = time.perf_counter()
         for step, batch in enumerate(loader, start=begin):
             progress.fetched(time.perf_counter() - asked, len(batch) * world.size)
+            beat(f"epoch {epoch + 1}, step {step + 1}")
             lr = settings.lr(epoch + step / steps)
             set_lr(optimizer, lr)
             seed_draws(settings.seed, epoch * steps + step, world.rank)
@@ -211,6 +214,7 @@ def train(
             if progress.is_due:
                 progress.write(epoch, step, lr, window, device)
             after_step(epoch, step + 1)
+            beat(f"epoch {epoch + 1}, waiting for data after step {step + 1}")
             asked = time.perf_counter()
         stopped = time.perf_counter()
         after_epoch(epoch)

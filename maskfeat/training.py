@@ -136,7 +136,7 @@ class _Checks:
         Raises:
             Preempted: once it is saved.
         """
-        self._watch.beat(f"epoch {epoch + 1}, after step {step}")
+        self._watch.beat(f"epoch {epoch + 1}, done with step {step}")
         stops, is_due = self._agreement.exchange(bool(self._stop), self._saver.is_due)
         if stops or is_due:
             # At the end of an epoch this says that its checkpoint and validation are still to be made.
@@ -201,6 +201,7 @@ def run_training(
         device=device,
         world=world,
         logbook=logbook,
+        beat=watch.beat,
         after_step=checks.after_step,
         after_epoch=checks.after_epoch,
     )
