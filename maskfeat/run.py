@@ -229,7 +229,7 @@ def _work(world: World, init_method: str, cfg: CfgNode, given: Given) -> None:
                 run_testing(cfg, loaders, world, device, logbook, objective, name)
     finally:
         logbook.close()
-        leave()
+    leave()  # not after a failure, of which the other ranks would then hear first and be taken for its cause
 
 
 def work(world: World, init_method: str, cfg: CfgNode, given: Given) -> int:
