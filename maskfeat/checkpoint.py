@@ -1,16 +1,22 @@
-"""Checkpoint files: PySlowFast's format and naming, written atomically.
+"""Checkpoint files: PySlowFast's format and naming, written atomically with a checksum beside them, the newest kept.
 
 OUTPUT_DIR/checkpoints/[TASK_]checkpoint_epoch_00010.pyth holds `epoch` (counted from 0; the name counts from 1),
 `model_state` (released names), `optimizer_state`, `cfg` (YAML text), `scaler_state` under fp16, and `ema_state` with
-TRAIN.EMA.
+TRAIN.EMA. A checkpoint within an epoch, checkpoint_epoch_00010_step_000123.pyth, was made 123 steps after the tenth
+epoch; it also holds `step` (123) and `samples_per_step`. Beside each lies NAME.sha256, as `sha256sum -c` reads it.
 """
 
+import contextlib
+import hashlib
+import io
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -20,70 +26,210 @@ logger = logging.getLogger(__name__)
 
 AVERAGE = "ema_state"
 """Where a checkpoint keeps the average of the weights (TRAIN.EMA)."""
+SUFFIX = ".pyth"
+_CHUNK = 1 << 22
+_SPARE = 2  # checkpoints within epochs that stay where TRAIN.KEEP_CHECKPOINTS is 0
 
 
-def checkpoint_path(output_dir: str | Path, task: str, epoch: int) -> Path:
-    """Where the checkpoint after `epoch` (counted from 0) of a run lies."""
-    name = f"checkpoint_epoch_{epoch + 1:05d}.pyth"
+@dataclass(frozen=True, order=True)
+class Position:
+    """How far a run has come: whole epochs, and steps of the next one."""
+
+    epochs: int = 0
+    step: int = 0
+
+    def __str__(self) -> str:
+        return f"epoch {self.epochs}, step {self.step}" if self.step else f"epoch {self.epochs}"
+
+
+def checkpoint_path(output_dir: str | Path, task: str, position: Position) -> Path:
+    """Where the checkpoint of a run at `position` lies."""
+    within = f"_step_{position.step:06d}" if position.step else ""
+    name = f"checkpoint_epoch_{position.epochs:05d}{within}{SUFFIX}"
     return Path(output_dir) / "checkpoints" / (f"{task}_{name}" if task else name)
 
 
-def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint so that `path` holds either all of it or what it held before.
-
-    Raises:
-        OSError: where the disk is full or fails; the message names the file, and nothing half-written is left.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a short write as a RuntimeError
-        partial.unlink(missing_ok=True)
-        raise OSError(f"could not write the checkpoint {path}: {error}") from error
+def _position_of(path: Path, task: str) -> Position | None:
+    """What the name of a checkpoint says; None for other files, those of other tasks among them."""
+    prefix = re.escape(f"{task}_" if task else "")
+    found = re.fullmatch(rf"{prefix}checkpoint_epoch_(\d+)(?:_step_(\d+))?{re.escape(SUFFIX)}", path.name)
+    return None if found is None else Position(int(found[1]), int(found[2] or 0))
 
 
 def find_checkpoints(output_dir: str | Path, task: str) -> list[Path]:
     """Checkpoints of this task in OUTPUT_DIR, oldest first; those of other tasks are left out."""
-    prefix = re.escape(f"{task}_" if task else "")
-    pattern = re.compile(rf"{prefix}checkpoint_epoch_(\d+)\.pyth")
     folder = Path(output_dir) / "checkpoints"
-    found = [path for path in folder.glob("*.pyth") if pattern.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+    placed = [(_position_of(path, task), path) for path in folder.glob(f"*{SUFFIX}")]
+    return [path for _, path in sorted((at, path) for at, path in placed if at is not None)]
 
 
-def last_checkpoint(output_dir: str | Path, task: str, model_name: str) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint from which this run may go on, and its content.
+class _Hashed(io.RawIOBase):
+    """A file that is written from front to back, and the SHA-256 of what was meant to be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        written = self._file.write(data)
+        if written != memoryview(data).nbytes:
+            raise OSError(f"{written} of {memoryview(data).nbytes} bytes were written")
+        return written
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _sum_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make what was renamed in a folder outlast a failing machine."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint and its checksum so that `path` holds either all of it or what it held before.
+
+    Whenever the process or the machine ends, what lies at `path` can be read: the checksum is never that of another
+    content. (In the moment between the two renames it is missing; see `verify_checkpoint`.)
 
     Raises:
-        ValueError: where checkpoints under this run's names were written by another model (pre-training and
-            fine-tuning with the same TASK and OUTPUT_DIR): going on would mix or overwrite them.
+        OSError: where the disk is full or fails; the message names the file, and nothing half-written is left.
+    """
+    partial, total = _partial(path), _sum_path(path)
+    partial_total = _partial(total)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            hashed = _Hashed(file)
+            torch.save(dict(content), hashed)  # type: ignore[arg-type]
+            _sync(file)
+        with open(partial_total, "wb") as file:
+            file.write(f"{hashed.digest.hexdigest()}  {path.name}\n".encode())
+            _sync(file)
+        total.unlink(missing_ok=True)
+        os.replace(partial, path)
+        os.replace(partial_total, total)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+        for left in (partial, partial_total):
+            with contextlib.suppress(OSError):
+                left.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"could not write the checkpoint {path}: {cause}") from error
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def verify_checkpoint(path: Path) -> None:
+    """See that a checkpoint is what was written: by the checksum beside it, or else by those inside of it.
+
+    PyTorch's own reader compares none, so that flipped bits would become weights.
+
+    Raises:
+        ValueError: where it is not.
+    """
+    try:
+        total = _sum_path(path)
+        if total.exists():
+            words = total.read_text(encoding="ascii").split()
+            if not words or words[0] != _digest(path):
+                raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {total.name}")
+            return
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise ValueError(f"{path} is damaged: {broken} in it is not what was written")
+    except (OSError, UnicodeDecodeError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def prune_checkpoints(output_dir: str | Path, task: str, newest: Position, keep: int) -> None:
+    """Delete the checkpoints of a run that are older than its newest ones.
+
+    Args:
+        newest: of the one just saved. Later ones are of another course of the run, and stay.
+        keep: how many stay; 0 = those at the end of epochs all stay, and of the newest two one within an epoch.
+    """
+    placed = [(_position_of(path, task), path) for path in find_checkpoints(output_dir, task)]
+    past = [(at, path) for at, path in placed if at is not None and at <= newest]
+    for at, path in past[: -(keep or _SPARE)]:
+        if keep or at.step:
+            path.unlink(missing_ok=True)
+            _sum_path(path).unlink(missing_ok=True)
+    for path in (Path(output_dir) / "checkpoints").glob(".*.partial"):  # of a process that was killed
+        if _position_of(path.with_name(path.name[1:].removesuffix(".partial").removesuffix(".sha256")), task):
+            path.unlink(missing_ok=True)
+
+
+def checked_checkpoint(given: str | Path) -> dict[str, Any]:
+    """`read_checkpoint`, once the checksum beside the file, where there is one, has been compared."""
+    if _sum_path(Path(given)).exists():
+        verify_checkpoint(Path(given))
+    return read_checkpoint(given)
+
+
+def last_checkpoint(output_dir: str | Path, task: str, model_name: str) -> Path | None:
+    """The newest checkpoint from which this run may go on: damaged ones are named and passed over.
+
+    Raises:
+        ValueError: where there are some and all are damaged; and where checkpoints under this run's names were
+            written by another model (pre-training and fine-tuning with the same TASK and OUTPUT_DIR): going on
+            would mix or overwrite them.
     """
     found = find_checkpoints(output_dir, task)
-    if not found:
-        return None
-    path = found[-1]
-    content = read_checkpoint(path)
-    wrote = trained_model(content)
-    if wrote not in (None, model_name):
+    for path in reversed(found):
+        try:
+            verify_checkpoint(path)
+            wrote = trained_model(read_checkpoint(path))
+        except ValueError as error:
+            logger.error("CHECKPOINT PASSED OVER: %s", error)
+            continue
+        if wrote not in (None, model_name):
+            raise ValueError(
+                f"{path} was written by MODEL.MODEL_NAME {wrote}, this run trains {model_name}: "
+                "give it an OUTPUT_DIR or a TASK of its own"
+            )
+        if path != found[-1]:
+            logger.error("GOING BACK to %s, the last checkpoint that is whole", path)
+        return path
+    if found:
         raise ValueError(
-            f"{path} was written by MODEL.MODEL_NAME {wrote}, this run trains {model_name}: "
-            "give it an OUTPUT_DIR or a TASK of its own"
+            f"all {len(found)} checkpoints of this run in {found[0].parent} are damaged: bring one back from a copy, "
+            "or start anew in another OUTPUT_DIR"
         )
-    return path, content
+    return None
 
 
 def given_or_last(
     given: str, output_dir: str | Path, task: str, model_name: str
 ) -> tuple[Path | str, dict[str, Any]] | None:
     """The checkpoint that a key names, or else the newest of this run, and its content; None where there is neither."""
-    return (given, read_checkpoint(given)) if given else last_checkpoint(output_dir, task, model_name)
+    if given:
+        return given, checked_checkpoint(given)
+    found = last_checkpoint(output_dir, task, model_name)
+    return None if found is None else (found, read_checkpoint(found))

@@ -5,13 +5,18 @@ A set-up that fails raises; nothing falls back in silence. How processes start s
 
 import os
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,21 +46,45 @@ def choose_device(num_gpus: int, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join(world: World, backend: str, device: torch.device, init_method: str = "env://") -> None:
-    """Join the process group; gloo on the CPU whatever the backend asked for."""
+_cpu_group: Any = None
+
+
+def join(
+    world: World,
+    backend: str,
+    device: torch.device,
+    init_method: str = "env://",
+    timeout: timedelta = timedelta(minutes=30),
+) -> Store | None:
+    """Join the process group; gloo on the CPU whatever the backend asked for.
+
+    Args:
+        timeout: of collectives.
+
+    Returns:
+        the store that all processes reach, for small messages; None where there is only one process.
+    """
+    global _cpu_group
     if world.size == 1:
-        return
+        return None
+    store, _, _ = next(dist.rendezvous(init_method, world.rank, world.size, timeout=timeout))
     dist.init_process_group(
         backend if device.type == "cuda" else "gloo",
-        init_method=init_method,
+        store=dist.PrefixStore("run", store),
         rank=world.rank,
         world_size=world.size,
         device_id=device if device.type == "cuda" else None,
+        timeout=timeout,
     )
+    # Apart from the other collectives, which may be those of a GPU, and which it may overtake.
+    _cpu_group = dist.new_group(backend="gloo", timeout=timeout)
+    return dist.PrefixStore("messages", store)
 
 
 def leave() -> None:
     """Leave the process group, where there is one."""
+    global _cpu_group
+    _cpu_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -84,8 +113,47 @@ def gather_from_ranks(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_cpu_group)
     return values
+
+
+def on_first_rank(job: Callable[[], T]) -> T:
+    """What `job` returns on rank 0, where alone it runs, on every rank; its ValueErrors and OSErrors as well."""
+    if not dist.is_initialized():
+        return job()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [job(), None]
+        except (ValueError, OSError) as error:
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome, src=0, group=_cpu_group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+class Agreement:
+    """Flags that one rank or another raises, made known to all of them between steps, without waiting for the device.
+
+    Each exchange returns what was raised up to the one before it, the same on every rank: the messages of a step travel
+    while the next one is computed. A process that is alone learns its own flags at once.
+    """
+
+    def __init__(self) -> None:
+        self._sent: tuple[Any, Tensor] | None = None
+
+    def exchange(self, *flags: bool) -> Sequence[bool]:
+        """Hand in this rank's flags, after every step. Always as many."""
+        if not dist.is_initialized():
+            return flags
+        values = torch.tensor(flags, dtype=torch.uint8)
+        work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=_cpu_group, async_op=True)
+        before, self._sent = self._sent, (work, values)
+        if before is None:
+            return [False] * len(flags)
+        before[0].wait()
+        return before[1].bool().tolist()
 
 
 def from_first_rank(value: Tensor) -> None:
@@ -97,7 +165,7 @@ def from_first_rank(value: Tensor) -> None:
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_cpu_group)
 
 
 def seed_draws(*key: int) -> None:

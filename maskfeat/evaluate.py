@@ -6,7 +6,7 @@ Shape legend: B samples (views), V videos or images, K classes.
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,15 +33,20 @@ def _unreadable(batch: Batch) -> Tensor:
     return torch.isin(batch.index, bad)
 
 
+Proceed = Callable[[str], None]
+"""Told at every step what is being done; it may raise `Preempted`."""
+
+
 class _Pace:
     """Says now and then how far an evaluation is."""
 
-    def __init__(self, what: str, steps: int) -> None:
-        self.what, self.steps = what, steps
+    def __init__(self, what: str, steps: int, proceed: Proceed) -> None:
+        self.what, self.steps, self.proceed = what, steps, proceed
         self.started = self.said = time.perf_counter()
 
     def step(self, step: int) -> None:
         """Note that `step` (from 0) is done; speaks twice a minute at most."""
+        self.proceed(f"{self.what}, step {step + 1}")
         now = time.perf_counter()
         if now - self.said > _REPORT_SECONDS:
             self.said = now
@@ -51,7 +56,9 @@ class _Pace:
 
 @torch.no_grad()
 @_uncompiled
-def validate(objective: Objective, loader: Loader, device: torch.device, precision: str) -> dict[str, float]:
+def validate(
+    objective: Objective, loader: Loader, device: torch.device, precision: str, proceed: Proceed = lambda _: None
+) -> dict[str, float]:
     """One pass over a validation set.
 
     Returns:
@@ -60,7 +67,7 @@ def validate(objective: Objective, loader: Loader, device: torch.device, precisi
     """
     objective.eval()
     window = Window()
-    pace = _Pace("validation", len(loader))
+    pace = _Pace("validation", len(loader), proceed)
     for step, batch in enumerate(loader):
         batch = batch.to(device, non_blocking=True)
         with autocast(device, precision):
@@ -92,6 +99,7 @@ def multi_view_test(
     device: torch.device,
     precision: str,
     results_path: Path | None = None,
+    proceed: Proceed = lambda _: None,
 ) -> dict[str, float]:
     """Test with every view of every video or image: softmax scores are summed over views.
 
@@ -107,7 +115,7 @@ def multi_view_test(
     objective.eval()
     scores: Tensor | None = None
     spoiled = torch.zeros(len(labels), device=device)
-    pace = _Pace("testing", len(loader))
+    pace = _Pace("testing", len(loader), proceed)
     for step, batch in enumerate(loader):
         batch = batch.to(device, non_blocking=True)
         assert batch.index is not None

@@ -89,7 +89,7 @@ def eta(seconds: float) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
-        return simplejson.RawJSON(f"{value:.6g}") if math.isfinite(value) else str(value)
+        return simplejson.RawJSON(f"{value:.8g}") if math.isfinite(value) else str(value)
     return value
 
 

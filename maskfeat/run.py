@@ -3,170 +3,30 @@
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from yacs.config import CfgNode
 
-from maskfeat.build import build_backbone, build_loader, build_objective, build_optimizer
-from maskfeat.config import load_config, save_config
+from maskfeat.build import build_loader
+from maskfeat.config import load_config
 from maskfeat.data.bad_samples import TooManyBadSamples
 from maskfeat.data.loader import Loader
-from maskfeat.distributed import World, barrier, choose_device, join, leave, seed_draws
-from maskfeat.evaluate import multi_view_test, validate
-from maskfeat.flops import multiply_adds
+from maskfeat.distributed import World, choose_device, join, leave
+from maskfeat.evaluate import multi_view_test
 from maskfeat.launch import check_devices, find_started, launch
 from maskfeat.logbook import Logbook, setup_logging
 from maskfeat.objectives.base import Objective
-from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, share_buffers
-from maskfeat.resume import TrainingState, load_for_testing, save_training, start_training
-from maskfeat.schedule import lr_at_epoch
-from maskfeat.step_hooks import WeightAverage, protect_statistics
-from maskfeat.train import Settings, train
+from maskfeat.preemption import PREEMPTED, Preempted, StopRequest
+from maskfeat.resume import load_for_testing
+from maskfeat.training import Given, precision_of, run_training
+from maskfeat.watch import Watch
 
 logger = logging.getLogger(__name__)
 
 # What a user can mend, or the machine has to: said in one line, without a traceback.
 EXPECTED = (ValueError, TooManyBadSamples, FloatingPointError, OSError)
-
-
-@dataclass(frozen=True)
-class Given:
-    """The command line of a run: the YAML's path and the overrides."""
-
-    path: str
-    opts: tuple[str, ...]
-
-
-def precision_of(cfg: CfgNode) -> str:
-    """TRAIN.MIXED_PRECISION as "off", "bf16" or "fp16" (True is fp16, as in PySlowFast)."""
-    return {False: "off", True: "fp16"}.get(cfg.TRAIN.MIXED_PRECISION, cfg.TRAIN.MIXED_PRECISION)
-
-
-def _is_due(cfg: CfgNode, objective: Objective, epoch: int) -> bool:
-    """Whether to validate after `epoch`: every TRAIN.EVAL_PERIOD epochs, and after the last one (of pre-training only
-    where the period is not longer than the run); 0 = never.
-    """
-    period, last = cfg.TRAIN.EVAL_PERIOD, cfg.SOLVER.MAX_EPOCH
-    if period == 0:
-        return False
-    return (epoch + 1) % period == 0 or (epoch + 1 == last and (objective.classifies or period <= last))
-
-
-def _announce(cfg: CfgNode, objective: Objective, device: torch.device, world: World) -> None:
-    count = sum(p.numel() for p in objective.parameters())
-    views = cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1
-    batch = cfg.TRAIN.BATCH_SIZE * views * (world.size // world.local_size)
-    if cfg.LOG_MODEL_INFO:
-        with torch.device("meta"):
-            twin = build_backbone(cfg)
-        logger.info("%.3g G multiply-adds a view in the backbone", multiply_adds(twin) / 1e9)
-    logger.info(
-        "%s, %.2f M parameters, on %d x %s, %s precision; %d samples a step",
-        type(objective).__name__,
-        count / 1e6,
-        world.size,
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        {"off": "fp32"}.get(precision_of(cfg), precision_of(cfg)),
-        batch,
-    )
-
-
-def training_state(cfg: CfgNode, device: torch.device) -> TrainingState:
-    """What a run trains, on its device, before anything is loaded."""
-    objective = build_objective(cfg).to(device)
-    optimizer = build_optimizer(cfg, objective)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision_of(cfg) == "fp16")
-    protect_statistics(objective, optimizer)
-    average = WeightAverage(objective, optimizer, cfg.TRAIN.EMA) if cfg.TRAIN.EMA else None
-    if cfg.MODEL.ACT_CHECKPOINT:
-        checkpoint_activations(objective, light=cfg.MODEL.ACT_CHECKPOINT == "light")
-    if cfg.TRAIN.COMPILE:
-        compile_parts(objective, device)
-    return TrainingState(objective, optimizer, scaler, average)
-
-
-def settings_of(cfg: CfgNode) -> Settings:
-    """How the loop trains."""
-    return Settings(
-        max_epoch=cfg.SOLVER.MAX_EPOCH,
-        lr=lambda epoch: lr_at_epoch(cfg, epoch),
-        seed=cfg.RNG_SEED,
-        clip_norm=cfg.SOLVER.CLIP_GRAD_L2NORM,
-        clip_value=cfg.SOLVER.CLIP_GRAD_VAL,
-        precision=precision_of(cfg),
-        micro_batch=cfg.TRAIN.MICRO_BATCH_SIZE,
-        log_period=cfg.LOG_PERIOD,
-    )
-
-
-def _trained(training: TrainingState) -> dict[str, Objective]:
-    """What is evaluated, the same on every rank: "" = the weights, "ema" = their average, where there is one."""
-    average = {} if training.average is None else {"ema": training.average.objective}
-    objectives = {"": training.objective, **average}
-    for objective in objectives.values():
-        share_buffers(objective)
-    return objectives
-
-
-def run_training(
-    cfg: CfgNode, given: Given, world: World, device: torch.device, logbook: Logbook
-) -> dict[str, Objective]:
-    """Train as configured; returns the trained objectives, on `device`, as `_trained` names them."""
-    seed_draws(cfg.RNG_SEED)
-    training = training_state(cfg, device)
-    objective = training.objective
-    _announce(cfg, objective, device, world)
-    loader = build_loader(cfg, "train", world, device=device)
-    max_epoch = cfg.SOLVER.MAX_EPOCH
-    evaluates = any(_is_due(cfg, objective, epoch) for epoch in range(max_epoch))
-    val_loader = build_loader(cfg, "val", world, device=device) if evaluates else None
-    start_epoch = start_training(cfg, training)
-    if world.is_main:
-        # Not earlier: a run that is refused leaves the folder of another one as it was.
-        save_config(given.path, given.opts, cfg, cfg.OUTPUT_DIR)
-    model = distribute(objective, world, static=not cfg.TRAIN.MICRO_BATCH_SIZE)
-    settings = settings_of(cfg)
-
-    def after_epoch(epoch: int) -> None:
-        """Save and validate where that is due."""
-        last = epoch + 1 == max_epoch
-        if world.is_main and ((epoch + 1) % cfg.TRAIN.CHECKPOINT_PERIOD == 0 or last):
-            save_training(cfg, training, epoch)
-        barrier()
-        if val_loader is not None and _is_due(cfg, objective, epoch):
-            _validate(cfg, _trained(training), val_loader, device, logbook, epoch)
-
-    if start_epoch >= max_epoch:
-        logger.info("nothing left to train: SOLVER.MAX_EPOCH is %d", max_epoch)
-    train(
-        model,
-        objective,
-        training.optimizer,
-        training.scaler,
-        loader,
-        settings,
-        start_epoch=start_epoch,
-        device=device,
-        world=world,
-        logbook=logbook,
-        after_epoch=after_epoch,
-    )
-    return _trained(training)
-
-
-def _validate(
-    cfg: CfgNode, objectives: Mapping[str, Objective], loader: Any, device: torch.device, logbook: Logbook, epoch: int
-) -> None:
-    values = {}
-    for name, objective in objectives.items():
-        found = validate(objective, loader, device, precision_of(cfg))
-        values.update({f"{name}_{key}" if name else key: value for key, value in found.items()})
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-    stats = {"epoch": f"{epoch + 1}/{cfg.SOLVER.MAX_EPOCH}", **values}
-    logbook.write("val_epoch", f"validation after epoch {epoch + 1}: {shown}", stats, epoch)
 
 
 def _test_loaders(cfg: CfgNode, world: World, device: torch.device) -> dict[str, Loader]:
@@ -191,9 +51,10 @@ def run_testing(
     device: torch.device,
     logbook: Logbook,
     objective: Objective,
+    watch: Watch,
     name: str = "",
 ) -> None:
-    """Multi-view testing with each of `loaders`; `name` as in `_trained`."""
+    """Multi-view testing with each of `loaders`; `name` "ema" for averaged weights."""
     suffix = f"_{name}" if name else ""
     for number, (views, loader) in enumerate(loaders.items()):
         result = multi_view_test(
@@ -203,6 +64,7 @@ def run_testing(
             device,
             precision_of(cfg),
             _results_path(cfg, views + suffix) if world.is_main else None,
+            watch.proceed,
         )
         line = (
             f"test{' of averaged weights' if name else ''}: top1 {result['top1']:.2f} %, top5 {result['top5']:.2f} % "
@@ -213,35 +75,65 @@ def run_testing(
         logbook.write(f"test_final{suffix}", line, stats, number)
 
 
-def _work(world: World, init_method: str, cfg: CfgNode, given: Given) -> None:
-    device = choose_device(cfg.NUM_GPUS, world.local_rank)
-    join(world, cfg.DIST_BACKEND, device, init_method)
+def _work(world: World, cfg: CfgNode, given: Given, device: torch.device, watch: Watch, stop: StopRequest) -> None:
     folder = Path(cfg.OUTPUT_DIR) / cfg.TENSORBOARD.LOG_DIR if cfg.TENSORBOARD.ENABLE else None
     logbook = Logbook(world, folder)
     try:
         # The test's data is looked for before training, not after it.
         loaders = _test_loaders(cfg, world, device) if cfg.TEST.ENABLE else {}
-        objectives = run_training(cfg, given, world, device, logbook) if cfg.TRAIN.ENABLE else {}
+        objectives = run_training(cfg, given, world, device, logbook, watch, stop) if cfg.TRAIN.ENABLE else {}
         if cfg.TEST.ENABLE:
             if not objectives or cfg.TEST.CHECKPOINT_FILE_PATH:
                 objectives = load_for_testing(cfg, device)
             for name, objective in objectives.items():
-                run_testing(cfg, loaders, world, device, logbook, objective, name)
+                run_testing(cfg, loaders, world, device, logbook, objective, watch, name)
     finally:
         logbook.close()
-    leave()  # not after a failure, of which the other ranks would then hear first and be taken for its cause
+
+
+def _patience(cfg: CfgNode) -> timedelta:
+    """How long collectives may take: longer than HANG_MINUTES, for the report of the watch says more than theirs."""
+    return timedelta(minutes=cfg.HANG_MINUTES + 5) if cfg.HANG_MINUTES else timedelta(days=1)
 
 
 def work(world: World, init_method: str, cfg: CfgNode, given: Given) -> int:
     """What every process does; its exit code. What all ranks meet alike is said once."""
+    stop, watch = StopRequest(), None
     try:
         setup_logging(cfg.OUTPUT_DIR, world)
-        _work(world, init_method, cfg, given)
+        with stop.listening():
+            device = choose_device(cfg.NUM_GPUS, world.local_rank)
+            store = join(world, cfg.DIST_BACKEND, device, init_method, _patience(cfg))
+            watch = Watch(world, store, 60 * cfg.HANG_MINUTES, stop)
+            _work(world, cfg, given, device, watch, stop)
+            leave()
+    except Preempted:
+        leave()
+        return _stopped(stop, world)
     except EXPECTED as error:
         if world.is_main or isinstance(error, TooManyBadSamples | OSError):
             logger.error("error: %s", error)
         return 2
+    except RuntimeError as error:
+        if stop and world.size > 1:  # the others have left, in the middle of something that needs no saving
+            return _stopped(stop, world)
+        gone = watch.gone() if watch is not None else ""
+        if not gone:
+            raise
+        logger.error("error: gone, or cut off from this process (rank %d): %s: %s", world.rank, gone, error)
+        return 1
+    finally:
+        if watch is not None:
+            watch.close()
     return 0
+
+
+def _stopped(stop: StopRequest, world: World) -> int:
+    if world.is_main:
+        logger.info(
+            "stopped on %s; the same command goes on from here (exit code %d: requeue me)", stop.reason, PREEMPTED
+        )
+    return PREEMPTED
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -17,12 +17,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple
 
+from maskfeat.preemption import PREEMPTED
 from maskfeat.processes import die_with_parent, end_now
 
 logger = logging.getLogger(__name__)
-
-PREEMPTED = 75
-"""Exit code of a run that a signal stopped and that may be started again as it is (EX_TEMPFAIL)."""
 
 GRACE = 2.0
 """Seconds that the others have to end by themselves when one has failed: they often fail of the same, and say so."""

@@ -96,9 +96,9 @@ def optimisation_step(
 class Progress:
     """Times a run and writes its lines."""
 
-    def __init__(self, logbook: Logbook, steps: int, settings: Settings, start_epoch: int) -> None:
+    def __init__(self, logbook: Logbook, steps: int, settings: Settings, done_before: int) -> None:
         self.logbook, self.steps, self.settings = logbook, steps, settings
-        self.done, self.todo = 0, (settings.max_epoch - start_epoch) * steps
+        self.done, self.todo = 0, settings.max_epoch * steps - done_before
         self.started = time.perf_counter()
         self.lost = 0
         self.begin_window()
@@ -179,21 +179,29 @@ def train(
     loader: Loader,
     settings: Settings,
     *,
-    start_epoch: int,
+    start: tuple[int, int],
     device: torch.device,
     world: World,
     logbook: Logbook,
+    after_step: Callable[[int, int], None],
     after_epoch: Callable[[int], None],
 ) -> None:
-    """Train from `start_epoch` (counted from 0); `after_epoch(epoch)` saves and evaluates."""
+    """Train from `start` on: an epoch, counted from 0, and how many of its steps are done already.
+
+    `after_step(epoch, steps done in it)` saves where that is due, and may end the training by raising;
+    `after_epoch(epoch)` saves and evaluates.
+    """
     steps = len(loader)
-    progress = Progress(logbook, steps, settings, start_epoch)
+    first_epoch, first_step = start
+    progress = Progress(logbook, steps, settings, first_epoch * steps + first_step)
     window = Window()
-    for epoch in range(start_epoch, settings.max_epoch):
+    for epoch in range(first_epoch, settings.max_epoch):
         model.train()
         loader.set_epoch(epoch)
+        begin = first_step if epoch == first_epoch else 0
+        loader.set_start(begin)
         asked = time.perf_counter()
-        for step, batch in enumerate(loader):
+        for step, batch in enumerate(loader, start=begin):
             progress.fetched(time.perf_counter() - asked, len(batch) * world.size)
             lr = settings.lr(epoch + step / steps)
             set_lr(optimizer, lr)
@@ -202,6 +210,7 @@ def train(
             optimisation_step(model, objective, optimizer, scaler, batch, settings, window, world)
             if progress.is_due:
                 progress.write(epoch, step, lr, window, device)
+            after_step(epoch, step + 1)
             asked = time.perf_counter()
         stopped = time.perf_counter()
         after_epoch(epoch)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import subprocess
 from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
@@ -13,20 +14,37 @@ import torchvision
 from yacs.config import CfgNode
 
 from maskfeat import checkpoint
-from maskfeat.checkpoint import checkpoint_path, find_checkpoints, last_checkpoint, save_checkpoint
+from maskfeat.checkpoint import (
+    Position,
+    checked_checkpoint,
+    checkpoint_path,
+    find_checkpoints,
+    last_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    verify_checkpoint,
+)
 from maskfeat.weight_files import model_state, read_checkpoint, trained_model
 
 CONTENT = {"epoch": 3, "model_state": {"a": torch.arange(5.0)}, "cfg": "MODEL:\n  MODEL_NAME: MViT\n"}
 
 
 def test_published_names(tmp_path: Path) -> None:
-    assert checkpoint_path("out", "ssl", 9) == Path("out/checkpoints/ssl_checkpoint_epoch_00010.pyth")
-    assert checkpoint_path("out", "", 1599).name == "checkpoint_epoch_01600.pyth"
-    for task, epoch in (("", 1), ("", 10), ("", 9), ("ssl", 30), ("ssl_eval", 99)):
-        save_checkpoint(checkpoint_path(tmp_path, task, epoch), CONTENT)
+    assert checkpoint_path("out", "ssl", Position(10)) == Path("out/checkpoints/ssl_checkpoint_epoch_00010.pyth")
+    assert checkpoint_path("out", "", Position(1600)).name == "checkpoint_epoch_01600.pyth"
+    for task, epochs, step in (
+        ("", 2, 0),
+        ("", 11, 0),
+        ("", 10, 123),
+        ("", 10, 0),
+        ("ssl", 31, 0),
+        ("ssl_eval", 99, 0),
+    ):
+        save_checkpoint(checkpoint_path(tmp_path, task, Position(epochs, step)), CONTENT)
     assert [p.name for p in find_checkpoints(tmp_path, "")] == [
         "checkpoint_epoch_00002.pyth",
         "checkpoint_epoch_00010.pyth",
+        "checkpoint_epoch_00010_step_000123.pyth",
         "checkpoint_epoch_00011.pyth",
     ]
     assert [p.name for p in find_checkpoints(tmp_path, "ssl")] == ["ssl_checkpoint_epoch_00031.pyth"]
@@ -34,26 +52,29 @@ def test_published_names(tmp_path: Path) -> None:
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    path = checkpoint_path(tmp_path, "", 3)
+    path = checkpoint_path(tmp_path, "", Position(4))
     save_checkpoint(path, CONTENT)
     content = read_checkpoint(path)
     assert content["epoch"] == 3 and (content["model_state"]["a"] == torch.arange(5.0)).all()
     assert trained_model(content) == "MViT"
-    assert os.listdir(path.parent) == [path.name], "nothing temporary is left"
+    assert sorted(os.listdir(path.parent)) == [path.name, f"{path.name}.sha256"], "nothing temporary is left"
+    checked = subprocess.run(
+        ["sha256sum", "-c", f"{path.name}.sha256"], cwd=path.parent, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked
 
 
 def test_other_models_are_not_resumed(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path, "", "MViT") is None
-    save_checkpoint(checkpoint_path(tmp_path, "", 3), CONTENT)
-    found = last_checkpoint(tmp_path, "", "MViT")
-    assert found is not None and found[1]["epoch"] == 3
+    save_checkpoint(checkpoint_path(tmp_path, "", Position(4)), CONTENT)
+    assert last_checkpoint(tmp_path, "", "MViT") == checkpoint_path(tmp_path, "", Position(4))
     assert last_checkpoint(tmp_path, "ssl", "MaskMViT") is None
     with pytest.raises(ValueError, match="OUTPUT_DIR or a TASK"):
         last_checkpoint(tmp_path, "", "MaskMViT")
 
 
 def test_failed_write_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = checkpoint_path(tmp_path, "", 0)
+    path = checkpoint_path(tmp_path, "", Position(1))
     save_checkpoint(path, CONTENT)
 
     def full(*_: object) -> None:
@@ -64,7 +85,8 @@ def test_failed_write_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         save_checkpoint(path, {"epoch": 99})
     monkeypatch.undo()
     assert read_checkpoint(path)["epoch"] == 3
-    assert os.listdir(path.parent) == [path.name]
+    assert sorted(os.listdir(path.parent)) == [path.name, f"{path.name}.sha256"]
+    verify_checkpoint(path)
 
 
 class _Gadget:
@@ -130,7 +152,7 @@ def _no_network(*_: object, **__: object) -> None:
 
 
 def test_damaged_and_missing(tmp_path: Path) -> None:
-    path = checkpoint_path(tmp_path, "", 0)
+    path = checkpoint_path(tmp_path, "", Position(1))
     save_checkpoint(path, CONTENT)
     whole = path.read_bytes()
     for keep in (0, 10, len(whole) // 2):
@@ -150,3 +172,62 @@ def test_where_parameters_lie() -> None:
         assert model_state(content) == state
     with pytest.raises(ValueError, match="no parameters"):
         model_state({"epoch": 1})
+
+
+def flip_bit(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def test_without_its_checksum(tmp_path: Path) -> None:
+    """A process that ends between the two renames leaves a whole checkpoint without one; PyTorch's own then serve."""
+    path = checkpoint_path(tmp_path, "", Position(1))
+    save_checkpoint(path, CONTENT)
+    path.with_name(f"{path.name}.sha256").unlink()
+    verify_checkpoint(path)
+    where = path.read_bytes().index(torch.arange(5.0).numpy().tobytes())
+    flip_bit(path, 8 * where + 77)
+    assert torch.equal(read_checkpoint(path)["model_state"]["a"], torch.arange(5.0)) is False, "PyTorch sees nothing"
+    with pytest.raises(ValueError, match="damaged"):
+        verify_checkpoint(path)
+
+
+def test_damaged_ones_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [checkpoint_path(tmp_path, "", Position(1, step)) for step in (0, 7, 9)]
+    for path in paths:
+        save_checkpoint(path, CONTENT)
+    flip_bit(paths[2], 1234)
+    assert last_checkpoint(tmp_path, "", "MViT") == paths[1]
+    assert (
+        f"CHECKPOINT PASSED OVER: {paths[2]} is damaged" in caplog.text and f"GOING BACK to {paths[1]}" in caplog.text
+    )
+    with pytest.raises(ValueError, match="its SHA-256 is not the one in"):
+        checked_checkpoint(paths[2])
+    for path in paths[:2]:
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="all 3 checkpoints of this run in"):
+        last_checkpoint(tmp_path, "", "MViT")
+
+
+@pytest.mark.parametrize(
+    "keep, left",
+    [
+        (0, [(1, 0), (2, 0), (2, 9), (3, 0), (4, 0)]),
+        (1, [(3, 0), (4, 0)]),
+        (2, [(2, 9), (3, 0), (4, 0)]),
+        (9, [(1, 0), (1, 5), (2, 0), (2, 9), (3, 0), (4, 0)]),
+    ],
+)
+def test_the_newest_are_kept(keep: int, left: list[tuple[int, int]], tmp_path: Path) -> None:
+    """Those after the one that was saved are of another course of the run."""
+    for at in ((1, 0), (1, 5), (2, 0), (2, 9), (3, 0), (4, 0)):
+        save_checkpoint(checkpoint_path(tmp_path, "", Position(*at)), CONTENT)
+    other = checkpoint_path(tmp_path, "ft", Position(1))
+    save_checkpoint(other, CONTENT)
+    killed = other.with_name(".checkpoint_epoch_00001.pyth.partial")
+    killed.write_bytes(b"half")
+    prune_checkpoints(tmp_path, "", Position(3), keep)
+    assert find_checkpoints(tmp_path, "") == [checkpoint_path(tmp_path, "", Position(*at)) for at in left]
+    assert other.exists() and not killed.exists()
+    assert len(list(other.parent.glob("*.sha256"))) == len(left) + 1

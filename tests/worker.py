@@ -7,7 +7,8 @@ from yacs.config import CfgNode
 
 from maskfeat.launch import launch
 from maskfeat.logbook import read_json_stats
-from maskfeat.run import Given, work
+from maskfeat.run import work
+from maskfeat.training import Given
 
 
 def run_in_processes(cfg: CfgNode, processes: int) -> None:

@@ -18,8 +18,8 @@ from maskfeat.distributed import World, seed_draws
 from maskfeat.logbook import Window
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.parallel import autocast, distribute
-from maskfeat.run import settings_of, training_state
 from maskfeat.train import optimisation_step
+from maskfeat.training import settings_of, training_state
 
 FLOAT32_TOLERANCE = 2e-4
 """Of the largest gradient, between two float32 computations of a whole model. Hidden tokens start out equal, and where

@@ -32,9 +32,9 @@ from maskfeat.flops import multiply_adds
 from maskfeat.logbook import Window
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.parallel import distribute
-from maskfeat.run import settings_of, training_state
 from maskfeat.schedule import set_lr
 from maskfeat.train import Settings, optimisation_step
+from maskfeat.training import settings_of, training_state
 
 PEAK = 989e12  # multiplications and additions a second of an H200 in bf16, dense, by the datasheet
 WATCHED = 10  # steps in which stops for the device are counted

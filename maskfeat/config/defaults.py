@@ -35,6 +35,7 @@ def _run(cfg: CfgNode) -> None:
     cfg.NUM_SHARDS = 1  # machines of the job
     cfg.SHARD_ID = 0  # which machine this is, 0 .. NUM_SHARDS - 1
     cfg.DIST_BACKEND = "nccl"  # "nccl" | "gloo"
+    cfg.HANG_MINUTES = 20.0  # ours: without progress, after which hung processes are named and the run ends; 0 = never
     cfg.LOG_PERIOD = 10  # iterations between two progress lines
     cfg.LOG_MODEL_INFO = True  # log the model's structure and parameter count at the start
 
@@ -60,6 +61,8 @@ def _train(cfg: CfgNode) -> None:
     cfg.TRAIN.EMA = 0.0  # ours: decay per step, 0 .. 1, of an average of the weights, evaluated beside them; 0 = none
     cfg.TRAIN.EVAL_PERIOD = 10  # epochs between two validations; 0 = never
     cfg.TRAIN.CHECKPOINT_PERIOD = 10  # epochs between two checkpoints
+    cfg.TRAIN.CHECKPOINT_MINUTES = 30.0  # ours: minutes between two checkpoints, within epochs; 0 = only at their ends
+    cfg.TRAIN.KEEP_CHECKPOINTS = 0  # ours: newest checkpoints kept; 0 = those of ends of epochs all, within epochs two
     cfg.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint in OUTPUT_DIR
     cfg.TRAIN.CHECKPOINT_FILE_PATH = ""  # weights to start from
     cfg.TRAIN.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"
