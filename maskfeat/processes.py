@@ -1,13 +1,16 @@
 """How a process is tied to the one that started it, and which signals it heeds."""
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 _SET_SIGNAL_ON_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of prctl(2)
 
@@ -21,6 +24,29 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_SET_SIGNAL_ON_PARENTS_DEATH, signal.SIGKILL, 0, 0, 0)
     if parent is not None and parent.pid == started_it and os.getppid() != started_it:
         os.kill(os.getpid(), signal.SIGKILL)  # it was gone before the kernel was asked
+
+
+def end_now(code: int) -> NoReturn:
+    """End at once with an exit code; the processes that this one started die with it.
+
+    Python would first take all modules apart, which takes seconds where cores are shared, and wait for processes.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run `main` and end with its exit code; 1 after a traceback. After a failure, which others wait for, at once."""
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        end_now(code)
+    sys.exit(0)
 
 
 @contextmanager

@@ -6,8 +6,8 @@ One that dies ends the others within seconds, signals that ask for an end are pa
 import logging
 import multiprocessing
 import os
+import re
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -18,7 +18,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple
 
 from maskfeat.preemption import PREEMPTED
-from maskfeat.processes import die_with_parent
+from maskfeat.processes import die_with_parent, end_now
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,9 @@ GRACE = 2.0
 
 ENDING = (signal.SIGTERM, signal.SIGUSR1)
 PASSED_ON = (*ENDING, signal.SIGUSR2)
+
+MISSED = re.compile(r"Connection (closed|reset) by peer")
+"""What a rank says when another is gone."""
 
 HINTS: dict[int, str] = {
     signal.SIGKILL: ", from outside; out of memory is a common cause: see the system's log, and lower "
@@ -44,16 +47,15 @@ class Child(NamedTuple):
 
 
 def _run(job: Callable[..., int], index: int, args: tuple[Any, ...], tell: Connection) -> None:
-    """What each process does. It ends without tidying up: the processes that it started die with it."""
+    """What each process does."""
     die_with_parent()
-    code = 1
     try:
         code = job(index, *args)
     except Exception:
         tell.send_bytes(traceback.format_exc().encode()[-32_000:])  # less than a pipe holds: never waits
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        # From here, where nothing that it holds is tidied up yet: that may wait for processes that are no more.
+        end_now(1)
+    end_now(code)
 
 
 @contextmanager
@@ -134,49 +136,54 @@ class Supervisor:
         _signal_all(self.running, number)
 
     def _wait(self) -> int:
-        codes: set[int] = set()
-        settled: int | None = None  # the code of the first that failed
+        ended: list[Child] = []
         deadline: float | None = None  # until when the others may end by themselves
         while self.running:
             left = None if deadline is None else max(deadline - time.monotonic(), 0)
             ready = wait([child.process.sentinel for child in self.running], left)
-            if not ready and settled is not None:
-                return settled  # whoever still runs is killed
-            ended = [child for child in self.running if child.process.sentinel in ready]
-            for child in ended:
+            if not ready:
+                break  # whoever still runs is killed
+            for child in [child for child in self.running if child.process.sentinel in ready]:
                 child.process.join()
                 self.running.remove(child)
-            codes |= {self._code(child) for child in ended}
-            failed = [child for child in ended if child.process.exitcode not in (0, PREEMPTED)]
-            if failed and settled is None:
-                # One that was killed comes before those that then miss it.
-                first = min(failed, key=lambda child: child.process.exitcode or 0)
-                settled, deadline = self._code(first), time.monotonic() + GRACE
-                if settled != PREEMPTED:
-                    _report(first)
-        if settled is not None:
-            return settled
-        return PREEMPTED if PREEMPTED in codes else 0
+                ended.append(child)
+                if deadline is None and child.process.exitcode not in (0, PREEMPTED):
+                    deadline = time.monotonic() + GRACE
+        if any(self._was_asked(child) for child in ended):
+            return PREEMPTED
+        failed = [child for child in ended if child.process.exitcode not in (0, PREEMPTED)]
+        return _report(failed) if failed else max(child.process.exitcode or 0 for child in ended)
 
-    def _code(self, child: Child) -> int:
-        """The exit code of a child that has ended, as a shell would say it."""
-        code = child.process.exitcode or 0
-        if code >= 0:
-            return code
-        return PREEMPTED if -code in ENDING and -code in self.asked else 128 - code
+    def _was_asked(self, child: Child) -> bool:
+        """Whether a signal killed it that was passed on before it could heed it."""
+        number = -(child.process.exitcode or 0)
+        return number in ENDING and number in self.asked
 
 
-def _report(child: Child) -> None:
-    code = child.process.exitcode or 0
+def _report(failed: Sequence[Child]) -> int:
+    """Say which of them failed first, and of what; returns its exit code, as a shell says it."""
+    said = [_said(child) for child in failed]
+
+    def order(number: int) -> tuple[bool, bool, int]:
+        """One that was killed comes before those that then missed it, whoever was seen first."""
+        return (failed[number].process.exitcode or 0) > 0, bool(MISSED.search(said[number])), number
+
+    first = min(range(len(failed)), key=order)
+    child, code = failed[first], failed[first].process.exitcode or 0
     who = f"rank {child.rank} (process {child.process.pid})"
-    said = ""
-    if child.said.poll():
-        with suppress(EOFError):
-            said = child.said.recv_bytes().decode(errors="replace")
-    if said:
-        logger.error("%s failed:\n%s", who, said)
+    if said[first]:
+        logger.error("%s failed:\n%s", who, said[first])
     elif code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         logger.error("%s was killed by %s%s", who, name, HINTS.get(-code, ""))
     else:
         logger.error("%s ended with code %d: what it said stands above", who, code)
+    return code if code > 0 else 128 - code
+
+
+def _said(child: Child) -> str:
+    """The traceback that a child sent; "" where it sent none."""
+    if child.said.poll():
+        with suppress(EOFError):
+            return child.said.recv_bytes().decode(errors="replace")
+    return ""
