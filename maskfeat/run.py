@@ -21,6 +21,7 @@ from maskfeat.flops import multiply_adds
 from maskfeat.logbook import Logbook, setup_logging
 from maskfeat.objectives.base import Objective
 from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, share_buffers
+from maskfeat.recipe import compare, describe, recipe_of, step_of
 from maskfeat.resume import TrainingState, load_for_testing, save_training, start_training
 from maskfeat.schedule import lr_at_epoch
 from maskfeat.step_hooks import WeightAverage, protect_statistics
@@ -55,23 +56,24 @@ def _is_due(cfg: CfgNode, objective: Objective, epoch: int) -> bool:
     return (epoch + 1) % period == 0 or (epoch + 1 == last and (objective.classifies or period <= last))
 
 
-def _announce(cfg: CfgNode, objective: Objective, device: torch.device, world: World) -> None:
+def _announce(cfg: CfgNode, given: Given, objective: Objective, device: torch.device, world: World, steps: int) -> None:
     count = sum(p.numel() for p in objective.parameters())
-    views = cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1
-    batch = cfg.TRAIN.BATCH_SIZE * views * (world.size // world.local_size)
     if cfg.LOG_MODEL_INFO:
         with torch.device("meta"):
             twin = build_backbone(cfg)
         logger.info("%.3g G multiply-adds a view in the backbone", multiply_adds(twin) / 1e9)
     logger.info(
-        "%s, %.2f M parameters, on %d x %s, %s precision; %d samples a step",
+        "%s, %.2f M parameters, on %d x %s, %s precision",
         type(objective).__name__,
         count / 1e6,
         world.size,
         torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         {"off": "fp32"}.get(precision_of(cfg), precision_of(cfg)),
-        batch,
     )
+    step, recipe = step_of(cfg, world.local_size), recipe_of(given.path)
+    differences = () if recipe is None else compare(cfg, step, recipe, Path(given.path).name)
+    for line in (describe(cfg, step, steps), *differences):
+        logger.info(line)
 
 
 def training_state(cfg: CfgNode, device: torch.device) -> TrainingState:
@@ -118,8 +120,8 @@ def run_training(
     seed_draws(cfg.RNG_SEED)
     training = training_state(cfg, device)
     objective = training.objective
-    _announce(cfg, objective, device, world)
     loader = build_loader(cfg, "train", world, device=device)
+    _announce(cfg, given, objective, device, world, len(loader))
     max_epoch = cfg.SOLVER.MAX_EPOCH
     evaluates = any(_is_due(cfg, objective, epoch) for epoch in range(max_epoch))
     val_loader = build_loader(cfg, "val", world, device=device) if evaluates else None
