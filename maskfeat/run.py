@@ -19,6 +19,7 @@ from maskfeat.distributed import World, barrier, check_devices, choose_device, j
 from maskfeat.evaluate import multi_view_test, validate
 from maskfeat.flops import multiply_adds
 from maskfeat.logbook import Logbook, setup_logging
+from maskfeat.memory import explain as out_of_memory
 from maskfeat.objectives.base import Objective
 from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, share_buffers
 from maskfeat.recipe import compare, describe, recipe_of, step_of
@@ -239,9 +240,12 @@ def work(world: World, init_method: str, cfg: CfgNode, given: Given) -> int:
     try:
         setup_logging(cfg.OUTPUT_DIR, world)
         _work(world, init_method, cfg, given)
-    except EXPECTED as error:
-        if world.is_main or isinstance(error, TooManyBadSamples | OSError):
-            logger.error("error: %s", error)
+    except (*EXPECTED, RuntimeError, MemoryError, EOFError) as error:
+        memory = None if isinstance(error, TooManyBadSamples) else out_of_memory(error, cfg, world.local_size)
+        if memory is None and not isinstance(error, EXPECTED):
+            raise
+        if world.is_main or memory or isinstance(error, TooManyBadSamples | OSError):
+            logger.error("error: %s", memory or error)
         return 2
     return 0
 

@@ -12,8 +12,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of the package (ARCHITECTURE: imports point one way). A part may import itself.
 ALLOWED = {
     "run": {"build", "flops", "parallel", "train", "evaluate", "resume", "config", "distributed", "logbook",
-            "objectives", "recipe", "schedule", "step_hooks", "data"},
+            "memory", "objectives", "recipe", "schedule", "step_hooks", "data"},
     "recipe": {"config", "schedule"},
+    "memory": {"recipe"},
     "resume": {"build", "checkpoint", "config", "objectives", "optim", "step_hooks", "weight_files", "weights"},
     "step_hooks": {"objectives"},
     "benchmark": {"run", "build", "train", "flops", "parallel", "config", "data", "distributed", "logbook",
