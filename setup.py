@@ -23,7 +23,7 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "types-simplejson"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-simplejson"],
         "torchcodec": ["torchcodec"],
     },
 )

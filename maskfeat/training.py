@@ -19,6 +19,7 @@ from maskfeat.logbook import Logbook, read_json_stats
 from maskfeat.objectives.base import Objective
 from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, share_buffers
 from maskfeat.preemption import Preempted, StopRequest
+from maskfeat.recipe import compare, describe, recipe_of, step_of
 from maskfeat.resume import TrainingState, find_start
 from maskfeat.saver import Saver
 from maskfeat.schedule import lr_at_epoch
@@ -52,23 +53,24 @@ def _is_due(cfg: CfgNode, objective: Objective, epoch: int) -> bool:
     return (epoch + 1) % period == 0 or (epoch + 1 == last and (objective.classifies or period <= last))
 
 
-def _announce(cfg: CfgNode, objective: Objective, device: torch.device, world: World) -> None:
+def _announce(cfg: CfgNode, given: Given, objective: Objective, device: torch.device, world: World, steps: int) -> None:
     count = sum(p.numel() for p in objective.parameters())
-    views = cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1
-    batch = cfg.TRAIN.BATCH_SIZE * views * (world.size // world.local_size)
     if cfg.LOG_MODEL_INFO:
         with torch.device("meta"):
             twin = build_backbone(cfg)
         logger.info("%.3g G multiply-adds a view in the backbone", multiply_adds(twin) / 1e9)
     logger.info(
-        "%s, %.2f M parameters, on %d x %s, %s precision; %d samples a step",
+        "%s, %.2f M parameters, on %d x %s, %s precision",
         type(objective).__name__,
         count / 1e6,
         world.size,
         torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         {"off": "fp32"}.get(precision_of(cfg), precision_of(cfg)),
-        batch,
     )
+    step, recipe = step_of(cfg, world.local_size), recipe_of(given.path)
+    differences = () if recipe is None else compare(cfg, step, recipe, Path(given.path).name)
+    for line in (describe(cfg, step, steps), *differences):
+        logger.info(line)
 
 
 def training_state(cfg: CfgNode, device: torch.device, objective: Objective | None = None) -> TrainingState:
@@ -165,8 +167,8 @@ def run_training(
     """
     seed_draws(cfg.RNG_SEED)
     objective = build_objective(cfg)
-    _announce(cfg, objective, device, world)
     loader = build_loader(cfg, "train", world, device=device)
+    _announce(cfg, given, objective, device, world, len(loader))
     max_epoch = cfg.SOLVER.MAX_EPOCH
     due = [epoch for epoch in range(max_epoch) if _is_due(cfg, objective, epoch)]
     val_loader = build_loader(cfg, "val", world, device=device) if due else None

@@ -12,9 +12,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of the package (ARCHITECTURE: imports point one way). A part may import itself.
 ALLOWED = {
     "run": {"build", "training", "evaluate", "resume", "config", "distributed", "logbook", "objectives", "data",
-            "preemption", "watch", "launch"},
+            "preemption", "watch", "launch", "memory"},
     "training": {"build", "checkpoint", "flops", "parallel", "train", "evaluate", "resume", "saver", "config",
-                 "distributed", "logbook", "objectives", "schedule", "step_hooks", "data", "preemption", "watch"},
+                 "distributed", "logbook", "objectives", "schedule", "step_hooks", "data", "preemption", "recipe",
+                 "watch"},
     "saver": {"checkpoint", "config", "distributed", "resume"},
     "resume": {"build", "checkpoint", "config", "distributed", "objectives", "optim", "step_hooks", "weight_files",
                "weights"},
@@ -22,6 +23,8 @@ ALLOWED = {
     "preemption": set(),
     "launch": {"distributed", "supervise"},
     "supervise": {"processes", "preemption"},
+    "recipe": {"config", "schedule"},
+    "memory": {"recipe"},
     "step_hooks": {"objectives"},
     "benchmark": {"training", "build", "train", "flops", "parallel", "config", "data", "distributed", "logbook",
                   "objectives", "models", "batch", "schedule"},
