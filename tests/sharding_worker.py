@@ -8,7 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -24,6 +27,13 @@ from maskfeat.optim import load_optimizer_state
 from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, shard
 from maskfeat.run import settings_of
 from maskfeat.schedule import set_lr
+from maskfeat.sharded_checkpoint import (
+    load_sharded,
+    load_training,
+    read_sharded_plain,
+    save_sharded,
+    training_tensors,
+)
 from maskfeat.sharding import gathered_copy, gathered_optimizer_state, gathered_state, piece_of
 from maskfeat.step_hooks import protect_statistics
 from maskfeat.train import Settings, optimisation_step
@@ -43,7 +53,6 @@ CASES: dict[str, tuple[tuple[Path, list[str]], list[str]]] = {
     "vit in bf16": (VIT, ["TRAIN.MIXED_PRECISION", "bf16"]),
     "vit in fp16": (VIT, ["TRAIN.MIXED_PRECISION", "fp16", *PIECES]),
     "vit clipped by value": (VIT, ["SOLVER.CLIP_GRAD_L2NORM", "None", "SOLVER.CLIP_GRAD_VAL", "1e-4"]),
-    "mvit": (MVIT, []),
     "mvit in micro-batches, light recomputation": (MVIT, [*PIECES, "MODEL.ACT_CHECKPOINT", "light"]),
     "mvit, blocks recomputed": (MVIT, ["MODEL.ACT_CHECKPOINT", "True"]),
     "classifier with mixup": (CLASSIFIER, PIECES),
@@ -107,8 +116,9 @@ class Trainer:
 
     def held(self) -> list[Tensor]:
         """Parameters and optimizer state."""
-        slots = [value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-        return [*(p.detach() for p in self.objective.parameters()), *slots]
+        parameters = list(self.objective.parameters())
+        states = [self.optimizer.state[parameter] for parameter in parameters]
+        return [*(p.detach() for p in parameters), *(state[slot] for state in states for slot in sorted(state))]
 
     def bytes(self) -> int:
         """Of what this rank holds."""
@@ -208,10 +218,82 @@ def handed_over(world: World, folder: Path) -> dict[str, Any]:
     return {"equal": all(equal), "count": len(equal), "losses": losses, "nothing": len(nothing), "alone": alone}
 
 
-def all_cases(world: World, init_method: str, folder: str) -> int:
-    """Run everything; rank 0 writes what came out of each, or the traceback."""
+def writes_in_pieces(world: World, folder: Path) -> dict[str, Any]:
+    """Two processes go on from a checkpoint of one, and write their own while they train."""
+    trainer = Trainer(load_config(*VIT), world, sharded=True)
+    load_training(folder / "one.dcp", trainer.objective, trainer.optimizer)
+    loss = trainer.step(1)["loss"]
+    tensors = training_tensors(trainer.objective, trainer.optimizer)
+    group = dist.new_group(backend="gloo")
+    handle = save_sharded(folder / "two.dcp", tensors, {"epoch": 3}, group)
+    before = trainer.pieces()
+    following = trainer.step(2)["loss"]
+    handle.wait()
+    changed = not all(torch.equal(x, y) for x, y in zip(before, trainer.pieces(), strict=True))
+    torch.save(before, folder / f"pieces.{world.rank}.pt")
+    return {"loss": loss, "following": following, "changed": changed, "done": handle.done()}
+
+
+def fails_in_pieces(world: World, folder: Path) -> dict[str, Any]:
+    """A disk that is full for one process, and a file that is damaged for one: both are said by both."""
+    tensors = {"model.a": torch.arange(6.0), "model.b": torch.full((3,), float(world.rank))}
+    group = dist.new_group(backend="gloo")
+    target = folder / "fails.dcp"
+    save_sharded(target, tensors, {"epoch": 1}, group).wait()
+    found: dict[str, Any] = {}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            patch.setattr(dcp.FileSystemWriter, "write_data", full)
+        handle = save_sharded(target, tensors, {"epoch": 2}, group)
+        try:
+            handle.wait()
+        except OSError as error:
+            found["full"] = str(error)
+    found["kept"] = read_sharded_plain(target)["epoch"]
+    barrier()
+    found["left"] = sorted(path.name for path in folder.glob("*fails*")) + sorted(
+        p.name for p in folder.glob(".*fails*")
+    )
+    save_sharded(target, tensors, {"epoch": 4}, group).wait()
+    found["next"] = read_sharded_plain(target)["epoch"]
+    barrier()
+    if world.is_main:
+        path = next(target.glob("__*"))
+        path.write_bytes(path.read_bytes()[:-1])
+    barrier()
+    kept = {name: torch.zeros_like(value) for name, value in tensors.items()}
+    try:
+        load_sharded(target, kept, group)
+    except ValueError as error:
+        found["damaged"] = str(error)
+    found["touched"] = any(bool(value.any()) for value in kept.values())
+    return found
+
+
+def back_to_one_and_two(world: World, folder: Path, address: str) -> dict[str, Any]:
+    """What two wrote is read and written by one alone, and read by two again."""
+    cfg = load_config(*VIT)
+    if world.is_main:
+        alone = Trainer(cfg, World(), sharded=False)
+        load_training(folder / "two.dcp", alone.objective, alone.optimizer)
+        save_sharded(folder / "alone.dcp", training_tensors(alone.objective, alone.optimizer), {}).wait()
+    join(world, "gloo", CPU, address)
+    trainer = Trainer(cfg, world, sharded=True)
+    load_training(folder / "alone.dcp", trainer.objective, trainer.optimizer)
+    pieces = torch.load(folder / f"pieces.{world.rank}.pt")
+    same = [torch.equal(x, y) for x, y in zip(trainer.pieces(), pieces, strict=True)]
+    return {"same": all(same), "count": len(same), "following": trainer.step(2)["loss"]}
+
+
+def all_cases(world: World, init_method: str, folder: str, address: str) -> int:
+    """Run everything; every rank writes what came out of each, or the traceback."""
     torch.set_num_threads(1)
     join(world, "gloo", CPU, init_method)
+    place = Path(folder)
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
         # Batch norms over the few values of so small a picture make much of a last bit: one step of a ResNet.
         name: lambda recipe=recipe, opts=opts: compare(world, recipe, opts, steps=1 if recipe is RESNET else 3)
@@ -219,14 +301,22 @@ def all_cases(world: World, init_method: str, folder: str) -> int:
     }
     jobs["spoiled"] = lambda: spoiled(world)
     jobs["spoiled in fp16"] = lambda: spoiled(world, ["TRAIN.MIXED_PRECISION", "fp16"])
-    jobs["handed over"] = lambda: handed_over(world, Path(folder))
+    jobs["handed over"] = lambda: handed_over(world, place)
+    jobs["writes in pieces"] = lambda: writes_in_pieces(world, place)
+    jobs["fails in pieces"] = lambda: fails_in_pieces(world, place)
     for name, job in jobs.items():
-        began = time.perf_counter()
-        try:
-            found = {**job(), "seconds": time.perf_counter() - began}
-        except Exception:
-            found = {"error": traceback.format_exc()}
-        (Path(folder) / f"{name}.{world.rank}.json").write_text(json.dumps(found))
+        _note(place / f"{name}.{world.rank}.json", job)
     barrier()
     leave()
+    _note(place / f"back to one and two.{world.rank}.json", lambda: back_to_one_and_two(world, place, address))
+    leave()
     return 0
+
+
+def _note(path: Path, job: Callable[[], dict[str, Any]]) -> None:
+    began = time.perf_counter()
+    try:
+        found = {**job(), "seconds": time.perf_counter() - began}
+    except Exception:
+        found = {"error": traceback.format_exc()}
+    path.write_text(json.dumps(found))

@@ -1,25 +1,43 @@
 """Parameters in pieces (TRAIN.PARALLEL fsdp) train as whole ones do, hold half of the bytes, and become whole again."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from maskfeat.config import load_config
-from maskfeat.distributed import World, launch
+from maskfeat.distributed import World, free_address, launch
 from maskfeat.parallel import distribute
+from maskfeat.sharded_checkpoint import (
+    full_tensors,
+    load_training,
+    read_sharded_plain,
+    save_sharded,
+    training_tensors,
+)
+from maskfeat.sharded_files import verify
 from tests.sharding_worker import CASES, CLASSIFIER, CPU, VIT, Trainer, all_cases
 
-Found = dict[str, list[dict[str, Any]]]
+
+class Found(dict[str, list[dict[str, Any]]]):
+    """What came out of each case, by rank; and the folder that the processes wrote to."""
+
+    folder: Path
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What came out of each case, by rank."""
     folder = tmp_path_factory.mktemp("sharding")
-    assert launch(all_cases, (str(folder),), processes=2) == 0
+    alone = Trainer(load_config(*VIT), World(), sharded=False)
+    alone.step(0)
+    save_sharded(folder / "one.dcp", training_tensors(alone.objective, alone.optimizer), {"epoch": 1}).wait()
+    assert launch(all_cases, (str(folder), free_address()), processes=2) == 0
     names = {path.name.split(".")[0] for path in folder.glob("*.json")}
-    return {name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in (0, 1)] for name in names}
+    results = Found({n: [json.loads((folder / f"{n}.{rank}.json").read_text()) for rank in (0, 1)] for n in names})
+    results.folder = folder
+    return results
 
 
 def of(found: Found, name: str) -> list[dict[str, Any]]:
@@ -40,7 +58,7 @@ def test_steps_are_those_of_whole_parameters(found: Found, name: str) -> None:
         assert result["clipped"] == float(CASES[name][0] is not CLASSIFIER and "value" not in name)
 
 
-@pytest.mark.parametrize("name", ["vit", "mvit"])
+@pytest.mark.parametrize("name", ["vit", "mvit, blocks recomputed"])
 def test_half_of_the_bytes_on_each_of_two(found: Found, name: str) -> None:
     held = [result["held"] for result in of(found, name)]
     assert all(0.49 < share < 0.52 for share in held) and sum(held) < 1.02
@@ -68,3 +86,35 @@ def test_one_process_keeps_the_whole() -> None:
     assert distribute(trainer.objective, World()) is trainer.objective
     assert {p.device for p in trainer.objective.parameters()} == {CPU}
     assert trainer.step(0)["skipped"] == 0
+
+
+def test_from_one_process_to_two_and_back(found: Found) -> None:
+    ranks = of(found, "writes in pieces")
+    assert len({rank["loss"] for rank in ranks}) == 1
+    assert all(rank["changed"] and rank["done"] for rank in ranks), "training went on while the files were written"
+    folder = found.folder / "two.dcp"
+    verify(folder)
+    assert read_sharded_plain(folder) == {"epoch": 3}
+    assert sorted(path.name for path in folder.glob("__*")) == ["__0_0.distcp", "__1_0.distcp"]
+    alone = Trainer(load_config(*VIT), World(), sharded=False)
+    load_training(folder, alone.objective, alone.optimizer)
+    for name, value in full_tensors(folder).items():
+        assert torch.equal(alone.objective.released_state()[name], value), name
+    halves = [torch.load(found.folder / f"pieces.{rank}.pt") for rank in (0, 1)]
+    for whole, *parts in zip(alone.pieces(), *halves, strict=True):
+        assert torch.equal(whole, torch.cat(parts) if whole.dim() else parts[0])
+
+
+def test_from_two_processes_to_one_and_back(found: Found) -> None:
+    went_on = of(found, "writes in pieces")[0]["following"]
+    for result in of(found, "back to one and two"):
+        assert result["same"] and result["count"] > 100
+        assert result["following"] == went_on
+
+
+def test_every_process_says_what_one_met(found: Found) -> None:
+    for result in of(found, "fails in pieces"):
+        assert "fails.dcp: rank 1: [Errno 28] No space left on device" in result["full"]
+        assert result["kept"] == 1 and result["left"] == ["fails.dcp"]
+        assert result["next"] == 4
+        assert "distcp is damaged" in result["damaged"] and not result["touched"]

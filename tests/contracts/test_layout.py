@@ -27,6 +27,8 @@ ALLOWED = {
     "logbook": {"distributed"},
     "optim": {"sharding"},
     "sharding": {"distributed"},
+    "sharded_checkpoint": {"distributed", "objectives", "sharded_files"},
+    "sharded_files": set(),
     "objectives": {"models", "batch", "masking", "sharding", "weights"},
     "models": {"masking"},
     "data": {"batch"},
