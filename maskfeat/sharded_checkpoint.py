@@ -297,7 +297,8 @@ def _together(job: Callable[[], Result], group: Group, kind: type[Exception] = V
     dist.all_gather_object(every, (result, None if error is None else str(error)), group)
     for number, (_, text) in enumerate(every):
         if text is not None:
-            raise kind(f"rank {number}: {text}") from error
+            problem = f"rank {number}: {text}"
+            raise kind(problem) from error
     return [result for result, _ in every]
 
 

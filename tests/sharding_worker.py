@@ -24,7 +24,7 @@ from maskfeat.distributed import World, barrier, join, leave, seed_draws
 from maskfeat.logbook import Window
 from maskfeat.objectives.base import Objective
 from maskfeat.optim import load_optimizer_state
-from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, shard
+from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, exchanging, shard
 from maskfeat.run import settings_of
 from maskfeat.schedule import set_lr
 from maskfeat.sharded_checkpoint import (
@@ -166,6 +166,18 @@ def compare(world: World, recipe: tuple[Path, list[str]], opts: Sequence[str], s
     }
 
 
+def exchanged_once(world: World) -> dict[str, Any]:
+    """Whether ranks have gradients of one another after a micro-batch that is not the last, and after the last."""
+    cfg = load_config(VIT[0], VIT[1])
+    trainer = Trainer(cfg, world, sharded=True)
+    found = []
+    for last in (False, True):
+        with exchanging(trainer.model, last):
+            trainer.model(trainer.batch(0)).loss.backward()
+        found.append(sum(p.grad is not None for p in trainer.objective.parameters()))
+    return {"found": found, "all": len(list(trainer.objective.parameters()))}
+
+
 def build_objective_state(cfg: CfgNode) -> dict[str, Tensor]:
     seed_draws(cfg.RNG_SEED)
     return build_objective(cfg).released_state()
@@ -301,6 +313,7 @@ def all_cases(world: World, init_method: str, folder: str, address: str) -> int:
     }
     jobs["spoiled"] = lambda: spoiled(world)
     jobs["spoiled in fp16"] = lambda: spoiled(world, ["TRAIN.MIXED_PRECISION", "fp16"])
+    jobs["exchanged once"] = lambda: exchanged_once(world)
     jobs["handed over"] = lambda: handed_over(world, place)
     jobs["writes in pieces"] = lambda: writes_in_pieces(world, place)
     jobs["fails in pieces"] = lambda: fails_in_pieces(world, place)

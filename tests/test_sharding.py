@@ -71,6 +71,11 @@ def test_a_lost_step_changes_no_bit_on_any_rank(found: Found, name: str) -> None
         assert result["lost"] == 0 and result["moved"], "the next step is made"
 
 
+def test_gradients_are_exchanged_with_the_last_micro_batch(found: Found) -> None:
+    for result in of(found, "exchanged once"):
+        assert result["found"] == [0, result["all"]]
+
+
 def test_whole_states_go_both_ways(found: Found) -> None:
     for rank, result in enumerate(of(found, "handed over")):
         assert result["equal"] and result["count"] > 200
