@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from maskfeat.distributed import World, seed_draws, sum_over_ranks
 from maskfeat.logbook import Logbook, Window, eta
 from maskfeat.objectives.base import Objective
 from maskfeat.optim import clip_gradients
-from maskfeat.parallel import autocast
+from maskfeat.parallel import autocast, exchanging
 from maskfeat.schedule import set_lr
 
 MAX_LOST = 100  # steps in a row that fp16 may lose while it looks for its scale
@@ -69,9 +68,7 @@ def optimisation_step(
     optimizer.zero_grad(set_to_none=True)
     outputs = []
     for part, weight in zip(parts, weights, strict=True):
-        # Gradients are exchanged once, with the last micro-batch.
-        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-        with model.no_sync() if wrapped and part is not parts[-1] else nullcontext():  # type: ignore[operator]
+        with exchanging(model, last=part is parts[-1]):
             with autocast(batch.clip.device, settings.precision):
                 out = model(part)
             scaler.scale(out.loss * (weight * world.size / total)).backward()

@@ -13,6 +13,8 @@ _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
 CHOICES: dict[str, tuple[object, ...]] = {
     "DIST_BACKEND": ("nccl", "gloo"),
     "DATA_LOADER.IMAGE_BACKEND": ("pil", "torchvision"),
+    "TRAIN.PARALLEL": ("ddp", "fsdp"),
+    "TRAIN.CHECKPOINT_FORMAT": ("gathered", "sharded"),
     "TRAIN.CHECKPOINT_TYPE": ("pytorch",),
     "TEST.CHECKPOINT_TYPE": ("pytorch",),
     "TEST.NUM_SPATIAL_CROPS": (1, 3),
