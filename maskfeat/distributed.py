@@ -81,6 +81,11 @@ def join(
     return dist.PrefixStore("messages", store)
 
 
+def another_cpu_group() -> Any:
+    """A group of all ranks on the CPU for collectives of a thread of its own; None where there is one process."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+
 def leave() -> None:
     """Leave the process group, where there is one."""
     global _cpu_group

@@ -17,12 +17,13 @@ from maskfeat.evaluate import validate
 from maskfeat.flops import multiply_adds
 from maskfeat.logbook import Logbook, read_json_stats
 from maskfeat.objectives.base import Objective
-from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, share_buffers
+from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, shard, share_buffers
 from maskfeat.preemption import Preempted, StopRequest
 from maskfeat.recipe import compare, describe, recipe_of, step_of
 from maskfeat.resume import TrainingState, find_start
 from maskfeat.saver import Saver
 from maskfeat.schedule import lr_at_epoch
+from maskfeat.sharding import gathered_copy
 from maskfeat.step_hooks import WeightAverage, protect_statistics
 from maskfeat.train import Settings, train
 from maskfeat.watch import Watch
@@ -73,18 +74,30 @@ def _announce(cfg: CfgNode, given: Given, objective: Objective, device: torch.de
         logger.info(line)
 
 
-def training_state(cfg: CfgNode, device: torch.device, objective: Objective | None = None) -> TrainingState:
+def training_state(
+    cfg: CfgNode, device: torch.device, objective: Objective | None = None, world: World | None = None
+) -> TrainingState:
     """What a run trains, on its device: `objective`, which has its weights already, or a fresh one."""
-    objective = (objective or build_objective(cfg)).to(device)
+    objective = objective or build_objective(cfg)
+    if cfg.TRAIN.PARALLEL == "fsdp":  # before the optimizer, whose parameters are the pieces
+        _transform(cfg, objective, device)
+        shard(objective, world or World(), device)
+    else:
+        objective.to(device)
     optimizer = build_optimizer(cfg, objective)
     scaler = torch.amp.GradScaler(device.type, enabled=precision_of(cfg) == "fp16")
     protect_statistics(objective, optimizer)
     average = WeightAverage(objective, optimizer, cfg.TRAIN.EMA) if cfg.TRAIN.EMA else None
+    if cfg.TRAIN.PARALLEL != "fsdp":  # after the average, which copies the objective
+        _transform(cfg, objective, device)
+    return TrainingState(objective, optimizer, scaler, average)
+
+
+def _transform(cfg: CfgNode, objective: Objective, device: torch.device) -> None:
     if cfg.MODEL.ACT_CHECKPOINT:
         checkpoint_activations(objective, light=cfg.MODEL.ACT_CHECKPOINT == "light")
     if cfg.TRAIN.COMPILE:
         compile_parts(objective, device)
-    return TrainingState(objective, optimizer, scaler, average)
 
 
 def settings_of(cfg: CfgNode) -> Settings:
@@ -101,8 +114,10 @@ def settings_of(cfg: CfgNode) -> Settings:
     )
 
 
-def _trained(training: TrainingState) -> dict[str, Objective]:
+def _trained(cfg: CfgNode, training: TrainingState, device: torch.device) -> dict[str, Objective]:
     """What is evaluated, the same on every rank: "" = the weights, "ema" = their average, where there is one."""
+    if cfg.TRAIN.PARALLEL == "fsdp":
+        return {"": gathered_copy(training.objective, build_objective(cfg).to(device))}
     average = {} if training.average is None else {"ema": training.average.objective}
     objectives = {"": training.objective, **average}
     for objective in objectives.values():
@@ -139,6 +154,7 @@ class _Checks:
             Preempted: once it is saved.
         """
         self._watch.beat(f"epoch {epoch + 1}, done with step {step}")
+        self._saver.look_after()
         stops, is_due = self._agreement.exchange(bool(self._stop), self._saver.is_due)
         if stops or is_due:
             # At the end of an epoch this says that its checkpoint and validation are still to be made.
@@ -174,18 +190,18 @@ def run_training(
     val_loader = build_loader(cfg, "val", world, device=device) if due else None
     start = find_start(cfg)
     start.load_weights(cfg, objective)
-    training = training_state(cfg, device, objective)
+    training = training_state(cfg, device, objective, world)
     samples_per_step = loader.batch_size * world.size
     position = start.restore(training, len(loader), samples_per_step)
     if world.is_main:
         # Not earlier: a run that is refused leaves the folder of another one as it was.
         save_config(given.path, given.opts, cfg, cfg.OUTPUT_DIR)
     model = distribute(objective, world, static=not cfg.TRAIN.MICRO_BATCH_SIZE)
-    saver = Saver(cfg, training, samples_per_step, position)
+    saver = Saver(cfg, training, world, samples_per_step, position)
 
     def validates(epoch: int) -> None:
         assert val_loader is not None
-        _validate(cfg, _trained(training), val_loader, device, logbook, epoch, watch)
+        _validate(cfg, _trained(cfg, training, device), val_loader, device, logbook, epoch, watch)
 
     checks = _Checks(cfg, saver, watch, stop, len(loader), due, validates)
     if not position.step and start.is_of(cfg) and position.epochs - 1 in due and not _validated(cfg, position.epochs):
@@ -207,7 +223,7 @@ def run_training(
         after_step=checks.after_step,
         after_epoch=checks.after_epoch,
     )
-    return _trained(training)
+    return _trained(cfg, training, device)
 
 
 def _validated(cfg: CfgNode, epochs: int) -> bool:
