@@ -22,8 +22,13 @@ MAX_EVENTS = 50_000
 MAX_ALIASES = 100
 MAX_DEPTH = 20
 MAX_BASES = 10
+MAX_SCALAR = 10_000
+"""Characters of a single value."""
+MAX_NUMBER = 64
+"""Characters of a number: YAML reads 1:1:1:... to the base of 60, in time that grows with its square."""
 
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
+_NUMBERS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float")}
 _NAMES = {"tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}  # a date, or "=": text in a config
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -106,13 +111,19 @@ def read_entries(path: Path) -> dict[str, Entry]:
     """
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist (or is not a file); --cfg names a YAML file")
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"config file {path} has {size} bytes; a config has {MAX_BYTES} at most")
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"config file {path} is not UTF-8 text: {error}") from error
+    return parse_entries(text, path)
+
+
+def parse_entries(text: str, path: Path) -> dict[str, Entry]:
+    """What `read_entries` gives, of YAML text that stands in `path`."""
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"config file {path} has more than {MAX_BYTES} characters; it is no config")
     try:
         _check_size(text, path)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -133,6 +144,8 @@ def _check_size(text: str, path: Path) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         aliases += isinstance(event, yaml.AliasEvent)
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR:
+            raise ValueError(f"config file {path} is too large: a value has at most {MAX_SCALAR} characters")
         if depth > MAX_DEPTH or aliases > MAX_ALIASES or count > MAX_EVENTS:
             raise ValueError(
                 f"config file {path} is too large: at most {MAX_EVENTS} values, {MAX_ALIASES} aliases and "
@@ -210,6 +223,8 @@ class _Reader:
         if isinstance(node, yaml.ScalarNode):
             if node.tag in _NAMES:
                 return str(node.value)
+            if node.tag in _NUMBERS and len(node.value) > MAX_NUMBER:
+                raise ValueError(f"{self.where(node)}: a number has {MAX_NUMBER} characters at most")
             if node.tag in _PLAIN:
                 try:
                     return self.scalars.construct_object(node)
