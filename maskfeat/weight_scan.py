@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 from zipfile import BadZipFile
 
 from maskfeat.weight_archive import Refused, demand, members
-from maskfeat.weight_values import CALLED, DTYPES, OPTIONS, STORAGES, Name, Value, is_count, is_kind, is_plain_key
+from maskfeat.weight_values import CALLED, DTYPES, OPTIONS, STORAGES, Name, Value, is_a, is_count, is_plain_key
 
 MAX_PICKLE = 16 << 20
 """Bytes of a pickle, which holds names and shapes; the numbers lie elsewhere."""
-MAX_OPCODES = 4_000_000
+MAX_OPCODES = 1_000_000
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of files before PyTorch 1.6
 _MARK = object()
@@ -107,11 +107,11 @@ class _Walk:
         """An opcode that puts values together."""
         if name in ("APPEND", "APPENDS"):
             parts = self.marked() if name == "APPENDS" else [self.pop()]
-            demand(is_kind(self.top(), "list"), "its pickle is damaged")
+            demand(is_a(self.top(), "list"), "its pickle is damaged")
             self.top().add(parts, keep=True)
         elif name in ("SETITEM", "SETITEMS"):
             parts = self.marked() if name == "SETITEMS" else [self.pop(), self.pop()][::-1]
-            demand(is_kind(self.top(), "dict") and len(parts) % 2 == 0, "its pickle is damaged")
+            demand(is_a(self.top(), "dict") and len(parts) % 2 == 0, "its pickle is damaged")
             demand(all(map(is_plain_key, parts[::2])), "a dict with keys that are no plain values")
             self.top().add(parts[::2], keep=True)
             self.top().add(parts[1::2], keep=False)
@@ -120,14 +120,14 @@ class _Walk:
         elif name == "REDUCE":
             args, called = self.pop(), self.pop()
             demand(
-                isinstance(called, Name) and called in CALLED and is_kind(args, "tuple"),
+                isinstance(called, Name) and called in CALLED and is_a(args, "tuple"),
                 "it calls what is not to be called",
             )
             self.stack.append(CALLED[called](*args.items))
         elif name == "NEWOBJ":
             args, made = self.pop(), self.pop()
             demand(isinstance(made, Name) and made in OPTIONS, "it makes an object that is no plain value")
-            demand(is_kind(args, "tuple") and not args.items, "it makes an object with arguments")
+            demand(is_a(args, "tuple") and not args.items, "it makes an object with arguments")
             self.stack.append(Value("options" if made == OPTIONS[0] else "dict"))
         elif name == "BINPERSID":
             self.stack.append(self.persistent(self.pop()))
@@ -136,10 +136,8 @@ class _Walk:
 
     def build(self, state: Any, target: Any) -> None:
         """Attributes: any of options, of dicts only those that hide no method."""
-        demand(
-            is_kind(target, "options") or is_kind(target, "dict"), "it sets attributes of something else than a dict"
-        )
-        names = state.items if is_kind(state, "dict") else [None]
+        demand(is_a(target, "options") or is_a(target, "dict"), "it sets attributes of something else than a dict")
+        names = state.items if is_a(state, "dict") else [None]
         demand(all(isinstance(name, str) for name in names), "it sets attributes in another way than PyTorch")
         if target.kind == "dict":
             known = all(name == "_metadata" or str(name).startswith("__") for name in names)
@@ -148,9 +146,7 @@ class _Walk:
 
     def persistent(self, pid: Any) -> Value:
         """A storage: ("storage", type, key, location, number of elements) and, in old files, None."""
-        demand(
-            is_kind(pid, "tuple") and len(pid.items) == 5 + self.legacy, "it refers to something else than a storage"
-        )
+        demand(is_a(pid, "tuple") and len(pid.items) == 5 + self.legacy, "it refers to something else than a storage")
         word, kind, key, location, numel = pid.items[:5]
         demand(
             word == "storage"
@@ -211,9 +207,7 @@ def _scan_legacy(file: BinaryIO) -> None:
     magic, protocol, _, _, keys = (_Walk(storage, legacy=True).run(text) for _ in range(5))
     demand(magic == _MAGIC and protocol == _PROTOCOL, "it is no file of PyTorch")
     demand(
-        is_kind(keys, "list")
-        and all(isinstance(key, str) for key in keys.items)
-        and sorted(keys.items) == sorted(sizes),
+        is_a(keys, "list") and all(isinstance(key, str) for key in keys.items) and sorted(keys.items) == sorted(sizes),
         "it names other storages than it has",
     )
     file.seek(text.tell())

@@ -5,7 +5,7 @@ from typing import Any
 
 from maskfeat.weight_archive import demand
 
-MAX_VALUES = 4_000_000
+MAX_VALUES = 1_000_000
 """Values, counted as often as they are referred to."""
 MAX_DEPTH = 64
 
@@ -63,7 +63,7 @@ class Value:
             self.items += parts
 
 
-def is_kind(value: Any, kind: str) -> bool:
+def is_a(value: Any, kind: str) -> bool:
     return isinstance(value, Value) and value.kind == kind
 
 
@@ -73,15 +73,13 @@ def is_count(value: Any) -> bool:
 
 def is_plain_key(key: Any) -> bool:
     """A dict's key: hashing what is nested could take for ever."""
-    return isinstance(key, _SCALARS) or (
-        is_kind(key, "tuple") and all(isinstance(part, _SCALARS) for part in key.items)
-    )
+    return isinstance(key, _SCALARS) or (is_a(key, "tuple") and all(isinstance(part, _SCALARS) for part in key.items))
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, unit: int = 0) -> Value:
-    demand(is_kind(storage, "storage") and is_count(offset), "a tensor without a storage")
+    demand(is_a(storage, "storage") and is_count(offset), "a tensor without a storage")
     for numbers in (size, stride):
-        demand(is_kind(numbers, "tuple") and all(map(is_count, numbers.items)), "a tensor whose size is no size")
+        demand(is_a(numbers, "tuple") and all(map(is_count, numbers.items)), "a tensor whose size is no size")
     demand(len(size.items) == len(stride.items) <= MAX_DEPTH, "a tensor whose size is no size")
     unit = unit or storage.unit
     count, last = 1, offset
@@ -98,7 +96,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, unit: int = 0) ->
 
 def _none(*values: Any) -> bool:
     """Whether hooks and other attributes of a tensor are empty, as weights have them."""
-    return all(value is None or (is_kind(value, "dict") and not value.items) for value in values)
+    return all(value is None or (is_a(value, "dict") and not value.items) for value in values)
 
 
 _OTHER_TENSOR = "a tensor with other arguments than PyTorch's"
@@ -120,21 +118,17 @@ def _rebuild_tensor_v3(*args: Any) -> Value:
 
 
 def _rebuild_parameter(*args: Any) -> Value:
-    demand(
-        len(args) == 3 and is_kind(args[0], "tensor") and isinstance(args[1], bool) and _none(args[2]), _OTHER_TENSOR
-    )
+    demand(len(args) == 3 and is_a(args[0], "tensor") and isinstance(args[1], bool) and _none(args[2]), _OTHER_TENSOR)
     return Value("tensor")
 
 
 def _ordered_dict(*args: Any) -> Value:
     result = Value("dict")
     if args:  # Python 2 wrote lists of pairs
-        demand(len(args) == 1 and is_kind(args[0], "list"), "a dict made of something else than pairs")
+        demand(len(args) == 1 and is_a(args[0], "list"), "a dict made of something else than pairs")
         for pair in args[0].items:
             demand(
-                (is_kind(pair, "list") or is_kind(pair, "tuple"))
-                and len(pair.items) == 2
-                and is_plain_key(pair.items[0]),
+                (is_a(pair, "list") or is_a(pair, "tuple")) and len(pair.items) == 2 and is_plain_key(pair.items[0]),
                 "a dict made of something else than pairs",
             )
         result.add(args[0].items, keep=False)
@@ -142,13 +136,13 @@ def _ordered_dict(*args: Any) -> Value:
 
 
 def _counter(*args: Any) -> Value:
-    demand(len(args) == 1 and is_kind(args[0], "dict"), "a counter made of something else than a dict")
+    demand(len(args) == 1 and is_a(args[0], "dict"), "a counter made of something else than a dict")
     return Value("dict", list(args))
 
 
 def _set(*args: Any) -> Value:
     demand(
-        len(args) == 1 and is_kind(args[0], "list") and all(map(is_plain_key, args[0].items)),
+        len(args) == 1 and is_a(args[0], "list") and all(map(is_plain_key, args[0].items)),
         "a set made of something else than plain values",
     )
     return Value("set", list(args))
@@ -163,7 +157,7 @@ def _encode(*args: Any) -> bytes:
 
 
 def _size(*args: Any) -> Value:
-    demand(len(args) == 1 and is_kind(args[0], "tuple") and all(map(is_count, args[0].items)), "a size that is none")
+    demand(len(args) == 1 and is_a(args[0], "tuple") and all(map(is_count, args[0].items)), "a size that is none")
     return Value("tuple", args[0].items)
 
 

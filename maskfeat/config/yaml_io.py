@@ -18,11 +18,11 @@ CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
 """The project's own recipes: any YAML may build on them, and their inert keys are not warned about."""
 
 MAX_BYTES = 1_000_000
-MAX_EVENTS = 50_000
+MAX_EVENTS = 10_000
 MAX_ALIASES = 100
 MAX_DEPTH = 20
 MAX_BASES = 10
-MAX_SCALAR = 10_000
+MAX_SCALAR = 4096
 """Characters of a single value."""
 MAX_NUMBER = 64
 """Characters of a number: YAML reads 1:1:1:... to the base of 60, in time that grows with its square."""
@@ -75,7 +75,7 @@ def read_chain(path: Path) -> list[dict[str, Entry]]:
     while current is not None:
         if current in seen:
             names = " -> ".join(p.name for p in [*seen, current])
-            raise ValueError(f"{BASE_KEY} is a cycle: {names}; remove it from one of these files")
+            raise ValueError(f"{path}: {BASE_KEY} is a cycle: {names}; remove it from one of these files")
         if len(seen) > MAX_BASES:
             raise ValueError(f"{path}: more than {MAX_BASES} files in the {BASE_KEY} chain")
         seen.append(current)
@@ -93,7 +93,10 @@ def _base_path(base: Entry, file: Path, roots: tuple[Path, ...]) -> Path:
     )
     if not isinstance(base.value, str) or not base.value or "://" in base.value:
         raise ValueError(f"{rule}; given {base.value!r}")
-    found = (file.parent / base.value).resolve()
+    try:
+        found = (file.parent / base.value).resolve()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{rule}; given {base.value[:200]!r}") from error
     if not any(found.is_relative_to(root) for root in roots):
         raise ValueError(f"{rule}; given {base.value!r}, which lies outside")
     if not found.is_file():
@@ -128,7 +131,7 @@ def parse_entries(text: str, path: Path) -> dict[str, Entry]:
         _check_size(text, path)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"config file {path} is not valid YAML: {error}") from error
+        raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
