@@ -21,19 +21,45 @@ MEMORY = 2 << 30
 """Bytes of address space beyond what the process had before the first case."""
 SECONDS = 20
 
-STARTED = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn")
-REACHED = ("socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.Request", "ftplib.connect", "webbrowser.open")
+STARTED = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "pty.spawn",
+)
+REACHED = (
+    "socket.connect",
+    "socket.getaddrinfo",
+    "socket.sendto",
+    "urllib.Request",
+    "ftplib.connect",
+    "webbrowser.open",
+)
 LOADED = ("ctypes.dlopen", "pickle.find_class", "os.putenv")
-CHANGED = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate", "shutil.")
+CHANGED = (
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "os.truncate",
+    "shutil.",
+)
 HARMLESS = (sys.prefix, sys.base_prefix, "/proc/self", "/sys/", "/dev/null", "/usr/lib", "/usr/share", "/etc/ld")
 
 
 class Watch:
     """What Python does while it is armed."""
 
-    def __init__(self, allowed: tuple[str, ...]) -> None:
+    def __init__(self, allowed: list[str], writable: list[str]) -> None:
         self.armed = False
-        self.allowed = (*HARMLESS, *allowed)
+        self.allowed, self.writable = (*HARMLESS, *allowed, *writable), tuple(writable)
         self.events: list[str] = []
         self.known: set[str] = set()
         sys.addaudithook(self.note)
@@ -41,7 +67,10 @@ class Watch:
     def note(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.armed:
             return
-        if event.startswith((*STARTED, *REACHED, *LOADED, *CHANGED)):
+        if event.startswith(CHANGED):
+            if not os.path.realpath(str(args[0])).startswith(self.writable or ("\0",)):
+                self.events.append(f"{event} {args!r}"[:200])
+        elif event.startswith((*STARTED, *REACHED, *LOADED)):
             self.events.append(f"{event} {args!r}"[:200])
         elif event == "import" and args[0].partition(".")[0] not in self.known:
             self.events.append(f"import {args[0]}")
@@ -51,7 +80,8 @@ class Watch:
             path, mode, flags = args
             path = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else str(path)
             writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) if isinstance(flags, int) else False
-            if writes or not os.path.realpath(path).startswith(self.allowed):
+            real = os.path.realpath(path)
+            if not real.startswith(self.allowed) or (writes and not real.startswith((*self.writable, "/dev/null"))):
                 self.events.append(f"open {path} {mode}"[:200])
 
 
@@ -78,8 +108,24 @@ def colours(array: Any) -> list[float]:
     return [float(part) for part in array.reshape(-1, 3).mean(axis=0)]
 
 
+def misbehave(case: dict[str, Any]) -> None:
+    """What no reader may do: shows that the watch sees it."""
+    import contextlib
+    import socket
+    import subprocess
+
+    Path(case["path"]).read_text()
+    Path(case["path"]).with_suffix(".written").touch()
+    subprocess.run(["true"], check=True)
+    with contextlib.suppress(OSError):
+        socket.create_connection(("127.0.0.1", case["options"]["port"])).close()
+    import antigravity  # noqa: F401
+
+
 def read(case: dict[str, Any]) -> Any:
     """Gives a case to its reader; what comes out, in short."""
+    if case["reader"] == "misbehave":
+        return misbehave(case)
     import numpy as np
 
     from maskfeat.config import dump_config, load_config
@@ -111,6 +157,7 @@ def read(case: dict[str, Any]) -> Any:
         runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools" / "run_net.py"), run_name="__main__")
     except SystemExit as end:
         return end.code
+    return None
 
 
 def outcome(case: dict[str, Any], watch: Watch) -> dict[str, Any]:
@@ -135,19 +182,23 @@ def outcome(case: dict[str, Any], watch: Watch) -> dict[str, Any]:
 
 def main() -> None:
     """Reads every case of a list, those that are warming up first."""
-    cases = json.loads(Path(sys.argv[1]).read_text())
+    given, results = map(Path, sys.argv[1:])
+    cases = json.loads(given.read_text())
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, alarm)
-    watch = Watch(tuple(cases["allowed"]))
+    watch = Watch(cases["allowed"], cases["writable"])
     heard: list[str] = []
     logging.getLogger("maskfeat").addHandler(handler := logging.Handler())
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
     for case in cases["warm_up"]:
         read(case)
-    watch.known = {name.partition(".")[0] for name in sys.modules} | set(sys.stdlib_module_names) - {"antigravity", "this"}
+    watch.known = {name.partition(".")[0] for name in sys.modules} | set(sys.stdlib_module_names) - {
+        "antigravity",
+        "this",
+    }
     size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
-    with Path(sys.argv[2]).open("w") as out:
+    with results.open("w") as out:
         for case in cases["cases"]:
             heard.clear()
             out.write(json.dumps({"begun": [case["name"], case["reader"]]}) + "\n")

@@ -1,4 +1,4 @@
-"""Malicious files, made by the tests themselves: small, the same every time, and none of them ever loaded by plain pickle.
+"""Malicious files, made by the tests themselves: small, the same every time, and none ever loaded by plain pickle.
 
 Each is a Case: what reads it, and the file. `make_all` writes them into a folder that also holds a secret that nothing
 may show (`secret.mp4`, `secret.png`, both of SECRET_COLOUR, and `secret.yaml`) and an empty folder `sentinel`, into
@@ -242,8 +242,14 @@ def lies(place: Place) -> Iterator[tuple[str, bytes]]:
     for _ in range(40):
         encoded = named("_codecs encode") + b"(" + encoded + value("hex_codec") + b"tR"
     yield "hex_of_hex", archive(nested(encoded))
-    yield "legacy_numel", legacy(nested(tensor(big, (4,), (1,), legacy=True)), ("0",), struct.pack("<q", big) + b"\0" * 16)
-    yield "legacy_two_lengths", legacy(nested(tensor(4, (4,), (1,), legacy=True)), ("0",), struct.pack("<q", big) + b"\0" * 16)
+    yield (
+        "legacy_numel",
+        legacy(nested(tensor(big, (4,), (1,), legacy=True)), ("0",), struct.pack("<q", big) + b"\0" * 16),
+    )
+    yield (
+        "legacy_two_lengths",
+        legacy(nested(tensor(4, (4,), (1,), legacy=True)), ("0",), struct.pack("<q", big) + b"\0" * 16),
+    )
     yield "legacy_nothing_there", legacy(nested(tensor(4, (4,), (1,), legacy=True)))
     yield "deflated", archive(nested(value("a" * 20_000_000)), compression=zipfile.ZIP_DEFLATED)
     yield "deflated_storage", archive(nested(value(1)), bytes(20_000_000), zipfile.ZIP_DEFLATED)
@@ -347,7 +353,9 @@ def checkpoints(place: Place) -> Iterator[Case]:
 
 
 def _chain(names: str, line: str) -> str:
-    return "".join(f"  {c}: &{c} {line.format(','.join(['*' + p] * 9))}\n" for p, c in zip(names, names[1:], strict=False))
+    return "".join(
+        f"  {c}: &{c} {line.format(','.join(['*' + p] * 9))}\n" for p, c in zip(names, names[1:], strict=False)
+    )
 
 
 def config_texts(place: Place) -> Iterator[tuple[str, str | bytes]]:
@@ -359,7 +367,7 @@ def config_texts(place: Place) -> Iterator[tuple[str, str | bytes]]:
         "!!python/name:os.system",
         "!!python/module:antigravity",
         f'!!python/object/apply:subprocess.Popen [["touch", "{place.sentinel / "ran"}"]]',
-        f'!!python/object/apply:builtins.eval ["open({str(place.sentinel / "ran")!r},\'w\')"]',
+        f"!!python/object/apply:builtins.eval [\"open({str(place.sentinel / 'ran')!r},'w')\"]",
         "!!python/object:yaml.YAMLObject {}",
         "!!python/tuple [1, 2]",
     ):

@@ -30,10 +30,18 @@ def header(width: int, height: int, depth: int = 8, colour: int = 2, interlace: 
     return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
 
 
-def png(*chunks: bytes, width: int = 4, height: int = 4, depth: int = 8, colour: int = 2, data: bytes | None = None) -> bytes:
+def png(
+    *chunks: bytes, width: int = 4, height: int = 4, depth: int = 8, colour: int = 2, data: bytes | None = None
+) -> bytes:
     """A PNG file with further chunks before its data."""
     packed = zlib.compress(bytes((width * 3 + 1) * height) if data is None else data)
-    return SIGNATURE + header(width, height, depth, colour) + b"".join(chunks) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    return (
+        SIGNATURE
+        + header(width, height, depth, colour)
+        + b"".join(chunks)
+        + chunk(b"IDAT", packed)
+        + chunk(b"IEND", b"")
+    )
 
 
 def jpeg_with_size(width: int, height: int) -> bytes:
@@ -86,12 +94,20 @@ def picture_files(place: Place) -> Iterator[tuple[str, bytes, bool]]:
     yield "png_ztxt.png", png(chunk(b"zTXt", b"a\0\0" + text)), True
     yield "png_itxt.png", png(chunk(b"iTXt", b"a\0\1\0\0\0" + text)), True
     yield "png_iccp.png", png(chunk(b"iCCP", b"a\0\0" + text)), False
-    yield "png_many_texts.png", png(*[chunk(b"zTXt", b"a%d\0\0" % i + zlib.compress(bytes(900_000))) for i in range(300)]), True
+    yield (
+        "png_many_texts.png",
+        png(*[chunk(b"zTXt", b"a%d\0\0" % i + zlib.compress(bytes(900_000))) for i in range(300)]),
+        True,
+    )
     yield "png_chunk_length.png", SIGNATURE + header(4, 4) + struct.pack(">I", 2**31 - 1) + b"tEXt" + b"a" * 50, True
-    yield "png_animated.png", png(
-        chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)),
-        chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 60000, 60000, 0, 0, 1, 1, 0, 0)),
-    ), False
+    yield (
+        "png_animated.png",
+        png(
+            chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)),
+            chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 60000, 60000, 0, 0, 1, 1, 0, 0)),
+        ),
+        False,
+    )
     side = size(3000, 8900)
     yield "png_16_bits.png", png(width=side, height=side, depth=16, colour=0, data=bytes((side * 2 + 1) * side)), False
     yield "jpeg_65500.jpg", jpeg_with_size(65500, 65500), True
@@ -100,7 +116,13 @@ def picture_files(place: Place) -> Iterator[tuple[str, bytes, bool]]:
     yield "jpeg_exif_loop.jpg", picture("JPEG")[:2] + _segment(0xE1, loop) + picture("JPEG")[2:], False
     segments = _segment(0xE1, b"Exif\0\0" + b"a" * 60_000) * 50
     yield "jpeg_3_megabytes_of_exif.jpg", picture("JPEG")[:2] + segments + picture("JPEG")[2:], False
-    mpf = b"MPF\0II*\0" + struct.pack("<I", 8) + struct.pack("<H", 1) + struct.pack("<HHII", 0xB001, 4, 1, 1 << 30) + b"\0" * 4
+    mpf = (
+        b"MPF\0II*\0"
+        + struct.pack("<I", 8)
+        + struct.pack("<H", 1)
+        + struct.pack("<HHII", 0xB001, 4, 1, 1 << 30)
+        + b"\0" * 4
+    )
     yield "jpeg_mpf.jpg", picture("JPEG")[:2] + _segment(0xE2, mpf) + picture("JPEG")[2:], False
     yield "jpeg_cut.jpg", picture("JPEG", (400, 300))[:900], True
     canvas = struct.pack("<I", 0x02) + (16382).to_bytes(3, "little") * 2
@@ -112,7 +134,11 @@ def picture_files(place: Place) -> Iterator[tuple[str, bytes, bool]]:
     url = place.url
     svg = f'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd"><!ENTITY c SYSTEM "{url}">]>'
     yield "svg.png", (svg + f'<svg xmlns="http://www.w3.org/2000/svg"><image href="{url}"/>&b;&c;</svg>').encode(), True
-    yield "eps.jpg", (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch x) (w) file\nshowpage\n%%EOF\n"), True
+    yield (
+        "eps.jpg",
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch x) (w) file\nshowpage\n%%EOF\n"),
+        True,
+    )
     yield "pdf.jpg", b"%PDF-1.4\n1 0 obj<</Type/Catalog/OpenAction<</S/URI/URI(" + url.encode() + b")>>>>endobj\n", True
     yield "msl.png", f'<image><read filename="{place.folder / "secret.png"}"/></image>'.encode(), True
     yield "psd.png", b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 30000, 30000, 8, 3) + bytes(40), True
@@ -209,7 +235,9 @@ def playlists(place: Place) -> dict[str, str]:
             f"lavfi_{kind}.mp4": f"movie={target}",
         }
     texts["sdp.sdp"] = f"v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=video {place.port} RTP/AVP 96\n"
-    texts["imf.xml"] = f'<AssetMap xmlns="http://www.smpte-ra.org/schemas/429-9/2007/AM"><Path>{secret}</Path></AssetMap>'
+    texts["imf.xml"] = (
+        f'<AssetMap xmlns="http://www.smpte-ra.org/schemas/429-9/2007/AM"><Path>{secret}</Path></AssetMap>'
+    )
     texts["idx.idx"] = "# VobSub index file, v7\nid: en, index: 0\ntimestamp: 00:00:00:000, filepos: 000000000\n"
     return texts
 
@@ -218,13 +246,26 @@ def containers(place: Place) -> Iterator[tuple[str, bytes, bool]]:
     """(name, content, whether it must be refused)."""
     secret = str(place.folder / "secret.mp4")
     plain = movie(place.folder / "plain.mp4", (40, 200, 40))
-    for kind, target in {b"url ": f"file://{secret}\0".encode(), b"alis": alias(secret), b"rsrc": alias(secret)}.items():
+    for kind, target in {
+        b"url ": f"file://{secret}\0".encode(),
+        b"alis": alias(secret),
+        b"rsrc": alias(secret),
+    }.items():
         yield f"dref_{kind.decode().strip()}.mp4", with_reference(plain, kind, target), False
     yield "dref_http.mp4", with_reference(plain, b"url ", f"{place.url}\0".encode()), False
     reference = struct.pack(">I", 0) + b"url " + struct.pack(">I", len(secret) + 1) + secret.encode() + b"\0"
     movies = box(b"moov", box(b"rmra", box(b"rmda", box(b"rdrf", reference))))
     yield "reference_movie.mov", box(b"ftyp", b"qt  ", bytes(4)) + movies, True
-    yield "zmov.mov", box(b"moov", box(b"cmov", box(b"dcom", b"zlib"), box(b"cmvd", struct.pack(">I", 1 << 31), zlib.compress(bytes(1 << 26))))), True
+    yield (
+        "zmov.mov",
+        box(
+            b"moov",
+            box(
+                b"cmov", box(b"dcom", b"zlib"), box(b"cmvd", struct.pack(">I", 1 << 31), zlib.compress(bytes(1 << 26)))
+            ),
+        ),
+        True,
+    )
     for kind in (b"stsz", b"stts", b"stsc", b"stco", b"ctts", b"stss", b"stsd"):
         if kind in plain:
             yield f"table_{kind.decode()}.mp4", with_table(plain, kind, 0x7FFFFFFF), False
@@ -234,10 +275,24 @@ def containers(place: Place) -> Iterator[tuple[str, bytes, bool]]:
     for _ in range(50_000):
         deep = box(b"moov", deep) if len(deep) < 400_000 else deep
     yield "deep_boxes.mp4", box(b"ftyp", b"isom", bytes(4)) + deep, True
-    yield "box_of_terabytes.mp4", box(b"ftyp", b"isom", bytes(4)) + struct.pack(">I", 1) + b"moov" + struct.pack(">Q", 1 << 50), True
+    yield (
+        "box_of_terabytes.mp4",
+        box(b"ftyp", b"isom", bytes(4)) + struct.pack(">I", 1) + b"moov" + struct.pack(">Q", 1 << 50),
+        True,
+    )
     head = ebml(b"\x1a\x45\xdf\xa3", ebml(b"\x42\x82", b"matroska"))
-    info = ebml(b"\x15\x49\xa9\x66", ebml(b"\x3e\x83\xbb", f"file://{secret}".encode()) + ebml(b"\x3e\xb9\x23", bytes(16)))
-    fonts = b"".join(ebml(b"\x61\xa7", ebml(b"\x46\x6e", b"../../sentinel/font.ttf") + ebml(b"\x46\x60", b"font/ttf") + ebml(b"\x46\x5c", bytes(1000))) for _ in range(20))
+    info = ebml(
+        b"\x15\x49\xa9\x66", ebml(b"\x3e\x83\xbb", f"file://{secret}".encode()) + ebml(b"\x3e\xb9\x23", bytes(16))
+    )
+    fonts = b"".join(
+        ebml(
+            b"\x61\xa7",
+            ebml(b"\x46\x6e", b"../../sentinel/font.ttf")
+            + ebml(b"\x46\x60", b"font/ttf")
+            + ebml(b"\x46\x5c", bytes(1000)),
+        )
+        for _ in range(20)
+    )
     yield "segment_links.mkv", head + ebml(b"\x18\x53\x80\x67", info + ebml(b"\x19\x41\xa4\x69", fonts)), True
     nested = b""
     for _ in range(20_000):
@@ -253,7 +308,11 @@ def containers(place: Place) -> Iterator[tuple[str, bytes, bool]]:
     yield "playlist_then_video.mp4", hls + plain, True
     yield "video_then_playlist.mp4", plain + hls, False
     yield "playlist_within.ts", b"G" + hls.ljust(187, b"\xff") + hls, True
-    yield "flv_of_terabytes.flv", b"FLV\1\5\0\0\0\x09\0\0\0\0\x12\xff\xff\xff" + bytes(11) + b"\x02\0\nonMetaData\x08\xff\xff\xff\xff", True
+    yield (
+        "flv_of_terabytes.flv",
+        b"FLV\1\5\0\0\0\x09\0\0\0\0\x12\xff\xff\xff" + bytes(11) + b"\x02\0\nonMetaData\x08\xff\xff\xff\xff",
+        True,
+    )
     yield "elf.mp4", b"\x7fELF" + bytes(200), True
 
 
