@@ -70,6 +70,8 @@ class Watch:
         if event.startswith(CHANGED):
             if not os.path.realpath(str(args[0])).startswith(self.writable or ("\0",)):
                 self.events.append(f"{event} {args!r}"[:200])
+        elif event == "ctypes.dlopen" and args[0] == "libnvidia-ml.so.1":
+            pass  # PyTorch counts the GPUs
         elif event.startswith((*STARTED, *REACHED, *LOADED)):
             self.events.append(f"{event} {args!r}"[:200])
         elif event == "import" and args[0].partition(".")[0] not in self.known:
