@@ -162,7 +162,7 @@ def test_no_redirection_leaves_http(tmp_path: Path, server: Callable[..., str], 
     secret = tmp_path / "secret.pyth"
     secret.write_bytes(saved(9.0))
     address = server("/a.pyth", status=302, Location=f"{scheme}://{secret}")
-    with pytest.raises(ValueError, match="a.pyth could not be fetched: the server sends on to .* not followed"):
+    with pytest.raises(ValueError, match="a.pyth could not be fetched: the server .* (not followed|not allowed)"):
         read_checkpoint(address)
     assert not any((tmp_path / "torch" / "hub" / "maskfeat").iterdir())
 
