@@ -21,6 +21,9 @@ from maskfeat.sharded_files import verify
 from tests.sharding_worker import CASES, CLASSIFIER, CPU, VIT, Trainer, all_cases
 
 
+pytestmark = pytest.mark.slow  # two processes begin: half a minute
+
+
 class Found(dict[str, list[dict[str, Any]]]):
     """What came out of each case, by rank; and the folder that the processes wrote to."""
 
