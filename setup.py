@@ -23,7 +23,8 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "types-simplejson"],
+        "dev": ["pytest", "ruff", "mypy", "types-PyYAML", "types-simplejson", "submitit"],
+        "slurm": ["submitit"],
         "torchcodec": ["torchcodec"],
     },
 )

@@ -20,6 +20,7 @@ ALLOWED = {
                "weights"},
     "watch": {"distributed", "preemption"},
     "preemption": set(),
+    "requeue": {"run", "preemption", "processes"},
     "launch": {"distributed", "supervise"},
     "supervise": {"processes", "preemption"},
     "step_hooks": {"objectives"},
