@@ -22,7 +22,8 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-simplejson"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-simplejson", "submitit"],
+        "slurm": ["submitit"],
         "torchcodec": ["torchcodec"],
     },
 )

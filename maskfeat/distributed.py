@@ -94,6 +94,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def is_of_collective(error: Exception) -> bool:
+    """Whether a collective failed, as it does when another process is gone, rather than the work of this one."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

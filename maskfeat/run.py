@@ -13,7 +13,7 @@ from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.data.bad_samples import TooManyBadSamples
 from maskfeat.data.loader import Loader
-from maskfeat.distributed import World, choose_device, join, leave
+from maskfeat.distributed import World, choose_device, is_of_collective, join, leave
 from maskfeat.evaluate import multi_view_test
 from maskfeat.launch import check_devices, find_started, launch
 from maskfeat.logbook import Logbook, setup_logging
@@ -131,7 +131,7 @@ def _explained(error: Exception, cfg: CfgNode, world: World, watch: Watch | None
         return 2
     if stop and world.size > 1:  # the others have left, in the middle of something that needs no saving
         return _stopped(stop, world)
-    gone = watch.gone() if watch is not None else ""
+    gone = watch.gone(1.0) if watch is not None and is_of_collective(error) else ""
     if not gone:
         return None
     logger.error("error: gone, or cut off from this process (rank %d): %s: %s", world.rank, gone, error)

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 GRACE = 2.0
 """Seconds that the others have to end by themselves when one has failed: they often fail of the same, and say so."""
 
+GRACE_AFTER_KILL = 0.5
+"""Likewise when one was killed, of which they can know nothing."""
+
 ENDING = (signal.SIGTERM, signal.SIGUSR1)
 PASSED_ON = (*ENDING, signal.SIGUSR2)
 
@@ -148,7 +151,7 @@ class Supervisor:
                 self.running.remove(child)
                 ended.append(child)
                 if deadline is None and child.process.exitcode not in (0, PREEMPTED):
-                    deadline = time.monotonic() + GRACE
+                    deadline = time.monotonic() + (GRACE if (child.process.exitcode or 0) > 0 else GRACE_AFTER_KILL)
         if any(self._was_asked(child) for child in ended):
             return PREEMPTED
         failed = [child for child in ended if child.process.exitcode not in (0, PREEMPTED)]

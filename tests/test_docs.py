@@ -20,10 +20,14 @@ SECTIONS = frozenset(key.rsplit(".", 1)[0] for key in KEYS if "." in key)
 RECIPES = REPO / "configs" / "masked_ssl"
 MFM_RECIPES = REPO / "configs" / "mfm"
 
-VARIABLES = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "host", "first": "host"}
+VARIABLES: dict[str, str] = {}
 
 # Blocks also call programs that a test must not run: they do nothing, and `srun` calls what it is given.
-STUBS = 'cd() { :; }\nsource() { :; }\nsrun() { "$@"; }\ncommand_not_found_handle() { :; }\n'
+STUBS = (
+    "cd() { :; }\nsource() { :; }\ncommand_not_found_handle() { :; }\n"
+    'srun() { while [[ $1 == --* ]]; do shift 2; done; "$@"; }\n'
+    'sbatch() { while [[ $1 == --* ]]; do shift; done; shift; python tools/run_net.py "$@"; }\n'
+)
 
 
 def commands_of(document: str) -> list[list[str]]:
@@ -52,7 +56,15 @@ def test_there_are_commands() -> None:
     tools = {command[0] for command in COMMANDS}
     assert {
         f"tools/{name}"
-        for name in ("run_net.py", "make_synthetic.py", "visualize.py", "benchmark.py", "quickstart.sh", "test.sh")
+        for name in (
+            "run_net.py",
+            "make_synthetic.py",
+            "visualize.py",
+            "benchmark.py",
+            "quickstart.sh",
+            "submit.py",
+            "test.sh",
+        )
     } == tools
     assert sum(command[0] == "tools/run_net.py" for command in COMMANDS) >= 20
 
@@ -136,6 +148,9 @@ def test_keys_exist(document: str) -> None:
     known = {
         "OMP_NUM_THREADS",
         "MASKFEAT_SHARED",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "MAX_RESTARTS",
         "MASKFEAT_TRITON",
         "MASKFEAT_VENV",
         "NCCL_DEBUG",

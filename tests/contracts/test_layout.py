@@ -21,6 +21,7 @@ ALLOWED = {
                "step_hooks", "weight_files", "weights"},
     "watch": {"distributed", "preemption"},
     "preemption": set(),
+    "requeue": {"run", "preemption", "processes"},
     "launch": {"distributed", "supervise"},
     "supervise": {"processes", "preemption"},
     "recipe": {"config", "schedule"},

@@ -143,7 +143,7 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 def wait_until(condition: Any, seconds: float, what: str) -> None:
-    """Look ten times a second.
+    """Look fifty times a second.
 
     Raises:
         AssertionError: where it does not come true in time.
@@ -151,7 +151,7 @@ def wait_until(condition: Any, seconds: float, what: str) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def _serve() -> None:

@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.reliability.harness import descendants, wait_until
 from tests.small import RECIPES, REPO, VIT_PT, images
 
 PYTHON = [sys.executable]
@@ -49,21 +50,8 @@ def processes() -> list[Process]:
     return found
 
 
-def session_of(pid: int) -> list[Process]:
-    """The processes of the session that `pid` began."""
-    return [process for process in processes() if process.session == pid]
-
-
 def children_of(pid: int) -> list[Process]:
     return sorted((process for process in processes() if process.parent == pid), key=lambda process: process.pid)
-
-
-def wait_until(true: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait until `true()` is; fails after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.01)
 
 
 class Running:
@@ -85,6 +73,7 @@ class Running:
             )
         self.ranks: list[int] = []
         self.workers: dict[int, list[int]] = {}
+        self.family: set[int] = set()
         try:
             wait_until(lambda: "step 3/" in self.said() or self.process.poll() is not None, 120, "three steps")
             assert self.process.poll() is None, self.said()
@@ -95,29 +84,33 @@ class Running:
 
     def _look(self, ranks: int) -> bool:
         """Find the ranks, in their order: those processes that have data workers."""
-        family = session_of(self.process.pid)
+        self.family = {self.process.pid, *descendants(self.process.pid)}  # torchrun gives its processes own sessions
         self.workers = {
-            one.pid: [child.pid for child in children_of(one.pid) if "resource_tracker" not in child.command]
-            for one in family
-            if one.pid != self.process.pid or ranks == 1
+            pid: [child.pid for child in children_of(pid) if "resource_tracker" not in child.command]
+            for pid in sorted(self.family)
+            if pid != self.process.pid or ranks == 1
         }
-        self.workers = {pid: found for pid, found in sorted(self.workers.items()) if found}
+        self.workers = {pid: found for pid, found in self.workers.items() if found}
         self.ranks = list(self.workers)
         return len(self.ranks) == ranks
+
+    def left(self) -> list[Process]:
+        """Whoever still runs of it."""
+        return [one for one in processes() if one.session == self.process.pid or one.pid in self.family]
 
     def said(self) -> str:
         return self.screen.read_text(errors="replace")
 
     def end(self, limit: float = 60) -> tuple[int, float]:
-        """Wait for its end: exit code, and seconds until the last process of its session was gone."""
+        """Wait for its end: exit code, and seconds until its last process was gone."""
         began = time.monotonic()
         code = self.process.wait(limit)
-        wait_until(lambda: not session_of(self.process.pid), limit, "nobody is left behind")
+        wait_until(lambda: not self.left(), limit, "nobody is left behind")
         return code, time.monotonic() - began
 
     def clean_up(self) -> None:
         """Kill what is left of it."""
-        for one in session_of(self.process.pid):
+        for one in self.left():
             try:
                 os.kill(one.pid, signal.SIGKILL)
             except ProcessLookupError:
