@@ -119,7 +119,7 @@ def test_a_killed_task_ends_the_job(
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=ENV, cwd=REPO, stdout=file, stderr=file)
     try:
-        wait_until(lambda: "step 3/" in log.read_text() or process.poll() is not None, 180, "third step")
+        wait_until(lambda: "epoch 2/" in log.read_text() or process.poll() is not None, 180, "second epoch")
         tasks = tasks_of(tmp_path / "out")
         assert sorted(tasks) == [0, 1], log.read_text()
         os.kill(tasks[victim], signal.SIGKILL)
@@ -128,7 +128,7 @@ def test_a_killed_task_ends_the_job(
         wait_until(lambda: not [p for p in processes() if str(tmp_path / "out") in p.command], 60, "nobody is left")
         seconds = time.monotonic() - killed
     finally:
-        process.kill()
+        process.terminate()  # of srun: ends its tasks
     said = log.read_text()
     assert code not in (0, 75), said
     assert re.search(rf"task {victim}: Killed", said), said
