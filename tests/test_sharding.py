@@ -20,7 +20,6 @@ from maskfeat.sharded_checkpoint import (
 from maskfeat.sharded_files import verify
 from tests.sharding_worker import CASES, CLASSIFIER, CPU, VIT, Trainer, all_cases
 
-
 pytestmark = pytest.mark.slow  # two processes begin: half a minute
 
 
