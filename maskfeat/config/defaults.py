@@ -58,6 +58,8 @@ def _train(cfg: CfgNode) -> None:
     cfg.TRAIN.MIXED_PRECISION = False  # False ("off") | True ("fp16") | "bf16" | "fp16"
     cfg.TRAIN.COMPILE = False  # ours: torch.compile each block and the HOG targets; needs a C++ compiler
     cfg.TRAIN.EMA = 0.0  # ours: decay per step, 0 .. 1, of an average of the weights, evaluated beside them; 0 = none
+    # ours: steps in a row without a finite gradient (each is skipped) that stop the run; fp16 may begin with 16
+    cfg.TRAIN.MAX_SKIPPED_STEPS = 20
     cfg.TRAIN.EVAL_PERIOD = 10  # epochs between two validations; 0 = never
     cfg.TRAIN.CHECKPOINT_PERIOD = 10  # epochs between two checkpoints
     cfg.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint in OUTPUT_DIR
