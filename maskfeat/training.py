@@ -111,6 +111,7 @@ def settings_of(cfg: CfgNode) -> Settings:
         precision=precision_of(cfg),
         micro_batch=cfg.TRAIN.MICRO_BATCH_SIZE,
         log_period=cfg.LOG_PERIOD,
+        max_skipped=cfg.TRAIN.MAX_SKIPPED_STEPS,
     )
 
 

@@ -60,6 +60,8 @@ def _train(cfg: CfgNode) -> None:
     cfg.TRAIN.COMPILE = False  # ours: torch.compile each block and the HOG targets; needs a C++ compiler
     cfg.TRAIN.PARALLEL = "ddp"  # ours: every process holds the whole model | "fsdp": a piece of it, with adamw
     cfg.TRAIN.EMA = 0.0  # ours: decay per step, 0 .. 1, of an average of the weights, evaluated beside them; 0 = none
+    # ours: steps in a row without a finite gradient (each is skipped) that stop the run; fp16 may begin with 16
+    cfg.TRAIN.MAX_SKIPPED_STEPS = 20
     cfg.TRAIN.EVAL_PERIOD = 10  # epochs between two validations; 0 = never
     cfg.TRAIN.CHECKPOINT_PERIOD = 10  # epochs between two checkpoints
     cfg.TRAIN.CHECKPOINT_MINUTES = 30.0  # ours: minutes between two checkpoints, within epochs; 0 = only at their ends
