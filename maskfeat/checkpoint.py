@@ -187,8 +187,9 @@ def prune_checkpoints(output_dir: str | Path, task: str, newest: Position, keep:
         if keep or at.step:
             _delete(path)
             _delete(_sum_path(path))
-    for path in (Path(output_dir) / "checkpoints").glob(".*.partial"):  # of a process that was killed
-        if _position_of(path.with_name(path.name[1:].removesuffix(".partial").removesuffix(".sha256")), task):
+    for path in (Path(output_dir) / "checkpoints").glob(".*"):  # of a process that was killed
+        name = re.fullmatch(r"\.(.+?)(?:\.sha256)?\.(?:partial|old)", path.name)
+        if name is not None and _position_of(path.with_name(name[1]), task):
             _delete(path)
 
 

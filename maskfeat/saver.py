@@ -82,6 +82,8 @@ class Saver:
         plain: dict[str, Any] = {"epoch": position.epochs - 1, "cfg": dump_config(cfg)}
         if position.step:
             plain.update(step=position.step, samples_per_step=self._samples)
+        if self._training.scaler.is_enabled():
+            plain["scaler_state"] = self._training.scaler.state_dict()
         if self._sharded:
             path = checkpoint_path(cfg.OUTPUT_DIR, cfg.TASK, position, SHARDED)
             tensors = training_tensors(self._training.objective, self._training.optimizer)
@@ -113,8 +115,6 @@ class Saver:
             "model_state": gathered_state(training.objective.released_state(), keep),
             "optimizer_state": gathered_optimizer_state(training.optimizer, keep),
         }
-        if training.scaler.is_enabled():
-            content["scaler_state"] = training.scaler.state_dict()
         if training.average is not None:
             content[AVERAGE] = gathered_state(training.average.objective.released_state(), keep)
         return content

@@ -166,7 +166,7 @@ class Watch:
             if self._world.size == 1:
                 reported = self._steps
                 where = "\n  ".join(self._stack())
-                logger.warning("no progress for %.0f s, %s (HANG_MINUTES); at\n  %s", stuck, self._doing, where)
+                logger.warning("no progress for %d s, %s (HANG_MINUTES); at\n  %s", stuck, self._doing, where)
                 continue
             silent = self._silent(SILENT)
             reporter = min(set(range(self._world.size)) - set(silent))
