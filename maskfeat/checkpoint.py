@@ -4,6 +4,7 @@ OUTPUT_DIR/checkpoints/[TASK_]checkpoint_epoch_00010.pyth holds `epoch` (counted
 `model_state` (released names), `optimizer_state`, `cfg` (YAML text), `scaler_state` under fp16, and `ema_state` with
 TRAIN.EMA. A checkpoint within an epoch, checkpoint_epoch_00010_step_000123.pyth, was made 123 steps after the tenth
 epoch; it also holds `step` (123) and `samples_per_step`. Beside each lies NAME.sha256, as `sha256sum -c` reads it.
+With TRAIN.CHECKPOINT_FORMAT sharded it is a folder NAME.dcp, see `sharded_checkpoint`.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,13 +22,15 @@ from typing import Any, BinaryIO
 
 import torch
 
+from maskfeat import sharded_checkpoint
+from maskfeat.sharded_files import verify
 from maskfeat.weight_files import read_checkpoint, trained_model
 
 logger = logging.getLogger(__name__)
 
 AVERAGE = "ema_state"
 """Where a checkpoint keeps the average of the weights (TRAIN.EMA)."""
-SUFFIX = ".pyth"
+WHOLE, SHARDED = ".pyth", sharded_checkpoint.SUFFIX
 _CHUNK = 1 << 22
 _SPARE = 2  # checkpoints within epochs that stay where TRAIN.KEEP_CHECKPOINTS is 0
 
@@ -42,24 +46,24 @@ class Position:
         return f"epoch {self.epochs}, step {self.step}" if self.step else f"epoch {self.epochs}"
 
 
-def checkpoint_path(output_dir: str | Path, task: str, position: Position) -> Path:
-    """Where the checkpoint of a run at `position` lies."""
+def checkpoint_path(output_dir: str | Path, task: str, position: Position, suffix: str = WHOLE) -> Path:
+    """Where the checkpoint of a run at `position` lies; `suffix` SHARDED for a folder."""
     within = f"_step_{position.step:06d}" if position.step else ""
-    name = f"checkpoint_epoch_{position.epochs:05d}{within}{SUFFIX}"
+    name = f"checkpoint_epoch_{position.epochs:05d}{within}{suffix}"
     return Path(output_dir) / "checkpoints" / (f"{task}_{name}" if task else name)
 
 
 def _position_of(path: Path, task: str) -> Position | None:
     """What the name of a checkpoint says; None for other files, those of other tasks among them."""
     prefix = re.escape(f"{task}_" if task else "")
-    found = re.fullmatch(rf"{prefix}checkpoint_epoch_(\d+)(?:_step_(\d+))?{re.escape(SUFFIX)}", path.name)
+    found = re.fullmatch(rf"{prefix}checkpoint_epoch_(\d+)(?:_step_(\d+))?(?:{WHOLE}|{SHARDED})", path.name)
     return None if found is None else Position(int(found[1]), int(found[2] or 0))
 
 
 def find_checkpoints(output_dir: str | Path, task: str) -> list[Path]:
     """Checkpoints of this task in OUTPUT_DIR, oldest first; those of other tasks are left out."""
     folder = Path(output_dir) / "checkpoints"
-    placed = [(_position_of(path, task), path) for path in folder.glob(f"*{SUFFIX}")]
+    placed = [(_position_of(path, task), path) for path in folder.glob("*")]
     return [path for _, path in sorted((at, path) for at, path in placed if at is not None)]
 
 
@@ -154,6 +158,8 @@ def verify_checkpoint(path: Path) -> None:
         ValueError: where it is not.
     """
     try:
+        if path.is_dir():
+            return verify(path)
         total = _sum_path(path)
         if total.exists():
             words = total.read_text(encoding="ascii").split()
@@ -179,17 +185,39 @@ def prune_checkpoints(output_dir: str | Path, task: str, newest: Position, keep:
     past = [(at, path) for at, path in placed if at is not None and at <= newest]
     for at, path in past[: -(keep or _SPARE)]:
         if keep or at.step:
-            path.unlink(missing_ok=True)
-            _sum_path(path).unlink(missing_ok=True)
+            _delete(path)
+            _delete(_sum_path(path))
     for path in (Path(output_dir) / "checkpoints").glob(".*.partial"):  # of a process that was killed
         if _position_of(path.with_name(path.name[1:].removesuffix(".partial").removesuffix(".sha256")), task):
-            path.unlink(missing_ok=True)
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """A file, or a folder with what is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def checked_checkpoint(given: str | Path) -> dict[str, Any]:
-    """`read_checkpoint`, once the checksum beside the file, where there is one, has been compared."""
+    """`open_checkpoint`, once the checksum beside the file, where there is one, has been compared."""
     if _sum_path(Path(given)).exists():
         verify_checkpoint(Path(given))
+    return open_checkpoint(given)
+
+
+def open_checkpoint(given: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds, its tensors whole and on the CPU; of a sharded one no `optimizer_state`.
+
+    Raises:
+        ValueError: as `weight_files.read_checkpoint` and `sharded_checkpoint.full_tensors`.
+    """
+    if Path(given).suffix == SHARDED and Path(given).is_dir():
+        return {
+            **sharded_checkpoint.read_sharded_plain(given),
+            "model_state": sharded_checkpoint.full_tensors(given),
+        }
     return read_checkpoint(given)
 
 
@@ -205,7 +233,7 @@ def last_checkpoint(output_dir: str | Path, task: str, model_name: str) -> Path 
     for path in reversed(found):
         try:
             verify_checkpoint(path)
-            wrote = trained_model(read_checkpoint(path))
+            wrote = trained_model(open_checkpoint(path))
         except ValueError as error:
             logger.error("CHECKPOINT PASSED OVER: %s", error)
             continue
@@ -232,4 +260,4 @@ def given_or_last(
     if given:
         return given, checked_checkpoint(given)
     found = last_checkpoint(output_dir, task, model_name)
-    return None if found is None else (found, read_checkpoint(found))
+    return None if found is None else (found, open_checkpoint(found))

@@ -81,6 +81,11 @@ def join(
     return dist.PrefixStore("messages", store)
 
 
+def another_cpu_group() -> Any:
+    """A group of all ranks on the CPU for collectives of a thread of its own; None where there is one process."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+
 def leave() -> None:
     """Leave the process group, where there is one."""
     global _cpu_group
@@ -89,7 +94,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def is_of_collective(error: RuntimeError) -> bool:
+def is_of_collective(error: Exception) -> bool:
     """Whether a collective failed, as it does when another process is gone, rather than the work of this one."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 

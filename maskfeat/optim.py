@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from maskfeat.sharding import like, norm_over_ranks, piece_of
+
 
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]],
@@ -52,6 +54,32 @@ def parameter_groups(
     return [group for group in groups.values() if group["params"]]
 
 
+def _begin_momentum_at_zero(optimizer: Optimizer) -> None:
+    """Where the very first step is skipped, let momentum begin at zero.
+
+    Fused SGD makes its buffers without writing to them, and a step with `found_inf` never does: the next one would add
+    whatever lay in that memory.
+    """
+    fresh: list[nn.Parameter] = []
+
+    def note(optimizer: Optimizer, *_: Any) -> None:
+        """Before a step: which buffers it will make."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        fresh[:] = [p for p in parameters if optimizer.state.get(p, {}).get("momentum_buffer") is None]
+
+    @torch.no_grad()
+    def begin(optimizer: Optimizer, *_: Any) -> None:
+        """After it, made or skipped."""
+        found = getattr(optimizer, "found_inf", None)
+        for parameter in fresh:
+            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if found is not None and buffer is not None:
+                buffer.copy_(torch.where(found.reshape(()) > 0, torch.zeros_like(buffer), buffer))
+
+    optimizer.register_step_pre_hook(note)
+    optimizer.register_step_post_hook(begin)
+
+
 def make_optimizer(
     groups: Sequence[dict[str, Any]],
     method: str,
@@ -67,12 +95,18 @@ def make_optimizer(
     if method == "adamw":
         return torch.optim.AdamW(initial, lr=lr, betas=(betas[0], betas[1]), eps=1e-8, fused=True)
     if method == "sgd":
-        return torch.optim.SGD(initial, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, fused=True)
+        sgd = torch.optim.SGD(initial, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, fused=True)
+        _begin_momentum_at_zero(sgd)
+        return sgd
     raise ValueError(f"SOLVER.OPTIMIZING_METHOD is {method!r}, expected 'adamw' or 'sgd'")
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load moments and steps; which kernels run stays this machine's choice, not the file's.
+
+    Args:
+        state: of an unsharded optimizer, the same on every rank (`sharding.gathered_optimizer_state` makes one); where
+            the parameters are sharded, each rank takes its pieces.
 
     Raises:
         ValueError: where the file's groups are not this model's.
@@ -88,13 +122,26 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         {**theirs, **{key: mine[key] for key in kept if key in mine}}
         for theirs, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    numbered = {
+        number: parameter
+        for theirs, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)
+        for number, parameter in zip(theirs["params"], mine["params"], strict=True)
+    }
+    cut = {
+        number: {
+            name: like(value, numbered.get(number)) if torch.is_tensor(value) else value
+            for name, value in slots.items()
+        }
+        for number, slots in state["state"].items()
+    }
+    optimizer.load_state_dict({"state": cut, "param_groups": groups})
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, max_value: float | None) -> torch.Tensor:
-    """Clip in place; the total L2 norm before clipping, a scalar on the parameters' device."""
+    """Clip in place; the total L2 norm before clipping, a scalar on the parameters' device, the same on every rank."""
     with_grad = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None])
+    grads = [p.grad for p in with_grad if p.grad is not None]
+    norm = norm_over_ranks(torch.nn.utils.get_total_norm([piece_of(grad) for grad in grads]), grads)
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
     elif max_value:

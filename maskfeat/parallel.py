@@ -2,11 +2,15 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 import torch._dynamo
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from maskfeat.distributed import World, from_first_rank
@@ -73,13 +77,48 @@ def share_buffers(objective: nn.Module) -> None:
         from_first_rank(buffer)
 
 
+def shard(objective: Objective, world: World, device: torch.device) -> None:
+    """Cut parameters, gradients and optimizer state into as many pieces as there are ranks (FSDP2; Zhao et al., VLDB
+    2023), in place. Each block of the backbone is put together for its forward and its backward pass only, the rest for
+    the whole step. Numbers are those of DistributedDataParallel: parameters and sums are float32.
+
+    To be called after `checkpoint_activations` and `compile_parts`, and before the optimizer is made, whose parameters
+    are the pieces. One process keeps the whole.
+
+    Args:
+        objective: on the CPU or on `device`, the same on every rank; from the CPU no more than one block at a time lies
+            whole on the device.
+    """
+    if world.size == 1:
+        objective.to(device)
+        return
+    mesh = init_device_mesh(device.type, (world.size,))
+    for part in (*objective.backbone.repeated_blocks(), objective):
+        fully_shard(part, mesh=mesh)
+
+
 def distribute(objective: nn.Module, world: World, static: bool = False) -> nn.Module:
-    """The objective for several processes: gradients are averaged over ranks.
+    """The objective for several processes: gradients are averaged over ranks. A sharded one is so already.
 
     Args:
         static: every step goes through the same graph, once. Not so where gradients are accumulated.
     """
-    if world.size == 1:
+    if world.size == 1 or isinstance(objective, FSDPModule):
         return objective
     # Buffers are constants, or statistics of normalisation that the ranks share as is usual: PyTorch's default.
     return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True, static_graph=static)
+
+
+@contextmanager
+def exchanging(model: nn.Module, last: bool) -> Iterator[None]:
+    """Ranks exchange gradients once a step, in the backward pass of its last micro-batch; until then each adds up its
+    own (of a sharded model, too, a rank holds whole gradients for so long).
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(model, nn.parallel.DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+    else:
+        yield

@@ -10,12 +10,21 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from maskfeat.build import build_objective
-from maskfeat.checkpoint import AVERAGE, Position, checked_checkpoint, given_or_last, last_checkpoint
+from maskfeat.checkpoint import (
+    AVERAGE,
+    SHARDED,
+    Position,
+    checked_checkpoint,
+    given_or_last,
+    last_checkpoint,
+    open_checkpoint,
+)
 from maskfeat.distributed import on_first_rank
 from maskfeat.objectives.base import Objective
 from maskfeat.optim import load_optimizer_state
+from maskfeat.sharded_checkpoint import load_training
 from maskfeat.step_hooks import WeightAverage
-from maskfeat.weight_files import model_state, read_checkpoint, trained_model
+from maskfeat.weight_files import model_state, trained_model
 from maskfeat.weights import LoadReport, clean_names
 
 logger = logging.getLogger(__name__)
@@ -95,7 +104,10 @@ class Start:
             return Position()
         content = self.content
         try:
-            load_optimizer_state(training.optimizer, content["optimizer_state"])
+            if Path(self.path).suffix == SHARDED:
+                load_training(self.path, training.objective, training.optimizer)
+            else:
+                load_optimizer_state(training.optimizer, content["optimizer_state"])
             if training.scaler.is_enabled() and "scaler_state" in content:
                 training.scaler.load_state_dict(content["scaler_state"])
             if training.average is not None:
@@ -140,7 +152,7 @@ def find_start(cfg: CfgNode) -> Start:
     found = on_first_rank(lambda: last_checkpoint(cfg.OUTPUT_DIR, cfg.TASK, name))
     if found is not None:
         if cfg.TRAIN.AUTO_RESUME:
-            return Start(found, read_checkpoint(found), resumes=True)
+            return Start(found, open_checkpoint(found), resumes=True)
         logger.warning("%s is there, but TRAIN.AUTO_RESUME is False: it will be overwritten in time", found)
     given = cfg.TRAIN.CHECKPOINT_FILE_PATH
     if not given:

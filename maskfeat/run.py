@@ -17,6 +17,7 @@ from maskfeat.distributed import World, choose_device, is_of_collective, join, l
 from maskfeat.evaluate import multi_view_test
 from maskfeat.launch import check_devices, find_started, launch
 from maskfeat.logbook import Logbook, setup_logging
+from maskfeat.memory import explain as out_of_memory
 from maskfeat.objectives.base import Objective
 from maskfeat.preemption import PREEMPTED, Preempted, StopRequest
 from maskfeat.resume import load_for_testing
@@ -110,22 +111,31 @@ def work(world: World, init_method: str, cfg: CfgNode, given: Given) -> int:
     except Preempted:
         leave()
         return _stopped(stop, world)
-    except EXPECTED as error:
-        if world.is_main or isinstance(error, TooManyBadSamples | OSError):
-            logger.error("error: %s", error)
-        return 2
-    except RuntimeError as error:
-        if stop and world.size > 1:  # the others have left, in the middle of something that needs no saving
-            return _stopped(stop, world)
-        gone = watch.gone(1.0) if watch is not None and is_of_collective(error) else ""
-        if not gone:
+    except (*EXPECTED, RuntimeError, MemoryError, EOFError) as error:
+        code = _explained(error, cfg, world, watch, stop)
+        if code is None:
             raise
-        logger.error("error: gone, or cut off from this process (rank %d): %s: %s", world.rank, gone, error)
-        return 1
+        return code
     finally:
         if watch is not None:
             watch.close()
     return 0
+
+
+def _explained(error: Exception, cfg: CfgNode, world: World, watch: Watch | None, stop: StopRequest) -> int | None:
+    """Say in words what ended a process; the exit code, or None where its traceback says more."""
+    memory = None if isinstance(error, TooManyBadSamples) else out_of_memory(error, cfg, world.local_size)
+    if memory is not None or isinstance(error, EXPECTED):
+        if world.is_main or memory or isinstance(error, TooManyBadSamples | OSError):
+            logger.error("error: %s", memory or error)
+        return 2
+    if stop and world.size > 1:  # the others have left, in the middle of something that needs no saving
+        return _stopped(stop, world)
+    gone = watch.gone(1.0) if watch is not None and is_of_collective(error) else ""
+    if not gone:
+        return None
+    logger.error("error: gone, or cut off from this process (rank %d): %s: %s", world.rank, gone, error)
+    return 1
 
 
 def _stopped(stop: StopRequest, world: World) -> int:

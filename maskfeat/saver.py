@@ -6,16 +6,25 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from maskfeat.checkpoint import AVERAGE, Position, checkpoint_path, prune_checkpoints, save_checkpoint
+from maskfeat.checkpoint import (
+    AVERAGE,
+    SHARDED,
+    Position,
+    checkpoint_path,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from maskfeat.config import dump_config
-from maskfeat.distributed import on_first_rank
+from maskfeat.distributed import World, another_cpu_group, on_first_rank
 from maskfeat.resume import TrainingState
+from maskfeat.sharded_checkpoint import SaveHandle, save_sharded, training_tensors
+from maskfeat.sharding import gathered_optimizer_state, gathered_state
 
 logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Writes the checkpoints of a run. Every rank calls `save`, rank 0 writes.
+    """Writes the checkpoints of a run. Every rank calls its methods, in the same places.
 
     Args:
         training: what is saved.
@@ -23,9 +32,14 @@ class Saver:
         start: where the run begins or goes on: that needs no saving.
     """
 
-    def __init__(self, cfg: CfgNode, training: TrainingState, samples_per_step: int, start: Position) -> None:
-        self._cfg, self._training, self._samples = cfg, training, samples_per_step
+    def __init__(
+        self, cfg: CfgNode, training: TrainingState, world: World, samples_per_step: int, start: Position
+    ) -> None:
+        self._cfg, self._training, self._world, self._samples = cfg, training, world, samples_per_step
         self._saved, self._at = start, time.monotonic()
+        self._sharded = cfg.TRAIN.CHECKPOINT_FORMAT == "sharded"
+        self._group = another_cpu_group() if self._sharded else None
+        self._under_way: tuple[Position, SaveHandle] | None = None
 
     @property
     def is_due(self) -> bool:
@@ -34,7 +48,7 @@ class Saver:
         return bool(minutes) and time.monotonic() - self._at >= 60 * minutes
 
     def save(self, position: Position, must: bool = False) -> None:
-        """Save at `position`, unless that has just been done.
+        """Save at `position`, unless that has just been done. A sharded checkpoint may be written on afterwards.
 
         Args:
             must: whether the run ends here. Otherwise a full disk is reported, and the run goes on: somebody may make
@@ -44,36 +58,63 @@ class Saver:
             OSError: on every rank, where it must be saved and could not.
         """
         self._at = time.monotonic()
-        if position == self._saved:
-            return
         try:
-            on_first_rank(lambda: self._write(position))
+            self._settle()
+            if position != self._saved:
+                self._begin(position)
+            if must:
+                self._settle()
         except OSError as error:
             if must:
                 raise
             logger.error("NOT SAVED, training goes on: %s", error)
-            return
-        self._saved = position
 
-    def _write(self, position: Position) -> None:
+    def look_after(self) -> None:
+        """To be called now and then: report a checkpoint that has been written meanwhile. It waits for nobody."""
+        if self._under_way is not None and self._under_way[1].done():
+            try:
+                self._settle()
+            except OSError as error:
+                logger.error("NOT SAVED, training goes on: %s", error)
+
+    def _begin(self, position: Position) -> None:
         cfg = self._cfg
-        path = checkpoint_path(cfg.OUTPUT_DIR, cfg.TASK, position)
-        save_checkpoint(path, self._content(position))
-        logger.info("saved %s", path)
-        prune_checkpoints(cfg.OUTPUT_DIR, cfg.TASK, position, cfg.TRAIN.KEEP_CHECKPOINTS)
-
-    def _content(self, position: Position) -> dict[str, Any]:
-        training = self._training
-        content = {
-            "epoch": position.epochs - 1,
-            "model_state": training.objective.released_state(),
-            "optimizer_state": training.optimizer.state_dict(),
-            "cfg": dump_config(self._cfg),
-        }
+        plain: dict[str, Any] = {"epoch": position.epochs - 1, "cfg": dump_config(cfg)}
         if position.step:
-            content.update(step=position.step, samples_per_step=self._samples)
+            plain.update(step=position.step, samples_per_step=self._samples)
+        if self._sharded:
+            path = checkpoint_path(cfg.OUTPUT_DIR, cfg.TASK, position, SHARDED)
+            tensors = training_tensors(self._training.objective, self._training.optimizer)
+            self._under_way = position, save_sharded(path, tensors, plain, self._group)
+            return
+        content = {**self._gathered(), **plain}
+        on_first_rank(lambda: save_checkpoint(checkpoint_path(cfg.OUTPUT_DIR, cfg.TASK, position), content))
+        self._end(position)
+
+    def _settle(self) -> None:
+        """Wait for a sharded checkpoint that is being written."""
+        if self._under_way is not None:
+            (position, handle), self._under_way = self._under_way, None
+            handle.wait()
+            self._end(position)
+
+    def _end(self, position: Position) -> None:
+        self._saved = position
+        cfg = self._cfg
+        if self._world.is_main:
+            suffix = {"suffix": SHARDED} if self._sharded else {}
+            logger.info("saved %s", checkpoint_path(cfg.OUTPUT_DIR, cfg.TASK, position, **suffix))
+            prune_checkpoints(cfg.OUTPUT_DIR, cfg.TASK, position, cfg.TRAIN.KEEP_CHECKPOINTS)
+
+    def _gathered(self) -> dict[str, Any]:
+        """What training changes; on other ranks than the first only a part of it."""
+        training, keep = self._training, self._world.is_main
+        content: dict[str, Any] = {
+            "model_state": gathered_state(training.objective.released_state(), keep),
+            "optimizer_state": gathered_optimizer_state(training.optimizer, keep),
+        }
         if training.scaler.is_enabled():
             content["scaler_state"] = training.scaler.state_dict()
         if training.average is not None:
-            content[AVERAGE] = training.average.objective.released_state()
+            content[AVERAGE] = gathered_state(training.average.objective.released_state(), keep)
         return content

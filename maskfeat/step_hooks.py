@@ -1,4 +1,5 @@
-"""What hangs on an optimizer's steps: an average of the weights, and running statistics that a lost step leaves alone.
+"""What hangs on an optimizer's steps: an average of the weights, running statistics that a lost step leaves alone, and
+how many were lost in a row.
 
 A step whose gradient is not finite is skipped on the device: `found_inf` of the optimizer is 1 then, and nobody waits
 to read it.
@@ -21,6 +22,39 @@ def _lost(optimizer: Optimizer) -> Tensor | None:
     return None if found is None else found.reshape(())
 
 
+class LostInARow:
+    """Counts, on the device, how many steps in a row were skipped.
+
+    Args:
+        optimizer: whose steps are followed.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        device = optimizer.param_groups[0]["params"][0].device
+        # Since the last reading: steps tried, the longest row, and the step that it ended at; and the row up to now.
+        self._since = torch.zeros(3, device=device)
+        self._row = torch.zeros((), device=device)
+        optimizer.register_step_post_hook(self._count)
+
+    @torch.no_grad()
+    def _count(self, optimizer: Optimizer, *_: Any) -> None:
+        lost = _lost(optimizer)
+        if lost is None:
+            return
+        self._row = (self._row + 1) * lost
+        tried, longest, ended = self._since.unbind()
+        ended = torch.where(self._row > longest, tried + 1, ended)
+        self._since = torch.stack([tried + 1, torch.maximum(self._row, longest), ended])
+
+    def read(self) -> tuple[int, int]:
+        """The longest row since the last reading (it may have begun before that), and how many steps before the last
+        one it began. Waits for the device: to be called where that was just done anyway.
+        """
+        tried, longest, ended = (int(value) for value in self._since.tolist())
+        self._since = torch.zeros_like(self._since)
+        return longest, tried - ended + longest - 1
+
+
 def protect_statistics(objective: nn.Module, optimizer: Optimizer) -> None:
     """Where a step is skipped, put the running statistics of batch norms back as they were before its forward pass.
 
@@ -28,6 +62,7 @@ def protect_statistics(objective: nn.Module, optimizer: Optimizer) -> None:
     """
     norms = [module for module in objective.modules() if isinstance(module, _BatchNorm)]
     values = [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
+    counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
     if not values:
         return
     before: list[Tensor] = []
@@ -35,7 +70,7 @@ def protect_statistics(objective: nn.Module, optimizer: Optimizer) -> None:
     def keep(module: nn.Module, _: Any) -> None:
         """Before a forward pass."""
         if module.training and not before:  # the first micro-batch of a step
-            before.append(torch.cat(values))
+            before.extend((torch.cat(values), torch.stack(counts)))
 
     @torch.no_grad()
     def restore(optimizer: Optimizer, *_: Any) -> None:
@@ -44,6 +79,7 @@ def protect_statistics(objective: nn.Module, optimizer: Optimizer) -> None:
         if lost is not None and before:
             chosen = torch.where(lost > 0, before[0], torch.cat(values))
             torch._foreach_copy_(values, list(chosen.split([value.numel() for value in values])))
+            torch._foreach_copy_(counts, list(torch.where(lost > 0, before[1], torch.stack(counts)).unbind()))
         before.clear()
 
     objective.register_forward_pre_hook(keep)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,9 @@ from maskfeat.distributed import World, seed_draws, sum_over_ranks
 from maskfeat.logbook import Logbook, Window, eta
 from maskfeat.objectives.base import Objective
 from maskfeat.optim import clip_gradients
-from maskfeat.parallel import autocast
+from maskfeat.parallel import autocast, exchanging
 from maskfeat.schedule import set_lr
-
-MAX_LOST = 100  # steps in a row that fp16 may lose while it looks for its scale
+from maskfeat.step_hooks import LostInARow
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,7 @@ class Settings:
         lr: learning rate at a fractional epoch.
         precision: "off", "bf16" or "fp16": of the forward pass; losses and targets are float32.
         micro_batch: samples of a process in one forward pass; 0 = all.
+        max_skipped: steps in a row whose gradient may not be finite before the run stops.
     """
 
     max_epoch: int
@@ -40,6 +39,7 @@ class Settings:
     precision: str = "off"
     micro_batch: int = 0
     log_period: int = 10
+    max_skipped: int = 20
 
 
 def optimisation_step(
@@ -69,9 +69,7 @@ def optimisation_step(
     optimizer.zero_grad(set_to_none=True)
     outputs = []
     for part, weight in zip(parts, weights, strict=True):
-        # Gradients are exchanged once, with the last micro-batch.
-        wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-        with model.no_sync() if wrapped and part is not parts[-1] else nullcontext():  # type: ignore[operator]
+        with exchanging(model, last=part is parts[-1]):
             with autocast(batch.clip.device, settings.precision):
                 out = model(part)
             scaler.scale(out.loss * (weight * world.size / total)).backward()
@@ -96,11 +94,10 @@ def optimisation_step(
 class Progress:
     """Times a run and writes its lines."""
 
-    def __init__(self, logbook: Logbook, steps: int, settings: Settings, done_before: int) -> None:
-        self.logbook, self.steps, self.settings = logbook, steps, settings
+    def __init__(self, logbook: Logbook, steps: int, settings: Settings, done_before: int, lost: LostInARow) -> None:
+        self.logbook, self.steps, self.settings, self.lost = logbook, steps, settings, lost
         self.done, self.todo = 0, settings.max_epoch * steps - done_before
         self.started = time.perf_counter()
-        self.lost = 0
         self.begin_window()
 
     def begin_window(self) -> None:
@@ -128,8 +125,7 @@ class Progress:
         """Read the window and write its line.
 
         Raises:
-            FloatingPointError: where no step of the window could be made (under fp16, which starts by finding its
-                scale, of MAX_LOST steps in a row).
+            FloatingPointError: where as many steps in a row were skipped as TRAIN.MAX_SKIPPED_STEPS says.
         """
         values = window.read()
         now = time.perf_counter()
@@ -148,12 +144,13 @@ class Progress:
         if device.type == "cuda":
             stats["gpu_mem"] = f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f}G"
         self.logbook.write("train_iter", self._line(stats, values, spent), stats, epoch * self.steps + step)
-        self.lost = self.lost + steps if values["skipped"] >= steps else 0
-        if self.lost > (MAX_LOST if self.settings.precision == "fp16" else 0):
+        lost, ago = self.lost.read()
+        if lost >= self.settings.max_skipped:
+            epoch, step = divmod(epoch * self.steps + step - ago, self.steps)
             raise FloatingPointError(
-                f"the last {self.lost} steps up to epoch {epoch + 1}, step {step + 1} had gradients that are not "
-                "finite and were skipped: try a lower SOLVER.BASE_LR, SOLVER.CLIP_GRAD_L2NORM, or "
-                "TRAIN.MIXED_PRECISION bf16"
+                f"{lost} steps in a row, from epoch {epoch + 1}, step {step + 1} on, had gradients that are not finite "
+                f"and were skipped (TRAIN.MAX_SKIPPED_STEPS {self.settings.max_skipped}): try a lower SOLVER.BASE_LR, "
+                "SOLVER.CLIP_GRAD_L2NORM, or TRAIN.MIXED_PRECISION bf16"
             )
         self.begin_window()
 
@@ -183,17 +180,18 @@ def train(
     device: torch.device,
     world: World,
     logbook: Logbook,
+    beat: Callable[[str], None],
     after_step: Callable[[int, int], None],
     after_epoch: Callable[[int], None],
 ) -> None:
     """Train from `start` on: an epoch, counted from 0, and how many of its steps are done already.
 
-    `after_step(epoch, steps done in it)` saves where that is due, and may end the training by raising;
-    `after_epoch(epoch)` saves and evaluates.
+    `beat` is told what is being done. `after_step(epoch, steps done in it)` saves where that is due, and may end the
+    training by raising; `after_epoch(epoch)` saves and evaluates.
     """
     steps = len(loader)
     first_epoch, first_step = start
-    progress = Progress(logbook, steps, settings, first_epoch * steps + first_step)
+    progress = Progress(logbook, steps, settings, first_epoch * steps + first_step, LostInARow(optimizer))
     window = Window()
     for epoch in range(first_epoch, settings.max_epoch):
         model.train()
@@ -203,6 +201,7 @@ def train(
         asked = time.perf_counter()
         for step, batch in enumerate(loader, start=begin):
             progress.fetched(time.perf_counter() - asked, len(batch) * world.size)
+            beat(f"epoch {epoch + 1}, step {step + 1}")
             lr = settings.lr(epoch + step / steps)
             set_lr(optimizer, lr)
             seed_draws(settings.seed, epoch * steps + step, world.rank)
@@ -211,6 +210,7 @@ def train(
             if progress.is_due:
                 progress.write(epoch, step, lr, window, device)
             after_step(epoch, step + 1)
+            beat(f"epoch {epoch + 1}, waiting for data after step {step + 1}")
             asked = time.perf_counter()
         stopped = time.perf_counter()
         after_epoch(epoch)

@@ -17,11 +17,13 @@ from maskfeat.evaluate import validate
 from maskfeat.flops import multiply_adds
 from maskfeat.logbook import Logbook, read_json_stats
 from maskfeat.objectives.base import Objective
-from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, share_buffers
+from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, shard, share_buffers
 from maskfeat.preemption import Preempted, StopRequest
+from maskfeat.recipe import compare, describe, recipe_of, step_of
 from maskfeat.resume import TrainingState, find_start
 from maskfeat.saver import Saver
 from maskfeat.schedule import lr_at_epoch
+from maskfeat.sharding import gathered_copy
 from maskfeat.step_hooks import WeightAverage, protect_statistics
 from maskfeat.train import Settings, train
 from maskfeat.watch import Watch
@@ -52,37 +54,50 @@ def _is_due(cfg: CfgNode, objective: Objective, epoch: int) -> bool:
     return (epoch + 1) % period == 0 or (epoch + 1 == last and (objective.classifies or period <= last))
 
 
-def _announce(cfg: CfgNode, objective: Objective, device: torch.device, world: World) -> None:
+def _announce(cfg: CfgNode, given: Given, objective: Objective, device: torch.device, world: World, steps: int) -> None:
     count = sum(p.numel() for p in objective.parameters())
-    views = cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1
-    batch = cfg.TRAIN.BATCH_SIZE * views * (world.size // world.local_size)
     if cfg.LOG_MODEL_INFO:
         with torch.device("meta"):
             twin = build_backbone(cfg)
         logger.info("%.3g G multiply-adds a view in the backbone", multiply_adds(twin) / 1e9)
     logger.info(
-        "%s, %.2f M parameters, on %d x %s, %s precision; %d samples a step",
+        "%s, %.2f M parameters, on %d x %s, %s precision",
         type(objective).__name__,
         count / 1e6,
         world.size,
         torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         {"off": "fp32"}.get(precision_of(cfg), precision_of(cfg)),
-        batch,
     )
+    step, recipe = step_of(cfg, world.local_size), recipe_of(given.path)
+    differences = () if recipe is None else compare(cfg, step, recipe, Path(given.path).name)
+    for line in (describe(cfg, step, steps), *differences):
+        logger.info(line)
 
 
-def training_state(cfg: CfgNode, device: torch.device, objective: Objective | None = None) -> TrainingState:
+def training_state(
+    cfg: CfgNode, device: torch.device, objective: Objective | None = None, world: World | None = None
+) -> TrainingState:
     """What a run trains, on its device: `objective`, which has its weights already, or a fresh one."""
-    objective = (objective or build_objective(cfg)).to(device)
+    objective = objective or build_objective(cfg)
+    if cfg.TRAIN.PARALLEL == "fsdp":  # before the optimizer, whose parameters are the pieces
+        _transform(cfg, objective, device)
+        shard(objective, world or World(), device)
+    else:
+        objective.to(device)
     optimizer = build_optimizer(cfg, objective)
     scaler = torch.amp.GradScaler(device.type, enabled=precision_of(cfg) == "fp16")
     protect_statistics(objective, optimizer)
     average = WeightAverage(objective, optimizer, cfg.TRAIN.EMA) if cfg.TRAIN.EMA else None
+    if cfg.TRAIN.PARALLEL != "fsdp":  # after the average, which copies the objective
+        _transform(cfg, objective, device)
+    return TrainingState(objective, optimizer, scaler, average)
+
+
+def _transform(cfg: CfgNode, objective: Objective, device: torch.device) -> None:
     if cfg.MODEL.ACT_CHECKPOINT:
         checkpoint_activations(objective, light=cfg.MODEL.ACT_CHECKPOINT == "light")
     if cfg.TRAIN.COMPILE:
         compile_parts(objective, device)
-    return TrainingState(objective, optimizer, scaler, average)
 
 
 def settings_of(cfg: CfgNode) -> Settings:
@@ -96,11 +111,14 @@ def settings_of(cfg: CfgNode) -> Settings:
         precision=precision_of(cfg),
         micro_batch=cfg.TRAIN.MICRO_BATCH_SIZE,
         log_period=cfg.LOG_PERIOD,
+        max_skipped=cfg.TRAIN.MAX_SKIPPED_STEPS,
     )
 
 
-def _trained(training: TrainingState) -> dict[str, Objective]:
+def _trained(cfg: CfgNode, training: TrainingState, device: torch.device) -> dict[str, Objective]:
     """What is evaluated, the same on every rank: "" = the weights, "ema" = their average, where there is one."""
+    if cfg.TRAIN.PARALLEL == "fsdp":
+        return {"": gathered_copy(training.objective, build_objective(cfg).to(device))}
     average = {} if training.average is None else {"ema": training.average.objective}
     objectives = {"": training.objective, **average}
     for objective in objectives.values():
@@ -136,7 +154,8 @@ class _Checks:
         Raises:
             Preempted: once it is saved.
         """
-        self._watch.beat(f"epoch {epoch + 1}, after step {step}")
+        self._watch.beat(f"epoch {epoch + 1}, done with step {step}")
+        self._saver.look_after()
         stops, is_due = self._agreement.exchange(bool(self._stop), self._saver.is_due)
         if stops or is_due:
             # At the end of an epoch this says that its checkpoint and validation are still to be made.
@@ -165,25 +184,25 @@ def run_training(
     """
     seed_draws(cfg.RNG_SEED)
     objective = build_objective(cfg)
-    _announce(cfg, objective, device, world)
     loader = build_loader(cfg, "train", world, device=device)
+    _announce(cfg, given, objective, device, world, len(loader))
     max_epoch = cfg.SOLVER.MAX_EPOCH
     due = [epoch for epoch in range(max_epoch) if _is_due(cfg, objective, epoch)]
     val_loader = build_loader(cfg, "val", world, device=device) if due else None
     start = find_start(cfg)
     start.load_weights(cfg, objective)
-    training = training_state(cfg, device, objective)
+    training = training_state(cfg, device, objective, world)
     samples_per_step = loader.batch_size * world.size
     position = start.restore(training, len(loader), samples_per_step)
     if world.is_main:
         # Not earlier: a run that is refused leaves the folder of another one as it was.
         save_config(given.path, given.opts, cfg, cfg.OUTPUT_DIR)
     model = distribute(objective, world, static=not cfg.TRAIN.MICRO_BATCH_SIZE)
-    saver = Saver(cfg, training, samples_per_step, position)
+    saver = Saver(cfg, training, world, samples_per_step, position)
 
     def validates(epoch: int) -> None:
         assert val_loader is not None
-        _validate(cfg, _trained(training), val_loader, device, logbook, epoch, watch)
+        _validate(cfg, _trained(cfg, training, device), val_loader, device, logbook, epoch, watch)
 
     checks = _Checks(cfg, saver, watch, stop, len(loader), due, validates)
     if not position.step and start.is_of(cfg) and position.epochs - 1 in due and not _validated(cfg, position.epochs):
@@ -201,10 +220,11 @@ def run_training(
         device=device,
         world=world,
         logbook=logbook,
+        beat=watch.beat,
         after_step=checks.after_step,
         after_epoch=checks.after_epoch,
     )
-    return _trained(training)
+    return _trained(cfg, training, device)
 
 
 def _validated(cfg: CfgNode, epochs: int) -> bool:

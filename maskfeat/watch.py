@@ -21,7 +21,7 @@ from typing import Any
 
 from torch.distributed import Store
 
-from maskfeat.distributed import World
+from maskfeat.distributed import World, gather_from_ranks
 from maskfeat.preemption import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,6 @@ class _Peer:
     heard: float  # when its last beat came in, by this process's clock
     moved: float  # when its work was last known to proceed
     beat: dict[str, Any]
-
-
-def _stack(thread: int) -> list[str]:
-    """Where a thread of this process is, outermost first."""
-    frame = sys._current_frames().get(thread)
-    frames = traceback.extract_stack(frame)[-_FRAMES:] if frame is not None else []
-    return [f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in frames]
 
 
 class Watch:
@@ -65,6 +58,7 @@ class Watch:
         self._world, self._store, self._patience, self._stop = world, store, patience, stop
         self._interval = max(interval, world.size / 100)
         self._main = threading.get_ident()
+        self._who = gather_from_ranks(f"{socket.gethostname()}, process {os.getpid()}")
         self._doing, self._steps, self._since = "starting", 0, time.monotonic()
         self._peers: dict[int, _Peer] = {}
         self._answered = time.monotonic()  # the store
@@ -107,20 +101,18 @@ class Watch:
             number += 1
             beat = {
                 "number": number,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
                 "steps": self._steps,
                 "doing": self._doing,
                 "idle": time.monotonic() - self._newest(),
                 "stop": self._stop.reason,
-                "stack": _stack(self._main),
+                "stack": self._stack(),
             }
             try:
                 self._store.set(f"beat {self._world.rank}", json.dumps(beat))  # type: ignore[union-attr]
                 self._read(range(self._world.size) if self._world.is_main else (0,))
-            except Exception as error:  # whatever it raises when its host is gone
+            except Exception as error:  # whatever it raises when its host is gone, which does not come back
                 logger.debug("no answer from the store: %s", error)
-                continue
+                return
             self._answered = time.monotonic()
 
     def _read(self, ranks: Sequence[int]) -> None:
@@ -153,9 +145,9 @@ class Watch:
         """Which process, and what was last heard of it."""
         peer = self._peers.get(rank)
         if peer is None:
-            return f"rank {rank} (never heard)"
-        beat, silence = peer.beat, time.monotonic() - peer.heard
-        return f"rank {rank} ({beat['host']}, process {beat['pid']}; silent for {silence:.0f} s, last {beat['doing']})"
+            return f"rank {rank} ({self._who[rank]}; never heard)"
+        silence = time.monotonic() - peer.heard
+        return f"rank {rank} ({self._who[rank]}; silent for {silence:.0f} s, last {peer.beat['doing']})"
 
     def _guard(self) -> None:
         """Ends the process, or reports it where it is alone, once nothing has proceeded for too long."""
@@ -173,7 +165,8 @@ class Watch:
                 continue
             if self._world.size == 1:
                 reported = self._steps
-                logger.warning("no progress for %.0f s, %s (HANG_MINUTES); %s", stuck, self._doing, self._own_stack())
+                where = "\n  ".join(self._stack())
+                logger.warning("no progress for %.0f s, %s (HANG_MINUTES); at\n  %s", stuck, self._doing, where)
                 continue
             silent = self._silent(SILENT)
             reporter = min(set(range(self._world.size)) - set(silent))
@@ -184,11 +177,14 @@ class Watch:
                 faulthandler.dump_traceback(all_threads=True)
             os._exit(1)
 
-    def _own_stack(self) -> str:
-        return "its stack:\n  " + "\n  ".join(_stack(self._main))
+    def _stack(self) -> list[str]:
+        """Where this process's work is, outermost first."""
+        frame = sys._current_frames().get(self._main)
+        frames = traceback.extract_stack(frame)[-_FRAMES:] if frame is not None else []
+        return [f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in frames]
 
     def _report(self, stuck: float, silent: list[int]) -> str:
-        """Who holds the others up."""
+        """Who holds the others up, and where everybody is."""
         steps = {rank: peer.beat["steps"] for rank, peer in self._peers.items()} | {self._world.rank: self._steps}
         behind = [rank for rank in sorted(steps) if steps[rank] < max(steps.values())]
         lines = [f"HANG: no progress for {stuck:.0f} s, {self._doing} (HANG_MINUTES {self._patience / 60:g})"]
@@ -199,7 +195,9 @@ class Watch:
             lines += ["behind the others: this process"] if self._world.rank in behind else []
         else:
             lines.append("no process is silent or behind: they wait for one another, or for the network")
-        for rank in silent or behind:
-            if rank in self._peers:
-                lines.append(f"stack of rank {rank}:\n  " + "\n  ".join(self._peers[rank].beat["stack"]))
-        return "\n".join([*lines, f"this is rank {self._world.rank}; {self._own_stack()}"])
+        stacks = {rank: peer.beat["stack"] for rank, peer in self._peers.items()} | {self._world.rank: self._stack()}
+        alike: dict[str, list[int]] = {}
+        for rank in sorted(stacks):
+            alike.setdefault("\n  ".join(stacks[rank]), []).append(rank)
+        lines += [f"stack of rank {', '.join(map(str, ranks))}:\n  {stack}" for stack, ranks in alike.items()]
+        return "\n".join([*lines, f"this is rank {self._world.rank}"])

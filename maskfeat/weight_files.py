@@ -13,41 +13,69 @@ from urllib.error import URLError
 from zipfile import BadZipFile
 
 import torch
-import yaml
-from iopath.common.file_io import HTTPURLHandler, PathManagerFactory
 from torch import Tensor
+from torch.hub import HASH_REGEX
 from torchvision.models import get_weight
+
+from maskfeat.config.yaml_io import parse_entries
+from maskfeat.download import fetch, is_address
+from maskfeat.local_files import NotReadable, open_regular_file
+from maskfeat.weight_scan import Refused, scan
 
 # What training scripts save beside the parameters: the options of the run. They hold values and run nothing. PyTorch
 # fills no dict of a class of its own, so that yacs configs become plain ones.
 _OPTIONS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 _TORCHVISION = re.compile(r"\w+_Weights\.\w+")
 
-_paths = PathManagerFactory.get("maskfeat")
-_paths.register_handler(HTTPURLHandler(), allow_override=True)
 
-
-def _torchvision_weights(name: str) -> dict[str, Any]:
-    """torchvision's weights by name, from its cache (TORCH_HOME) or, checked against their hash, its server."""
+def _torchvision_file(name: str) -> Path:
+    """torchvision's weights by name, in its cache (TORCH_HOME) or, checked against their hash, from its server."""
     try:
-        weights = get_weight(name)
+        url = get_weight(name).url
     except (ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"torchvision knows no weights {name}: see TRAIN.CHECKPOINT_FILE_PATH") from error
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu", weights_only=True)
-    except URLError as error:
-        raise ValueError(f"{name} could not be fetched from {weights.url}: {error.reason}") from error
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        promised = HASH_REGEX.search(path.name)
+        try:
+            torch.hub.download_url_to_file(url, str(path), promised and promised.group(1), progress=False)
+        except URLError as error:
+            raise ValueError(f"{name} could not be fetched from {url}: {error.reason}") from error
+    return path
 
 
-def _load(given: str) -> Any:
+def _local_file(given: str) -> Path:
     if _TORCHVISION.fullmatch(given) and not Path(given).exists():
-        return _torchvision_weights(given)
-    with torch.serialization.safe_globals(_OPTIONS):
-        return torch.load(_paths.get_local_path(given), map_location="cpu", weights_only=True)
+        return _torchvision_file(given)
+    return fetch(given) if is_address(given) else Path(given)
+
+
+def _load(path: Path) -> Any:
+    with open_regular_file(path) as file, torch.serialization.safe_globals(_OPTIONS):
+        if path.suffix == ".safetensors":
+            return _load_safetensors(path)
+        scan(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+
+
+def _load_safetensors(path: Path) -> Any:
+    """A file of tensors alone, whose reader compares all sizes with the file."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise Refused("it takes the package safetensors to read it") from error
+    try:
+        return load_file(path, device="cpu")
+    except SafetensorError as error:
+        raise Refused(str(error)) from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a file on the CPU, never running what it contains.
+
+    What a file claims is compared with what it has before anything is allocated for it, see `weight_scan`.
 
     Args:
         path: of a file here, an http(s) address, or torchvision's name of weights: ResNet50_Weights.IMAGENET1K_V1.
@@ -56,11 +84,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: where it is missing, damaged, or holds more than tensors and plain values.
     """
     given = str(path)
+    local = _local_file(given)
     try:
-        content = _load(given)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no checkpoint at {given}: see TRAIN.CHECKPOINT_FILE_PATH") from error
-    except pickle.UnpicklingError as error:
+        content = _load(local)
+    except NotReadable as error:
+        if not local.exists():
+            raise ValueError(f"there is no checkpoint at {given}: see TRAIN.CHECKPOINT_FILE_PATH") from error
+        raise ValueError(f"{given} is not a readable checkpoint: {error}") from error
+    except (pickle.UnpicklingError, Refused) as error:
         raise ValueError(
             f"{given} is damaged or holds more than tensors and plain values, and is not loaded: {error}"
         ) from error
@@ -94,8 +125,8 @@ def model_state(content: Mapping[str, Any], key: str | None = None) -> Mapping[s
 def trained_model(content: Mapping[str, Any]) -> str | None:
     """MODEL.MODEL_NAME of the run that wrote a checkpoint; None where the file does not say."""
     try:
-        cfg = yaml.safe_load(content["cfg"]) if isinstance(content.get("cfg"), str) else None
-    except yaml.YAMLError:
+        entries = parse_entries(content["cfg"], Path("cfg")) if isinstance(content.get("cfg"), str) else {}
+    except ValueError:
         return None
-    model = cfg.get("MODEL") if isinstance(cfg, Mapping) else None
-    return model.get("MODEL_NAME") if isinstance(model, Mapping) else None
+    name = entries["MODEL.MODEL_NAME"].value if "MODEL.MODEL_NAME" in entries else None
+    return name if isinstance(name, str) else None

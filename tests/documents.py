@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "INSTALL.md", "GETTING_STARTED.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/PERFORMANCE.md")
+DOCUMENTS = (
+    "README.md",
+    "INSTALL.md",
+    "GETTING_STARTED.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "docs/PERFORMANCE.md",
+)
 
 _FENCE = re.compile(r"(?:<!-- test: (?P<mark>\w+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 

@@ -8,8 +8,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in
   -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
-  --quick) select=(-m "not slow") ;;
-  "") select=() ;;
+  --quick) tier="not slow" ;;
+  "") tier="slow or not slow" ;;
   *) echo "test.sh: unknown option $1 (see --help)" >&2; exit 2 ;;
 esac
 . tools/venv.sh
@@ -18,6 +18,11 @@ echo "== lint"
 "$venv/bin/ruff" format --check .
 echo "== types"
 "$venv/bin/mypy"
-echo "== tests"
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-"$venv/bin/python" -m pytest -q --durations=15 "${select[@]}"
+failed=0
+echo "== tests, two at a time"
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q --durations=15 -n 2 --dist worksteal \
+  -m "($tier) and not (full_size or alone)" || failed=1
+echo "== tests that take every core, or a clock"
+"$venv/bin/python" -m pytest -q --durations=5 -m "($tier) and (full_size or alone)" || failed=1
+exit "$failed"

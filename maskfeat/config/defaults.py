@@ -58,11 +58,15 @@ def _train(cfg: CfgNode) -> None:
     cfg.TRAIN.MICRO_BATCH_SIZE = 0  # ours: samples per process and forward pass; 0 = all at once
     cfg.TRAIN.MIXED_PRECISION = False  # False ("off") | True ("fp16") | "bf16" | "fp16"
     cfg.TRAIN.COMPILE = False  # ours: torch.compile each block and the HOG targets; needs a C++ compiler
+    cfg.TRAIN.PARALLEL = "ddp"  # ours: every process holds the whole model | "fsdp": a piece of it, with adamw
     cfg.TRAIN.EMA = 0.0  # ours: decay per step, 0 .. 1, of an average of the weights, evaluated beside them; 0 = none
+    # ours: steps in a row without a finite gradient (each is skipped) that stop the run; fp16 may begin with 16
+    cfg.TRAIN.MAX_SKIPPED_STEPS = 20
     cfg.TRAIN.EVAL_PERIOD = 10  # epochs between two validations; 0 = never
     cfg.TRAIN.CHECKPOINT_PERIOD = 10  # epochs between two checkpoints
     cfg.TRAIN.CHECKPOINT_MINUTES = 30.0  # ours: minutes between two checkpoints, within epochs; 0 = only at their ends
     cfg.TRAIN.KEEP_CHECKPOINTS = 0  # ours: newest checkpoints kept; 0 = those of ends of epochs all, within epochs two
+    cfg.TRAIN.CHECKPOINT_FORMAT = "gathered"  # ours: one file | "sharded": a folder, each process writes its piece
     cfg.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint in OUTPUT_DIR
     cfg.TRAIN.CHECKPOINT_FILE_PATH = ""  # weights to start from
     cfg.TRAIN.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"

@@ -13,6 +13,8 @@ _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
 CHOICES: dict[str, tuple[object, ...]] = {
     "DIST_BACKEND": ("nccl", "gloo"),
     "DATA_LOADER.IMAGE_BACKEND": ("pil", "torchvision"),
+    "TRAIN.PARALLEL": ("ddp", "fsdp"),
+    "TRAIN.CHECKPOINT_FORMAT": ("gathered", "sharded"),
     "TRAIN.CHECKPOINT_TYPE": ("pytorch",),
     "TEST.CHECKPOINT_TYPE": ("pytorch",),
     "TEST.NUM_SPATIAL_CROPS": (1, 3),
@@ -66,7 +68,7 @@ _POSITIVE_OR_NONE = Range("above 0 (None = no clipping)", lambda v: v > 0)
 
 RANGES: dict[str, Range] = {
     **dict.fromkeys(("RNG_SEED", "NUM_GPUS", "SHARD_ID", "DATA_LOADER.NUM_WORKERS"), _AT_LEAST_0),
-    **dict.fromkeys(("NUM_SHARDS", "LOG_PERIOD"), _AT_LEAST_1),
+    **dict.fromkeys(("NUM_SHARDS", "LOG_PERIOD", "TRAIN.MAX_SKIPPED_STEPS"), _AT_LEAST_1),
     **dict.fromkeys(("TRAIN.EVAL_PERIOD", "TRAIN.MICRO_BATCH_SIZE", "DATA.TEST_SHORT_SIDE"), _AT_LEAST_0),
     **dict.fromkeys(("HANG_MINUTES", "TRAIN.CHECKPOINT_MINUTES", "TRAIN.KEEP_CHECKPOINTS"), _AT_LEAST_0),
     "TRAIN.EMA": _BELOW_1,

@@ -92,6 +92,7 @@ def _lists(cfg: CfgNode) -> Iterator[str]:
 
 def _combinations(cfg: CfgNode) -> Iterator[str]:
     yield from _processes(cfg)
+    yield from _sharding(cfg)
     yield from _datasets(cfg)
     yield from _views(cfg)
     if _is_resnet(cfg):
@@ -114,6 +115,30 @@ def _processes(cfg: CfgNode) -> Iterator[str]:
                 f"{section}.BATCH_SIZE (per machine) must be a multiple of NUM_GPUS; given {size} for "
                 f"{processes} GPUs; set {section}.BATCH_SIZE or NUM_GPUS"
             )
+
+
+def _sharding(cfg: CfgNode) -> Iterator[str]:
+    """What goes with parameters in pieces."""
+    train, method = cfg.TRAIN, cfg.SOLVER.OPTIMIZING_METHOD
+    if not train.ENABLE:
+        return
+    if train.PARALLEL != "fsdp":
+        if train.CHECKPOINT_FORMAT == "sharded":
+            yield (
+                "TRAIN.CHECKPOINT_FORMAT must be 'gathered' where TRAIN.PARALLEL is not 'fsdp' (nothing is in pieces); "
+                "given 'sharded'"
+            )
+        return
+    if method != "adamw":
+        yield (
+            "SOLVER.OPTIMIZING_METHOD must be 'adamw' where TRAIN.PARALLEL is 'fsdp' (PyTorch has no fused kernel of "
+            f"other methods for parameters in pieces); given {method!r}"
+        )
+    if train.EMA:
+        yield (
+            "TRAIN.EMA must be 0 where TRAIN.PARALLEL is 'fsdp' (the average would be whole on every GPU); "
+            f"given {train.EMA:g}"
+        )
 
 
 def _datasets(cfg: CfgNode) -> Iterator[str]:

@@ -18,12 +18,17 @@ CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
 """The project's own recipes: any YAML may build on them, and their inert keys are not warned about."""
 
 MAX_BYTES = 1_000_000
-MAX_EVENTS = 50_000
+MAX_EVENTS = 10_000
 MAX_ALIASES = 100
 MAX_DEPTH = 20
 MAX_BASES = 10
+MAX_SCALAR = 4096
+"""Characters of a single value."""
+MAX_NUMBER = 64
+"""Characters of a number: YAML reads 1:1:1:... to the base of 60, in time that grows with its square."""
 
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
+_NUMBERS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float")}
 _NAMES = {"tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}  # a date, or "=": text in a config
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -70,7 +75,7 @@ def read_chain(path: Path) -> list[dict[str, Entry]]:
     while current is not None:
         if current in seen:
             names = " -> ".join(p.name for p in [*seen, current])
-            raise ValueError(f"{BASE_KEY} is a cycle: {names}; remove it from one of these files")
+            raise ValueError(f"{path}: {BASE_KEY} is a cycle: {names}; remove it from one of these files")
         if len(seen) > MAX_BASES:
             raise ValueError(f"{path}: more than {MAX_BASES} files in the {BASE_KEY} chain")
         seen.append(current)
@@ -88,7 +93,10 @@ def _base_path(base: Entry, file: Path, roots: tuple[Path, ...]) -> Path:
     )
     if not isinstance(base.value, str) or not base.value or "://" in base.value:
         raise ValueError(f"{rule}; given {base.value!r}")
-    found = (file.parent / base.value).resolve()
+    try:
+        found = (file.parent / base.value).resolve()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{rule}; given {base.value[:200]!r}") from error
     if not any(found.is_relative_to(root) for root in roots):
         raise ValueError(f"{rule}; given {base.value!r}, which lies outside")
     if not found.is_file():
@@ -106,18 +114,24 @@ def read_entries(path: Path) -> dict[str, Entry]:
     """
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist (or is not a file); --cfg names a YAML file")
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"config file {path} has {size} bytes; a config has {MAX_BYTES} at most")
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"config file {path} is not UTF-8 text: {error}") from error
+    return parse_entries(text, path)
+
+
+def parse_entries(text: str, path: Path) -> dict[str, Entry]:
+    """What `read_entries` gives, of YAML text that stands in `path`."""
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"config file {path} has more than {MAX_BYTES} characters; it is no config")
     try:
         _check_size(text, path)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"config file {path} is not valid YAML: {error}") from error
+        raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
@@ -133,6 +147,8 @@ def _check_size(text: str, path: Path) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         aliases += isinstance(event, yaml.AliasEvent)
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR:
+            raise ValueError(f"config file {path} is too large: a value has at most {MAX_SCALAR} characters")
         if depth > MAX_DEPTH or aliases > MAX_ALIASES or count > MAX_EVENTS:
             raise ValueError(
                 f"config file {path} is too large: at most {MAX_EVENTS} values, {MAX_ALIASES} aliases and "
@@ -210,6 +226,8 @@ class _Reader:
         if isinstance(node, yaml.ScalarNode):
             if node.tag in _NAMES:
                 return str(node.value)
+            if node.tag in _NUMBERS and len(node.value) > MAX_NUMBER:
+                raise ValueError(f"{self.where(node)}: a number has {MAX_NUMBER} characters at most")
             if node.tag in _PLAIN:
                 try:
                     return self.scalars.construct_object(node)

@@ -5,12 +5,12 @@ import contextlib
 import json
 import logging
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from maskfeat import local_files
 from maskfeat.batch import BadSample
 
 try:
@@ -44,27 +44,15 @@ class TooManyBadSamples(RuntimeError):
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a local, regular, non-empty file for reading.
-
-    Pipes and devices are refused (a worker would hang on them), and nothing but the file system is asked, so
-    that a name that looks like a URL is only a file that does not exist.
+    """Opens a sample's file, which must be a local, regular, non-empty one, see `local_files`.
 
     Raises:
         UnreadableSample: the file is missing, empty, not regular, or may not be read.
     """
     try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise UnreadableSample(path, "is a folder, not a file")
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableSample(path, "not a regular file")
-        if status.st_size == 0:
-            raise UnreadableSample(path, "the file is empty")
-        return open(path, "rb")
-    except FileNotFoundError:
-        raise UnreadableSample(path, "no such file") from None
-    except OSError as error:
-        raise UnreadableSample(path, f"cannot be opened: {error.strerror or error}") from error
+        return local_files.open_regular_file(path)
+    except local_files.NotReadable as error:
+        raise UnreadableSample(path, str(error)) from error
 
 
 class naming_sample:

@@ -35,6 +35,8 @@ DECODERS = ("h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav
 MAX_SIDE = 8192
 MAX_PIXELS = 8192 * 4352
 """Of one frame: 8K. Checked by the decoder as well, before it allocates."""
+MAX_BITS = MAX_PIXELS * 12
+"""Of one frame as it is coded: 8K in 4:2:0 of 8 bits. A stream may have a decoder keep 16 of them and more."""
 MAX_BYTES = 1 << 30
 """Of the frames that one call returns."""
 
@@ -130,6 +132,12 @@ class Video:
         """The place of the video stream among all streams of the file."""
         return int(self._stream.index)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no stream but sound and timing is beside it: a reader without lists would decode others too."""
+        others = [s for s in self._container.streams if s.index != self._stream.index]
+        return all(s.type in ("audio", "data") for s in others)
+
     def seconds(self, numbers: Sequence[int]) -> list[float] | None:
         """When these frames are shown, as the container counts; None where time stamps do not tell frames apart."""
         times = self._packets.times
@@ -166,15 +174,18 @@ class Video:
         if context is None or context.name not in DECODERS:
             name = "unknown" if context is None else context.name
             raise UnreadableSample(self.path, f"codec {name} is not one of {', '.join(DECODERS)}")
-        self._check_size(context.width, context.height)
+        self._check_size(context)
         context.options = {"max_pixels": str(MAX_PIXELS)}
         context.thread_count = self._threads
         context.thread_type = "SLICE" if self._threads == 1 else "AUTO"
         return stream
 
-    def _check_size(self, width: int, height: int) -> None:
-        if width > MAX_SIDE or height > MAX_SIDE or width * height > MAX_PIXELS:
-            raise UnreadableSample(self.path, f"frames of {width}x{height} are too large")
+    def _check_size(self, coded: Any) -> None:
+        """Of a frame, or of the decoder's context before there is one."""
+        width, height = coded.width, coded.height
+        bits = coded.format.padded_bits_per_pixel if coded.format is not None else 12
+        if width > MAX_SIDE or height > MAX_SIDE or width * height > MAX_PIXELS or width * height * bits > MAX_BITS:
+            raise UnreadableSample(self.path, f"frames of {width}x{height} are too large ({bits} bits a pixel)")
 
     def _scan(self) -> PacketTimes:
         packets = PacketTimes()
@@ -261,6 +272,7 @@ class Video:
         target: int | None = next(pending)
         previous: Any = None
         for count, frame in enumerate(self._decode(wanted if skip else None)):
+            self._check_size(frame)  # it may change in the middle of a stream
             number = self._packets.number(frame.pts)
             if number is None:
                 number = count
@@ -287,7 +299,6 @@ class Video:
         return images
 
     def _to_rgb(self, frame: Any, wanted: list[int], images: dict[int, np.ndarray]) -> np.ndarray:
-        self._check_size(frame.width, frame.height)
         if frame.width * frame.height * 3 * len(wanted) > MAX_BYTES:
             raise UnreadableSample(self.path, f"{len(wanted)} frames of {frame.width}x{frame.height} are too large")
         try:

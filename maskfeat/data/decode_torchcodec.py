@@ -5,6 +5,7 @@ file is opened and scanned by `decode` first, so that its allow-lists, sizes and
 torchcodec only where
 
 - it is an MP4 or Matroska file by its first bytes, so that no other FFmpeg can take it for a playlist;
+- it holds no other pictures, subtitles or attachments, for which torchcodec has no list of decoders;
 - its time stamps are distinct, and torchcodec counts the same frames;
 - every frame comes out with the time stamp of its number.
 
@@ -61,7 +62,12 @@ def _by_torchcodec(video: Video, indices: Sequence[int], threads: int) -> np.nda
     numbers = np.clip(np.asarray(indices, dtype=np.int64), 0, info.frames - 1)
     distinct, places = np.unique(numbers, return_inverse=True)
     times = video.seconds(distinct.tolist())
-    if times is None or not _is_plain(video.path) or info.width * info.height * 3 * len(distinct) > MAX_BYTES:
+    if (
+        times is None
+        or not video.is_alone
+        or not _is_plain(video.path)
+        or info.width * info.height * 3 * len(distinct) > MAX_BYTES
+    ):
         return None
     # RuntimeError and ValueError: what torchcodec raises on damage; what is to be shown then, PyAV's side knows.
     with open_regular_file(video.path) as file, contextlib.suppress(RuntimeError, ValueError, IndexError):

@@ -28,6 +28,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 80_000_000
 """Of one image; below Pillow's own limit (89 million), so that nothing larger is ever decoded."""
+MAX_SCANS = 100
+"""Of a JPEG file; progressive ones have 10 or so. Each is a pass over the whole picture, and may take 12 bytes."""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -95,11 +97,11 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Imag
     """A picture whose header alone has been read, and its file; what goes wrong inside is an UnreadableSample."""
     with open_regular_file(path) as file:
         try:
+            _check_webp(path, file)
             with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UnreadableSample(
-                        path, f"{image.width}x{image.height} pixels, more than {MAX_PIXELS / 1e6:.0f} million"
-                    )
+                _check_size(path, image.width, image.height)
+                if image.format != "PNG" and image.format != "WEBP":
+                    _check_scans(path, file)
                 yield file, image
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise UnreadableSample(path, f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from error
@@ -110,6 +112,29 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Imag
         # What Pillow's parsers raise on damaged files.
         except (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error) as error:
             raise UnreadableSample(path, f"damaged picture ({error})") from error
+
+
+def _check_size(path: str | os.PathLike[str], width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UnreadableSample(path, f"{width}x{height} pixels, more than {MAX_PIXELS / 1e6:.0f} million")
+
+
+def _check_webp(path: str | os.PathLike[str], file: BinaryIO) -> None:
+    """The canvas of an animation, which Pillow allocates before it tells its size."""
+    start = file.read(30)
+    file.seek(0)
+    if start[:4] == b"RIFF" and start[8:16] == b"WEBPVP8X":
+        _check_size(path, *(1 + int.from_bytes(start[place : place + 3], "little") for place in (24, 27)))
+
+
+def _check_scans(path: str | os.PathLike[str], file: BinaryIO) -> None:
+    place = file.tell()
+    file.seek(0)
+    # In the data of a scan, no 0xff stands before 0xda; in the blocks before it, a few at most do.
+    scans = sum(block.count(b"\xff\xda") for block in iter(lambda: file.read(1 << 22), b""))
+    file.seek(place)
+    if scans > MAX_SCANS:
+        raise UnreadableSample(path, f"more than {MAX_SCANS} passes over the picture")
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -159,8 +184,11 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip at 255 instead of scaling
-        grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray((np.clip(grey, 0, 65535) // 257).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)
+        grey = np.empty(values.shape, np.uint8)
+        for top in range(0, len(values), 256):  # in strips: of a large picture, whole copies would fill the memory
+            grey[top : top + 256] = np.clip(values[top : top + 256], 0, 65535) // 257
+        return Image.fromarray(grey).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,8 +1,8 @@
 """Videos listed in a csv file, as clips."""
 
+import io
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,12 @@ from maskfeat.data.samples import DrawHidden, Sample, draw_mask, first_readable
 from maskfeat.data.sampling import clip_length, clip_span, frame_indices
 from maskfeat.data.seeding import SPAN_STREAM, sample_generator, seeded
 from maskfeat.data.transforms import ClipTransform
+from maskfeat.local_files import NotReadable, open_regular_file
 
 VideoList = list[tuple[str, int]]
+
+MAX_LINE = 16_384
+"""Characters of a line: Linux' longest path has 4,096 bytes."""
 
 MODES = ("train", "val", "test")
 
@@ -38,25 +42,32 @@ def read_video_list(csv_path: str | os.PathLike[str], separator: str = " ", pref
         ValueError: no such list, no line in it, a line that does not parse, or a path that is a URL or
         leaves `prefix`.
     """
-    csv_path = Path(csv_path)
     if not separator:
         raise ValueError("DATA.PATH_LABEL_SEPARATOR must not be empty")
-    try:
-        text = csv_path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(
-            f"the list of videos {csv_path} cannot be read ({error.strerror}): "
-            "DATA.PATH_TO_DATA_DIR must hold train.csv, val.csv and test.csv"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the list of videos {csv_path} is not UTF-8 text ({error})") from error
     videos: VideoList = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(_lines(csv_path), start=1):
         if line.strip():
             videos.append(_parse(line.strip(), f"{csv_path}, line {number}", separator, prefix))
     if not videos:
         raise ValueError(f"the list of videos {csv_path} is empty: a line is 'path{separator}label'")
     return videos
+
+
+def _lines(csv_path: str | os.PathLike[str]) -> Iterator[str]:
+    """The lines of a list, of which none is longer than a path and a label can be."""
+    try:
+        with io.TextIOWrapper(open_regular_file(csv_path), encoding="utf-8-sig") as file:
+            while line := file.readline(MAX_LINE + 1):
+                if len(line) > MAX_LINE:
+                    raise ValueError(f"the list of videos {csv_path} has a line of more than {MAX_LINE} characters")
+                yield line
+    except NotReadable as error:
+        raise ValueError(
+            f"the list of videos {csv_path} cannot be read ({error}): "
+            "DATA.PATH_TO_DATA_DIR must hold train.csv, val.csv and test.csv"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the list of videos {csv_path} is not UTF-8 text ({error})") from error
 
 
 def _parse(line: str, place: str, separator: str, prefix: str) -> tuple[str, int]:
@@ -75,7 +86,10 @@ def _parse(line: str, place: str, separator: str, prefix: str) -> tuple[str, int
         )
     if not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir:
         raise ValueError(f"{place}: {path!r} leaves DATA.PATH_PREFIX {prefix!r}, which is not allowed")
-    return os.path.join(prefix, path), int(label)
+    if len(label) > 18:
+        raise ValueError(f"{place}: a label of {len(label)} digits")
+    # Without a `..`, which behind a symbolic link would lead somewhere else than it seems to.
+    return os.path.join(prefix, path if os.path.isabs(path) else os.path.normpath(path)), int(label)
 
 
 class VideoClips(Dataset[list[Sample]]):

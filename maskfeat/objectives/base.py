@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from maskfeat.batch import Batch, StepOutput
 from maskfeat.models.base import Backbone
+from maskfeat.sharding import like
 from maskfeat.weights import LoadReport, LoadRules, fit_state
 
 BACKBONE = "backbone."
@@ -73,7 +74,7 @@ class Objective(nn.Module):
         own = self.released_state()
         fitted, report = fit_state(own, state, self.load_rules(state), allow, average)
         inside = {self.released_name(name): name for name in self.state_dict()}
-        self.load_state_dict({inside[name]: value for name, value in fitted.items()}, strict=False)
+        self.load_state_dict({inside[name]: like(value, own[name]) for name, value in fitted.items()}, strict=False)
         return report
 
     def layer_id(self, released_name: str) -> int:
