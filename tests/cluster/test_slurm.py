@@ -76,7 +76,8 @@ def test_srun(
 def test_srun_uneven(cluster: Cluster, image_data: Path, tmp_path: Path) -> None:
     command = [*cluster.srun("-n3"), sys.executable, TOOL, *run(image_data, tmp_path)]
     done = subprocess.run(command, env=ENV, cwd=REPO, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "unevenly" in done.stdout + done.stderr
+    # The first that ends has srun end the others, by SIGTERM: which code is the highest depends on who was faster.
+    assert done.returncode not in (0, 75) and "unevenly" in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 def test_a_batch_script_is_no_task(cluster: Cluster, tmp_path: Path) -> None:
