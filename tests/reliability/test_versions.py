@@ -83,9 +83,11 @@ def losses(name: str, shift: float = 0.0) -> list[float]:
     objective, shape, grid = MODELS[name]()
     with torch.no_grad():
         for salt, (key, parameter) in enumerate(sorted(objective.named_parameters())):
-            if parameter.dim() > 1 and "norm" not in key:
+            if parameter.dim() > 1:
                 fan = parameter[0].numel()
                 parameter.copy_(numbers(parameter.numel(), 100 + salt).reshape(parameter.shape) / fan**0.5)
+            else:  # also biases, which some layers draw
+                parameter.fill_(1.0 if key.endswith("weight") else 0.0)
         next(p for p in objective.parameters() if p.dim() > 1).view(-1)[0] += shift
     groups = parameter_groups(
         ((objective.released_name(n), p) for n, p in objective.named_parameters()),
