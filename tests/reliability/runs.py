@@ -30,21 +30,22 @@ class Process:
     pid: int
     parent: int
     session: int
-    state: str
+    began: int  # in ticks of the kernel
     command: str
 
 
 def processes() -> list[Process]:
-    """All processes of this machine, but for those that have ended and wait to be collected; in the order of pids."""
+    """All processes of this machine, but for those that have ended and wait to be collected; the oldest first."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError):
-            # "pid (name) state ppid pgrp session ...": the name may hold anything.
-            state, parent, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            # "pid (name) state ppid pgrp session ...", see proc(5): the name may hold anything.
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            state, parent, session, began = fields[0], int(fields[1]), int(fields[3]), int(fields[19])
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             if state not in "ZX":
-                found.append(Process(int(folder.name), int(parent), int(session), state, command))
-    return sorted(found, key=lambda process: process.pid)
+                found.append(Process(int(folder.name), parent, session, began, command))
+    return sorted(found, key=lambda process: (process.began, process.pid))
 
 
 def descendants(pid: int) -> Iterator[Process]:
@@ -100,7 +101,7 @@ class Running:
         for process in below:
             if process.parent != self.process.pid and "resource_tracker" not in process.command:
                 self.workers.setdefault(process.parent, []).append(process.pid)
-        self.ranks = sorted(self.workers)
+        self.ranks = [process.pid for process in below if process.pid in self.workers]
         return len(self.ranks) == ranks
 
     def left(self) -> list[Process]:
