@@ -66,47 +66,46 @@ def start(command: Sequence[str], log: Path, **env: str) -> "subprocess.Popen[by
 
 
 class Running:
-    """A run that has made its first steps, with at least one data worker a rank.
+    """A run of two processes that has made its first steps, with at least one data worker each.
 
     Args:
         command: what starts it.
         folder: a new folder for what it says.
-        ranks: how many processes train.
 
     Attributes:
         ranks: process of each rank.
         workers: data workers of each of these processes.
     """
 
-    def __init__(self, command: Sequence[str], folder: Path, ranks: int = 2) -> None:
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
         folder.mkdir(parents=True)
         self.screen = folder / "screen.txt"
         self.ranks: list[int] = []
         self.workers: dict[int, list[int]] = {}
-        self.family: set[int] = set()  # torchrun gives its processes sessions of their own
+        self._family: set[tuple[int, int]] = set()  # torchrun gives its processes sessions of their own
         self.process = start(command, self.screen)
         try:
             wait_until(lambda: "step 3/" in self.said() or self.process.poll() is not None, START, "three steps")
             assert self.process.poll() is None, self.said()
-            wait_until(lambda: self._look(ranks), START, "all processes are there")
+            wait_until(self._look, START, "all processes are there")
         except BaseException:
             self.clean_up()
             raise
 
-    def _look(self, ranks: int) -> bool:
-        """Find the ranks, in their order: those processes that have data workers."""
+    def _look(self) -> bool:
+        """Find the ranks, the oldest first: those processes that have data workers."""
         below = list(descendants(self.process.pid))
-        self.family = {self.process.pid, *(process.pid for process in below)}
+        self._family.update((one.pid, one.began) for one in below)  # numbers of processes are used again
         self.workers = {}
-        for process in below:
-            if process.parent != self.process.pid and "resource_tracker" not in process.command:
-                self.workers.setdefault(process.parent, []).append(process.pid)
-        self.ranks = [process.pid for process in below if process.pid in self.workers]
-        return len(self.ranks) == ranks
+        for one in below:
+            if one.parent != self.process.pid and "resource_tracker" not in one.command:
+                self.workers.setdefault(one.parent, []).append(one.pid)
+        self.ranks = [one.pid for one in below if one.pid in self.workers]
+        return len(self.ranks) == 2
 
     def left(self) -> list[Process]:
         """Whoever still runs of it."""
-        return [one for one in processes() if one.session == self.process.pid or one.pid in self.family]
+        return [one for one in processes() if one.session == self.process.pid or (one.pid, one.began) in self._family]
 
     def said(self) -> str:
         return self.screen.read_text(errors="replace")
@@ -120,7 +119,8 @@ class Running:
 
     def clean_up(self) -> None:
         """Kill what is left of it."""
-        self.family.update(process.pid for process in descendants(self.process.pid))
+        if self.process.poll() is None:
+            self._look()
         for one in self.left():
             with suppress(ProcessLookupError):
                 os.kill(one.pid, signal.SIGKILL)
