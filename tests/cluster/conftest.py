@@ -70,7 +70,7 @@ class Cluster:
             time.sleep(0.05)
         return shown
 
-    def ended(self, job: str, log: Path, seconds: float = 300) -> tuple[str, str]:
+    def ended(self, job: str, log: Path, seconds: float = 480) -> tuple[str, str]:
         """Wait for its end: its state and exit code ("0:0")."""
         over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
         shown = self.until(job, lambda shown: shown["JobState"] in over, seconds, log)

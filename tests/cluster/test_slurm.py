@@ -13,13 +13,12 @@ import pytest
 from maskfeat.launch import free_address
 from tests.cluster.conftest import ENV, Cluster
 from tests.reliability.harness import digest, wait_until
-from tests.reliability.runs import processes
+from tests.reliability.runs import ENDLESS, START, TOOL, processes
 from tests.reliability.scale import note
 from tests.small import RECIPES, REPO, VIT_PT, images
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-TOOL = str(REPO / "tools" / "run_net.py")
 RECIPE = ["--cfg", str(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml")]
 EPOCHS = 60
 STEPS = ["SOLVER.MAX_EPOCH", str(EPOCHS), "TRAIN.CHECKPOINT_PERIOD", "1000", "DATA_LOADER.NUM_WORKERS", "1"]
@@ -39,7 +38,7 @@ def undisturbed(image_data: Path, tmp_path_factory: pytest.TempPathFactory) -> s
         subprocess.Popen([sys.executable, TOOL, *both, "--shard_id", str(shard), *run(image_data, output)], env=ENV)
         for shard in range(2)
     ]
-    assert [process.wait(300) for process in started] == [0, 0]
+    assert [process.wait(2 * START) for process in started] == [0, 0]
     return digest(output, "ssl")
 
 
@@ -65,7 +64,7 @@ def test_srun(
     if more[:2] == ("NUM_GPUS", "1"):
         more = ()  # NUM_GPUS 0 of the small recipe: one process a node, on the CPU
     command = [*cluster.srun(f"-n{tasks}"), sys.executable, TOOL, *run(image_data, tmp_path, *more)]
-    done = subprocess.run(command, env=ENV, cwd=REPO, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ENV, cwd=REPO, capture_output=True, text=True, timeout=2 * START)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     processes_in_all = 4 if tasks == 4 or more else 2
@@ -75,7 +74,7 @@ def test_srun(
 
 def test_srun_uneven(cluster: Cluster, image_data: Path, tmp_path: Path) -> None:
     command = [*cluster.srun("-n3"), sys.executable, TOOL, *run(image_data, tmp_path)]
-    done = subprocess.run(command, env=ENV, cwd=REPO, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=ENV, cwd=REPO, capture_output=True, text=True, timeout=2 * START)
     # The first that ends has srun end the others, by SIGTERM: which code is the highest depends on who was faster.
     assert done.returncode not in (0, 75) and "unevenly" in done.stdout + done.stderr, done.stdout + done.stderr
 
@@ -108,6 +107,7 @@ def tasks_of(output: Path) -> dict[int, int]:
     return found
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("victim", [1, 0])
 @pytest.mark.parametrize("spawns", [False, True], ids=["task per process", "task that spawns"])
 def test_a_killed_task_ends_the_job(
@@ -115,12 +115,11 @@ def test_a_killed_task_ends_the_job(
 ) -> None:
     log = tmp_path / "screen"
     more = ("NUM_GPUS", "2", "DIST_BACKEND", "gloo") if spawns else ()
-    endless = ("SOLVER.MAX_EPOCH", "100000", "TRAIN.CHECKPOINT_PERIOD", "100000")
-    command = [*cluster.srun("-n2"), sys.executable, TOOL, *run(image_data, tmp_path / "out", *endless, *more)]
+    command = [*cluster.srun("-n2"), sys.executable, TOOL, *run(image_data, tmp_path / "out", *ENDLESS, *more)]
     with log.open("wb") as file:
         process = subprocess.Popen(command, env=ENV, cwd=REPO, stdout=file, stderr=file)
     try:
-        wait_until(lambda: "epoch 2/" in log.read_text() or process.poll() is not None, 180, "second epoch")
+        wait_until(lambda: "epoch 2/" in log.read_text() or process.poll() is not None, START, "second epoch")
         tasks = tasks_of(tmp_path / "out")
         assert sorted(tasks) == [0, 1], log.read_text()
         os.kill(tasks[victim], signal.SIGKILL)
@@ -141,9 +140,11 @@ def test_a_killed_task_ends_the_job(
 def preempt(cluster: Cluster, job: str, output: Path, log: Path) -> None:
     """Stop a job by a signal in one of its first epochs, and see it queued again."""
     stdout = output / "stdout.log"
-    wait_until(lambda: stdout.is_file() and f"epoch 2/{EPOCHS}  step 1/" in stdout.read_text(), 200, "the second epoch")
+    wait_until(
+        lambda: stdout.is_file() and f"epoch 2/{EPOCHS}  step 1/" in stdout.read_text(), START, "the second epoch"
+    )
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
-    cluster.until(job, lambda shown: shown["Restarts"] == "1", 60, log)
+    cluster.until(job, lambda shown: shown["Restarts"] == "1", START, log)
     # A job that is queued again waits for two minutes; an administrator may begin it at once.
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
 

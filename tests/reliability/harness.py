@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +130,6 @@ def await_partial(output: Path, run: Run, number: int, seconds: float) -> bool:
         there = now
         time.sleep(0.0002)
     return False
-
-
-def descendants(pid: int) -> Iterator[int]:
-    """Processes that were started by a process, directly or not."""
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError):
-            child, parent = int(status.parent.name), int(status.read_text().rsplit(")", 1)[1].split()[1])
-            if parent == pid:
-                yield child
-                yield from descendants(child)
 
 
 def wait_until(condition: Any, seconds: float, what: str) -> None:

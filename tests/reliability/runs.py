@@ -1,4 +1,4 @@
-"""Real runs of tools/run_net.py in a session of their own, so that whoever is left behind can be found."""
+"""Real runs of the program in sessions of their own, and a look at the machine's processes: who is left behind?"""
 
 import os
 import re
@@ -6,22 +6,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.reliability.harness import descendants, wait_until
-from tests.small import RECIPES, REPO, VIT_PT, images
+from tests.reliability.harness import wait_until
+from tests.small import REPO
 
+TOOL = str(REPO / "tools" / "run_net.py")
 PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
+# A run that would take hours, and makes checkpoints at no time that a test could meet.
+ENDLESS = ["SOLVER.MAX_EPOCH", "100000", "TRAIN.CHECKPOINT_PERIOD", "100000"]
 
-def arguments(data: Path, output_dir: Path, *more: str) -> list[str]:
-    """Those of a run of a tiny model that would take hours."""
-    endless = ["SOLVER.MAX_EPOCH", "100000", "TRAIN.CHECKPOINT_PERIOD", "100000", "DATA_LOADER.NUM_WORKERS", "2"]
-    recipe = str(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml")
-    return ["--cfg", recipe, *VIT_PT, *images(data), *endless, "OUTPUT_DIR", str(output_dir), *more]
+START = 240
+"""Seconds that a run may take to its first steps: other tests may have the cores."""
 
 
 @dataclass(frozen=True)
@@ -29,69 +30,78 @@ class Process:
     pid: int
     parent: int
     session: int
-    state: str
+    began: int  # in ticks of the kernel
     command: str
 
 
 def processes() -> list[Process]:
-    """All processes of this machine, but for those that have ended and wait to be collected."""
+    """All processes of this machine, but for those that have ended and wait to be collected; the oldest first."""
     found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            # "pid (name) state ppid pgrp session ...": the name may hold anything.
-            state, parent, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            # "pid (name) state ppid pgrp session ...", see proc(5): the name may hold anything.
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            state, parent, session, began = fields[0], int(fields[1]), int(fields[3]), int(fields[19])
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if state not in "ZX":
-            found.append(Process(int(folder.name), int(parent), int(session), state, command))
-    return found
+            if state not in "ZX":
+                found.append(Process(int(folder.name), parent, session, began, command))
+    return sorted(found, key=lambda process: (process.began, process.pid))
 
 
-def children_of(pid: int) -> list[Process]:
-    return sorted((process for process in processes() if process.parent == pid), key=lambda process: process.pid)
+def descendants(pid: int) -> Iterator[Process]:
+    """Processes that were started by a process, directly or not; each before those that it started."""
+    found = processes()
+    above = [pid]
+    while above:
+        children = [process for process in found if process.parent in above]
+        yield from children
+        above = [process.pid for process in children]
+
+
+def start(command: Sequence[str], log: Path, **env: str) -> "subprocess.Popen[bytes]":
+    """A process that leads a session and a process group of its own; it appends what it says to `log`."""
+    env = {**os.environ, **env, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    with log.open("ab") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, cwd=REPO, env=env, start_new_session=True)
 
 
 class Running:
-    """A run that has made its first steps.
+    """A run that has made its first steps, with at least one data worker a rank.
 
     Args:
         command: what starts it.
-        output_dir: its OUTPUT_DIR.
+        folder: a new folder for what it says.
         ranks: how many processes train.
+
+    Attributes:
+        ranks: process of each rank.
+        workers: data workers of each of these processes.
     """
 
-    def __init__(self, command: Sequence[str], output_dir: Path, ranks: int = 2) -> None:
-        output_dir.mkdir(parents=True)
-        self.screen = output_dir / "screen.txt"
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-        with self.screen.open("wb") as file:
-            self.process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=REPO, start_new_session=True
-            )
+    def __init__(self, command: Sequence[str], folder: Path, ranks: int = 2) -> None:
+        folder.mkdir(parents=True)
+        self.screen = folder / "screen.txt"
         self.ranks: list[int] = []
         self.workers: dict[int, list[int]] = {}
-        self.family: set[int] = set()
+        self.family: set[int] = set()  # torchrun gives its processes sessions of their own
+        self.process = start(command, self.screen)
         try:
-            wait_until(lambda: "step 3/" in self.said() or self.process.poll() is not None, 120, "three steps")
+            wait_until(lambda: "step 3/" in self.said() or self.process.poll() is not None, START, "three steps")
             assert self.process.poll() is None, self.said()
-            wait_until(lambda: self._look(ranks), 20, "all processes are there")
+            wait_until(lambda: self._look(ranks), START, "all processes are there")
         except BaseException:
             self.clean_up()
             raise
 
     def _look(self, ranks: int) -> bool:
         """Find the ranks, in their order: those processes that have data workers."""
-        self.family = {self.process.pid, *descendants(self.process.pid)}  # torchrun gives its processes own sessions
-        self.workers = {
-            pid: [child.pid for child in children_of(pid) if "resource_tracker" not in child.command]
-            for pid in sorted(self.family)
-            if pid != self.process.pid or ranks == 1
-        }
-        self.workers = {pid: found for pid, found in self.workers.items() if found}
-        self.ranks = list(self.workers)
+        below = list(descendants(self.process.pid))
+        self.family = {self.process.pid, *(process.pid for process in below)}
+        self.workers = {}
+        for process in below:
+            if process.parent != self.process.pid and "resource_tracker" not in process.command:
+                self.workers.setdefault(process.parent, []).append(process.pid)
+        self.ranks = [process.pid for process in below if process.pid in self.workers]
         return len(self.ranks) == ranks
 
     def left(self) -> list[Process]:
@@ -110,11 +120,10 @@ class Running:
 
     def clean_up(self) -> None:
         """Kill what is left of it."""
+        self.family.update(process.pid for process in descendants(self.process.pid))
         for one in self.left():
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(one.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         self.process.wait()
 
 

@@ -7,25 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.runs import PYTHON, TORCHRUN, Running, arguments, ranks_named
+from tests.reliability.harness import PRETRAINING, arguments
+from tests.reliability.runs import ENDLESS, PYTHON, TOOL, TORCHRUN, Running, ranks_named
 from tests.reliability.scale import note, size
-from tests.small import REPO
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 LIMIT = 5.0
-SPAWNED = ["NUM_GPUS", "2", "DIST_BACKEND", "gloo"]
-TOOL = str(REPO / "tools" / "run_net.py")
+WITH_WORKERS = [*ENDLESS, "DATA_LOADER.NUM_WORKERS", "2"]
+SPAWNED = [*WITH_WORKERS, "NUM_GPUS", "2", "DIST_BACKEND", "gloo"]
 
 
 def load() -> str:
     return f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rank 1", "rank 0", "data worker", "parent"])
 def test_spawned(victim: str, image_data: Path, tmp_path: Path) -> None:
     times = []
     for number in range(size(1, 20)):
-        run = Running([*PYTHON, TOOL, *arguments(image_data, tmp_path / str(number), *SPAWNED)], tmp_path / str(number))
+        argv = arguments(PRETRAINING, image_data, tmp_path / f"out {number}", *SPAWNED)
+        run = Running([*PYTHON, TOOL, *argv], tmp_path / str(number))
         try:
             pids = {
                 "rank 0": run.ranks[0],
@@ -53,10 +55,10 @@ def test_spawned(victim: str, image_data: Path, tmp_path: Path) -> None:
             f"{len(times)} of {len(times)} runs, {load()}")  # fmt: skip
 
 
-@pytest.mark.slow
 def test_torchrun(image_data: Path, tmp_path: Path) -> None:
     """torchrun names the rank; what it killed dies with its data workers."""
-    run = Running([*TORCHRUN, TOOL, *arguments(image_data, tmp_path / "out")], tmp_path / "out")
+    argv = arguments(PRETRAINING, image_data, tmp_path / "out", *WITH_WORKERS)
+    run = Running([*TORCHRUN, TOOL, *argv], tmp_path / "screen")
     try:
         os.kill(run.ranks[1], signal.SIGKILL)
         code, seconds = run.end()
@@ -69,15 +71,16 @@ def test_torchrun(image_data: Path, tmp_path: Path) -> None:
     assert seconds < LIMIT, said
 
 
-@pytest.mark.slow
 def test_interrupted(image_data: Path, tmp_path: Path) -> None:
     """Ctrl-C goes to the whole group: one line, and 130."""
-    run = Running([*PYTHON, TOOL, *arguments(image_data, tmp_path / "out", *SPAWNED)], tmp_path / "out")
+    argv = arguments(PRETRAINING, image_data, tmp_path / "out", *SPAWNED)
+    run = Running([*PYTHON, TOOL, *argv], tmp_path / "screen")
     try:
         os.killpg(run.process.pid, signal.SIGINT)
         code, seconds = run.end()
     finally:
         run.clean_up()
     said = run.said()
-    assert code == 130 and seconds < LIMIT
+    note(5, f"spawned, Ctrl-C: all gone after {seconds:.2f} s, {load()}")
+    assert code == 130 and seconds < LIMIT, said
     assert said.count("interrupted:") == 1 and "Traceback" not in said and "rank" not in said, said

@@ -15,7 +15,8 @@ import torch
 from maskfeat.checkpoint import find_checkpoints
 from maskfeat.preemption import PREEMPTED
 from maskfeat.weight_files import read_checkpoint
-from tests.reliability.harness import PRETRAINING, REPO, arguments, descendants, wait_until
+from tests.reliability.harness import PRETRAINING, REPO, arguments, wait_until
+from tests.reliability.runs import START, descendants, start
 from tests.reliability.scale import note, size
 from tests.worker import json_stats
 
@@ -23,30 +24,18 @@ TRAINER = [sys.executable, str(REPO / "tests" / "reliability" / "trainer.py")]
 TWO = ("NUM_GPUS", "2", "DIST_BACKEND", "gloo", "SOLVER.MAX_EPOCH", "1000", "HANG_MINUTES", "0.1")  # six seconds
 
 
-def start(argv: list[str], log: Path, **env: str) -> "subprocess.Popen[bytes]":
-    """A real process of the program, which leads a process group of its own."""
-    with log.open("ab") as out:
-        return subprocess.Popen(
-            argv,
-            stdout=out,
-            stderr=out,
-            cwd=REPO,
-            env={**os.environ, **env, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-
-
 def ranks_of(process: "subprocess.Popen[bytes]", log: Path) -> list[int]:
     """The processes of ranks 0 and 1 once both train."""
-    wait_until(lambda: "step 3/" in log.read_text() or process.poll() is not None, 120, "third step")
+    wait_until(lambda: "step 3/" in log.read_text() or process.poll() is not None, START, "third step")
     time.sleep(2)  # a few beats
     assert process.poll() is None, log.read_text()
-    spawned = [pid for pid in descendants(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    spawned = [one.pid for one in descendants(process.pid) if "spawn_main" in one.command]
     assert len(spawned) == 2
-    return sorted(spawned)
+    return spawned
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("who", [1, 0])
 def test_a_stopped_process_is_named(who: int, image_data: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
@@ -71,13 +60,14 @@ def test_a_stopped_process_is_named(who: int, image_data: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_sleeping_process_is_named(image_data: Path, tmp_path: Path) -> None:
     """It goes on beating, and does nothing."""
     log = tmp_path / "log"
     argv = arguments(PRETRAINING, image_data, tmp_path, *TWO)
     process = start([*TRAINER, *argv], log, HANG_AT="1,4")
     try:
-        assert process.wait(120) not in (0, PREEMPTED)
+        assert process.wait(START + 60) not in (0, PREEMPTED)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
     said = log.read_text()
@@ -101,7 +91,7 @@ def test_the_number_of_processes_changes(image_data: Path, tmp_path: Path) -> No
         if name == "growing" and processes < 4:
             before = len(json_stats(output, "train_iter")) if (output / "stdout.log").exists() else 0
             enough = before + 2 + 5 * (int(epochs) // 4)
-            wait_until(lambda: len(losses(output)) >= enough or process.poll() is not None, 120, "some steps")
+            wait_until(lambda: len(losses(output)) >= enough or process.poll() is not None, START, "some steps")
             os.kill(process.pid, signal.SIGTERM)
         return process.wait(300)
 

@@ -1,0 +1,166 @@
+"""Tiny processes for the tests of the launcher, none of which imports torch.
+
+    python -m tests.supervised JOB FOLDER [SECONDS]    two processes that run a job under a Supervisor
+    python -m tests.supervised parent FOLDER           a process with a forked worker, as a data loader has
+
+They say in FOLDER who they are and how far: a file for each.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from maskfeat import supervise
+from maskfeat.preemption import PREEMPTED, StopRequest
+from maskfeat.processes import leave_signals_to_parent, signals_held_back
+
+
+def await_file(path: Path) -> str:
+    """Its text, once it is there."""
+    while not path.is_file():
+        time.sleep(0.005)
+    return path.read_text()
+
+
+def tell(path: Path, text: object) -> None:
+    """Write a file that is there at once, or not at all."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(str(text))
+    partial.replace(path)
+
+
+def enter(index: int, folder: Path) -> None:
+    """Say who this is, and wait for the other one."""
+    tell(folder / f"rank {index}", os.getpid())
+    await_file(folder / f"rank {1 - index}")
+
+
+def well(index: int, folder: Path) -> int:
+    enter(index, folder)
+    return 0
+
+
+def one_ends_with_7(index: int, folder: Path) -> int:
+    enter(index, folder)
+    if index == 0:
+        time.sleep(600)
+    return 7
+
+
+def one_fails(index: int, folder: Path) -> int:
+    enter(index, folder)
+    if index == 0:
+        time.sleep(600)
+    raise KeyError("no such key")
+
+
+def both_fail(index: int, folder: Path) -> int:
+    """Rank 0, which only misses the other one, is there with its complaint first."""
+    enter(index, folder)
+    if index == 0:
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:29500")
+    time.sleep(0.2)
+    raise ValueError("the cause")
+
+
+def one_is_killed(index: int, folder: Path) -> int:
+    enter(index, folder)
+    if index == 0:
+        time.sleep(600)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def one_is_terminated(index: int, folder: Path) -> int:
+    """By somebody who does not ask the launcher."""
+    enter(index, folder)
+    if index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(600)
+    return 0
+
+
+def one_is_stopped(index: int, folder: Path) -> int:
+    """SIGSTOP: it can heed nothing but SIGKILL."""
+    enter(index, folder)
+    if index == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return 7
+
+
+def preempted(index: int, folder: Path) -> int:
+    enter(index, folder)
+    return PREEMPTED
+
+
+def one_is_preempted(index: int, folder: Path) -> int:
+    """The other one had done all its work already."""
+    enter(index, folder)
+    return PREEMPTED if index else 0
+
+
+def heeds(index: int, folder: Path) -> int:
+    """Ends well where it is asked."""
+    stop = StopRequest()
+    with stop.listening():
+        enter(index, folder)
+        while not stop:
+            time.sleep(0.005)
+        tell(folder / f"heard {index}", stop.reason)
+    return PREEMPTED
+
+
+def does_not_heed(index: int, folder: Path) -> int:
+    """Dies of the signal: it has no handler yet."""
+    enter(index, folder)
+    time.sleep(600)
+    return 0
+
+
+def notes_usr2(index: int, folder: Path) -> int:
+    """SIGUSR2 asks for no end."""
+
+    def note(number: int, _: FrameType | None) -> None:
+        tell(folder / f"heard {index}", signal.Signals(number).name)
+
+    signal.signal(signal.SIGUSR2, note)
+    enter(index, folder)
+    await_file(folder / f"heard {index}")
+    return 0
+
+
+def parent(folder: Path) -> int:
+    """Ends its worker by SIGTERM when it is told to; 0 where that killed it."""
+    with signals_held_back():
+        worker = multiprocessing.get_context("fork").Process(target=_worker, args=(folder,))
+        worker.start()
+    await_file(folder / "end it")
+    worker.terminate()
+    worker.join()
+    return 0 if worker.exitcode == -signal.SIGKILL else 1
+
+
+def _worker(folder: Path) -> None:
+    tell(folder / "worker", os.getpid())
+    await_file(folder / "go on")
+    leave_signals_to_parent()
+    beats = 0
+    while True:
+        beats += 1
+        tell(folder / "beats", beats)
+        time.sleep(0.005)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    job, place = globals()[sys.argv[1]], Path(sys.argv[2])
+    if job is parent:
+        sys.exit(parent(place))
+    if len(sys.argv) > 3:
+        supervise.GRACE = supervise.GRACE_AFTER_KILL = float(sys.argv[3])
+    sys.exit(supervise.Supervisor().run(job, (place,), 2))
