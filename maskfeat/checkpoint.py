@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from maskfeat import sharded_checkpoint
+from maskfeat.durable import sha256, sync, sync_folder, write_synced
 from maskfeat.sharded_files import verify
 from maskfeat.weight_files import read_checkpoint, trained_model
 
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 AVERAGE = "ema_state"
 """Where a checkpoint keeps the average of the weights (TRAIN.EMA)."""
 WHOLE, SHARDED = ".pyth", sharded_checkpoint.SUFFIX
-_CHUNK = 1 << 22
 _SPARE = 2  # checkpoints within epochs that stay where TRAIN.KEEP_CHECKPOINTS is 0
 
 
@@ -95,20 +95,6 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make what was renamed in a folder outlast a failing machine."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint and its checksum so that `path` holds either all of it or what it held before.
 
@@ -125,28 +111,18 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         with open(partial, "wb") as file:
             hashed = _Hashed(file)
             torch.save(dict(content), hashed)  # type: ignore[arg-type]
-            _sync(file)
-        with open(partial_total, "wb") as file:
-            file.write(f"{hashed.digest.hexdigest()}  {path.name}\n".encode())
-            _sync(file)
+            sync(file)
+        write_synced(partial_total, f"{hashed.digest.hexdigest()}  {path.name}\n".encode())
         total.unlink(missing_ok=True)
         os.replace(partial, path)
         os.replace(partial_total, total)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
         for left in (partial, partial_total):
             with contextlib.suppress(OSError):
                 left.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"could not write the checkpoint {path}: {cause}") from error
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -163,7 +139,7 @@ def verify_checkpoint(path: Path) -> None:
         total = _sum_path(path)
         if total.exists():
             words = total.read_text(encoding="ascii").split()
-            if not words or words[0] != _digest(path):
+            if not words or words[0] != sha256(path):
                 raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {total.name}")
             return
         with zipfile.ZipFile(path) as archive:

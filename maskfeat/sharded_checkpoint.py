@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from maskfeat.distributed import from_first_rank
+from maskfeat.durable import sha256, sync_folder, write_synced
 from maskfeat.objectives.base import Objective
-from maskfeat.sharded_files import METADATA, PLAIN, SUMS, Places, Reader, sha256, sums_of, tensors_of, verify
+from maskfeat.sharded_files import METADATA, PLAIN, SUMS, Places, Reader, sums_of, tensors_of, verify
 
 SUFFIX = ".dcp"
 MODEL, OPTIMIZER = "model.", "optim."
@@ -174,21 +175,22 @@ def _finish(writing: "Future[Any]", partial: Path, folder: Path, plain: str, ran
     def sums_of_mine() -> dict[str, str]:
         names = [path.name for path in partial.glob(f"__{rank}_*")]
         if rank == 0:
-            _write(partial / PLAIN, plain)
+            write_synced(partial / PLAIN, plain.encode())
             names += [METADATA, PLAIN]
         return {name: sha256(partial / name) for name in names}
 
     def publish() -> None:
         if rank:
             return
-        _write(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
-        _sync_folder(partial)
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+        write_synced(partial / SUMS, lines.encode())
+        sync_folder(partial)
         old = folder.with_name(f".{folder.name}.old")
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
         os.rename(partial, folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     try:
@@ -300,19 +302,3 @@ def _together(job: Callable[[], Result], group: Group, kind: type[Exception] = V
             problem = f"rank {number}: {text}"
             raise kind(problem) from error
     return [result for result, _ in every]
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Names of files are on the disk only when their folder is."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -4,7 +4,6 @@ PyTorch's own reader would run what a `.metadata` holds. Here it is read by an u
 tensors by `torch.load(weights_only=True)`, and only from files whose SHA-256 stands in the folder's `SHA256SUMS`.
 """
 
-import hashlib
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,8 @@ from typing import Any, TypeGuard
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from maskfeat.durable import sha256
 
 SUMS, METADATA, PLAIN = "SHA256SUMS", ".metadata", "plain.json"
 
@@ -39,15 +40,6 @@ def verify(folder: str | Path, names: Iterable[str] | None = None) -> None:
             raise ValueError(f"{path} is missing: the checkpoint is not whole")
         if sha256(path) != sums[name]:
             raise ValueError(f"{path} is damaged: it is not what was written ({SUMS})")
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def sums_of(folder: Path) -> dict[str, str]:

@@ -146,6 +146,7 @@ def test_keys_exist(document: str) -> None:
     single = set(re.findall(r"`([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)\b", text))
     top = {key for key in KEYS if "." not in key} | SECTIONS
     known = {
+        "GLOO_SOCKET_IFNAME",
         "OMP_NUM_THREADS",
         "MASKFEAT_SHARED",
         "MASTER_ADDR",
