@@ -2,10 +2,10 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from maskfeat.distributed import World
 from maskfeat.launch import Started, find_started, first_host, launch
 from maskfeat.preemption import PREEMPTED
 from tests.reliability.harness import wait_until
-from tests.reliability.runs import processes
-from tests.small import RECIPES, REPO
+from tests.reliability.runs import processes, start
+from tests.small import RECIPES
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
@@ -271,14 +271,12 @@ def test_processes_share_the_cores(spy: Spy, monkeypatch: pytest.MonkeyPatch) ->
 
 
 class Program:
-    """tests/supervised.py in a process of its own, of which nobody is left when the test is over."""
+    """tests/supervised.py in a session of its own, of which nobody is left when the test is over."""
 
     def __init__(self, job: str, folder: Path, *more: str) -> None:
         command = [sys.executable, "-m", "tests.supervised", job, str(folder), *more]
-        self.folder = folder
-        self.process = subprocess.Popen(
-            command, cwd=REPO, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPO)}
-        )
+        self.folder, self.screen = folder, folder / "screen"
+        self.process = start(command, self.screen)
 
     def reads(self, name: str) -> int:
         """A number that one of its processes tells, once it is there."""
@@ -292,16 +290,22 @@ class Program:
 
     def end(self) -> tuple[int, str]:
         """Exit code, and what it said; nobody of it is left."""
-        said = self.process.communicate(timeout=60)[1]
-        assert self.left() == []
-        return self.process.returncode, said
+        code = self.process.wait(60)
+        self.await_nobody()
+        return code, self.screen.read_text()
 
-    def left(self) -> list[str]:
-        return [process.command for process in processes() if str(self.folder) in process.command]
+    def await_nobody(self) -> None:
+        wait_until(lambda: not self.left(), 30, "nobody is left")
+
+    def left(self) -> list[int]:
+        """Whoever still runs, stopped or not."""
+        return [process.pid for process in processes() if process.session == self.process.pid]
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+        for pid in self.left():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
 
 
 @pytest.fixture
@@ -309,11 +313,11 @@ def supervised(tmp_path: Path) -> Iterator[Callable[..., Program]]:
     """Starts programs."""
     started: list[Program] = []
 
-    def start(job: str, *more: str) -> Program:
+    def begin(job: str, *more: str) -> Program:
         started.append(Program(job, tmp_path, *more))
         return started[-1]
 
-    yield start
+    yield begin
     for program in started:
         program.close()
 
@@ -338,12 +342,12 @@ def test_how_they_end(job: str, code: int, says: list[str], supervised: Callable
     pids = program.ranks()
     ended, said = program.end()
     assert ended == code, said
-    assert not set(pids) & {process.pid for process in processes()}, "nobody is left, stopped or not"
     for line in says:
         assert line.format(*pids) in said, said
     assert said.count("(process ") == bool(says), "one cause is named"
 
 
+@pytest.mark.alone
 def test_a_killed_one_ends_the_others_within_seconds(supervised: Callable[..., Program]) -> None:
     """With the times that users have."""
     program = supervised("does_not_heed")
@@ -389,9 +393,9 @@ def test_ctrl_c_is_for_the_parent(supervised: Callable[..., Program]) -> None:
 
 def test_children_die_with_their_parent(supervised: Callable[..., Program]) -> None:
     program = supervised("does_not_heed")
-    pids = set(program.ranks())
+    program.ranks()
     program.process.kill()
-    wait_until(lambda: not pids & {process.pid for process in processes()}, 30, "they are gone")
+    program.await_nobody()
 
 
 def signal_worker(pid: int) -> None:
@@ -410,24 +414,19 @@ def worker(supervised: Callable[..., Program]) -> tuple[Program, int]:
     return program, pid
 
 
-def runs(pid: int) -> bool:
-    return any(process.pid == pid for process in processes())
-
-
 def test_a_worker_heeds_its_parent_alone(worker: tuple[Program, int]) -> None:
     program, pid = worker
     for _ in range(3):
         beats = program.reads("beats")
         signal_worker(pid)
-        wait_until(lambda at=beats + 5: program.reads("beats") > at or not runs(pid), 60, "it goes on")  # type: ignore[misc]
-        assert runs(pid)
+        wait_until(lambda at=beats + 5: program.reads("beats") > at or pid not in program.left(), 60, "it goes on")
+        assert pid in program.left()
     (program.folder / "end it").touch()
     assert program.end() == (0, "")
-    assert not runs(pid)
 
 
 def test_a_worker_dies_with_its_parent(worker: tuple[Program, int]) -> None:
-    program, pid = worker
+    program, _ = worker
     program.reads("beats")
     program.process.kill()
-    wait_until(lambda: not runs(pid), 30, "it is gone")
+    program.await_nobody()
