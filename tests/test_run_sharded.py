@@ -56,17 +56,8 @@ def test_pretraining(form: str, image_data: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_finetuning_and_testing(image_data: Path, tmp_path: Path) -> None:
     """Batch norms aside: mixup, layer decay, validation and multi-view testing, from pieces."""
-    opts = [
-        *VIT_FT,
-        *images(image_data),
-        *FSDP,
-        "TASK",
-        "ft",
-        "TRAIN.CHECKPOINT_FILE_PATH",
-        "",
-        "TRAIN.EVAL_PERIOD",
-        "1",
-    ]
+    opts = [*VIT_FT, *images(image_data), *FSDP, "TASK", "ft", "TRAIN.CHECKPOINT_FILE_PATH", ""]
+    opts += ["TRAIN.EVAL_PERIOD", "1", "TEST.ENABLE", "True"]
     cfg = load_config(RECIPES / FT, [*opts, "OUTPUT_DIR", str(tmp_path), "TRAIN.CHECKPOINT_FORMAT", "sharded"])
     run_in_processes(cfg, 2)
     assert len(json_stats(tmp_path, "val_epoch")) == 2

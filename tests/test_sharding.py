@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from maskfeat.config import load_config
-from maskfeat.distributed import World, free_address, launch
+from maskfeat.distributed import World
+from maskfeat.launch import free_address, launch
 from maskfeat.parallel import distribute
 from maskfeat.sharded_checkpoint import (
     full_tensors,

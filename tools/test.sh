@@ -22,7 +22,7 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 failed=0
 echo "== tests, two at a time"
 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q --durations=15 -n 2 --dist worksteal \
-  -m "($tier) and not (full_size or alone)" || failed=1
+  -m "($tier) and not (full_size or alone or slurm)" || failed=1
 echo "== tests that take every core, or a clock"
-"$venv/bin/python" -m pytest -q --durations=5 -m "($tier) and (full_size or alone)" || failed=1
+"$venv/bin/python" -m pytest -q --durations=5 -m "($tier) and (full_size or alone) and not slurm" || failed=1
 exit "$failed"

@@ -182,7 +182,6 @@ class Loader:
 
         Raises:
             TooManyBadSamples: more than DATA.MAX_BAD_FRACTION of the data set cannot be read.
-            ChildProcessError: a worker was killed.
         """
         if self._forks:
             # What waits to be collected here (a decoder with threads, a file) must not be cleared away by a worker.
@@ -190,7 +189,7 @@ class Loader:
             self._forks = False
         with signals_held_back():
             batches = iter(self._loader)
-        for raw in _handed_over(batches):
+        for raw in batches:
             if self.ledger is not None:
                 self.ledger.record(raw.bad)
             yield raw.finish(self.device)
@@ -201,17 +200,6 @@ class Loader:
             raw = collate([self.dataset[SampleKey(0, index)]])
             if not raw.bad:
                 yield raw.finish(self.device)
-
-
-def _handed_over(batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches, as workers hand them over; PyTorch itself names a worker that is killed at any other moment."""
-    try:
-        yield from batches
-    except (ConnectionError, EOFError) as error:
-        raise ChildProcessError(
-            f"a data worker was killed while it handed over a batch ({error}): out of memory is a common cause, lower "
-            "DATA_LOADER.NUM_WORKERS"
-        ) from error
 
 
 def _start_worker(worker: int) -> None:

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import resource
-import runpy
 import signal
 import sys
 import time
@@ -154,12 +153,12 @@ def read(case: dict[str, Any]) -> Any:
 
         return colours(decode_torchcodec.decode_frames(path, [0, 2, 5])[0])
     assert reader == "run"
-    sys.argv = ["tools/run_net.py", *case["options"]["argv"]]
+    from maskfeat.run import main as run_net  # what tools/run_net.py calls
+
     try:
-        runpy.run_path(str(Path(__file__).resolve().parents[2] / "tools" / "run_net.py"), run_name="__main__")
-    except SystemExit as end:
+        return run_net(case["options"]["argv"])
+    except SystemExit as end:  # --help
         return end.code
-    return None
 
 
 def outcome(case: dict[str, Any], watch: Watch) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def test_asked_to_stop(
     number: signal.Signals, undisturbed: Undisturbed, forks: Forks, image_data: Path, tmp_path: Path
 ) -> None:
     rng = random.Random(int(number))
-    lost, stops, trials, slowest = 0, 0, size(3, 40), 0.0
+    lost, stops, trials, slowest = 0, 0, size(2, 40), 0.0
     for trial in range(trials):
         task = ("pt", "ft")[trial % 2]
         expected, seconds = undisturbed[task]

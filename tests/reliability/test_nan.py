@@ -12,7 +12,8 @@ from yacs.config import CfgNode
 
 from maskfeat.batch import Batch
 from maskfeat.config import load_config
-from maskfeat.distributed import World, gather_from_ranks, join, launch, leave
+from maskfeat.distributed import World, gather_from_ranks, join, leave
+from maskfeat.launch import launch
 from maskfeat.logbook import Window
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.parallel import distribute, share_buffers
