@@ -25,7 +25,6 @@ from maskfeat.logbook import Window
 from maskfeat.objectives.base import Objective
 from maskfeat.optim import load_optimizer_state
 from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, exchanging, shard
-from maskfeat.run import settings_of
 from maskfeat.schedule import set_lr
 from maskfeat.sharded_checkpoint import (
     load_sharded,
@@ -37,6 +36,7 @@ from maskfeat.sharded_checkpoint import (
 from maskfeat.sharding import gathered_copy, gathered_optimizer_state, gathered_state, piece_of
 from maskfeat.step_hooks import protect_statistics
 from maskfeat.train import Settings, optimisation_step
+from maskfeat.training import settings_of
 from tests.golden.golden import golden_batch
 from tests.small import MFM_PT, MFM_RECIPES, MVIT_PT, RECIPES, VIT_FT, VIT_PT
 

@@ -18,9 +18,10 @@ from maskfeat.logbook import Window
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.parallel import distribute, share_buffers
 from maskfeat.resume import TrainingState
-from maskfeat.run import Given, settings_of, training_state, work
+from maskfeat.run import work
 from maskfeat.step_hooks import LostInARow
 from maskfeat.train import optimisation_step
+from maskfeat.training import Given, settings_of, training_state
 from tests.reliability.scale import SOAK, note, size
 from tests.small import MFM_PT, MFM_RECIPES, RECIPES, VIT_PT, images
 from tests.worker import json_stats
