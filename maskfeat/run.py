@@ -108,9 +108,9 @@ def work(world: World, init_method: str, cfg: CfgNode, given: Given) -> int:
             watch = Watch(world, store, 60 * cfg.HANG_MINUTES, stop)
             _work(world, cfg, given, device, watch, stop)
             leave()
-    except Preempted:
+    except Preempted as asked:
         leave()
-        return _stopped(stop, world)
+        return _stopped(str(asked), world)
     except (*EXPECTED, RuntimeError, MemoryError, EOFError) as error:
         code = _explained(error, cfg, world, watch, stop)
         if code is None:
@@ -130,7 +130,7 @@ def _explained(error: Exception, cfg: CfgNode, world: World, watch: Watch | None
             logger.error("error: %s", memory or error)
         return 2
     if stop and world.size > 1:  # the others have left, in the middle of something that needs no saving
-        return _stopped(stop, world)
+        return _stopped(stop.reason, world)
     gone = watch.gone(1.0) if watch is not None and is_of_collective(error) else ""
     if not gone:
         return None
@@ -138,11 +138,9 @@ def _explained(error: Exception, cfg: CfgNode, world: World, watch: Watch | None
     return 1
 
 
-def _stopped(stop: StopRequest, world: World) -> int:
+def _stopped(reason: str, world: World) -> int:
     if world.is_main:
-        logger.info(
-            "stopped on %s; the same command goes on from here (exit code %d: requeue me)", stop.reason, PREEMPTED
-        )
+        logger.info("stopped on %s; the same command goes on from here (exit code %d: requeue me)", reason, PREEMPTED)
     return PREEMPTED
 
 

@@ -59,11 +59,11 @@ class Saver:
         """
         self._at = time.monotonic()
         try:
-            self._settle()
+            self.finish()
             if position != self._saved:
                 self._begin(position)
             if must:
-                self._settle()
+                self.finish()
         except OSError as error:
             if must:
                 raise
@@ -73,7 +73,7 @@ class Saver:
         """To be called now and then: report a checkpoint that has been written meanwhile. It waits for nobody."""
         if self._under_way is not None and self._under_way[1].done():
             try:
-                self._settle()
+                self.finish()
             except OSError as error:
                 logger.error("NOT SAVED, training goes on: %s", error)
 
@@ -93,8 +93,12 @@ class Saver:
         on_first_rank(lambda: save_checkpoint(checkpoint_path(cfg.OUTPUT_DIR, cfg.TASK, position), content))
         self._end(position)
 
-    def _settle(self) -> None:
-        """Wait for a sharded checkpoint that is being written."""
+    def finish(self) -> None:
+        """Wait for a sharded checkpoint that is being written.
+
+        Raises:
+            OSError: where it could not be.
+        """
         if self._under_way is not None:
             (position, handle), self._under_way = self._under_way, None
             handle.wait()

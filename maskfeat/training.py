@@ -161,7 +161,7 @@ class _Checks:
             # At the end of an epoch this says that its checkpoint and validation are still to be made.
             self._saver.save(Position(epoch, step), must=stops)
         if stops:
-            raise Preempted(self._stop.reason or "another process")
+            raise Preempted(self._stop.reason or "a signal to another process")
 
     def after_epoch(self, epoch: int) -> None:
         """Save and validate where that is due."""
@@ -209,21 +209,25 @@ def run_training(
         validates(position.epochs - 1)  # it was broken off
     if position.epochs >= max_epoch:
         logger.info("nothing left to train: SOLVER.MAX_EPOCH is %d", max_epoch)
-    train(
-        model,
-        objective,
-        training.optimizer,
-        training.scaler,
-        loader,
-        settings_of(cfg),
-        start=(position.epochs, position.step),
-        device=device,
-        world=world,
-        logbook=logbook,
-        beat=watch.beat,
-        after_step=checks.after_step,
-        after_epoch=checks.after_epoch,
-    )
+    try:
+        train(
+            model,
+            objective,
+            training.optimizer,
+            training.scaler,
+            loader,
+            settings_of(cfg),
+            start=(position.epochs, position.step),
+            device=device,
+            world=world,
+            logbook=logbook,
+            beat=watch.beat,
+            after_step=checks.after_step,
+            after_epoch=checks.after_epoch,
+        )
+    except Preempted:  # perhaps in a validation, while a checkpoint is still being written
+        saver.finish()
+        raise
     return _trained(cfg, training, device)
 
 

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SILENT = 3.0
 """Seconds without a beat, beyond the time from beat to beat, after which a process is taken for stopped or gone."""
+_TELL = 10.0  # seconds that a process which was asked to stop waits at most until the others know
 _FRAMES = 12  # of a stack, innermost
 
 
@@ -61,7 +62,7 @@ class Watch:
         self._who = gather_from_ranks(f"{socket.gethostname()}, process {os.getpid()}")
         self._doing, self._steps, self._since = "starting", 0, time.monotonic()
         self._peers: dict[int, _Peer] = {}
-        self._answered = time.monotonic()  # the store
+        self._answered, self._deaf = time.monotonic(), False  # the store
         self._closed = threading.Event()
         jobs = [self._guard] if patience else []
         if store is not None:
@@ -75,13 +76,27 @@ class Watch:
         self._steps += 1
 
     def proceed(self, doing: str) -> None:
-        """`beat`, for work that needs no saving, such as validation.
+        """`beat`, for work that needs no saving and in which ranks are not in step, such as validation.
 
         Raises:
-            Preempted: where this process or another one was asked to stop.
+            Preempted: where this process or another one was asked to stop; not before every process has heard of it,
+                for those that then miss this one must know why.
         """
         self.beat(doing)
+        if self._stop:
+            end = time.monotonic() + _TELL + 3 * self._interval
+            while self._store is not None and not self._has_told() and time.monotonic() < end:
+                time.sleep(0.05)
         self._stop.check()
+
+    def _has_told(self) -> bool:
+        """Whether every process knows that the run stops, as far as this one can find out."""
+        if self._deaf:
+            return True
+        if self._world.is_main:
+            known = [peer for peer in list(self._peers.values()) if peer.beat["stop"]]
+            return len(known) == self._world.size - 1
+        return 0 in self._peers and self._peers[0].beat["told"]
 
     def close(self) -> None:
         """End of the watch. What follows may take its time."""
@@ -105,6 +120,7 @@ class Watch:
                 "doing": self._doing,
                 "idle": time.monotonic() - self._newest(),
                 "stop": self._stop.reason,
+                "told": self._world.is_main and self._has_told(),
                 "stack": self._stack(),
             }
             try:
@@ -112,6 +128,7 @@ class Watch:
                 self._read(range(self._world.size) if self._world.is_main else (0,))
             except Exception as error:  # whatever it raises when its host is gone, which does not come back
                 logger.debug("no answer from the store: %s", error)
+                self._deaf = True
                 return
             self._answered = time.monotonic()
 

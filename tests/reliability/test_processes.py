@@ -75,6 +75,24 @@ def test_a_sleeping_process_is_named(image_data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_stopped_in_a_validation(image_data: Path, tmp_path: Path) -> None:
+    """One of two processes is asked to stop, where ranks are not in step and a checkpoint in pieces is being written.
+
+    Nothing is lost, and the validation is made up for.
+    """
+    opts = ["SOLVER.MAX_EPOCH", "3", "TRAIN.EMA", "0.0", "TRAIN.EVAL_PERIOD", "1", "TRAIN.PARALLEL", "fsdp"]
+    opts += ["TRAIN.CHECKPOINT_FORMAT", "sharded"]
+    argv = arguments(PRETRAINING, image_data, tmp_path, *TWO[:4], *opts)
+    log = tmp_path / "log"
+    assert start([*TRAINER, *argv], log, STOP_AFTER="2").wait(START) == PREEMPTED, log.read_text()
+    assert [entry["epoch"] for entry in json_stats(tmp_path, "val_epoch")] == ["1/3"]
+    assert find_checkpoints(tmp_path, "pt")[-1].name == "pt_checkpoint_epoch_00002.dcp"
+    assert start([*TRAINER, *argv], log).wait(START) == 0, log.read_text()
+    assert [entry["epoch"] for entry in json_stats(tmp_path, "val_epoch")] == ["1/3", "2/3", "3/3"]
+    assert len(json_stats(tmp_path, "train_iter")) == 15, "every step once"
+
+
+@pytest.mark.slow
 def test_the_number_of_processes_changes(image_data: Path, tmp_path: Path) -> None:
     """1 -> 2 -> 4 processes within a run, each change in the middle of an epoch, against one process throughout."""
     epochs = str(size(4, 12))

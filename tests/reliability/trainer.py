@@ -2,10 +2,12 @@
 
 RECORD_TO=FOLDER      every rank writes the samples of each step to FOLDER/rank_0.jsonl
 HANG_AT=RANK,STEP     that rank sleeps before that step (from 0)
+STOP_AFTER=EPOCH      rank 0 alone is sent SIGTERM as it begins the validation after that epoch (from 1)
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from maskfeat.data.loader import Loader  # noqa: E402
 from maskfeat.run import main  # noqa: E402
 from maskfeat.watch import Watch  # noqa: E402
 
-_iterate, _state = Loader.__iter__, training._Checks.after_step
+_iterate, _state, _validate = Loader.__iter__, training._Checks.after_step, training._validate
 
 
 def _recorded(self: Loader) -> Iterator[Any]:
@@ -45,10 +47,20 @@ def fall_asleep() -> None:
     time.sleep(600)
 
 
+def _stopped(*args: Any) -> None:
+    epoch, watch = args[-2:]
+    if watch._world.is_main and epoch + 1 == int(os.environ["STOP_AFTER"]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    _validate(*args)
+
+
 if "RECORD_TO" in os.environ:
     Loader.__iter__ = _recorded  # type: ignore[method-assign]
 if "HANG_AT" in os.environ:
     training._Checks.after_step = _hanging  # type: ignore[method-assign]
+
+if "STOP_AFTER" in os.environ:
+    training._validate = _stopped
 
 if __name__ == "__main__":
     sys.exit(main())
