@@ -90,7 +90,7 @@ class Forks:
         """End the server."""
         assert self._server.stdin is not None
         self._server.stdin.close()
-        self._server.wait(10)
+        self._server.wait(120)  # Python takes its modules apart, on a machine that may be busy
 
 
 def digest(output: Path, task: str) -> str:
