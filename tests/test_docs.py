@@ -62,6 +62,7 @@ def test_there_are_commands() -> None:
             "visualize.py",
             "benchmark.py",
             "quickstart.sh",
+            "soak.sh",
             "submit.py",
             "test.sh",
         )
@@ -81,6 +82,8 @@ def test_commands_parse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         assert done.returncode == 0 and "usage" in done.stdout
     elif tool == "tools/test.sh":
         assert all(f"  {option})" in (REPO / tool).read_text() for option in arguments)
+    elif tool == "tools/soak.sh":
+        assert not arguments, "they are pytest's"
     elif tool == "tools/quickstart.sh":
         parser_of("tools/quickstart.py").parse_args(arguments)
     elif tool == "tools/run_net.py":
