@@ -60,11 +60,15 @@ def _position_of(path: Path, task: str) -> Position | None:
     return None if found is None else Position(int(found[1]), int(found[2] or 0))
 
 
+def _placed(output_dir: str | Path, task: str) -> list[tuple[Position, Path]]:
+    """Checkpoints of this task in OUTPUT_DIR and where in the run they were made, oldest first."""
+    found = [(_position_of(path, task), path) for path in (Path(output_dir) / "checkpoints").glob("*")]
+    return sorted((at, path) for at, path in found if at is not None)
+
+
 def find_checkpoints(output_dir: str | Path, task: str) -> list[Path]:
     """Checkpoints of this task in OUTPUT_DIR, oldest first; those of other tasks are left out."""
-    folder = Path(output_dir) / "checkpoints"
-    placed = [(_position_of(path, task), path) for path in folder.glob("*")]
-    return [path for _, path in sorted((at, path) for at, path in placed if at is not None)]
+    return [path for _, path in _placed(output_dir, task)]
 
 
 class _Hashed(io.RawIOBase):
@@ -157,8 +161,7 @@ def prune_checkpoints(output_dir: str | Path, task: str, newest: Position, keep:
         newest: of the one just saved. Later ones are of another course of the run, and stay.
         keep: how many stay; 0 = those at the end of epochs all stay, and of the newest two one within an epoch.
     """
-    placed = [(_position_of(path, task), path) for path in find_checkpoints(output_dir, task)]
-    past = [(at, path) for at, path in placed if at is not None and at <= newest]
+    past = [(at, path) for at, path in _placed(output_dir, task) if at <= newest]
     for at, path in past[: -(keep or _SPARE)]:
         if keep or at.step:
             _delete(path)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import Store
 
 T = TypeVar("T")
@@ -172,10 +172,13 @@ def from_first_rank(value: Tensor) -> None:
         dist.broadcast(value, src=0)
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    if dist.is_initialized():
-        dist.barrier(group=_cpu_group)
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, from which checkpoints are written.
+
+    Between two steps the running statistics of batch norms differ from rank to rank; evaluation must not.
+    """
+    for buffer in module.buffers():
+        from_first_rank(buffer)
 
 
 def seed_draws(*key: int) -> None:

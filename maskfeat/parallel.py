@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from maskfeat.distributed import World, from_first_rank
+from maskfeat.distributed import World
 from maskfeat.objectives.base import Objective
 
 PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,15 +66,6 @@ def compile_parts(objective: Objective, device: torch.device) -> None:
     for module in objective.modules():
         for name in getattr(module, "compilable", ()):
             setattr(module, name, torch.compile(getattr(module, name)))
-
-
-def share_buffers(objective: nn.Module) -> None:
-    """Give every rank the buffers of rank 0, from which checkpoints are written.
-
-    Between two steps the running statistics of batch norms differ from rank to rank; evaluation must not.
-    """
-    for buffer in objective.buffers():
-        from_first_rank(buffer)
 
 
 def shard(objective: Objective, world: World, device: torch.device) -> None:

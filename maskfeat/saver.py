@@ -2,6 +2,7 @@
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 from yacs.config import CfgNode
@@ -9,6 +10,7 @@ from yacs.config import CfgNode
 from maskfeat.checkpoint import (
     AVERAGE,
     SHARDED,
+    WHOLE,
     Position,
     checkpoint_path,
     prune_checkpoints,
@@ -38,6 +40,7 @@ class Saver:
         self._cfg, self._training, self._world, self._samples = cfg, training, world, samples_per_step
         self._saved, self._at = start, time.monotonic()
         self._sharded = cfg.TRAIN.CHECKPOINT_FORMAT == "sharded"
+        self._suffix = SHARDED if self._sharded else WHOLE
         self._group = another_cpu_group() if self._sharded else None
         self._under_way: tuple[Position, SaveHandle] | None = None
 
@@ -77,6 +80,9 @@ class Saver:
             except OSError as error:
                 logger.error("NOT SAVED, training goes on: %s", error)
 
+    def _path(self, position: Position) -> Path:
+        return checkpoint_path(self._cfg.OUTPUT_DIR, self._cfg.TASK, position, self._suffix)
+
     def _begin(self, position: Position) -> None:
         cfg = self._cfg
         plain: dict[str, Any] = {"epoch": position.epochs - 1, "cfg": dump_config(cfg)}
@@ -85,12 +91,11 @@ class Saver:
         if self._training.scaler.is_enabled():
             plain["scaler_state"] = self._training.scaler.state_dict()
         if self._sharded:
-            path = checkpoint_path(cfg.OUTPUT_DIR, cfg.TASK, position, SHARDED)
             tensors = training_tensors(self._training.objective, self._training.optimizer)
-            self._under_way = position, save_sharded(path, tensors, plain, self._group)
+            self._under_way = position, save_sharded(self._path(position), tensors, plain, self._group)
             return
         content = {**self._gathered(), **plain}
-        on_first_rank(lambda: save_checkpoint(checkpoint_path(cfg.OUTPUT_DIR, cfg.TASK, position), content))
+        on_first_rank(lambda: save_checkpoint(self._path(position), content))
         self._end(position)
 
     def finish(self) -> None:
@@ -108,8 +113,7 @@ class Saver:
         self._saved = position
         cfg = self._cfg
         if self._world.is_main:
-            suffix = {"suffix": SHARDED} if self._sharded else {}
-            logger.info("saved %s", checkpoint_path(cfg.OUTPUT_DIR, cfg.TASK, position, **suffix))
+            logger.info("saved %s", self._path(position))
             prune_checkpoints(cfg.OUTPUT_DIR, cfg.TASK, position, cfg.TRAIN.KEEP_CHECKPOINTS)
 
     def _gathered(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from maskfeat.distributed import from_first_rank
+from maskfeat.distributed import share_buffers
 from maskfeat.durable import sha256, sync_folder, write_synced
 from maskfeat.objectives.base import Objective
 from maskfeat.sharded_files import METADATA, PLAIN, SUMS, Places, Reader, sums_of, tensors_of, verify
@@ -42,8 +42,7 @@ def training_tensors(objective: Objective, optimizer: Optimizer | None = None) -
 
     Collective: buffers, of which every rank has its own, become those of rank 0.
     """
-    for buffer in objective.buffers():
-        from_first_rank(buffer)
+    share_buffers(objective)
     tensors = {MODEL + name: value for name, value in objective.released_state().items()}
     if optimizer is not None:
         for name, parameter in objective.named_parameters():

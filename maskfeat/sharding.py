@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
-from maskfeat.distributed import from_first_rank
+from maskfeat.distributed import share_buffers
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -60,8 +60,7 @@ def gathered_copy(objective: nn.Module, twin: Module) -> Module:
     mine = objective.state_dict()
     for name, value in twin.state_dict().items():
         value.copy_(whole(mine[name]))
-    for buffer in twin.buffers():
-        from_first_rank(buffer)
+    share_buffers(twin)
     return twin
 
 

@@ -12,12 +12,12 @@ from maskfeat.build import build_backbone, build_loader, build_objective, build_
 from maskfeat.checkpoint import Position
 from maskfeat.config import save_config
 from maskfeat.data.loader import Loader
-from maskfeat.distributed import Agreement, World, on_first_rank, seed_draws
+from maskfeat.distributed import Agreement, World, on_first_rank, seed_draws, share_buffers
 from maskfeat.evaluate import validate
 from maskfeat.flops import multiply_adds
 from maskfeat.logbook import Logbook, read_json_stats
 from maskfeat.objectives.base import Objective
-from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, shard, share_buffers
+from maskfeat.parallel import checkpoint_activations, compile_parts, distribute, shard
 from maskfeat.preemption import Preempted, StopRequest
 from maskfeat.recipe import compare, describe, recipe_of, step_of
 from maskfeat.resume import TrainingState, find_start

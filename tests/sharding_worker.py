@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 from maskfeat.batch import Batch
 from maskfeat.build import build_objective, build_optimizer
 from maskfeat.config import load_config
-from maskfeat.distributed import World, barrier, join, leave, seed_draws
+from maskfeat.distributed import World, gather_from_ranks, join, leave, seed_draws
 from maskfeat.logbook import Window
 from maskfeat.objectives.base import Objective
 from maskfeat.optim import load_optimizer_state
@@ -205,7 +205,7 @@ def handed_over(world: World, folder: Path) -> dict[str, Any]:
     weights, moments = sharded.weights(), sharded.moments()
     if world.is_main:
         torch.save({"model_state": weights, "optimizer_state": moments}, folder / "gathered.pyth")
-    barrier()
+    gather_from_ranks(None)  # wait for every rank
     content = torch.load(folder / "gathered.pyth", weights_only=True)
     for other in (plain, again):
         other.objective.load_released_state(content["model_state"])
@@ -266,17 +266,18 @@ def fails_in_pieces(world: World, folder: Path) -> dict[str, Any]:
         except OSError as error:
             found["full"] = str(error)
     found["kept"] = read_sharded_plain(target)["epoch"]
-    barrier()
+    gather_from_ranks(None)  # wait for every rank
     found["left"] = sorted(path.name for path in folder.glob("*fails*")) + sorted(
         p.name for p in folder.glob(".*fails*")
     )
+    gather_from_ranks(None)  # the next save makes files of its own
     save_sharded(target, tensors, {"epoch": 4}, group).wait()
     found["next"] = read_sharded_plain(target)["epoch"]
-    barrier()
+    gather_from_ranks(None)  # wait for every rank
     if world.is_main:
         path = next(target.glob("__*"))
         path.write_bytes(path.read_bytes()[:-1])
-    barrier()
+    gather_from_ranks(None)  # wait for every rank
     kept = {name: torch.zeros_like(value) for name, value in tensors.items()}
     try:
         load_sharded(target, kept, group)
@@ -319,7 +320,7 @@ def all_cases(world: World, init_method: str, folder: str, address: str) -> int:
     jobs["fails in pieces"] = lambda: fails_in_pieces(world, place)
     for name, job in jobs.items():
         _note(place / f"{name}.{world.rank}.json", job)
-    barrier()
+    gather_from_ranks(None)  # wait for every rank
     leave()
     _note(place / f"back to one and two.{world.rank}.json", lambda: back_to_one_and_two(world, place, address))
     leave()

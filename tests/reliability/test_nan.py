@@ -12,11 +12,11 @@ from yacs.config import CfgNode
 
 from maskfeat.batch import Batch
 from maskfeat.config import load_config
-from maskfeat.distributed import World, gather_from_ranks, join, leave
+from maskfeat.distributed import World, gather_from_ranks, join, leave, share_buffers
 from maskfeat.launch import launch
 from maskfeat.logbook import Window
 from maskfeat.objectives.maskfeat import MaskFeat
-from maskfeat.parallel import distribute, share_buffers
+from maskfeat.parallel import distribute
 from maskfeat.resume import TrainingState
 from maskfeat.run import work
 from maskfeat.step_hooks import LostInARow
