@@ -12,7 +12,8 @@ from yacs.config import CfgNode
 from maskfeat.data.bad_samples import BadSampleLedger
 from maskfeat.data.images import ImageFolder, class_folders, list_image_folder
 from maskfeat.data.kinetics import VideoClips, read_video_list
-from maskfeat.data.loader import EpochSampler, Loader
+from maskfeat.data.loader import Batches, EpochSampler, Loader
+from maskfeat.data.resident import ResidentLoader
 from maskfeat.data.transforms import (
     ClipTestTransform,
     ClipTrainTransform,
@@ -115,7 +116,13 @@ def build_backbone(cfg: CfgNode, maskable: bool = False) -> Backbone:
 def _build_maskfeat(cfg: CfgNode) -> MaskFeat:
     mask = cfg.MASK
     backbone = build_backbone(cfg, maskable=True)
-    return MaskFeat(backbone, bins=mask.HOG_BINS, cell=mask.HOG_CELL, window=mask.HOG_GAUSSIAN_WINDOW)
+    return MaskFeat(
+        backbone,
+        bins=mask.HOG_BINS,
+        cell=mask.HOG_CELL,
+        window=mask.HOG_GAUSSIAN_WINDOW,
+        shuffle=mask.SHUFFLE_TARGETS,
+    )
 
 
 def _build_mfm(cfg: CfgNode) -> MFM:
@@ -242,12 +249,12 @@ def _augmentation(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
-def _image_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None) -> ImageFolder:
+def _image_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, trains: bool) -> ImageFolder:
     """ImageNet layout; `test` reads `val`. The training folder numbers the classes, where there is one."""
     data, root = cfg.DATA, Path(cfg.DATA.PATH_TO_DATA_DIR)
     classes = class_folders(root / "train") if split != "train" and (root / "train").is_dir() else None
     samples, _ = list_image_folder(root / ("train" if split == "train" else "val"), classes)
-    if split == "train":
+    if trains:
         transform: ImageTrainTransform | ImageEvalTransform = ImageTrainTransform(
             scale=data.TRAIN_JITTER_SCALES_RELATIVE or (0.08, 1.0),
             ratio=data.TRAIN_JITTER_ASPECT_RELATIVE or (3 / 4, 4 / 3),
@@ -267,18 +274,18 @@ def _image_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None) -> Ima
         transform,
         seed=cfg.RNG_SEED,
         draw_hidden=draw_hidden,
-        replace_bad=split == "train",
-        num_views=cfg.AUG.NUM_SAMPLE if split == "train" and cfg.AUG.ENABLE else 1,
+        replace_bad=trains,
+        num_views=cfg.AUG.NUM_SAMPLE if trains and cfg.AUG.ENABLE else 1,
         backend=cfg.DATA_LOADER.IMAGE_BACKEND,
     )
 
 
-def _clip_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, num_clips: int) -> VideoClips:
+def _clip_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, num_clips: int, trains: bool) -> VideoClips:
     """Kinetics layout: PATH_TO_DATA_DIR/{train,val,test}.csv."""
     data = cfg.DATA
     videos = read_video_list(Path(data.PATH_TO_DATA_DIR) / f"{split}.csv", data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX)
     num_crops = cfg.TEST.NUM_SPATIAL_CROPS if split == "test" else 1
-    if split == "train":
+    if trains:
         transform: ClipTrainTransform | ClipTestTransform = ClipTrainTransform(
             scale=data.TRAIN_JITTER_SCALES_RELATIVE,
             ratio=data.TRAIN_JITTER_ASPECT_RELATIVE,
@@ -296,13 +303,13 @@ def _clip_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, num_cli
         sampling_rate=data.SAMPLING_RATE,
         target_fps=data.TARGET_FPS,
         seed=cfg.RNG_SEED,
-        mode=split,
+        mode="val" if split == "train" and not trains else split,
         use_offset=data.USE_OFFSET_SAMPLING,
         num_clips=num_clips,
         num_crops=num_crops,
-        num_views=cfg.AUG.NUM_SAMPLE if split == "train" and cfg.AUG.ENABLE else 1,
+        num_views=cfg.AUG.NUM_SAMPLE if trains and cfg.AUG.ENABLE else 1,
         draw_hidden=draw_hidden,
-        replace_bad=split == "train",
+        replace_bad=trains,
         torchcodec=data.DECODING_BACKEND == "torchcodec",
     )
 
@@ -313,7 +320,8 @@ def build_loader(
     world: World | None = None,
     num_clips: int | None = None,
     device: torch.device | None = None,
-) -> Loader:
+    plain: bool = False,
+) -> Batches:
     """Batches of a split for one process.
 
     Args:
@@ -321,15 +329,17 @@ def build_loader(
         world: where this process stands; None = alone on its machine.
         num_clips: clips a video in testing; None = TEST.NUM_ENSEMBLE_VIEWS.
         device: where batches are finished and handed out; None = the CPU.
+        plain: "train" as "val" shows its samples: in order, not augmented, every one (probes of frozen features).
 
     Raises:
         ValueError: where the data is not there or smaller than a batch; the message names the key.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
+    trains = split == "train" and not plain
     # A classifier of ResNet features takes any size; transformers have positions for one, MFM a disc.
     fixed = cfg.MODEL.MODEL_NAME != "ResNet"
-    if split != "train" and fixed and cfg.DATA.TEST_CROP_SIZE != cfg.DATA.TRAIN_CROP_SIZE:
+    if not trains and fixed and cfg.DATA.TEST_CROP_SIZE != cfg.DATA.TRAIN_CROP_SIZE:
         raise ValueError(
             f"DATA.TEST_CROP_SIZE is {cfg.DATA.TEST_CROP_SIZE} and DATA.TRAIN_CROP_SIZE {cfg.DATA.TRAIN_CROP_SIZE}: "
             "ViT, MViTv2 and MFM are built for one size, set both to it"
@@ -340,10 +350,10 @@ def build_loader(
     views = 1
     dataset: ImageFolder | VideoClips
     if section.DATASET.lower() == "imagenet":
-        dataset = _image_dataset(cfg, split, draw_hidden)
+        dataset = _image_dataset(cfg, split, draw_hidden, trains)
     else:
         clips = num_clips or cfg.TEST.NUM_ENSEMBLE_VIEWS
-        dataset = _clip_dataset(cfg, split, draw_hidden, clips)
+        dataset = _clip_dataset(cfg, split, draw_hidden, clips, trains)
         views = clips * cfg.TEST.NUM_SPATIAL_CROPS if split == "test" else 1
     if OBJECTIVES[cfg.MODEL.MODEL_NAME] is _build_classification and max(dataset.labels) >= cfg.MODEL.NUM_CLASSES:
         raise ValueError(
@@ -360,13 +370,15 @@ def build_loader(
         per_process,
         rank=world.rank,
         world_size=world.size,
-        shuffle=split == "train",
-        drop_last=split == "train",
+        shuffle=trains,
+        drop_last=trains,
         seed=cfg.RNG_SEED,
         views=views,
-        repeats=cfg.AUG.REPEATS if split == "train" else 1,
+        repeats=cfg.AUG.REPEATS if trains else 1,
     )
     ledger = BadSampleLedger(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split)
     # More workers than cores only take each other's time; how many there are changes nothing in the data.
     workers = min(cfg.DATA_LOADER.NUM_WORKERS, max(available_cores() // world.local_size, 1))
+    if cfg.DATA_LOADER.RESIDENT and isinstance(dataset, ImageFolder):
+        return ResidentLoader(dataset, sampler, ledger, workers, device=device)
     return Loader(dataset, sampler, ledger, workers, cfg.DATA_LOADER.PIN_MEMORY, device=device)

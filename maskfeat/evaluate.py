@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maskfeat.batch import Batch
-from maskfeat.data.loader import Loader
+from maskfeat.data.loader import Batches
 from maskfeat.distributed import sum_over_ranks
 from maskfeat.logbook import Window, eta
 from maskfeat.objectives.base import Objective
@@ -57,7 +57,7 @@ class _Pace:
 @torch.no_grad()
 @_uncompiled
 def validate(
-    objective: Objective, loader: Loader, device: torch.device, precision: str, proceed: Proceed = lambda _: None
+    objective: Objective, loader: Batches, device: torch.device, precision: str, proceed: Proceed = lambda _: None
 ) -> dict[str, float]:
     """One pass over a validation set.
 
@@ -94,7 +94,7 @@ def in_top(scores: Tensor, label: Tensor, ks: Sequence[int]) -> dict[str, Tensor
 @_uncompiled
 def multi_view_test(
     objective: Objective,
-    loader: Loader,
+    loader: Batches,
     labels: Sequence[int],
     device: torch.device,
     precision: str,

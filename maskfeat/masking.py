@@ -152,8 +152,10 @@ def mask_sampler(
 
     The aim is round(ratio x number of patches): 78 of 14 x 14 and 157 of 8 x 7 x 7 at 0.4.
     """
-    if not 0.0 < ratio < 1.0:
-        raise ValueError(f"AUG.MASK_RATIO is {ratio}, expected a number between 0 and 1 (exclusive)")
+    if not 0.0 <= ratio < 1.0:
+        raise ValueError(f"AUG.MASK_RATIO is {ratio}, expected at least 0 and below 1")
+    if ratio == 0.0:
+        return lambda rng: np.zeros(tuple(grid), dtype=bool)
     num_hidden = round(ratio * math.prod(grid))
     if len(grid) == 2:
         height, width = grid

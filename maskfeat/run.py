@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.data.bad_samples import TooManyBadSamples
-from maskfeat.data.loader import Loader
+from maskfeat.data.loader import Batches
 from maskfeat.distributed import World, choose_device, is_of_collective, join, leave
 from maskfeat.evaluate import multi_view_test
 from maskfeat.launch import check_devices, find_started, launch
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 EXPECTED = (ValueError, TooManyBadSamples, FloatingPointError, OSError)
 
 
-def _test_loaders(cfg: CfgNode, world: World, device: torch.device) -> dict[str, Loader]:
+def _test_loaders(cfg: CfgNode, world: World, device: torch.device) -> dict[str, Batches]:
     """A loader for each number of views, by its name: TEST.NUM_TEMPORAL_CLIPS (or TEST.NUM_ENSEMBLE_VIEWS) x crops."""
     if cfg.TEST.DATASET.lower() == "imagenet":
         return {"1x1": build_loader(cfg, "test", world, device=device)}
@@ -47,7 +47,7 @@ def _results_path(cfg: CfgNode, what: str) -> Path:
 
 def run_testing(
     cfg: CfgNode,
-    loaders: Mapping[str, Loader],
+    loaders: Mapping[str, Batches],
     world: World,
     device: torch.device,
     logbook: Logbook,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from maskfeat.batch import Batch
-from maskfeat.data.loader import Loader
+from maskfeat.data.loader import Batches
 from maskfeat.distributed import World, seed_draws, sum_over_ranks
 from maskfeat.logbook import Logbook, Window, eta
 from maskfeat.objectives.base import Objective
@@ -173,7 +173,7 @@ def train(
     objective: Objective,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
-    loader: Loader,
+    loader: Batches,
     settings: Settings,
     *,
     start: tuple[int, int],

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 from maskfeat.build import build_backbone, build_loader, build_objective, build_optimizer
 from maskfeat.checkpoint import Position
 from maskfeat.config import save_config
-from maskfeat.data.loader import Loader
+from maskfeat.data.loader import Batches
 from maskfeat.distributed import Agreement, World, on_first_rank, seed_draws, share_buffers
 from maskfeat.evaluate import validate
 from maskfeat.flops import multiply_adds
@@ -240,7 +240,7 @@ def _validated(cfg: CfgNode, epochs: int) -> bool:
 def _validate(
     cfg: CfgNode,
     objectives: Mapping[str, Objective],
-    loader: Loader,
+    loader: Batches,
     device: torch.device,
     logbook: Logbook,
     epoch: int,

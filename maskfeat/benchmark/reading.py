@@ -18,7 +18,7 @@ from maskfeat.config.ranges import CHOICES
 from maskfeat.data.decode import VideoInfo, decode_frames
 from maskfeat.data.images import ImageFolder
 from maskfeat.data.kinetics import VideoClips
-from maskfeat.data.loader import Loader
+from maskfeat.data.loader import Batches
 from maskfeat.data.sampling import clip_length, clip_span, frame_indices
 from maskfeat.data.seeding import SPAN_STREAM, sample_generator, seeded
 from maskfeat.data.transforms import random_area_box
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 IN_THIS_PROCESS = ("DATA_LOADER.NUM_WORKERS", "0")
 
 
-def _first_epoch(loader: Loader) -> Run:
+def _first_epoch(loader: Batches) -> Run:
     """Reads the first epoch of a training split: the same draws in every call, since their cost differs."""
 
     def read() -> None:
@@ -64,7 +64,7 @@ def measure_images(options: Options) -> Iterator[Row]:
         yield _per_second(row, len(loader) * loader.batch_size, "images")
 
 
-def _images(cfg: CfgNode, loader: Loader, backend: str, is_default: bool, repeats: int) -> Row:
+def _images(cfg: CfgNode, loader: Batches, backend: str, is_default: bool, repeats: int) -> Row:
     dataset = loader.dataset
     if not isinstance(dataset, ImageFolder):
         raise ValueError("--cfg must be a recipe for images (TRAIN.DATASET imagenet) to measure how they are read")
@@ -124,7 +124,7 @@ def _image_size(path: str) -> tuple[int, int]:
         return image.height, image.width
 
 
-def _video_dataset(loader: Loader) -> VideoClips:
+def _video_dataset(loader: Batches) -> VideoClips:
     if not isinstance(loader.dataset, VideoClips):
         raise ValueError("--cfg must be a recipe for clips (TRAIN.DATASET kinetics) to measure how they are read")
     return loader.dataset

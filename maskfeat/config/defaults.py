@@ -44,6 +44,8 @@ def _run(cfg: CfgNode) -> None:
     cfg.DATA_LOADER.PIN_MEMORY = True  # page-locked batches: faster copies to a GPU
     # ours: "pil" | "torchvision": its JPEG decoder, and resizing by torch: faster, grey levels a little different
     cfg.DATA_LOADER.IMAGE_BACKEND = "pil"
+    # ours: images of one small size: decoded once, kept on the device, cropped, mirrored and masked there
+    cfg.DATA_LOADER.RESIDENT = False
 
     cfg.TENSORBOARD = CfgNode()
     cfg.TENSORBOARD.ENABLE = True  # write event files (off in PySlowFast)
@@ -133,7 +135,7 @@ def _aug(cfg: CfgNode) -> None:
     cfg.AUG.MASK_TUBE = False  # video masks: the same patches in every frame ...
     cfg.AUG.MASK_FRAMES = False  # ... or whole frames; neither = cubes
     cfg.AUG.MASK_WINDOW_SIZE = [8, 7, 7]  # (t, h, w) grid on which video masks are drawn
-    cfg.AUG.MASK_RATIO = 0.0  # share of patches hidden, 0 .. 1
+    cfg.AUG.MASK_RATIO = 0.0  # share of patches hidden, 0 .. 1; at 0 nothing is learned (a control)
     cfg.AUG.MAX_MASK_PATCHES_PER_BLOCK = None  # image masks: patches per block at most; None = no limit
 
 
@@ -216,6 +218,8 @@ def _mask(cfg: CfgNode) -> None:
     cfg.MASK.HOG_BINS = 9  # ours: orientations
     cfg.MASK.HOG_CELL = 8  # ours: side of a histogram's cell in pixels
     cfg.MASK.HOG_GAUSSIAN_WINDOW = 0  # ours: side in pixels of a Gaussian weight on gradients; 0 = none
+    # ours, a control: in training each image is to predict the targets of another one of its (micro-)batch
+    cfg.MASK.SHUFFLE_TARGETS = False
     cfg.MASK.MAE_ON = False  # only False
     cfg.MASK.MAE_RND_MASK = False  # only False
     cfg.MASK.PER_FRAME_MASKING = False  # only False

@@ -95,6 +95,7 @@ def _combinations(cfg: CfgNode) -> Iterator[str]:
     yield from _sharding(cfg)
     yield from _datasets(cfg)
     yield from _views(cfg)
+    yield from _resident(cfg)
     if _is_resnet(cfg):
         yield from _resnet(cfg)
     else:
@@ -187,6 +188,24 @@ def _views(cfg: CfgNode) -> Iterator[str]:
         yield f"DATA.TEST_SHORT_SIDE is for images and must be 0 for clips; given {data.TEST_SHORT_SIDE}"
 
 
+def _resident(cfg: CfgNode) -> Iterator[str]:
+    """What is drawn on the device, of images that are kept there."""
+    if not cfg.DATA_LOADER.RESIDENT:
+        return
+    aug = cfg.AUG
+    if cfg.DATA.NUM_FRAMES > 1:
+        yield "DATA_LOADER.RESIDENT keeps images, and must be False for clips (DATA.NUM_FRAMES above 1); given True"
+    if cfg.TRAIN.ENABLE and aug.INTERPOLATION != "bilinear":
+        yield f"AUG.INTERPOLATION must be 'bilinear' where DATA_LOADER.RESIDENT is True; given {aug.INTERPOLATION!r}"
+    unsupported = {"AA_TYPE": "", "COLOR_JITTER": None, "RE_PROB": 0.0, "NUM_SAMPLE": 1, "REPEATS": 1}
+    for key, needed in unsupported.items() if cfg.TRAIN.ENABLE and aug.ENABLE else ():
+        if (aug[key] or None) != (needed or None):
+            yield (
+                f"AUG.{key} must be {needed!r} where DATA_LOADER.RESIDENT is True (training crops and mirrors there, "
+                f"and does no more); given {aug[key]!r}"
+            )
+
+
 def _resnet(cfg: CfgNode) -> Iterator[str]:
     if cfg.MODEL.ACT_CHECKPOINT:
         yield (
@@ -276,8 +295,8 @@ def _mfm(cfg: CfgNode) -> Iterator[str]:
 
 def _maskfeat(cfg: CfgNode) -> Iterator[str]:
     yield from _pretraining(cfg, {"MODEL.LOSS_FUNC": "multi_mse", "MASK.ENABLE": True, "MASK.PRED_HOG": True})
-    if not 0 < cfg.AUG.MASK_RATIO < 1:
-        yield f"AUG.MASK_RATIO must be above 0 and below 1 for pre-training; given {cfg.AUG.MASK_RATIO:g}"
+    if not 0 <= cfg.AUG.MASK_RATIO < 1:
+        yield f"AUG.MASK_RATIO must be at least 0 and below 1 for pre-training; given {cfg.AUG.MASK_RATIO:g}"
     last = cfg.MVIT.DEPTH - 1
     if list(cfg.MASK.PRETRAIN_DEPTH) != [last]:
         yield (

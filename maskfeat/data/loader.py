@@ -104,55 +104,20 @@ class EpochSampler(Sampler[list[SampleKey]]):
         return [SampleKey(epoch, int(order[item // self.copies]), item % self.copies) for item in range(first, last)]
 
 
-class Loader:
-    """Batches of a data set, made by worker processes; samples that cannot be read are entered in a ledger.
+class Batches:
+    """The batches of a data set for one process.
 
-    Every epoch: `set_epoch(e)`, on resuming in its middle `set_start(step)`, then iterate. Keys carry the
-    epoch, so the workers stay alive from one epoch to the next.
+    Every epoch: `set_epoch(e)`, on resuming in its middle `set_start(step)`, then iterate.
 
     Args:
-        dataset: maps a SampleKey to a list of samples.
+        dataset: the samples.
         sampler: the batches of keys.
-        ledger: where bad samples are named and counted; None ignores them.
-        num_workers: processes; 0 makes the data in this one.
-        pin_memory: page-locks batches for the way to `device`; without effect on the CPU.
-        prefetch_factor: batches that each worker makes ahead.
-        device: where batches are finished (resized, mirrored, normalised, erased) and handed out; None = the CPU.
+        device: where batches are handed out; None = the CPU.
     """
 
-    def __init__(
-        self,
-        dataset: LabelledSamples,
-        sampler: EpochSampler,
-        ledger: BadSampleLedger | None = None,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        prefetch_factor: int = 2,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, dataset: LabelledSamples, sampler: EpochSampler, device: torch.device | None = None) -> None:
+        self.dataset, self.sampler = dataset, sampler
         self.device = device or torch.device("cpu")
-        self.dataset = dataset
-        self.sampler = sampler
-        self.ledger = ledger
-        self._forks = num_workers > 0
-        workers: dict[str, Any] = {}
-        if num_workers > 0:
-            workers = {"persistent_workers": True, "prefetch_factor": prefetch_factor}
-            if sys.platform == "linux":
-                # Said outright: a process that was spawned would spawn in its turn, and every worker start Python anew.
-                workers["multiprocessing_context"] = "fork"
-        self._loader: DataLoader[Any] = DataLoader(
-            dataset,  # type: ignore[arg-type]  # a map by SampleKey rather than by int
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            collate_fn=collate,
-            pin_memory=pin_memory and self.device.type == "cuda",
-            worker_init_fn=_start_worker,
-            # The DataLoader draws a seed for its workers every epoch; from here, and not from the model's
-            # generator.
-            generator=torch.Generator(),
-            **workers,
-        )
 
     @property
     def labels(self) -> list[int]:
@@ -178,6 +143,69 @@ class Loader:
         self.sampler.set_start(step)
 
     def __iter__(self) -> Iterator[Batch]:
+        """The batches, finished on the device."""
+        raise AssertionError("a loader implements __iter__")
+
+    def some(self, indices: Sequence[int]) -> Iterator[Batch]:
+        """One batch for each of these samples; those that cannot be read are left out."""
+        raise AssertionError("a loader implements some")
+
+
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """What a DataLoader is told of its worker processes, if it has any."""
+    if num_workers == 0:
+        return {}
+    options: dict[str, Any] = {"worker_init_fn": _start_worker}
+    if sys.platform == "linux":
+        # Said outright: a process that was spawned would spawn in its turn, and every worker start Python anew.
+        options["multiprocessing_context"] = "fork"
+    return options
+
+
+class Loader(Batches):
+    """Batches of a data set, made by worker processes; samples that cannot be read are entered in a ledger.
+
+    Keys carry the epoch, so the workers stay alive from one epoch to the next.
+
+    Args:
+        dataset: maps a SampleKey to a list of samples.
+        sampler: the batches of keys.
+        ledger: where bad samples are named and counted; None ignores them.
+        num_workers: processes; 0 makes the data in this one.
+        pin_memory: page-locks batches for the way to `device`; without effect on the CPU.
+        prefetch_factor: batches that each worker makes ahead.
+        device: where batches are finished (resized, mirrored, normalised, erased) and handed out; None = the CPU.
+    """
+
+    def __init__(
+        self,
+        dataset: LabelledSamples,
+        sampler: EpochSampler,
+        ledger: BadSampleLedger | None = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        prefetch_factor: int = 2,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(dataset, sampler, device)
+        self.ledger = ledger
+        self._forks = num_workers > 0
+        workers = worker_options(num_workers)
+        if num_workers > 0:
+            workers |= {"persistent_workers": True, "prefetch_factor": prefetch_factor}
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,  # type: ignore[arg-type]  # a map by SampleKey rather than by int
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=pin_memory and self.device.type == "cuda",
+            # The DataLoader draws a seed for its workers every epoch; from here, and not from the model's
+            # generator.
+            generator=torch.Generator(),
+            **workers,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
         """The batches, finished on the loader's device.
 
         Raises:
@@ -195,7 +223,6 @@ class Loader:
             yield raw.finish(self.device)
 
     def some(self, indices: Sequence[int]) -> Iterator[Batch]:
-        """One batch for each of these samples, made in this process; those that cannot be read are left out."""
         for index in indices:
             raw = collate([self.dataset[SampleKey(0, index)]])
             if not raw.bad:

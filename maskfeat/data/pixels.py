@@ -203,7 +203,7 @@ class PackedPixels:
     def _finish_images(self, data: Tensor, clip: Tensor) -> None:
         """(B, C, H, W) uint8 with the channels last in memory into float32 of the same shape."""
         readable = next((plan for plan in self.plans if plan.readable), self.plans[0])
-        shift, scale = _affine(readable.mean, readable.std, clip.device)
+        shift, scale = affine(readable.mean, readable.std, clip.device)
         if not _at_once(clip.device):
             for row, plan in enumerate(self.plans):
                 clip[row].copy_(data[row].flip(-1) if plan.mirror else data[row]).mul_(scale).add_(shift)
@@ -255,7 +255,7 @@ def _resized(frames: Tensor, plan: Plan) -> Tensor:
 
 def _finish_clip(frames: Tensor, plan: Plan, clip: Tensor) -> None:
     """(T, h, w, C) uint8 or float32 into (C, T, H, W) float32: resized, cut, mirrored and normalised."""
-    shift, scale = _affine(plan.mean, plan.std, clip.device)
+    shift, scale = affine(plan.mean, plan.std, clip.device)
     out = clip.transpose(0, 1)
     step = len(frames) if _at_once(clip.device) else 1
     for first in range(0, len(frames), step):
@@ -266,7 +266,7 @@ def _finish_clip(frames: Tensor, plan: Plan, clip: Tensor) -> None:
 
 
 @lru_cache(maxsize=64)
-def _affine(mean: Colour, std: Colour, device: torch.device) -> tuple[Tensor, Tensor]:
+def affine(mean: Colour, std: Colour, device: torch.device) -> tuple[Tensor, Tensor]:
     """(C, 1, 1) float32 each: x * scale + shift = (x / 255 - mean) / std, within 5e-7 for x of 0 to 255.
 
     Kept for each device, and filled there: what is copied from the host has to be waited for.

@@ -36,6 +36,8 @@ class ImageTransform(Protocol):
     """An image into pixels that end as (C, crop, crop)."""
 
     crop: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels: ...
 
@@ -124,7 +126,7 @@ def resize_image(picture: Picture, size: tuple[int, int], mode: Image.Resampling
     return resized[0].permute(1, 2, 0)
 
 
-def _as_tensor(picture: Picture) -> Tensor:
+def as_tensor(picture: Picture) -> Tensor:
     """(H, W, C) uint8."""
     return torch.from_numpy(np.array(picture)) if isinstance(picture, Image.Image) else picture
 
@@ -194,7 +196,7 @@ class ImageTrainTransform:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             image, mirror = self.augment(image), False
         plan = Plan((3, self.crop, self.crop), self.mean, self.std, mirror=mirror)
-        return erase(Pixels(_as_tensor(image), plan), self.erasing)
+        return erase(Pixels(as_tensor(image), plan), self.erasing)
 
 
 class ImageEvalTransform:
@@ -236,7 +238,7 @@ class ImageEvalTransform:
             right, bottom = (left + self.crop) * step_x, (top + self.crop) * step_y
             box = (left * step_x, top * step_y, min(right, width), min(bottom, height))
             image = _as_image(image).resize((self.crop, self.crop), self.mode, box=box)
-        return Pixels(_as_tensor(image), Plan((3, self.crop, self.crop), self.mean, self.std))
+        return Pixels(as_tensor(image), Plan((3, self.crop, self.crop), self.mean, self.std))
 
 
 class ClipTrainTransform:

@@ -51,11 +51,15 @@ class MaskFeat(Objective):
     Args:
         backbone: built with a mask token.
         bins, cell, window: of the HOG target, see `hog`.
+        shuffle: in training, each image is to predict the targets of another one of its batch: a control, which can
+            teach no more than how targets are distributed.
     """
 
     compilable = ("features",)
 
-    def __init__(self, backbone: Backbone, bins: int = 9, cell: int = 8, window: int = 0) -> None:
+    def __init__(
+        self, backbone: Backbone, bins: int = 9, cell: int = 8, window: int = 0, shuffle: bool = False
+    ) -> None:
         super().__init__()
         if not backbone.supports_hidden:
             raise ValueError(
@@ -69,7 +73,7 @@ class MaskFeat(Objective):
                 "into whole cells of a square: change MASK.HOG_CELL or the crop and patch sizes"
             )
         self.backbone = backbone
-        self.bins, self.cell, self.window = bins, cell, window
+        self.bins, self.cell, self.window, self.shuffle = bins, cell, window, shuffle
         self.cells = height // cell
         self.hogs = nn.ModuleList([_SobelBuffers()])
         self.pred_head = _PredictionHead(backbone.width, 3 * bins * self.cells**2)
@@ -153,7 +157,8 @@ class MaskFeat(Objective):
     def forward(self, batch: Batch) -> StepOutput:
         """Mean squared error over hidden tokens and features; metrics give what two constant predictors would cost."""
         tokens, valid = self.chosen(batch)
-        target = self.target_at(batch.clip, tokens)
+        whose = batch.clip.roll(1, dims=0) if self.shuffle and self.training else batch.clip
+        target = self.target_at(whose, tokens)
         prediction = self.predict_at(batch, tokens).float()
         hidden = valid.unsqueeze(-1)
         count = hidden.sum().clamp(min=1)

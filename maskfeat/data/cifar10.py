@@ -1,0 +1,132 @@
+"""CIFAR-10 (Krizhevsky, 2009) laid out as folders that `DATA.PATH_TO_DATA_DIR` takes: all of it, and a labelled tenth.
+
+Nothing is unpacked by its own name, and no pickle is read: the archive "for Python" is one, the binary one is not.
+"""
+
+import io
+import logging
+import os
+import re
+import tarfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+ARCHIVE = "cifar-10-binary.tar.gz"
+SPLITS = {"train": "train", "test": "val"}
+"""Of CIFAR-10 -> the folder of ImageNet's layout."""
+SHARES = {"all": 1, "tenth": 10}
+"""Folder -> one in so many training images has its place there."""
+_SIDE = 32
+_RECORD = 1 + 3 * _SIDE**2
+_IN_ARCHIVE = re.compile(r"cifar-10-batches-bin/(?:data_batch_[1-5]|(test)_batch)\.bin")
+_IN_ZIP = re.compile(r"(train|test)/(\w+)/(\w+\.(?:jpg|png))")
+_LARGEST = 200_000
+"""Bytes of one picture in a zip: 32 x 32 pixels take 1,000 or so."""
+
+Picture = tuple[str, str, str, bytes]
+"""Split, class, file name, content."""
+
+
+def _from_archive(path: Path) -> Iterator[Picture]:
+    """The official binary archive, pictures as PNG: no value is changed."""
+    count: dict[tuple[str, int], int] = defaultdict(int)
+    with tarfile.open(path, "r:gz") as archive:
+        for member in archive:
+            found = _IN_ARCHIVE.fullmatch(member.name)
+            if found is None or not member.isfile():
+                continue
+            file = archive.extractfile(member)
+            assert file is not None
+            data = file.read(10_000 * _RECORD + 1)
+            if not data or len(data) % _RECORD or len(data) > 10_000 * _RECORD:
+                raise ValueError(f"{path}: {member.name} does not consist of records of {_RECORD} bytes: fetch it anew")
+            split = found[1] or "train"
+            for record in np.frombuffer(data, np.uint8).reshape(-1, _RECORD):
+                if record[0] >= len(CLASSES):
+                    raise ValueError(f"{path}: {member.name} has a label {record[0]}, expected 0 to 9: fetch it anew")
+                number = count[split, int(record[0])]
+                count[split, int(record[0])] += 1
+                content = io.BytesIO()
+                pixels = record[1:].reshape(3, _SIDE, _SIDE).transpose(1, 2, 0)
+                Image.fromarray(np.ascontiguousarray(pixels)).save(content, "PNG")
+                yield split, CLASSES[record[0]], f"{number:04d}.png", content.getvalue()
+
+
+def _from_zip(path: Path) -> Iterator[Picture]:
+    """`train/<class>/<image>` or `test/<class>/<image>` in a zip; files are taken as they are."""
+    with zipfile.ZipFile(path) as archive:
+        for info in sorted(archive.infolist(), key=lambda info: info.filename):
+            found = _IN_ZIP.fullmatch(info.filename)
+            if found is None or found[2] not in CLASSES:
+                continue
+            if info.file_size > _LARGEST:
+                raise ValueError(f"{path}: {info.filename} claims {info.file_size} bytes, too many for 32 x 32 pixels")
+            yield found[1], found[2], found[3], archive.read(info)
+
+
+def _pictures(source: Path) -> Iterator[Picture]:
+    zips = [source / f"{split}.zip" for split in SPLITS]
+    if source.is_dir() and all(path.is_file() for path in zips):
+        for path in zips:
+            yield from _from_zip(path)
+    elif (source / ARCHIVE).is_file():
+        yield from _from_archive(source / ARCHIVE)
+    elif source.is_file() and source.name.endswith(".tar.gz") and "python" not in source.name:
+        yield from _from_archive(source)
+    else:
+        raise ValueError(
+            f"{source}: expected {ARCHIVE}, a folder that holds it, or a folder with train.zip and test.zip. The "
+            "archive 'for Python' is a pickle, which could run anything, and is not read"
+        )
+
+
+def prepare(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
+    """Write `output/{all,tenth}/{train,val}/<class>/<image>`; both have all test images as `val`.
+
+    The labelled tenth holds the first of every ten training images of a class. Its files are links to those of `all`
+    where the file system has them. A folder that is complete is left as it is.
+
+    Returns the folder. Raises ValueError where the source is neither of the known ones, or damaged.
+    """
+    root, done = Path(output), Path(output) / "complete"
+    if done.is_file():
+        logger.info("%s is there already", root)
+        return root
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    try:
+        for split, name, file, content in _pictures(Path(source)):
+            for share, every in SHARES.items():
+                if split == "train" and counts[split, name] % every:
+                    continue
+                _place(root / share / SPLITS[split] / name / file, content, root / "all" / SPLITS[split] / name / file)
+            counts[split, name] += 1
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(f"{source} cannot be read: {error}") from error
+    missing = [f"{split}/{name}" for split in SPLITS for name in CLASSES if not counts[split, name]]
+    if missing:
+        raise ValueError(f"{source} has no picture of {', '.join(missing)}: fetch it anew")
+    done.touch()
+    total = {split: sum(counts[split, name] for name in CLASSES) for split in SPLITS}
+    logger.info("%s: %d training and %d test images", root, total["train"], total["test"])
+    return root
+
+
+def _place(path: Path, content: bytes, original: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path != original:
+        path.unlink(missing_ok=True)
+        try:
+            path.hardlink_to(original)
+        except OSError:  # a file system without links
+            pass
+        else:
+            return
+    path.write_bytes(content)

@@ -1,0 +1,141 @@
+"""What the evidence consists of: data, methods, recipes and budgets."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A backbone: its recipe of fine-tuning, which without weights is that of training from scratch."""
+
+    name: str
+    fine_tuning: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to pre-train a backbone: its name in words and its recipe."""
+
+    name: str
+    title: str
+    family: Family
+    pretraining: str
+    has_controls: bool = False
+
+
+@dataclass(frozen=True)
+class Control:
+    """What should destroy the gain: overrides of the pre-training, or (None) weights from which the backbone is left
+    out.
+    """
+
+    name: str
+    title: str
+    opts: tuple[str, ...] | None
+
+
+CONTROLS = (
+    Control("shuffled", "targets of another image", ("MASK.SHUFFLE_TARGETS", "True")),
+    Control("unmasked", "mask ratio 0", ("AUG.MASK_RATIO", "0.0")),
+    Control("headless", "all but the backbone loaded", None),
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is computed.
+
+    Attributes:
+        labels: folders of labelled data below the suite's data, by what they are called in the report.
+        opts: overrides of every run.
+        pretraining, fine_tuning: overrides of those runs, by the name of the method or family, "" for all.
+        control_seeds: seeds for which controls are run as well.
+        fine_tune_controls: whether controls are fine-tuned, too, and not only probed.
+    """
+
+    labels: dict[str, str]
+    opts: tuple[str, ...]
+    pretraining: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    fine_tuning: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    control_seeds: int = 1
+    fine_tune_controls: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A data set and what is done with it.
+
+    Attributes:
+        unlabelled: the folder that pre-training reads, below the suite's data.
+        of_clips: whether paths of lists need DATA.PATH_PREFIX.
+    """
+
+    name: str
+    title: str
+    classes: int
+    unlabelled: str
+    methods: tuple[Method, ...]
+    budgets: dict[str, Budget]
+    of_clips: bool = False
+
+
+_CPU = ("NUM_GPUS", "0", "TRAIN.MIXED_PRECISION", "bf16")
+_GPU = ("NUM_GPUS", "1", "TRAIN.MIXED_PRECISION", "bf16", "TRAIN.COMPILE", "True", "DATA_LOADER.NUM_WORKERS", "8")
+
+_VIT = Family("ViT", "cifar10/cifar10_VIT_FT.yaml")
+_RESNET = Family("ResNet", "cifar10/cifar10_R10_FT.yaml")
+_MVIT = Family("MViTv2", "shapes/shapes_MVITv2_FT.yaml")
+
+
+def _epochs(pretraining: int, warmup: float, *more: str) -> tuple[str, ...]:
+    return ("SOLVER.MAX_EPOCH", str(pretraining), "SOLVER.WARMUP_EPOCHS", str(warmup), *more)
+
+
+SUITES = {
+    "cifar10": Suite(
+        "cifar10",
+        "CIFAR-10",
+        classes=10,
+        unlabelled="all",
+        methods=(
+            Method("maskfeat", "MaskFeat, ViT", _VIT, "cifar10/cifar10_VIT_MaskFeat_PT.yaml", has_controls=True),
+            Method("mfm_vit", "MFM, ViT", _VIT, "cifar10/cifar10_VIT_MFM_PT.yaml"),
+            Method("mfm_resnet", "MFM, ResNet-10", _RESNET, "cifar10/cifar10_R10_MFM_PT.yaml"),
+        ),
+        budgets={
+            "cpu": Budget(
+                labels={"a tenth of the labels": "tenth"},
+                opts=_CPU,
+                pretraining={},
+                fine_tuning={},
+            ),
+            "gpu": Budget(
+                labels={"all labels": "all", "a tenth of the labels": "tenth"},
+                opts=_GPU,
+                control_seeds=100,
+                fine_tune_controls=True,
+            ),
+        },
+    ),
+    "shapes": Suite(
+        "shapes",
+        "synthetic motions",
+        classes=6,
+        unlabelled="all",
+        methods=(
+            Method("maskfeat", "MaskFeat, MViTv2", _MVIT, "shapes/shapes_MVITv2_MaskFeat_PT.yaml", has_controls=True),
+        ),
+        budgets={
+            "cpu": Budget(labels={"a tenth of the labels": "tenth"}, opts=_CPU),
+            "gpu": Budget(
+                labels={"all labels": "all", "a tenth of the labels": "tenth"},
+                opts=_GPU,
+                control_seeds=100,
+                fine_tune_controls=True,
+            ),
+        },
+        of_clips=True,
+    ),
+}
