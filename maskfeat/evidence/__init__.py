@@ -31,8 +31,17 @@ def make_data(suite: str, folder: Path, source: Path | None) -> None:
         if source is not None:
             prepare(source, folder)
         return
-    for name, number in (("all", 400), ("tenth", 40)):
-        make_clips(folder / name, train_per_class=number, val_per_class=50, test_per_class=50, size=(40, 40))
+    clips = make_clips(folder / "all", train_per_class=400, val_per_class=50, test_per_class=100, size=(40, 40))
+    write_share(clips, folder / "tenth", 10)
+
+
+def write_share(source: Path, target: Path, every: int) -> None:
+    """Lists that name one of `every` training clips of `source`, whose paths they keep, and all its held-out ones."""
+    target.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val", "test"):
+        lines = (source / f"{split}.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = lines[::every] if split == "train" else lines
+        (target / f"{split}.csv").write_text("".join(kept), encoding="utf-8")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -79,22 +79,25 @@ class Runs:
         return find_checkpoints(self.folder(seed, name), "pt")[-1]
 
     def _places(self, seed: int, name: str, data: str) -> list[str]:
-        folder = self.data / data
-        prefix = ["DATA.PATH_PREFIX", str(folder)] if self.suite.of_clips else []
-        places = ["DATA.PATH_TO_DATA_DIR", str(folder), *prefix, "OUTPUT_DIR", str(self.folder(seed, name))]
+        places = [*self._data(data), "OUTPUT_DIR", str(self.folder(seed, name))]
         return [*places, "RNG_SEED", str(seed), *self.budget.opts]
+
+    def _data(self, name: str) -> list[str]:
+        """Overrides for one of the folders of the suite's data; lists of clips name files of the unlabelled one."""
+        prefix = ["DATA.PATH_PREFIX", str(self.data / self.suite.unlabelled)] if self.suite.of_clips else []
+        return ["DATA.PATH_TO_DATA_DIR", str(self.data / name), *prefix]
 
     def pretraining(self, method: Method, seed: int, name: str, control: Control | None = None) -> list[str]:
         """Overrides of a pre-training."""
-        own = (self.budget.pretraining.get(key, ()) for key in ("", method.name))
+        own = (*self.budget.families.get(method.family.name, ()), *self.budget.pretraining.get(method.name, ()))
         more = control.opts if control is not None and control.opts is not None else ()
-        return [*self._places(seed, name, self.suite.unlabelled), *(o for opts in own for o in opts), *more, *self.opts]
+        return [*self._places(seed, name, self.suite.unlabelled), *own, *more, *self.opts]
 
     def fine_tuning(self, method: Method, seed: int, name: str, labels: str, weights: Path | None) -> list[str]:
         """Overrides of a fine-tuning; without weights of a training from scratch."""
-        own = (self.budget.fine_tuning.get(key, ()) for key in ("", method.family.name, labels))
+        own = (*self.budget.families.get(method.family.name, ()), *self.budget.fine_tuning.get(labels, ()))
         start = [] if weights is None else ["TRAIN.CHECKPOINT_FILE_PATH", str(weights)]
-        return [*self._places(seed, name, labels), *(o for opts in own for o in opts), *start, *self.opts]
+        return [*self._places(seed, name, labels), *own, *start, *self.opts]
 
     def once(self, seed: int, name: str, asked: list[str], work: Callable[[], dict[str, Any]]) -> None:
         """Do what is not done yet, and note what came out and how long it took, earlier attempts included.
@@ -146,7 +149,9 @@ class Runs:
             found: dict[str, Any] = {}
             test = features(objective.backbone, self._plain(cfg, "val", device), device, precision_of(cfg))
             for labels in self.budget.labels.values():
-                loader = self._plain(self._labelled(method, opts, labels), "train", device)
+                loader = self._plain(
+                    load_config(CONFIGS / method.pretraining, [*opts, *self._data(labels)]), "train", device
+                )
                 train = features(objective.backbone, loader, device, precision_of(cfg))
                 found[labels] = {
                     "linear": linear_probe(train, test, self.suite.classes),
@@ -158,11 +163,6 @@ class Runs:
             return {"probe": found}
 
         self.once(seed, name, [method.pretraining, *opts, str(weights)], work)
-
-    def _labelled(self, method: Method, opts: list[str], labels: str) -> CfgNode:
-        folder = str(self.data / labels)
-        prefix = ["DATA.PATH_PREFIX", folder] if self.suite.of_clips else []
-        return load_config(CONFIGS / method.pretraining, [*opts, "DATA.PATH_TO_DATA_DIR", folder, *prefix])
 
     def _plain(self, cfg: CfgNode, split: str, device: torch.device) -> Any:
         return build_loader(cfg, split, device=device, plain=True)

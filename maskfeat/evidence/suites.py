@@ -50,13 +50,16 @@ class Budget:
     Attributes:
         labels: folders of labelled data below the suite's data, by what they are called in the report.
         opts: overrides of every run.
-        pretraining, fine_tuning: overrides of those runs, by the name of the method or family, "" for all.
+        families: overrides of every run of a family: the size of its backbone.
+        pretraining: overrides of pre-training, by the name of the method.
+        fine_tuning: overrides of fine-tuning and training from scratch, by the folder of the labels.
         control_seeds: seeds for which controls are run as well.
         fine_tune_controls: whether controls are fine-tuned, too, and not only probed.
     """
 
     labels: dict[str, str]
     opts: tuple[str, ...]
+    families: dict[str, tuple[str, ...]] = field(default_factory=dict)
     pretraining: dict[str, tuple[str, ...]] = field(default_factory=dict)
     fine_tuning: dict[str, tuple[str, ...]] = field(default_factory=dict)
     control_seeds: int = 1
@@ -84,14 +87,25 @@ class Suite:
 _CPU = ("NUM_GPUS", "0", "TRAIN.MIXED_PRECISION", "bf16")
 _GPU = ("NUM_GPUS", "1", "TRAIN.MIXED_PRECISION", "bf16", "TRAIN.COMPILE", "True", "DATA_LOADER.NUM_WORKERS", "8")
 
+_BIG = ("TRAIN.BATCH_SIZE", "512", "SOLVER.BASE_LR", "2e-3")
+
 _VIT = Family("ViT", "cifar10/cifar10_VIT_FT.yaml")
 _RESNET = Family("ResNet", "cifar10/cifar10_R10_FT.yaml")
 _MVIT = Family("MViTv2", "shapes/shapes_MVITv2_FT.yaml")
 
 
-def _epochs(pretraining: int, warmup: float, *more: str) -> tuple[str, ...]:
-    return ("SOLVER.MAX_EPOCH", str(pretraining), "SOLVER.WARMUP_EPOCHS", str(warmup), *more)
+def _epochs(number: int, warmup: float, looks: int = 10) -> tuple[str, ...]:
+    """So many epochs, of which `looks` are followed by a validation and a checkpoint."""
+    every = str(max(number // looks, 1))
+    return (
+        *("SOLVER.MAX_EPOCH", str(number), "SOLVER.WARMUP_EPOCHS", str(warmup)),
+        *("TRAIN.EVAL_PERIOD", every, "TRAIN.CHECKPOINT_PERIOD", every),
+    )
 
+
+_COARSE = ("MVIT.PATCH_KERNEL", "[8, 8]", "MVIT.PATCH_STRIDE", "[8, 8]")
+_COARSE_VIT = (*_COARSE, "MVIT.EMBED_DIM", "192", "MVIT.NUM_HEADS", "3", "MVIT.DEPTH", "4")
+_WIDE_VIT = ("MVIT.EMBED_DIM", "192", "MVIT.NUM_HEADS", "3", "MVIT.DEPTH", "9")
 
 SUITES = {
     "cifar10": Suite(
@@ -108,12 +122,24 @@ SUITES = {
             "cpu": Budget(
                 labels={"a tenth of the labels": "tenth"},
                 opts=_CPU,
-                pretraining={},
-                fine_tuning={},
+                families={"ViT": _COARSE_VIT},
+                pretraining={
+                    "maskfeat": (*_epochs(4, 0.3), "MASK.PRETRAIN_DEPTH", "[3]", "MASK.HOG_CELL", "4"),
+                    "mfm_vit": _epochs(4, 0.3),
+                    "mfm_resnet": _epochs(4, 0.3),
+                },
+                fine_tuning={"tenth": _epochs(20, 2)},
             ),
             "gpu": Budget(
                 labels={"all labels": "all", "a tenth of the labels": "tenth"},
                 opts=_GPU,
+                families={"ViT": _WIDE_VIT},
+                pretraining={
+                    "maskfeat": (*_epochs(100, 5), *_BIG, "MASK.PRETRAIN_DEPTH", "[8]"),
+                    "mfm_vit": (*_epochs(100, 5), *_BIG),
+                    "mfm_resnet": (*_epochs(60, 5), *_BIG),
+                },
+                fine_tuning={"all": _epochs(40, 4), "tenth": _epochs(60, 5)},
                 control_seeds=100,
                 fine_tune_controls=True,
             ),
@@ -128,10 +154,17 @@ SUITES = {
             Method("maskfeat", "MaskFeat, MViTv2", _MVIT, "shapes/shapes_MVITv2_MaskFeat_PT.yaml", has_controls=True),
         ),
         budgets={
-            "cpu": Budget(labels={"a tenth of the labels": "tenth"}, opts=_CPU),
+            "cpu": Budget(
+                labels={"a tenth of the labels": "tenth"},
+                opts=_CPU,
+                pretraining={"maskfeat": _epochs(20, 1)},
+                fine_tuning={"tenth": _epochs(30, 3)},
+            ),
             "gpu": Budget(
                 labels={"all labels": "all", "a tenth of the labels": "tenth"},
                 opts=_GPU,
+                pretraining={"maskfeat": _epochs(100, 5)},
+                fine_tuning={"all": _epochs(20, 2), "tenth": _epochs(60, 5)},
                 control_seeds=100,
                 fine_tune_controls=True,
             ),
