@@ -3,12 +3,15 @@
 Nothing is unpacked by its own name, and no pickle is read: the archive "for Python" is one, the binary one is not.
 """
 
+import gzip
 import io
 import logging
+import lzma
 import os
 import re
 import tarfile
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +33,8 @@ _IN_ARCHIVE = re.compile(r"cifar-10-batches-bin/(?:data_batch_[1-5]|(test)_batch
 _IN_ZIP = re.compile(r"(train|test)/(\w+)/(\w+\.(?:jpg|png))")
 _LARGEST = 200_000
 """Bytes of one picture in a zip: 32 x 32 pixels take 1,000 or so."""
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, EOFError, OSError)
+"""What reading damaged archives raises."""
 
 Picture = tuple[str, str, str, bytes]
 """Split, class, file name, content."""
@@ -38,7 +43,7 @@ Picture = tuple[str, str, str, bytes]
 def _from_archive(path: Path) -> Iterator[Picture]:
     """The official binary archive, pictures as PNG: no value is changed."""
     count: dict[tuple[str, int], int] = defaultdict(int)
-    with tarfile.open(path, "r:gz") as archive:
+    with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
         for member in archive:
             found = _IN_ARCHIVE.fullmatch(member.name)
             if found is None or not member.isfile():
@@ -58,6 +63,8 @@ def _from_archive(path: Path) -> Iterator[Picture]:
                 pixels = record[1:].reshape(3, _SIDE, _SIDE).transpose(1, 2, 0)
                 Image.fromarray(np.ascontiguousarray(pixels)).save(content, "PNG")
                 yield split, CLASSES[record[0]], f"{number:04d}.png", content.getvalue()
+        while stream.read(1 << 20):  # to the end, where gzip compares its checksum
+            pass
 
 
 def _from_zip(path: Path) -> Iterator[Picture]:
@@ -69,7 +76,10 @@ def _from_zip(path: Path) -> Iterator[Picture]:
                 continue
             if info.file_size > _LARGEST:
                 raise ValueError(f"{path}: {info.filename} claims {info.file_size} bytes, too many for 32 x 32 pixels")
-            yield found[1], found[2], found[3], archive.read(info)
+            if info.flag_bits & 1:
+                raise ValueError(f"{path}: {info.filename} is encrypted, expected a zip without a password")
+            with archive.open(info) as file:  # whose claim may be false: no more is unpacked
+                yield found[1], found[2], found[3], file.read(_LARGEST + 1)
 
 
 def _pictures(source: Path) -> Iterator[Picture]:
@@ -108,7 +118,7 @@ def prepare(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> P
                     continue
                 _place(root / share / SPLITS[split] / name / file, content, root / "all" / SPLITS[split] / name / file)
             counts[split, name] += 1
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
     missing = [f"{split}/{name}" for split in SPLITS for name in CLASSES if not counts[split, name]]
     if missing:

@@ -5,6 +5,7 @@ Of pictures of 32 x 32 pixels, decoding and sending them batch by batch takes lo
 Shape legend: N images, B in a batch, P masks, h x w pixels as stored, S x S as shown, (gh, gw) the grid of masks.
 """
 
+import gc
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -18,13 +19,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maskfeat.batch import BadSample, Batch
-from maskfeat.data.bad_samples import BadSampleLedger
+from maskfeat.data.bad_samples import BadSampleLedger, naming_sample
 from maskfeat.data.images import ImageFolder
 from maskfeat.data.loader import Batches, EpochSampler, worker_options
 from maskfeat.data.pixels import affine
 from maskfeat.data.samples import draw_mask, first_readable
 from maskfeat.data.seeding import MASK_STREAM, VIEW_STREAM, sample_generator
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, as_tensor
+from maskfeat.processes import signals_held_back
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ class _Decoded(Dataset[tuple[Tensor, int, tuple[BadSample, ...]]]):
         if picture is None:
             return torch.zeros(transform.crop, transform.crop, 3, dtype=torch.uint8), place, bad
         if isinstance(transform, ImageEvalTransform):  # which draws nothing: its result is kept
-            return transform(picture).data, place, bad
+            with naming_sample(images.path(place)):
+                return transform(picture).data, place, bad
         return as_tensor(picture), place, bad
 
 
@@ -154,9 +157,18 @@ class ResidentLoader(Batches):
 
     def _read(self, ledger: BadSampleLedger | None, num_workers: int) -> tuple[Tensor, Tensor]:
         """(N, h, w, 3) uint8 and (N,) int64, the place that each image was taken from."""
-        chunks: DataLoader[Any] = DataLoader(
-            _Decoded(self.dataset), _CHUNK, num_workers=num_workers, collate_fn=list, **worker_options(num_workers)
+        loader: DataLoader[Any] = DataLoader(
+            _Decoded(self.dataset),
+            _CHUNK,
+            num_workers=num_workers,
+            collate_fn=list,
+            generator=torch.Generator(),  # and not the model's, see `Loader`
+            **worker_options(num_workers),
         )
+        if num_workers > 0:
+            gc.collect()  # what waits to be collected here must not be cleared away by a worker
+        with signals_held_back():
+            chunks = iter(loader)
         pixels: list[Tensor] = []
         places: list[int] = []
         for chunk in chunks:
@@ -218,8 +230,10 @@ class ResidentLoader(Batches):
         if draws is not None:
             pictures = crop_resized(pictures, draws.box[index], draws.mirror[index], self.transform.crop)
             masks = index if draws.mask is None else draws.mask[index]
+        # Both as `PackedPixels` does it there: in one step they round differently.
+        on_cpu = self.device.type == "cpu"
         return Batch(
-            clip=torch.addcmul(shift, pictures, scale),
+            clip=pictures.mul_(scale).add_(shift) if on_cpu else torch.addcmul(shift, pictures, scale),
             label=self._labels[index],
             hidden=None if self._masks is None else self._masks[masks],
             index=self._places[index],
@@ -242,5 +256,6 @@ class ResidentLoader(Batches):
     def some(self, indices: Sequence[int]) -> Iterator[Batch]:
         draws = self._draw(0) if self._trains else None
         for index in indices:
-            if index not in self._bad:
+            replaced = int(self._places[index]) != index
+            if index not in self._bad and not replaced:
                 yield self._shown(torch.tensor([index], device=self.device), draws)
