@@ -103,8 +103,7 @@ def _epochs(number: int, warmup: float, looks: int = 10) -> tuple[str, ...]:
     )
 
 
-_COARSE = ("MVIT.PATCH_KERNEL", "[8, 8]", "MVIT.PATCH_STRIDE", "[8, 8]")
-_COARSE_VIT = (*_COARSE, "MVIT.EMBED_DIM", "192", "MVIT.NUM_HEADS", "3", "MVIT.DEPTH", "4")
+_SMALL_VIT = ("MVIT.EMBED_DIM", "128", "MVIT.NUM_HEADS", "2", "MVIT.DEPTH", "4")
 _WIDE_VIT = ("MVIT.EMBED_DIM", "192", "MVIT.NUM_HEADS", "3", "MVIT.DEPTH", "9")
 
 SUITES = {
@@ -122,13 +121,13 @@ SUITES = {
             "cpu": Budget(
                 labels={"a tenth of the labels": "tenth"},
                 opts=_CPU,
-                families={"ViT": _COARSE_VIT},
+                families={"ViT": _SMALL_VIT},
                 pretraining={
-                    "maskfeat": (*_epochs(4, 0.3), "MASK.PRETRAIN_DEPTH", "[3]", "MASK.HOG_CELL", "4"),
-                    "mfm_vit": _epochs(4, 0.3),
-                    "mfm_resnet": _epochs(4, 0.3),
+                    "maskfeat": (*_epochs(3, 0.2), "MASK.PRETRAIN_DEPTH", "[3]"),
+                    "mfm_vit": _epochs(2, 0.2),
+                    "mfm_resnet": _epochs(2, 0.2),
                 },
-                fine_tuning={"tenth": _epochs(20, 2)},
+                fine_tuning={"tenth": _epochs(10, 1, looks=3)},
             ),
             "gpu": Budget(
                 labels={"all labels": "all", "a tenth of the labels": "tenth"},
