@@ -12,6 +12,7 @@ import pytest
 
 from maskfeat.config import get_defaults, load_config
 from maskfeat.config.merge import full_keys, is_inert
+from maskfeat.evidence.suites import SUITES
 from maskfeat.run import parse_args
 from tests.documents import DOCUMENTS, REPO, fenced_blocks, read, recorded_commands
 
@@ -19,6 +20,7 @@ KEYS = frozenset(full_keys(get_defaults()))
 SECTIONS = frozenset(key.rsplit(".", 1)[0] for key in KEYS if "." in key)
 RECIPES = REPO / "configs" / "masked_ssl"
 MFM_RECIPES = REPO / "configs" / "mfm"
+SMALL_RECIPES = (REPO / "configs" / "cifar10", REPO / "configs" / "shapes")
 
 VARIABLES: dict[str, str] = {}
 
@@ -61,6 +63,8 @@ def test_there_are_commands() -> None:
             "make_synthetic.py",
             "visualize.py",
             "benchmark.py",
+            "evidence.py",
+            "prepare_cifar10.py",
             "quickstart.sh",
             "soak.sh",
             "submit.py",
@@ -93,6 +97,10 @@ def test_commands_parse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         parser = parser_of(tool)
         args = parser.parse_args(arguments)
         load_config(args.cfg, args.opts)
+    elif tool == "tools/evidence.py":
+        args = parser_of(tool).parse_args(arguments)
+        for method in SUITES[args.suite].methods:
+            load_config(REPO / "configs" / method.pretraining, args.opts)
     else:
         parser_of(tool).parse_args(arguments)
 
@@ -173,9 +181,8 @@ def test_paths_exist(document: str) -> None:
         if path != "configs/flowers_ft.yaml":  # the reader's own
             assert any(REPO.glob(path)), path
     for name in re.findall(r"`(\w+\.yaml)`", text):
-        assert (
-            (RECIPES / name).is_file() or (MFM_RECIPES / name).is_file() or name in ("config.yaml", "config_given.yaml")
-        ), name
+        recipe = any((folder / name).is_file() for folder in (RECIPES, MFM_RECIPES, *SMALL_RECIPES))
+        assert recipe or name in ("config.yaml", "config_given.yaml"), name
 
 
 def test_the_layout_is_there() -> None:
@@ -247,6 +254,12 @@ def test_mfm_table_is_that_of_the_configs() -> None:
         assert cfg.RESNET.DEPTH == 50 and cfg.TRAIN.DATASET == "imagenet"
         for number in re.findall(r"\d\d\.\d+", published):
             assert number in path.read_text().split("_BASE_")[0], name
+
+
+def test_small_recipes_are_all_listed() -> None:
+    section = read(GUIDE).split("## Small data sets", 1)[1].split("## Troubleshooting", 1)[0]
+    listed = [name for row in table_rows(section) for name in re.findall(r"`(\w+\.yaml)`", row[0])]
+    assert sorted(listed) == sorted(path.name for folder in SMALL_RECIPES for path in folder.glob("*.yaml"))
 
 
 def test_mfm_variants_differ_as_the_guide_says() -> None:
