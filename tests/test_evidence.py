@@ -12,14 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from maskfeat.build import build_objective
+from maskfeat.build import build_loader, build_objective
 from maskfeat.checkpoint import find_checkpoints, open_checkpoint
 from maskfeat.config import load_config
 from maskfeat.data.cifar10 import CLASSES
-from maskfeat.evidence import main
-from maskfeat.evidence.report import Report, Spread, gain, table
+from maskfeat.distributed import seed_draws
+from maskfeat.evidence import main, make_data
+from maskfeat.evidence.report import Spread, gain, table
 from maskfeat.evidence.runs import Runs, held_out
 from maskfeat.evidence.suites import CONFIGS, CONTROLS, SUITES
+from maskfeat.logbook import read_json_stats
 from maskfeat.objectives.maskfeat import MaskFeat
 
 TOY = ["SOLVER.MAX_EPOCH", "2", "SOLVER.WARMUP_EPOCHS", "0", "TRAIN.EVAL_PERIOD", "1", "TRAIN.CHECKPOINT_PERIOD", "1",
@@ -128,8 +130,6 @@ def test_controls(suite: Path) -> None:
     # Where nothing is hidden nothing is learned: matrices shrink by weight decay, the rest stays.
     method = runs.suite.methods[0]
     state = open_checkpoint(runs.checkpoint(0, "maskfeat_unmasked"))["model_state"]
-    from maskfeat.distributed import seed_draws
-
     cfg = load_config(CONFIGS / method.pretraining, runs.pretraining(method, 0, "x", CONTROLS[1]))
     seed_draws(cfg.RNG_SEED)
     fresh = build_objective(cfg).released_state()
@@ -151,8 +151,6 @@ def test_references_are_the_costs_of_constants(suite: Path) -> None:
     objective = build_objective(cfg)
     assert isinstance(objective, MaskFeat)
     found = held_out(objective.eval(), cfg, torch.device("cpu"))
-    from maskfeat.build import build_loader
-
     train = build_loader(cfg, "train")
     everywhere = torch.cat([objective.target(batch.clip) for batch in train]).double()
     zero, mean, place, count = 0.0, 0.0, 0.0, 0
@@ -166,6 +164,20 @@ def test_references_are_the_costs_of_constants(suite: Path) -> None:
     for name, value in wanted.items():
         assert found[name] == pytest.approx(value, rel=1e-4), name
     assert found["model"] > 0
+
+
+@pytest.mark.slow
+def test_clips(tmp_path: Path) -> None:
+    """The other suite, with one seed."""
+    make_data("shapes", tmp_path / "data", clips=(10, 2, 3))
+    places = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")]
+    toy = [*TOY, "TRAIN.BATCH_SIZE", "6"]  # a tenth of the clips is one of each motion
+    assert main(["--suite", "shapes", "--seeds", "1", *places, *toy]) == 0
+    text = (tmp_path / "docs" / "EVIDENCE.md").read_text()
+    assert "synthetic motions, budget cpu" in text and "mask ratio 0" in text
+    tested = read_json_stats(tmp_path / "runs/shapes_cpu/seed0/maskfeat_ft_tenth/stdout.log", "test_final")
+    assert int(tested[-1]["samples"]) == 18
+    assert (tmp_path / "data" / "tenth" / "train.csv").read_text().count("\n") == 6
 
 
 def test_a_spread_tells_its_figures() -> None:

@@ -16,8 +16,14 @@ from maskfeat.evidence.suites import SUITES
 logger = logging.getLogger(__name__)
 
 
-def make_data(suite: str, folder: Path, source: Path | None) -> None:
+def make_data(
+    suite: str, folder: Path, source: Path | None = None, clips: tuple[int, int, int] = (400, 50, 100)
+) -> None:
     """The data of a suite below `folder`, if it is not there yet.
+
+    Args:
+        source: CIFAR-10 as it was downloaded, see `prepare`.
+        clips: synthetic ones of a class for training, validation and testing.
 
     Raises:
         ValueError: CIFAR-10 is neither there nor given.
@@ -31,8 +37,9 @@ def make_data(suite: str, folder: Path, source: Path | None) -> None:
         if source is not None:
             prepare(source, folder)
         return
-    clips = make_clips(folder / "all", train_per_class=400, val_per_class=50, test_per_class=100, size=(40, 40))
-    write_share(clips, folder / "tenth", 10)
+    train, val, test = clips
+    made = make_clips(folder / "all", train_per_class=train, val_per_class=val, test_per_class=test, size=(40, 40))
+    write_share(made, folder / "tenth", 10)
 
 
 def write_share(source: Path, target: Path, every: int) -> None:
@@ -78,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.seeds < 1:
             raise ValueError(f"--seeds is {args.seeds}, expected at least 1")
-        make_data(args.suite, data, args.source)
+        if args.data is None or args.suite == "cifar10":
+            make_data(args.suite, data, args.source)
         for seed in range(args.seeds):
             run_seed(runs, seed, controls=seed < runs.budget.control_seeds)
         report = Report(

@@ -23,6 +23,7 @@ RECIPE = ["--cfg", str(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml")]
 EPOCHS = 60
 REVOKED = 4  # seconds: credentials have the time of their second, and nodes may end a step's last process later
 STEPS = ["SOLVER.MAX_EPOCH", str(EPOCHS), "TRAIN.CHECKPOINT_PERIOD", "1000", "DATA_LOADER.NUM_WORKERS", "1"]
+FEW = ("SOLVER.MAX_EPOCH", "3")
 
 
 def run(data: Path, output: Path, *more: str) -> list[str]:
@@ -64,7 +65,7 @@ def test_srun(
     """Both forms: a task for each process, and a task for each node that starts its processes."""
     if more[:2] == ("NUM_GPUS", "1"):
         more = ()  # NUM_GPUS 0 of the small recipe: one process a node, on the CPU
-    command = [*cluster.srun(f"-n{tasks}"), sys.executable, TOOL, *run(image_data, tmp_path, *more)]
+    command = [*cluster.srun(f"-n{tasks}"), sys.executable, TOOL, *run(image_data, tmp_path, *FEW, *more)]
     done = subprocess.run(command, env=ENV, cwd=REPO, capture_output=True, text=True, timeout=2 * START)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
