@@ -82,10 +82,22 @@ def test_uniform_draws_are_numpys() -> None:
             assert math.isclose(_uniform(low, high, ours), drawn, rel_tol=1e-15, abs_tol=1e-15)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1])
+@pytest.mark.parametrize("ratio", [1.0, 1.5, -0.1])
 def test_ratio_must_leave_something(ratio: float) -> None:
     with pytest.raises(ValueError, match="AUG.MASK_RATIO"):
         mask_sampler((14, 14), ratio)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (8, 7, 7)])
+@pytest.mark.parametrize("how", [{}, {"tube": True}, {"frames": True}, {"max_block": 20}])
+def test_ratio_0_hides_nothing(grid: tuple[int, ...], how: dict) -> None:
+    sampler = mask_sampler(grid, 0.0, **how)
+    for rng in draws(20):
+        hidden = sampler(rng)
+        assert hidden.shape == grid and hidden.dtype == bool and not hidden.any()
+    first, second = sampler(rng), sampler(rng)
+    first[:] = True
+    assert not second.any() and not sampler(rng).any(), "masks share no memory"
 
 
 def test_resize_mask() -> None:

@@ -10,6 +10,12 @@ from tests.config.helpers import MFM_PT, MFM_VIT_PT, MVIT_FT, MVIT_PT, R50_FT, V
 
 STEPS = ["SOLVER.LR_POLICY", "steps_with_relative_lrs", "SOLVER.LRS", "[1, 0.1]"]
 
+KEPT = [
+    "DATA_LOADER.RESIDENT", "True", "AUG.AA_TYPE", "", "AUG.COLOR_JITTER", "None", "AUG.RE_PROB", "0.0",
+    "AUG.INTERPOLATION", "bilinear",
+]  # fmt: skip
+KEPT_PT = [*KEPT, "AUG.ENABLE", "False"]
+
 WRONG = [
     # recipe, overrides, every word that the message must hold
     (VIT_FT, ["TRAIN.BATCH_SIZE", "510"], ["TRAIN.BATCH_SIZE", "NUM_GPUS", "510", "8"]),
@@ -93,7 +99,18 @@ WRONG = [
     (VIT_PT, ["MODEL.LOSS_FUNC", "cross_entropy"], ["MODEL.LOSS_FUNC", "multi_mse", "cross_entropy"]),
     (VIT_PT, ["MIXUP.ENABLE", "True"], ["MIXUP.ENABLE", "MaskMViT"]),
     (VIT_PT, ["TEST.ENABLE", "True"], ["TEST.ENABLE", "MaskMViT"]),
-    (VIT_PT, ["AUG.MASK_RATIO", "0.0"], ["AUG.MASK_RATIO", "above 0"]),
+    (MVIT_FT, KEPT, ["DATA_LOADER.RESIDENT keeps images", "False for clips", "DATA.NUM_FRAMES", "given True"]),
+    (VIT_FT, [*KEPT, "AUG.AA_TYPE", "ra_6_10"], ["AUG.AA_TYPE must be ''", "DATA_LOADER.RESIDENT", "'ra_6_10'"]),
+    (VIT_FT, [*KEPT, "AUG.COLOR_JITTER", "0.4"], ["AUG.COLOR_JITTER must be None", "DATA_LOADER.RESIDENT", "0.4"]),
+    (VIT_FT, [*KEPT, "AUG.RE_PROB", "0.25"], ["AUG.RE_PROB must be 0.0", "DATA_LOADER.RESIDENT", "0.25"]),
+    (VIT_FT, [*KEPT, "AUG.NUM_SAMPLE", "2"], ["AUG.NUM_SAMPLE must be 1", "DATA_LOADER.RESIDENT", "given 2"]),
+    (VIT_FT, [*KEPT, "AUG.REPEATS", "3"], ["AUG.REPEATS must be 1", "DATA_LOADER.RESIDENT", "given 3"]),
+    (VIT_FT, [*KEPT, "AUG.INTERPOLATION", "bicubic"],
+     ["AUG.INTERPOLATION must be 'bilinear'", "DATA_LOADER.RESIDENT", "'bicubic'"]),
+    (VIT_PT, [*KEPT_PT, "AUG.INTERPOLATION", "nearest"],
+     ["AUG.INTERPOLATION must be 'bilinear'", "DATA_LOADER.RESIDENT", "'nearest'"]),
+    (VIT_FT, ["DATA_LOADER.RESIDENT", "1"], ["DATA_LOADER.RESIDENT", "1"]),
+    (VIT_PT, ["AUG.MASK_RATIO", "-0.1"], ["AUG.MASK_RATIO", "between 0 and 1", "-0.1"]),
     (VIT_PT, ["AUG.MASK_RATIO", "1.0"], ["AUG.MASK_RATIO", "below 1"]),
     (VIT_PT, ["MVIT.DEPTH", "6"], ["MASK.PRETRAIN_DEPTH", "MVIT.DEPTH", "[5]", "[11]"]),
     (VIT_PT, ["MASK.PRETRAIN_DEPTH", "[5, 11]"], ["MASK.PRETRAIN_DEPTH", "MVIT.DEPTH"]),
@@ -209,6 +226,15 @@ ALLOWED = [
     (VIT_FT, ["MIXUP.ENABLE", "False", "MODEL.LOSS_FUNC", "cross_entropy"]),
     (VIT_FT, ["MIXUP.ENABLE", "False"]),
     (VIT_FT, ["AUG.ENABLE", "False"]),
+    (VIT_FT, KEPT),
+    (VIT_FT, [*KEPT, "AUG.COLOR_JITTER", "0.0"]),
+    (VIT_FT, [*KEPT_PT, "AUG.AA_TYPE", "ra_6_10", "AUG.COLOR_JITTER", "0.4", "AUG.RE_PROB", "0.25"]),
+    (VIT_FT, ["DATA_LOADER.RESIDENT", "True", "TRAIN.ENABLE", "False", "TEST.ENABLE", "True"]),
+    (VIT_PT, [*KEPT, "AUG.ENABLE", "True"]),
+    (MFM_PT, [*KEPT, "AUG.ENABLE", "True"]),
+    (R50_FT, KEPT_PT),
+    (VIT_PT, ["AUG.MASK_RATIO", "0.0"]),
+    (VIT_PT, ["MASK.SHUFFLE_TARGETS", "True"]),
     (VIT_FT, [*STEPS, "SOLVER.STEPS", "[0, 30]"]),
     (VIT_FT, ["NUM_SHARDS", "4", "SHARD_ID", "3"]),
     (VIT_FT, ["DATA.PATH_TO_DATA_DIR", "/no/such/folder"]),

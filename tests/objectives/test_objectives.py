@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from maskfeat.batch import Batch
+from maskfeat.distributed import World
+from maskfeat.logbook import Window
 from maskfeat.models.mvit import MViT
 from maskfeat.models.vit import ViT
 from maskfeat.objectives.classification import Classification
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.mixup import Mixup
+from maskfeat.train import Settings, optimisation_step
 
 
 def vit(**changes: object) -> ViT:
@@ -83,6 +86,64 @@ def test_mask_is_asked_for_by_its_key() -> None:
         MaskFeat(vit(maskable=True))(Batch(torch.randn(1, 3, 64, 64)))
     with pytest.raises(ValueError, match="MASK.HOG_CELL"):
         MaskFeat(vit(maskable=True), cell=5)
+
+
+def test_shuffled_targets_are_those_of_another_image_in_training_alone() -> None:
+    objective, batch = MaskFeat(vit(maskable=True), shuffle=True), masked_batch(4)
+    prediction, true = objective.predict_hidden(batch)
+    hidden = batch.hidden.flatten(1)
+    everything = objective.target(batch.clip)  # (4, 16, 108), of every token
+    torch.testing.assert_close(true, everything[hidden])
+    others = torch.stack([everything[row - 1] for row in range(4)])[hidden]  # at the places that are hidden here
+    expected = [(prediction - target).square().mean() for target in (others, true)]
+    assert not torch.isclose(*expected, rtol=1e-3)
+    trained, evaluated = objective.train()(batch), objective.eval()(batch)
+    torch.testing.assert_close(trained.loss, expected[0])
+    torch.testing.assert_close(evaluated.loss, expected[1])
+    torch.testing.assert_close(trained.metrics["zero_predictor"], others.square().mean())
+    mean = others.mean(dim=0)
+    torch.testing.assert_close(trained.metrics["mean_hog_predictor"], (others - mean).square().mean())
+    plain = MaskFeat(objective.backbone)
+    plain.pred_head = objective.pred_head
+    torch.testing.assert_close(plain.train()(batch).loss, expected[1], msg="nothing is shuffled unasked")
+
+
+def test_the_input_of_shuffled_targets_is_the_images_own() -> None:
+    objective, batch = MaskFeat(vit(maskable=True), shuffle=True).train(), masked_batch(3)
+    batch.clip.requires_grad_(True)
+    objective(batch).loss.backward()
+    gradient = batch.clip.grad.reshape(3, 3, 4, 16, 4, 16).abs().sum(dim=(1, 3, 5))
+    assert (gradient[batch.hidden] == 0).all() and (gradient[~batch.hidden] > 0).all()
+
+
+@pytest.mark.parametrize("precision", ["off", "bf16"])
+def test_nothing_hidden_teaches_nothing(precision: str) -> None:
+    """Loss and gradients are zero and finite; a step changes weights by their decay alone."""
+    objective = MaskFeat(vit(maskable=True)).train()
+    clip = torch.randn(4, 3, 64, 64)
+    batch = Batch(clip, hidden=torch.zeros(4, 4, 4, dtype=torch.bool), index=torch.arange(4), max_hidden=0)
+    assert objective.weight(batch) == 0
+    out = objective(batch)
+    assert out.loss == 0 and all(value == 0 for value in out.metrics.values())
+    out.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in objective.named_parameters()}
+    assert all(gradient is not None and not gradient.any() for gradient in gradients.values()), gradients.keys()
+    before = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
+    groups = [
+        {"params": [p for p in objective.parameters() if p.dim() > 1], "weight_decay": 0.5},
+        {"params": [p for p in objective.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    settings = Settings(max_epoch=1, lr=lambda _: 0.01, seed=0, clip_norm=1.0, precision=precision, micro_batch=3)
+    for _ in range(3):
+        window = Window()
+        optimisation_step(objective, objective, optimizer, scaler, batch, settings, window, World())
+        assert window.read()["skipped"] == 0
+    for name, parameter in objective.named_parameters():
+        decayed = before[name] * ((1 - 0.01 * 0.5) ** 3 if parameter.dim() > 1 else 1.0)
+        torch.testing.assert_close(parameter.detach(), decayed, atol=1e-7, rtol=1e-5)
+        assert parameter.dim() > 1 or torch.equal(parameter, before[name]), name
 
 
 @pytest.mark.parametrize("mean_pooling", [True, False])
