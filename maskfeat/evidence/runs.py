@@ -9,7 +9,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -225,12 +225,12 @@ def _timed(folder: Path) -> Iterator[dict[str, float]]:
         path.write_text(json.dumps(spent))
 
 
-def strip_backbone(source: Path, target: Path, backbone: set[str]) -> None:
-    """A copy of a pre-training checkpoint without the parameters of its backbone."""
+def without_backbone(source: Path, fresh: Mapping[str, torch.Tensor], target: Path) -> None:
+    """A copy of a pre-training checkpoint whose backbone is that of `fresh`, and all else as it was."""
     content = open_checkpoint(source)
-    left = {name: value for name, value in content["model_state"].items() if name not in backbone}
+    state = {name: fresh.get(name, value) for name, value in content["model_state"].items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"epoch": content["epoch"], "model_state": left, "cfg": content["cfg"]}, target)
+    torch.save({"epoch": content["epoch"], "model_state": state, "cfg": content["cfg"]}, target)
 
 
 def run_seed(runs: Runs, seed: int, controls: bool) -> None:
@@ -259,15 +259,14 @@ def _fine_tune(runs: Runs, seed: int, method: Method, name: str, labels: str, we
 def _control(runs: Runs, seed: int, method: Method, control: Control) -> None:
     name = f"{method.name}_{control.name}"
     if control.opts is None:
-        opts = runs.pretraining(method, seed, method.name)
-        weights = runs.folder(seed, name) / "stripped.pyth"
-        objective = build_objective(load_config(CONFIGS / method.pretraining, opts))
-        inside = {objective.released_name(f"backbone.{n}") for n in objective.backbone.state_dict()}  # type: ignore[attr-defined]
-        strip_backbone(runs.checkpoint(seed, method.name), weights, inside)
         for labels in runs.budget.labels.values():
-            run = f"{name}_ft_{labels}"
-            ft = runs.fine_tuning(method, seed, run, labels, weights)
-            runs.train(seed, run, method.family.fine_tuning, [*ft, "TRAIN.CHECKPOINT_ALLOW", "['*']"])
+            run, weights = f"{name}_ft_{labels}", runs.folder(seed, name) / f"{labels}.pyth"
+            opts = runs.fine_tuning(method, seed, run, labels, weights)
+            seed_draws(seed)  # as the run begins: so it ends as training from scratch does, if nothing else was loaded
+            objective = build_objective(load_config(CONFIGS / method.family.fine_tuning, opts))
+            fresh = {n: v for n, v in objective.released_state().items() if not n.startswith(("norm.", "head."))}
+            without_backbone(runs.checkpoint(seed, method.name), fresh, weights)
+            runs.train(seed, run, method.family.fine_tuning, opts)
         return
     opts = runs.pretraining(method, seed, name, control)
     runs.train(seed, name, method.pretraining, opts)

@@ -27,8 +27,8 @@ class Method:
 
 @dataclass(frozen=True)
 class Control:
-    """What should destroy the gain: overrides of the pre-training, or (None) weights from which the backbone is left
-    out.
+    """What should destroy the gain: overrides of the pre-training, or (None) weights in which the backbone is a fresh
+    one.
     """
 
     name: str
