@@ -89,6 +89,8 @@ _GPU = ("NUM_GPUS", "1", "TRAIN.MIXED_PRECISION", "bf16", "TRAIN.COMPILE", "True
 
 _BIG = ("TRAIN.BATCH_SIZE", "512", "SOLVER.BASE_LR", "2e-3")
 
+_UNMIXED = ("MIXUP.ENABLE", "False", "MODEL.LOSS_FUNC", "cross_entropy")  # a few hundred steps are too short for it
+
 _VIT = Family("ViT", "cifar10/cifar10_VIT_FT.yaml")
 _RESNET = Family("ResNet", "cifar10/cifar10_R10_FT.yaml")
 _MVIT = Family("MViTv2", "shapes/shapes_MVITv2_FT.yaml")
@@ -124,10 +126,10 @@ SUITES = {
                 families={"ViT": _SMALL_VIT},
                 pretraining={
                     "maskfeat": (*_epochs(3, 0.2), "MASK.PRETRAIN_DEPTH", "[3]"),
-                    "mfm_vit": _epochs(2, 0.2),
-                    "mfm_resnet": _epochs(2, 0.2),
+                    "mfm_vit": _epochs(1, 0.2),
+                    "mfm_resnet": _epochs(1, 0.2),
                 },
-                fine_tuning={"tenth": _epochs(10, 1, looks=3)},
+                fine_tuning={"tenth": (*_epochs(8, 1, looks=2), *_UNMIXED)},
             ),
             "gpu": Budget(
                 labels={"all labels": "all", "a tenth of the labels": "tenth"},
