@@ -125,7 +125,7 @@ SUITES = {
                 opts=_CPU,
                 families={"ViT": _SMALL_VIT},
                 pretraining={
-                    "maskfeat": (*_epochs(3, 0.2), "MASK.PRETRAIN_DEPTH", "[3]"),
+                    "maskfeat": (*_epochs(3, 0.1), "MASK.PRETRAIN_DEPTH", "[3]", "TRAIN.BATCH_SIZE", "64"),
                     "mfm_vit": _epochs(1, 0.2),
                     "mfm_resnet": _epochs(1, 0.2),
                 },
