@@ -144,6 +144,7 @@ def test_words_stand_beside_the_plot() -> None:
     for colour in (FIRST, SECOND):  # the key, below which no line of these passes
         key = (picture[TOP + 4 : TOP + 4 + 30, WIDTH - 120 : WIDTH - RIGHT] == colour).all(axis=-1)
         assert key.sum() >= 24, colour
+    assert dark(bare, slice(TOP, TOP + 40), slice(WIDTH - 60, WIDTH)), "names of lines"
     renamed = pixels_of(Chart("A title", "epochs", [flat("another", 0.0), lines[1]]), columns=1)
     changed = np.argwhere((picture != renamed).any(axis=-1))
     assert len(changed) and changed[:, 0].min() >= TOP and changed[:, 0].max() < TOP + 40
