@@ -303,6 +303,11 @@ def _maskfeat(cfg: CfgNode) -> Iterator[str]:
             f"MASK.PRETRAIN_DEPTH must be [{last}], the last block of MVIT.DEPTH {cfg.MVIT.DEPTH}; "
             f"given {cfg.MASK.PRETRAIN_DEPTH}; set MASK.PRETRAIN_DEPTH or MVIT.DEPTH"
         )
+    if cfg.MASK.SHUFFLE_TARGETS and max(cfg.AUG.NUM_SAMPLE, cfg.AUG.REPEATS) > 1:
+        yield (
+            "AUG.NUM_SAMPLE and AUG.REPEATS must be 1 where MASK.SHUFFLE_TARGETS is True (the next image of a batch "
+            f"would be the same one); given {cfg.AUG.NUM_SAMPLE} and {cfg.AUG.REPEATS}"
+        )
     if cfg.AUG.MASK_TUBE and cfg.AUG.MASK_FRAMES:
         yield "AUG.MASK_TUBE and AUG.MASK_FRAMES exclude each other; both are True"
     yield from _targets(cfg)

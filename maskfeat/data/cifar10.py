@@ -9,6 +9,7 @@ import logging
 import lzma
 import os
 import re
+import shutil
 import tarfile
 import zipfile
 import zlib
@@ -110,33 +111,50 @@ def prepare(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> P
     if done.is_file():
         logger.info("%s is there already", root)
         return root
+    there = [str(root / share) for share in SHARES if (root / share).exists()]
+    if there:
+        raise ValueError(
+            f"{' and '.join(there)} exists and was not laid out here to its end: remove it, or name another"
+        )
+    draft = root / ".partial"
+    shutil.rmtree(draft, ignore_errors=True)  # of a call that was broken off
     counts: dict[tuple[str, str], int] = defaultdict(int)
     try:
         for split, name, file, content in _pictures(Path(source)):
+            place = Path(SPLITS[split], name, file)
             for share, every in SHARES.items():
-                if split == "train" and counts[split, name] % every:
-                    continue
-                _place(root / share / SPLITS[split] / name / file, content, root / "all" / SPLITS[split] / name / file)
+                if split == "test" or counts[split, name] % every == 0:
+                    _place(draft / share / place, content, draft / "all" / place)
             counts[split, name] += 1
+    except _NotWritten as error:
+        raise ValueError(f"{root} cannot be written: {error}") from error
     except _DAMAGE as error:
         raise ValueError(f"{source} cannot be read: {error}") from error
     missing = [f"{split}/{name}" for split in SPLITS for name in CLASSES if not counts[split, name]]
     if missing:
         raise ValueError(f"{source} has no picture of {', '.join(missing)}: fetch it anew")
+    for share in SHARES:
+        (draft / share).rename(root / share)
+    draft.rmdir()
     done.touch()
     total = {split: sum(counts[split, name] for name in CLASSES) for split in SPLITS}
     logger.info("%s: %d training and %d test images", root, total["train"], total["test"])
     return root
 
 
+class _NotWritten(Exception):
+    """A full disk, or a folder that may not be written."""
+
+
 def _place(path: Path, content: bytes, original: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path != original:
-        path.unlink(missing_ok=True)
-        try:
-            path.hardlink_to(original)
-        except OSError:  # a file system without links
-            pass
-        else:
-            return
-    path.write_bytes(content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path != original:
+            try:
+                path.hardlink_to(original)
+                return
+            except OSError:  # a file system without links
+                pass
+        path.write_bytes(content)
+    except OSError as error:
+        raise _NotWritten(error.strerror) from error

@@ -111,6 +111,7 @@ WRONG = [
      ["AUG.INTERPOLATION must be 'bilinear'", "DATA_LOADER.RESIDENT", "'nearest'"]),
     (VIT_FT, ["DATA_LOADER.RESIDENT", "1"], ["DATA_LOADER.RESIDENT", "1"]),
     (VIT_PT, ["AUG.MASK_RATIO", "-0.1"], ["AUG.MASK_RATIO", "between 0 and 1", "-0.1"]),
+    (VIT_PT, ["MASK.SHUFFLE_TARGETS", "True", "AUG.REPEATS", "2"], ["MASK.SHUFFLE_TARGETS", "AUG.REPEATS", "2"]),
     (VIT_PT, ["AUG.MASK_RATIO", "1.0"], ["AUG.MASK_RATIO", "below 1"]),
     (VIT_PT, ["MVIT.DEPTH", "6"], ["MASK.PRETRAIN_DEPTH", "MVIT.DEPTH", "[5]", "[11]"]),
     (VIT_PT, ["MASK.PRETRAIN_DEPTH", "[5, 11]"], ["MASK.PRETRAIN_DEPTH", "MVIT.DEPTH"]),

@@ -122,6 +122,25 @@ def test_what_was_interrupted_is_done_again(tmp_path: Path) -> None:
     assert files_of(prepare(whole, tmp_path / "out")) == files_of(prepare(whole, tmp_path / "anew"))
 
 
+def test_a_folder_that_holds_something_else_stays(tmp_path: Path) -> None:
+    source = write_archive(tmp_path / ARCHIVE, official())
+    (tmp_path / "out" / "all").mkdir(parents=True)
+    (tmp_path / "out" / "all" / "mine").write_text("stays")
+    with pytest.raises(ValueError, match="not laid out here to its end"):
+        prepare(source, tmp_path / "out")
+    assert files_of(tmp_path / "out") == {"all/mine": b"stays"}
+
+
+def test_a_full_disk_is_not_the_sources_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    source = write_archive(tmp_path / ARCHIVE, official())
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ValueError, match="out cannot be written: No space left on device"):
+        prepare(source, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
