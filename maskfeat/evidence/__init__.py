@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_data(
-    suite: str, folder: Path, source: Path | None = None, clips: tuple[int, int, int] = (400, 50, 100)
+    suite: str, folder: Path, source: Path | None = None, clips: tuple[int, int, int] = (400, 100, 100)
 ) -> None:
     """The data of a suite below `folder`, if it is not there yet.
 

@@ -158,8 +158,8 @@ SUITES = {
             "cpu": Budget(
                 labels={"a tenth of the labels": "tenth"},
                 opts=_CPU,
-                pretraining={"maskfeat": _epochs(20, 1)},
-                fine_tuning={"tenth": _epochs(30, 3)},
+                pretraining={"maskfeat": _epochs(8, 0.5, looks=4)},
+                fine_tuning={"tenth": _epochs(20, 2, looks=5)},
             ),
             "gpu": Budget(
                 labels={"all labels": "all", "a tenth of the labels": "tenth"},
