@@ -137,7 +137,7 @@ class Report:
     def probes(self) -> str:
         """Frozen features against those of a random backbone."""
         rows = []
-        for method in self.suite.methods:
+        for method in self.runs.methods:
             for words, labels in self.runs.budget.labels.items():
                 row = [method.title, words]
                 for kind in ("linear", "knn"):
@@ -151,7 +151,7 @@ class Report:
     def fine_tuning(self) -> str:
         """Fine-tuning against the same from scratch."""
         rows = []
-        for method in self.suite.methods:
+        for method in self.runs.methods:
             for words, labels in self.runs.budget.labels.items():
                 scratch = self.tested(f"{method.family.name}_scratch_{labels}")
                 tuned = self.tested(f"{method.name}_ft_{labels}")
@@ -161,7 +161,7 @@ class Report:
     def held_out(self) -> str:
         """The loss of pre-training beside what constant predictors cost."""
         rows = []
-        for method in self.suite.methods:
+        for method in self.runs.methods:
             name = f"{method.name}_references"
             found = [self.runs.result(seed, name) for seed in self.seeds]
             if "model" not in found[0]:
@@ -179,7 +179,7 @@ class Report:
     def controls(self) -> str:
         """What should destroy the gain."""
         rows = []
-        for method in self.suite.methods:
+        for method in self.runs.methods:
             for control in CONTROLS:
                 for words, labels in self.runs.budget.labels.items():
                     row = self._control(method, f"{method.name}_{control.name}", labels)
@@ -208,31 +208,29 @@ class Report:
         return [*row, found.shown(), (found - scratch).shown(sign="+")]
 
     def times(self) -> str:
-        """Minutes by the clock, of each run of each seed."""
+        """Minutes of each run, by the clock and of all processors together, which other work beside it does not raise."""
         names = sorted({path.parent.name for path in self.runs.root.glob("seed*/*/done.json")})
         rows = []
         for name in names:
             found = [self.runs.result(seed, name) for seed in self.with_run(name)]
             if found:
-                minutes = Spread([run["seconds"] / 60 for run in found])
-                rows.append([f"`{name}`", str(len(found)), minutes.shown(), f"{max(minutes.values):.1f}"])
-        totals = []
-        for method in self.suite.methods:
+                clock, cpu = (Spread([run[key] / 60 for run in found]) for key in ("seconds", "cpu_seconds"))
+                rows.append([f"`{name}`", str(len(found)), clock.shown(), cpu.shown()])
+        for method in self.runs.methods:
             own = [name for name in names if _belongs(name, method)]
-            seconds = [
-                sum(self.runs.result(seed, name)["seconds"] for name in own if self.runs.is_done(seed, name))
-                for seed in self.seeds
+            totals = [
+                Spread([sum(self.runs.result(seed, name)[key] / 60 for name in own) for seed in self.seeds]).shown()
+                for key in ("seconds", "cpu_seconds")
             ]
-            totals.append(f"{method.title} {max(seconds) / 60:.1f}")
-        longest = "Minutes of a seed and method at most (scratch and random included, controls not): "
-        return table(["run", "seeds", "minutes", "longest"], rows) + f"\n\n{longest}{'; '.join(totals)}."
+            rows.append([f"**{method.title}**, all of a seed but the controls", str(len(self.seeds)), *totals])
+        return table(["run", "seeds", "minutes by the clock", "of all processors together"], rows)
 
     # ------------------------------------------------------------------ pictures
 
     def charts(self) -> str:
         """Losses of pre-training and top-1 of fine-tuning over epochs."""
         charts = []
-        for method in self.suite.methods:
+        for method in self.runs.methods:
             held = Line("held-out", [self._curve(seed, method.name, "val_epoch", "loss") for seed in self.seeds])
             lines = [Line("training", [self._curve(seed, method.name, "train_iter", "loss") for seed in self.seeds])]
             constants = [("zero_predictor", "zero"), ("mean_hog_predictor", "mean HOG")]
@@ -270,7 +268,7 @@ class Report:
     def drawings(self) -> list[str]:
         """What was predicted for held-out samples, by the first checkpoint and by the last, of the first seed."""
         shown = []
-        for method in self.suite.methods:
+        for method in self.runs.methods:
             seed = self.seeds[0]
             found = find_checkpoints(self.runs.folder(seed, method.name), "pt")
             for words, checkpoint in (("early", found[0]), ("late", found[-1])):

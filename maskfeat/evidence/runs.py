@@ -59,6 +59,11 @@ class Runs:
         self.suite, self.budget, self.data, self.opts = suite, suite.budgets[budget_name], data, opts
         self.root = root / f"{suite.name}_{budget_name}"
 
+    @property
+    def methods(self) -> list[Method]:
+        """Of the suite at this budget."""
+        return [method for method in self.suite.methods if method.name not in self.budget.without]
+
     def folder(self, seed: int, name: str) -> Path:
         """Of one run."""
         return self.root / f"seed{seed}" / name
@@ -236,7 +241,7 @@ def without_backbone(source: Path, fresh: Mapping[str, torch.Tensor], target: Pa
 def run_seed(runs: Runs, seed: int, controls: bool) -> None:
     """Everything of one seed."""
     met: set[str] = set()
-    for method in runs.suite.methods:
+    for method in runs.methods:
         opts, family = runs.pretraining(method, seed, method.name), method.family.name
         runs.train(seed, method.name, method.pretraining, opts)
         weights = runs.checkpoint(seed, method.name)
