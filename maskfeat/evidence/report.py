@@ -208,7 +208,7 @@ class Report:
         return [*row, found.shown(), (found - scratch).shown(sign="+")]
 
     def times(self) -> str:
-        """Minutes of each run, by the clock and of all processors together, which other work beside it does not raise."""
+        """Minutes of each run, by the clock and of all processors together."""
         names = sorted({path.parent.name for path in self.runs.root.glob("seed*/*/done.json")})
         rows = []
         for name in names:
