@@ -136,7 +136,7 @@ SUITES = {
                     "mfm_resnet": _epochs(1, 0.2),
                 },
                 fine_tuning={"tenth": (*_epochs(6, 1, looks=3), *_SHORT)},
-                without=("mfm_resnet",),
+                without=("mfm_vit", "mfm_resnet"),
             ),
             "gpu": Budget(
                 labels={"all labels": "all", "a tenth of the labels": "tenth"},
