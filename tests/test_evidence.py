@@ -113,8 +113,15 @@ def test_what_was_broken_off_goes_on(suite: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_other_settings_are_not_mixed_in(suite: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_settings_are_not_mixed_in(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither into what is done nor into what was begun."""
     assert main([*command(suite), "SOLVER.BASE_LR", "1e-4"]) == 2
+    assert "was made with other settings" in capsys.readouterr().out
+    done = runs_of(suite).folder(0, "maskfeat") / "done.json"
+    kept = done.read_bytes()
+    done.unlink()
+    assert main([*command(suite), "SOLVER.BASE_LR", "1e-4"]) == 2
+    done.write_bytes(kept)
 
 
 @pytest.mark.slow

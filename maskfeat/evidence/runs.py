@@ -32,8 +32,10 @@ from maskfeat.weight_files import model_state
 
 logger = logging.getLogger("maskfeat.evidence")
 
+ASKED = "asked.json"
+"""In the folder of a run, from its beginning on: its recipe and overrides."""
 DONE = "done.json"
-"""Of a folder: the overrides that were used, seconds by the clock and of the processors, and what was measured."""
+"""Once it is done: seconds by the clock and of the processors, and what was measured."""
 _MEAN_OF = 40
 """Batches of training targets over which the data set's mean HOG is taken."""
 
@@ -111,20 +113,20 @@ class Runs:
             ValueError: it was done with other overrides.
         """
         folder = self.folder(seed, name)
-        if self.is_done(seed, name):
-            if self.result(seed, name)["asked"] != asked:
-                raise ValueError(
-                    f"{folder} was made with other settings: {shlex.join(self.result(seed, name)['asked'])}; now asked "
-                    f"for: {shlex.join(asked)}. Give another --output, or remove that folder"
-                )
-            return
         folder.mkdir(parents=True, exist_ok=True)
+        begun = folder / ASKED
+        given = json.loads(begun.read_text(encoding="utf-8")) if begun.is_file() else asked
+        if given != asked:
+            raise ValueError(
+                f"{folder} was made with other settings: {shlex.join(given)}; now asked for: {shlex.join(asked)}. Give "
+                "another --output, or remove that folder"
+            )
+        if self.is_done(seed, name):
+            return
+        _write(begun, asked)
         with _timed(folder) as spent:
             found = work()
-        draft = folder / f".{DONE}.part"
-        write_synced(draft, (json.dumps({"asked": asked, **spent, **found}, indent=1) + "\n").encode())
-        os.replace(draft, folder / DONE)
-        sync_folder(folder)
+        _write(folder / DONE, {**spent, **found})
 
     def train(self, seed: int, name: str, config: str, opts: list[str]) -> None:
         """A run of tools/run_net.py; it resumes itself."""
@@ -214,6 +216,14 @@ def held_out(objective: MaskFeat, cfg: CfgNode, device: torch.device) -> dict[st
             sums[name] += (guess - target).square().sum()
         terms += target.numel()
     return {name: float(value) / terms for name, value in sums.items()}
+
+
+def _write(path: Path, content: Any) -> None:
+    """A JSON file that is there whole or not at all."""
+    draft = path.with_name(f".{path.name}.part")
+    write_synced(draft, (json.dumps(content, indent=1) + "\n").encode())
+    os.replace(draft, path)
+    sync_folder(path.parent)
 
 
 @contextmanager
