@@ -14,6 +14,9 @@ from maskfeat.data.loader import Batches
 from maskfeat.models.base import Backbone
 from maskfeat.parallel import autocast
 
+BLOCKS = 4
+"""Last blocks whose features are put side by side, as Caron et al. (ICCV 2021, appendix) do for small ViTs: the very last
+one is the most bent to what was predicted in pre-training."""
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 """Of the weighted vote of Wu et al. (CVPR 2018), section 3.4; as many neighbours as Caron et al. (ICCV 2021)."""
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2)
@@ -28,23 +31,42 @@ class Features(NamedTuple):
     label: Tensor
 
 
+def _pooled(out: Tensor, class_tokens: int) -> Tensor:
+    """What a block gives, tokens (B, N, C) or a feature map (B, C, H, W), averaged over places: (B, C) float32."""
+    places = out.flatten(2).transpose(1, 2) if out.dim() == 4 else out[:, class_tokens:]
+    return places.float().mean(dim=1)
+
+
 @torch.no_grad()
 def features(backbone: Backbone, loader: Batches, device: torch.device, precision: str = "off") -> Features:
-    """The mean over the patch tokens of the last block, of every sample of a loader with nothing hidden.
+    """The means over the patch tokens of each of the last `BLOCKS` blocks, side by side, of every sample of a loader with
+    nothing hidden.
 
     Raises:
         ValueError: a sample that cannot be read.
     """
     backbone.eval()
     rows, labels = [], []
-    for batch in loader:
-        if batch.bad:
-            raise ValueError(f"{batch.bad[0].path} cannot be read ({batch.bad[0].cause}): remove it from the data set")
-        assert batch.label is not None
-        with autocast(device, precision):
-            tokens = backbone.forward_tokens(batch.clip.to(device))
-        rows.append(tokens.patches.float().mean(dim=1).cpu())
-        labels.append(batch.label.cpu())
+    outs: list[Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda _module, _given, out: outs.append(out))
+        for block in backbone.repeated_blocks()[-BLOCKS:]
+    ]
+    try:
+        for batch in loader:
+            if batch.bad:
+                raise ValueError(
+                    f"{batch.bad[0].path} cannot be read ({batch.bad[0].cause}): remove it from the data set"
+                )
+            assert batch.label is not None
+            outs.clear()
+            with autocast(device, precision):
+                class_tokens = int(backbone.forward_tokens(batch.clip.to(device)).has_class_token)
+            rows.append(torch.cat([_pooled(out, class_tokens) for out in outs], dim=1).cpu())
+            labels.append(batch.label.cpu())
+    finally:
+        for hook in hooks:
+            hook.remove()
     return Features(torch.cat(rows), torch.cat(labels))
 
 

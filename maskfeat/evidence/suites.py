@@ -94,7 +94,7 @@ _BIG = ("TRAIN.BATCH_SIZE", "512", "SOLVER.BASE_LR", "2e-3")
 # Some hundred steps are too few for mixed images and dropped paths.
 _SHORT = (
     *("MIXUP.ENABLE", "False", "MODEL.LOSS_FUNC", "cross_entropy", "MVIT.DROPPATH_RATE", "0.0"),
-    *("TRAIN.BATCH_SIZE", "64"),
+    *("TRAIN.BATCH_SIZE", "32"),
 )
 
 _VIT = Family("ViT", "cifar10/cifar10_VIT_FT.yaml")
@@ -111,8 +111,7 @@ def _epochs(number: int, warmup: float, looks: int = 10) -> tuple[str, ...]:
     )
 
 
-# Patches of 8 x 8 pixels see four times as many images as those of 4 x 4 in the same time.
-_SMALL_VIT = ("MVIT.PATCH_KERNEL", "[8, 8]", "MVIT.PATCH_STRIDE", "[8, 8]", "MVIT.NUM_HEADS", "2")
+_SMALL_VIT = ("MVIT.EMBED_DIM", "128", "MVIT.NUM_HEADS", "2", "MVIT.DEPTH", "4")
 _WIDE_VIT = ("MVIT.EMBED_DIM", "192", "MVIT.NUM_HEADS", "3", "MVIT.DEPTH", "9")
 
 SUITES = {
@@ -132,11 +131,11 @@ SUITES = {
                 opts=_CPU,
                 families={"ViT": _SMALL_VIT},
                 pretraining={
-                    "maskfeat": (*_epochs(5, 0.2), "MASK.HOG_CELL", "4"),
+                    "maskfeat": (*_epochs(3, 0.1), "MASK.PRETRAIN_DEPTH", "[3]", "TRAIN.BATCH_SIZE", "64"),
                     "mfm_vit": _epochs(1, 0.2),
                     "mfm_resnet": _epochs(1, 0.2),
                 },
-                fine_tuning={"tenth": (*_epochs(16, 1, looks=4), *_SHORT)},
+                fine_tuning={"tenth": (*_epochs(6, 1, looks=3), *_SHORT)},
                 without=("mfm_vit", "mfm_resnet"),
             ),
             "gpu": Budget(
