@@ -15,8 +15,8 @@ from maskfeat.models.base import Backbone
 from maskfeat.parallel import autocast
 
 BLOCKS = 4
-"""Last blocks whose features are put side by side, as Caron et al. (ICCV 2021, appendix) do for small ViTs: the very last
-one is the most bent to what was predicted in pre-training."""
+"""Last blocks whose features are put side by side, as Caron et al. (ICCV 2021, appendix) do for small ViTs: the very
+last one is the most bent to what was predicted in pre-training."""
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 """Of the weighted vote of Wu et al. (CVPR 2018), section 3.4; as many neighbours as Caron et al. (ICCV 2021)."""
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2)
@@ -39,8 +39,8 @@ def _pooled(out: Tensor, class_tokens: int) -> Tensor:
 
 @torch.no_grad()
 def features(backbone: Backbone, loader: Batches, device: torch.device, precision: str = "off") -> Features:
-    """The means over the patch tokens of each of the last `BLOCKS` blocks, side by side, of every sample of a loader with
-    nothing hidden.
+    """The means over the patch tokens of each of the last `BLOCKS` blocks, side by side, of every sample of a loader
+    with nothing hidden.
 
     Raises:
         ValueError: a sample that cannot be read.

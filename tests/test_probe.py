@@ -9,8 +9,18 @@ from torch import Tensor
 
 from maskfeat import probe
 from maskfeat.batch import BadSample, Batch
+from maskfeat.models.resnet import ResNet
 from maskfeat.models.vit import ViT
-from maskfeat.probe import STRENGTHS, TEMPERATURE, Features, features, linear_probe, nearest_neighbours, standardised
+from maskfeat.probe import (
+    BLOCKS,
+    STRENGTHS,
+    TEMPERATURE,
+    Features,
+    features,
+    linear_probe,
+    nearest_neighbours,
+    standardised,
+)
 
 CPU = torch.device("cpu")
 
@@ -225,7 +235,7 @@ def test_many_samples_are_asked_in_parts() -> None:
 
 def tiny(class_token: bool) -> ViT:
     vit = ViT(
-        image_size=(16, 16), patch=(8, 8), width=12, depth=2, num_heads=2, class_token=class_token, dropout=0.5,
+        image_size=(16, 16), patch=(8, 8), width=12, depth=5, num_heads=2, class_token=class_token, dropout=0.5,
         drop_path=0.5, maskable=True,
     )  # fmt: skip
     for parameter in vit.parameters():
@@ -242,11 +252,14 @@ def batches() -> list[Batch]:
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-def test_features_are_the_mean_of_patch_tokens(class_token: bool) -> None:
+def test_features_are_the_means_of_patch_tokens_block_by_block(class_token: bool) -> None:
     vit, given = tiny(class_token), batches()
     found = features(vit, given, CPU)  # type: ignore[arg-type]  # whatever yields batches
     assert not vit.training and not found.x.requires_grad
-    assert found.x.shape == (5, 12) and found.x.dtype == torch.float32 and found.label.tolist() == [1, 0, 2, 5, 4]
+    blocks = min(BLOCKS, len(vit.blocks))
+    assert (
+        found.x.shape == (5, 12 * blocks) and found.x.dtype == torch.float32 and found.label.tolist() == [1, 0, 2, 5, 4]
+    )
     rows = []
     for batch in given:
         for picture in batch.clip:
@@ -256,10 +269,26 @@ def test_features_are_the_mean_of_patch_tokens(class_token: bool) -> None:
             if class_token:
                 tokens = torch.cat([vit.cls_token, tokens], dim=1)
             tokens = tokens + vit.pos_embed
+            means = []
             for block in vit.blocks:
                 tokens = block(tokens)
-            rows.append(tokens[0, int(class_token) :].sum(dim=0) / 4)
+                means.append(tokens[0, int(class_token) :].sum(dim=0) / 4)
+            rows.append(torch.cat(means[-BLOCKS:]))
     torch.testing.assert_close(found.x, torch.stack(rows).detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_feature_maps_are_averaged_over_their_places() -> None:
+    """A ResNet's: each of its last blocks has a map of its own size and width."""
+    torch.manual_seed(0)
+    resnet, given = ResNet(depth=10, image_size=(64, 64)).eval(), [Batch(torch.randn(2, 3, 64, 64), torch.arange(2))]
+    found = features(resnet, given, CPU)  # type: ignore[arg-type]
+    x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(given[0].clip))))
+    means = []
+    for layer in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4):
+        x = layer(x)
+        means.append(x.sum(dim=(2, 3)) / (x.shape[2] * x.shape[3]))
+    torch.testing.assert_close(found.x, torch.cat(means, dim=1).detach(), atol=1e-5, rtol=1e-4)
+    assert not any(block._forward_hooks for block in resnet.repeated_blocks()), "nothing stays on the backbone"
 
 
 def test_the_class_token_is_left_out() -> None:
