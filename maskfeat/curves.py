@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Point = tuple[float, float]
+LONG = 50
+"""Points above which the first twentieth of a run does not set the scale."""
 COLOURS = ((31, 90, 180), (214, 84, 30), (34, 139, 84), (150, 70, 160), (120, 120, 120))
 _PAPER, _INK, _GRID = (255, 255, 255), (20, 20, 20), (225, 225, 225)
 _WIDTH, _HEIGHT = 460, 320
@@ -66,9 +68,13 @@ def _drawn(chart: Chart) -> Image.Image:
     assert points, f"the chart {chart.title!r} has no points"
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
     x_high = x_high if x_high > x_low else x_low + 1
-    y_low, y_high = _bounds([y for _, y in points])
+    # The first moments of a long run may be far off: they leave the picture at its edge, so that the rest can be seen.
+    settled = x_low + 0.05 * (x_high - x_low)
+    runs = [run for line in chart.lines for run in line.runs]
+    y_low, y_high = _bounds([y for run in runs for x, y in run if x >= settled or len(run) <= LONG])
 
     def place(point: Point) -> Point:
+        point = point[0], min(max(point[1], y_low), y_high)
         x = _LEFT + (point[0] - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
         return x, _HEIGHT - _BOTTOM - (point[1] - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
 

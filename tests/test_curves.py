@@ -162,3 +162,14 @@ def test_a_single_value_and_no_value() -> None:
     assert isinstance(chart_figure([Chart("", "x", [Line("", [[(3.0, 0.1)]])])]), Image.Image)
     with pytest.raises(AssertionError, match="'nothing' has no points"):
         chart_figure([Chart("nothing", "x", [Line("a", [[]])])])
+
+
+def test_the_first_moments_of_a_long_run_do_not_set_the_scale() -> None:
+    """With them the rest would lie within a hundredth of the picture's height."""
+    settled = [(float(x), 1.0 + 0.01 * (x % 2)) for x in range(100)]
+    plain, wild = (
+        np.asarray(chart_figure([Chart("", "", [Line("a", [run])])])).astype(int)
+        for run in (settled, [(0.0, 100.0), *settled[1:]])
+    )
+    late = slice(plain.shape[1] // 3, 2 * plain.shape[1] // 3)
+    assert np.array_equal(plain[100:, late], wild[100:, late])

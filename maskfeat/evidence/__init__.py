@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in range(args.seeds):
             run_seed(runs, seed, controls=seed < runs.budget.control_seeds)
         report = Report(
-            runs, args.budget, range(args.seeds), args.docs, shlex.join(["python tools/evidence.py", *given])
+            runs, args.budget, range(args.seeds), args.docs, shlex.join(["python", "tools/evidence.py", *given])
         )
         path = report.write()
     except Stopped as stopped:  # the run has said why
