@@ -16,6 +16,7 @@ DOCUMENTS = (
     "SECURITY.md",
     "docs/PERFORMANCE.md",
     "docs/RELIABILITY.md",
+    "docs/EVIDENCE.md",
 )
 
 _FENCE = re.compile(r"(?:<!-- test: (?P<mark>\w+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)

@@ -204,10 +204,10 @@ def test_links_resolve(document: str) -> None:
         if target.startswith("https://"):
             continue
         path, _, anchor = target.partition("#")
-        other = path or document
-        assert (REPO / other).exists(), target
+        other = (REPO / document).parent / path if path else REPO / document
+        assert other.exists(), target
         if anchor:
-            assert anchor in anchors(read(other)), target
+            assert anchor in anchors(other.read_text(encoding="utf-8")), target
 
 
 FOREIGN = re.compile(
