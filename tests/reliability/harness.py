@@ -56,6 +56,15 @@ class Run:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether it has not ended yet."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
     def wait(self) -> int:
         """The exit code; that of a signal is negative."""
         assert self._server.stdout is not None
@@ -116,10 +125,10 @@ def digest(output: Path, task: str) -> str:
     return total.hexdigest()
 
 
-def await_partial(output: Path, run: Run, number: int, seconds: float) -> bool:
-    """Wait until the `number`-th checkpoint (from 1) is being written; False where that does not happen in time."""
-    folder, seen, there, end = output / "checkpoints", 0, False, time.monotonic() + seconds
-    while time.monotonic() < end:
+def await_partial(output: Path, run: Run, number: int) -> bool:
+    """Wait until the `number`-th checkpoint (from 1) is being written; False where the run ends before it."""
+    folder, seen, there, end = output / "checkpoints", 0, False, time.monotonic() + 60
+    while run.is_there and time.monotonic() < end:
         try:
             now = any(name.endswith(".pyth.partial") for name in os.listdir(folder))
         except FileNotFoundError:

@@ -47,7 +47,7 @@ def test_killed_at_any_moment(undisturbed: Undisturbed, forks: Forks, image_data
         for _ in range(1 + trial % 2):  # every other one twice
             run = forks.start(argv, output / "log")
             if trial % 4 == 3:
-                during_saves += await_partial(output, run, rng.randint(1, 6), seconds)
+                during_saves += await_partial(output, run, rng.randint(1, 6))
             else:
                 time.sleep(rng.uniform(0.05, 1.0) * seconds)
             run.kill()
