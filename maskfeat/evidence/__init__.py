@@ -9,7 +9,7 @@ from pathlib import Path
 
 from maskfeat.data.cifar10 import prepare
 from maskfeat.data.synthetic import make_clips
-from maskfeat.evidence.report import Report
+from maskfeat.evidence.report import FILE, Report
 from maskfeat.evidence.runs import Runs, Stopped, run_seed
 from maskfeat.evidence.suites import SUITES
 
@@ -100,11 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = Report(
             runs, args.budget, range(args.seeds), args.docs, shlex.join(["python", "tools/evidence.py", *given])
         )
-        path = report.write()
+        section = report.write()
     except Stopped as stopped:  # the run has said why
         return stopped.code
     except (ValueError, OSError) as error:
         logger.error("error: %s", error)
         return 2
-    logger.info("\n%s\n\nwritten to %s", report.section(), path)
+    logger.info("\n%s\n\nwritten to %s", section, args.docs / FILE)
     return 0

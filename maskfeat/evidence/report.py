@@ -20,7 +20,6 @@ from maskfeat.config import load_config
 from maskfeat.curves import Chart, Line, Point, chart_figure
 from maskfeat.evidence.runs import Runs
 from maskfeat.evidence.suites import CONFIGS, CONTROLS, Method
-from maskfeat.picture import hog_figure, spectrum_figure
 from maskfeat.visualize import drawing
 
 FILE = "EVIDENCE.md"
@@ -81,11 +80,12 @@ class Report:
         self.name = f"{self.suite.name} {budget}"
         self.pictures = docs / "evidence"
 
-    def write(self) -> Path:
-        """Draw the pictures and put the section into docs/EVIDENCE.md."""
+    def write(self) -> str:
+        """Draw the pictures and put the section into docs/EVIDENCE.md; the section."""
         self.pictures.mkdir(parents=True, exist_ok=True)
         begin, end = f"<!-- begin: {self.name} -->", f"<!-- end: {self.name} -->"
-        section = f"{begin}\n{self.section()}\n{end}"
+        written = self.section()
+        section = f"{begin}\n{written}\n{end}"
         path = self.docs / FILE
         text = path.read_text(encoding="utf-8") if path.is_file() else _HEAD
         if begin in text and end in text:
@@ -94,7 +94,7 @@ class Report:
         else:
             text = f"{text.rstrip()}\n\n{section}\n"
         path.write_text(text, encoding="utf-8")
-        return path
+        return written
 
     # ------------------------------------------------------------------ figures
 
@@ -233,11 +233,9 @@ class Report:
         for method in self.runs.methods:
             held = Line("held-out", [self._curve(seed, method.name, "val_epoch", "loss") for seed in self.seeds])
             lines = [Line("training", [self._curve(seed, method.name, "train_iter", "loss") for seed in self.seeds])]
-            constants = [("zero_predictor", "zero"), ("mean_hog_predictor", "mean HOG")]
-            for key, words in constants:
-                levels = [self._curve(seed, method.name, "val_epoch", key) for seed in self.seeds]
-                if key == "mean_hog_predictor" and all(levels):
-                    lines.append(Line(words, levels, level=True))
+            levels = [self._curve(seed, method.name, "val_epoch", "mean_hog_predictor") for seed in self.seeds]
+            if all(levels):  # MFM has none
+                lines.append(Line("mean HOG", levels, level=True))
             charts.append(Chart(f"{method.title}: loss", "epoch of pre-training", [*lines, held]))
             for words, labels in self.runs.budget.labels.items():
                 names = {
@@ -276,9 +274,8 @@ class Report:
                 drawn = drawing(load_config(CONFIGS / method.pretraining, opts), _PICTURED)
                 epoch = int(re.findall(r"epoch_(\d+)", checkpoint.name)[0])
                 title = f"{method.title}: {words}, after epoch {epoch}"
-                figure = hog_figure(drawn.hog, title) if drawn.hog else spectrum_figure(drawn.spectra, title)
                 path = self.pictures / f"{self.name.replace(' ', '_')}_{method.name}_{words}.png"
-                figure.quantize(128).save(path, optimize=True)
+                drawn.figure(title).quantize(128).save(path, optimize=True)
                 shown.append(f"![{title}](evidence/{path.name})")
         return shown
 

@@ -64,7 +64,7 @@ class Runs:
     @property
     def methods(self) -> list[Method]:
         """Of the suite at this budget."""
-        return [method for method in self.suite.methods if method.name not in self.budget.without]
+        return [method for method in self.suite.methods if method.name in self.budget.pretraining]
 
     def folder(self, seed: int, name: str) -> Path:
         """Of one run."""
@@ -96,7 +96,7 @@ class Runs:
 
     def pretraining(self, method: Method, seed: int, name: str, control: Control | None = None) -> list[str]:
         """Overrides of a pre-training."""
-        own = (*self.budget.families.get(method.family.name, ()), *self.budget.pretraining.get(method.name, ()))
+        own = (*self.budget.families.get(method.family.name, ()), *self.budget.pretraining[method.name])
         more = control.opts if control is not None and control.opts is not None else ()
         return [*self._places(seed, name, self.suite.unlabelled), *own, *more, *self.opts]
 

@@ -51,11 +51,10 @@ class Budget:
         labels: folders of labelled data below the suite's data, by what they are called in the report.
         opts: overrides of every run.
         families: overrides of every run of a family: the size of its backbone.
-        pretraining: overrides of pre-training, by the name of the method.
+        pretraining: overrides of pre-training, by the name of the method; those without are left to another budget.
         fine_tuning: overrides of fine-tuning and training from scratch, by the folder of the labels.
         control_seeds: seeds for which controls are run as well.
         fine_tune_controls: whether controls are fine-tuned, too, and not only probed.
-        without: methods that are left to another budget.
     """
 
     labels: dict[str, str]
@@ -65,7 +64,6 @@ class Budget:
     fine_tuning: dict[str, tuple[str, ...]] = field(default_factory=dict)
     control_seeds: int = 1
     fine_tune_controls: bool = False
-    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,11 +130,8 @@ SUITES = {
                 families={"ViT": _SMALL_VIT},
                 pretraining={
                     "maskfeat": (*_epochs(3, 0.1), "MASK.PRETRAIN_DEPTH", "[3]", "TRAIN.BATCH_SIZE", "64"),
-                    "mfm_vit": _epochs(1, 0.2),
-                    "mfm_resnet": _epochs(1, 0.2),
                 },
                 fine_tuning={"tenth": (*_epochs(6, 1, looks=3), *_SHORT)},
-                without=("mfm_vit", "mfm_resnet"),
             ),
             "gpu": Budget(
                 labels={"all labels": "all", "a tenth of the labels": "tenth"},

@@ -30,7 +30,7 @@ ALLOWED = {
     "benchmark": {"training", "build", "train", "flops", "parallel", "config", "data", "distributed", "logbook",
                   "objectives", "models", "batch", "schedule"},
     "evidence": {"build", "checkpoint", "config", "curves", "data", "distributed", "durable", "logbook", "objectives",
-                 "picture", "probe", "run", "training", "visualize", "weight_files"},
+                 "probe", "run", "training", "visualize", "weight_files"},
     "quickstart": {"run", "data", "visualize", "picture", "logbook", "config", "checkpoint"},
     "visualize": {"build", "checkpoint", "config", "picture", "batch", "objectives", "weight_files"},
     "build": {"config", "data", "objectives", "models", "optim", "schedule", "masking", "distributed", "batch"},
