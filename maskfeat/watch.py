@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 SILENT = 3.0
 """Seconds without a beat, beyond the time from beat to beat, after which a process is taken for stopped or gone."""
 _TELL = 10.0  # seconds that a process which was asked to stop waits at most until the others know
-_FRAMES = 12  # of a stack, innermost
+_FRAMES = 24  # of a stack, innermost
+_WRAPPER = os.path.join("torch", "nn", "modules", "module.py")  # two frames a module, which say nothing
 
 
 @dataclass
@@ -197,8 +198,9 @@ class Watch:
     def _stack(self) -> list[str]:
         """Where this process's work is, outermost first."""
         frame = sys._current_frames().get(self._main)
-        frames = traceback.extract_stack(frame)[-_FRAMES:] if frame is not None else []
-        return [f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in frames]
+        frames = traceback.extract_stack(frame) if frame is not None else []
+        telling = [entry for entry in frames if not entry.filename.endswith(_WRAPPER)][-_FRAMES:]
+        return [f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in telling]
 
     def _report(self, stuck: float, silent: list[int]) -> str:
         """Who holds the others up, and where everybody is."""
