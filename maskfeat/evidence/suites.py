@@ -160,7 +160,7 @@ SUITES = {
             "cpu": Budget(
                 labels={"a tenth of the labels": "tenth"},
                 opts=_CPU,
-                pretraining={"maskfeat": _epochs(8, 0.5, looks=4)},
+                pretraining={"maskfeat": _epochs(16, 1, looks=4)},
                 fine_tuning={"tenth": _epochs(20, 2, looks=5)},
             ),
             "gpu": Budget(
