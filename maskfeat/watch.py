@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch.distributed import Store
@@ -198,9 +199,12 @@ class Watch:
     def _stack(self) -> list[str]:
         """Where this process's work is, outermost first."""
         frame = sys._current_frames().get(self._main)
-        frames = traceback.extract_stack(frame) if frame is not None else []
-        telling = [entry for entry in frames if not entry.filename.endswith(_WRAPPER)][-_FRAMES:]
-        return [f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in telling]
+        if frame is None:
+            return []
+        # Told with every beat, so no source is looked up, which would ask the file system for every file.
+        codes = ((one.f_code, line) for one, line in traceback.walk_stack(frame))
+        told = (f"{c.co_filename}:{line} in {c.co_name}" for c, line in codes if not c.co_filename.endswith(_WRAPPER))
+        return list(islice(told, _FRAMES))[::-1]
 
     def _report(self, stuck: float, silent: list[int]) -> str:
         """Who holds the others up, and where everybody is."""
