@@ -10,17 +10,12 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from maskfeat.data.bad_samples import BadSampleLedger
-from maskfeat.data.images import ImageFolder, class_folders, list_image_folder
-from maskfeat.data.kinetics import VideoClips, read_video_list
+from maskfeat.data.cached_loader import ResidentLoader
+from maskfeat.data.datasets.imagenet import ImageFolder, class_folders, list_image_folder
+from maskfeat.data.datasets.kinetics import VideoClips, read_video_list
 from maskfeat.data.loader import Batches, EpochSampler, Loader
-from maskfeat.data.resident import ResidentLoader
-from maskfeat.data.transforms import (
-    ClipTestTransform,
-    ClipTrainTransform,
-    ImageEvalTransform,
-    ImageTrainTransform,
-)
-from maskfeat.distributed import World, available_cores
+from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform, ImageEvalTransform, ImageTrainTransform
+from maskfeat.distributed.world import World, available_cores
 from maskfeat.masking import Sampler, band_sampler, mask_sampler
 from maskfeat.models.base import Backbone
 from maskfeat.models.mvit import MViT
@@ -31,8 +26,8 @@ from maskfeat.objectives.classification import Classification
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.mfm import MFM
 from maskfeat.objectives.mixup import Mixup
-from maskfeat.optim import make_optimizer, parameter_groups
-from maskfeat.schedule import lr_at_epoch
+from maskfeat.optim.optimizers import make_optimizer, parameter_groups
+from maskfeat.optim.schedule import lr_at_epoch
 
 
 def _by_block(rows: Sequence[Sequence[float]]) -> dict[int, list[float]]:

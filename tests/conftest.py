@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskfeat.data.scenes import MOTIONS, SHAPES
-from maskfeat.data.synthetic import make_clips, make_images
+from maskfeat.demos.scenes import MOTIONS, SHAPES
+from maskfeat.demos.synthetic import make_clips, make_images
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from maskfeat import supervise
-from maskfeat.preemption import PREEMPTED, StopRequest
-from maskfeat.processes import leave_signals_to_parent, signals_held_back
+from maskfeat.distributed import supervise
+from maskfeat.distributed.preemption import PREEMPTED, StopRequest
+from maskfeat.distributed.processes import leave_signals_to_parent, signals_held_back
 
 
 def await_file(path: Path) -> str:

@@ -12,8 +12,8 @@ import pytest
 
 from maskfeat.config import get_defaults, load_config
 from maskfeat.config.merge import full_keys, is_inert
-from maskfeat.evidence.suites import SUITES
-from maskfeat.run import parse_args
+from maskfeat.demos.evidence.suites import SUITES
+from maskfeat.engine.run import parse_args
 from tests.documents import DOCUMENTS, REPO, fenced_blocks, read, recorded_commands
 
 KEYS = frozenset(full_keys(get_defaults()))

@@ -5,10 +5,10 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from maskfeat.launch import launch
-from maskfeat.logbook import read_json_stats
-from maskfeat.run import work
-from maskfeat.training import Given
+from maskfeat.distributed.launch import launch
+from maskfeat.engine.metrics_log import read_json_stats
+from maskfeat.engine.run import work
+from maskfeat.engine.trainer import Given
 
 
 def run_in_processes(cfg: CfgNode, processes: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the cores to the data workers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed, too
 
-from maskfeat.evidence import main  # noqa: E402
+from maskfeat.demos.evidence import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

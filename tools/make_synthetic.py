@@ -9,7 +9,7 @@ Small by default. At the size of ImageNet and Kinetics, to measure reading speed
 import argparse
 import logging
 
-from maskfeat.data.synthetic import make_clips, make_images
+from maskfeat.demos.synthetic import make_clips, make_images
 
 
 def height_by_width(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ training images, both have all test images as val/.
 import argparse
 import logging
 
-from maskfeat.data.cifar10 import prepare
+from maskfeat.demos.cifar10 import prepare
 
 
 def main() -> None:

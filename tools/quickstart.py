@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed, too
 
-from maskfeat.quickstart import main  # noqa: E402
+from maskfeat.demos.quickstart import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

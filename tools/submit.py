@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # read when submitit is imported, here and in the job
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed, too
 
-from maskfeat.requeue import Job  # noqa: E402
+from maskfeat.distributed.slurm import Job  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:

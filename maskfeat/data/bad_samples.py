@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from maskfeat import local_files
+from maskfeat import file_io as local_files
 from maskfeat.batch import BadSample
 
 try:

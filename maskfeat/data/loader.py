@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from maskfeat.batch import Batch, SampleKey
 from maskfeat.data.bad_samples import BadSampleLedger
-from maskfeat.data.samples import Sample, collate
-from maskfeat.processes import leave_signals_to_parent, signals_held_back
+from maskfeat.data.collate import Sample, collate
+from maskfeat.distributed.processes import leave_signals_to_parent, signals_held_back
 
 
 class LabelledSamples(Protocol):

@@ -18,7 +18,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from maskfeat.data.pixels import Box, Pixels, Plan, erase
+from maskfeat.data.device_transforms import Box, Pixels, Plan, erase
 from maskfeat.data.rand_augment import augment_frames, make_rand_augment, pil_mode
 
 ERASING_MODES = ("const", "rand", "pixel")

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from maskfeat.batch import Batch, StepOutput
+from maskfeat.checkpoint.weights import LoadReport, LoadRules, fit_state
+from maskfeat.distributed.fsdp import like
 from maskfeat.models.base import Backbone
-from maskfeat.sharding import like
-from maskfeat.weights import LoadReport, LoadRules, fit_state
 
 BACKBONE = "backbone."
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskfeat.batch import Batch, StepOutput
+from maskfeat.checkpoint.weights import LoadRules
 from maskfeat.models.base import Backbone
 from maskfeat.models.heads import ClassifierHead, pool_tokens, token_norm
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.mixup import Mixup
-from maskfeat.weights import LoadRules
 
 # What pre-training files carry and a classifier has no use for.
 _PRETRAINING = ("pred_head.*", "mask_token", "hogs.*", "decoder.*")

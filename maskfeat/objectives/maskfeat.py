@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from maskfeat.batch import Batch, StepOutput
+from maskfeat.checkpoint.weights import LoadRules
 from maskfeat.masking import resize_mask
 from maskfeat.models.base import Backbone
 from maskfeat.models.layers import full_precision, layer_norm
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.hog import cut_patches, hog, hog_tokens, pad_border, patch_features, pixel_weights
-from maskfeat.weights import LoadRules
 
 
 class _SobelBuffers(nn.Module):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from maskfeat.batch import Batch, StepOutput
+from maskfeat.checkpoint.weights import LoadRules
 from maskfeat.models.base import Backbone, check_clip_size
 from maskfeat.models.heads import token_norm
 from maskfeat.models.layers import full_precision
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.spectrum import Frequencies, disc, half_of, magnitude
-from maskfeat.weights import LoadRules
 
 LUMA = (0.299, 0.587, 0.114)
 """Grey of red, green and blue (ITU-R BT.601)."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from maskfeat.launch import free_address
+from maskfeat.distributed.launch import free_address
 from tests.cluster.conftest import ENV, Cluster
 from tests.reliability.harness import digest, wait_until
 from tests.reliability.runs import ENDLESS, START, TOOL, processes
@@ -86,7 +86,7 @@ def test_a_batch_script_is_no_task(cluster: Cluster, tmp_path: Path) -> None:
     script = tmp_path / "script.sh"
     script.write_text(
         "#!/bin/sh\necho $SLURM_NNODES nodes, process $SLURM_PROCID\n"
-        f'{sys.executable} -c "from maskfeat.launch import find_started; print(find_started())"\n'
+        f'{sys.executable} -c "from maskfeat.distributed.launch import find_started; print(find_started())"\n'
     )
     job = cluster.submit(["-N2", "-n4", "--overcommit"], [str(script)], tmp_path / "log")
     cluster.ended(job, tmp_path / "log")

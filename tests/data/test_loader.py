@@ -14,13 +14,13 @@ from torch.utils.data import Dataset
 
 from maskfeat.batch import BadSample, Batch, SampleKey
 from maskfeat.data.bad_samples import BadSampleLedger, TooManyBadSamples
-from maskfeat.data.decode import decode_frames
-from maskfeat.data.images import ImageFolder, list_image_folder
+from maskfeat.data.collate import Sample, collate
+from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder
+from maskfeat.data.device_transforms import Pixels, Plan
 from maskfeat.data.loader import EpochSampler, Loader
-from maskfeat.data.pixels import Pixels, Plan
-from maskfeat.data.samples import Sample, collate
-from maskfeat.data.synthetic import write_video
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
+from maskfeat.data.video.decoder import decode_frames
+from maskfeat.demos.synthetic import write_video
 from tests.data.test_images import draw, make_folder
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandAugment, v2
 
-from maskfeat.data.pixels import Pixels, Plan, erase
+from maskfeat.data.device_transforms import Pixels, Plan, erase
 from maskfeat.data.rand_augment import augment_frames, make_rand_augment
-from maskfeat.data.seeding import seeded
+from maskfeat.data.rng import seeded
 from maskfeat.data.transforms import (
     ClipTestTransform,
     ClipTrainTransform,

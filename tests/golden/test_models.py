@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from maskfeat.build import build_objective, build_optimizer
-from maskfeat.flops import multiply_adds
+from maskfeat.engine.flops import multiply_adds
 from maskfeat.objectives.base import Objective
 from tests.golden.golden import golden_batch, load_golden, recipe, salted_objective
 

@@ -5,7 +5,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from maskfeat.config import load_config
-from maskfeat.schedule import lr_at_epoch
+from maskfeat.optim.schedule import lr_at_epoch
 from tests.golden.golden import REPO, load_golden, recipe
 
 SCHEDULES = load_golden("lr_schedule")

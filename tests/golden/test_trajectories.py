@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from maskfeat.build import build_optimizer
-from maskfeat.distributed import World
-from maskfeat.logbook import Window
+from maskfeat.checkpoint.reading import model_state, read_checkpoint
+from maskfeat.distributed.world import World
+from maskfeat.engine.loop import Settings, optimisation_step
+from maskfeat.engine.metrics_log import Window
+from maskfeat.engine.parallelize import checkpoint_activations
 from maskfeat.objectives.base import Objective
-from maskfeat.optim import load_optimizer_state
-from maskfeat.parallel import checkpoint_activations
-from maskfeat.schedule import lr_at_epoch, set_lr
-from maskfeat.train import Settings, optimisation_step
-from maskfeat.weight_files import model_state, read_checkpoint
+from maskfeat.optim.optimizers import load_optimizer_state
+from maskfeat.optim.schedule import lr_at_epoch, set_lr
 from tests.golden.golden import golden_batch, load_golden, recipe, salted_objective
 
 RUNS = {entry["name"]: entry for entry in load_golden("training_trajectories")}

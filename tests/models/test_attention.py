@@ -7,15 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.textbook_mvit import textbook_forward
-from maskfeat.models.attention import (
-    PoolingAttention,
-    folded_attention,
-    key_places,
-    relative_index,
-    table_rows,
-)
-from maskfeat.weights import resize_weight
+from benchmarks.reference_mvit import textbook_forward
+from maskfeat.checkpoint.weights import resize_weight
+from maskfeat.models.attention import PoolingAttention, folded_attention, key_places, relative_index, table_rows
 
 
 def textbook(

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from maskfeat.batch import Batch
-from maskfeat.distributed import World
-from maskfeat.logbook import Window
+from maskfeat.distributed.world import World
+from maskfeat.engine.loop import Settings, optimisation_step
+from maskfeat.engine.metrics_log import Window
 from maskfeat.models.mvit import MViT
 from maskfeat.models.vit import ViT
 from maskfeat.objectives.classification import Classification
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.mixup import Mixup
-from maskfeat.train import Settings, optimisation_step
 
 
 def vit(**changes: object) -> ViT:

@@ -129,11 +129,11 @@ def read(case: dict[str, Any]) -> Any:
         return misbehave(case)
     import numpy as np
 
+    from maskfeat.checkpoint.reading import read_checkpoint, trained_model
     from maskfeat.config import dump_config, load_config
-    from maskfeat.data.decode import decode_frames
-    from maskfeat.data.images import READERS
-    from maskfeat.data.kinetics import read_video_list
-    from maskfeat.weight_files import read_checkpoint, trained_model
+    from maskfeat.data.datasets.imagenet import READERS
+    from maskfeat.data.datasets.kinetics import read_video_list
+    from maskfeat.data.video.decoder import decode_frames
 
     reader, path = case["reader"], case["path"]
     if reader == "checkpoint":
@@ -149,11 +149,11 @@ def read(case: dict[str, Any]) -> Any:
     if reader == "pyav":
         return colours(decode_frames(path, [0, 2, 5])[0])
     if reader == "torchcodec":
-        from maskfeat.data import decode_torchcodec
+        from maskfeat.data.video import torchcodec_decoder as decode_torchcodec
 
         return colours(decode_torchcodec.decode_frames(path, [0, 2, 5])[0])
     assert reader == "run"
-    from maskfeat.run import main as run_net  # what tools/run_net.py calls
+    from maskfeat.engine.run import main as run_net  # what tools/run_net.py calls
 
     try:
         return run_net(case["options"]["argv"])

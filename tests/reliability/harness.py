@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from maskfeat.checkpoint import find_checkpoints
-from maskfeat.weight_files import read_checkpoint
+from maskfeat.checkpoint.files import find_checkpoints
+from maskfeat.checkpoint.reading import read_checkpoint
 from tests.small import RECIPES, VIT_FT, VIT_PT, images
 
 REPO = Path(__file__).resolve().parents[2]
@@ -155,7 +155,7 @@ def wait_until(condition: Any, seconds: float, what: str) -> None:
 
 def _serve() -> None:
     """Fork a run for every line of standard input: [arguments, log]; print its process number, then its exit code."""
-    from maskfeat.run import main
+    from maskfeat.engine.run import main
 
     torch.set_num_threads(1)
     for line in sys.stdin:

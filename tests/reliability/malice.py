@@ -179,7 +179,7 @@ def programs(place: Place) -> dict[str, bytes]:
         ("numpy load", (mark,)),
         ("numpy.core.multiarray _reconstruct", (1, 2, 3)),
         ("numpy.testing._private.utils runstring", (code, {})),
-        ("maskfeat.run main", (["--cfg", mark],)),
+        ("maskfeat.engine.run main", (["--cfg", mark],)),
         ("_codecs encode", ("x", "zlib_codec")),
     ]
     return {name: called(name, *args) for name, args in calls}

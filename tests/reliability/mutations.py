@@ -103,9 +103,9 @@ def mutated(sources: list[Path], seed: int, number: int) -> tuple[Path, bytes]:
 
 def readers(path: Path) -> dict[str, Any]:
     """What reads a file, by name; each gives an array."""
-    from maskfeat.data import decode_torchcodec
-    from maskfeat.data.decode import decode_frames
-    from maskfeat.data.images import READERS
+    from maskfeat.data.datasets.imagenet import READERS
+    from maskfeat.data.video import torchcodec_decoder as decode_torchcodec
+    from maskfeat.data.video.decoder import decode_frames
 
     if path.suffix.lower() in PICTURES:
         return {name: lambda path, read=read: np.asarray(read(path)) for name, read in READERS.items()}

@@ -14,7 +14,7 @@ import maskfeat.build
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.data.bad_samples import TooManyBadSamples
-from maskfeat.run import main
+from maskfeat.engine.run import main
 from tests.reliability.scale import note, size
 from tests.small import MVIT_PT, RECIPES, VIT_PT, clips, images
 

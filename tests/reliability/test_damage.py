@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from maskfeat import checkpoint
-from maskfeat.checkpoint import Position, checkpoint_path, last_checkpoint, save_checkpoint, verify_checkpoint
-from maskfeat.weight_files import read_checkpoint
+from maskfeat.checkpoint import files as checkpoint
+from maskfeat.checkpoint.files import Position, checkpoint_path, last_checkpoint, save_checkpoint, verify_checkpoint
+from maskfeat.checkpoint.reading import read_checkpoint
 from tests.reliability.harness import PRETRAINING, Forks, arguments, digest
 from tests.reliability.scale import note, size
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from maskfeat.checkpoint import find_checkpoints
-from maskfeat.preemption import PREEMPTED
+from maskfeat.checkpoint.files import find_checkpoints
+from maskfeat.distributed.preemption import PREEMPTED
 from tests.reliability.harness import FINE_TUNING, PRETRAINING, Forks, arguments, await_partial, digest
 from tests.reliability.scale import note, size
 from tests.worker import json_stats

@@ -14,9 +14,9 @@ import torch
 
 from maskfeat.batch import Batch
 from maskfeat.config import load_config
-from maskfeat.memory import explain
+from maskfeat.engine.oom import explain
+from maskfeat.engine.run import main
 from maskfeat.objectives.maskfeat import MaskFeat
-from maskfeat.run import main
 from tests.reliability.scale import note
 from tests.small import MFM_RECIPES, RECIPES, REPO, VIT_PT, images
 
@@ -131,11 +131,11 @@ def test_every_value_advised_is_taken() -> None:
 
 CHILD = """
 import resource, sys
-import maskfeat.run
+import maskfeat.engine.run
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + {room} * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-sys.exit(maskfeat.run.main(sys.argv[1:]))
+sys.exit(maskfeat.engine.run.main(sys.argv[1:]))
 """
 
 

@@ -12,16 +12,16 @@ from yacs.config import CfgNode
 
 from maskfeat.batch import Batch
 from maskfeat.config import load_config
-from maskfeat.distributed import World, gather_from_ranks, join, leave, share_buffers
-from maskfeat.launch import launch
-from maskfeat.logbook import Window
+from maskfeat.distributed.launch import launch
+from maskfeat.distributed.world import World, gather_from_ranks, join, leave, share_buffers
+from maskfeat.engine.loop import optimisation_step
+from maskfeat.engine.metrics_log import Window
+from maskfeat.engine.parallelize import distribute
+from maskfeat.engine.resume import TrainingState
+from maskfeat.engine.run import work
+from maskfeat.engine.trainer import Given, settings_of, training_state
 from maskfeat.objectives.maskfeat import MaskFeat
-from maskfeat.parallel import distribute
-from maskfeat.resume import TrainingState
-from maskfeat.run import work
-from maskfeat.step_hooks import LostInARow
-from maskfeat.train import optimisation_step
-from maskfeat.training import Given, settings_of, training_state
+from maskfeat.optim.ema import LostInARow
 from tests.reliability.scale import SOAK, note, size
 from tests.small import MFM_PT, MFM_RECIPES, RECIPES, VIT_PT, images
 from tests.worker import json_stats

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskfeat.checkpoint import find_checkpoints
-from maskfeat.preemption import PREEMPTED
-from maskfeat.weight_files import read_checkpoint
+from maskfeat.checkpoint.files import find_checkpoints
+from maskfeat.checkpoint.reading import read_checkpoint
+from maskfeat.distributed.preemption import PREEMPTED
 from tests.reliability.harness import PRETRAINING, REPO, arguments, wait_until
 from tests.reliability.runs import START, descendants, start
 from tests.reliability.scale import note, size

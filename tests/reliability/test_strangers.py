@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from maskfeat.data import decode_torchcodec
+from maskfeat.data.video import torchcodec_decoder as decode_torchcodec
 from tests.data.media import write_video
 from tests.reliability import malice, malice_media
 from tests.reliability.guarded import MEMORY, SECONDS

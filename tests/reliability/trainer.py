@@ -16,10 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from maskfeat import training  # noqa: E402
 from maskfeat.data.loader import Loader  # noqa: E402
-from maskfeat.run import main  # noqa: E402
-from maskfeat.watch import Watch  # noqa: E402
+from maskfeat.distributed.hang_watchdog import Watch  # noqa: E402
+from maskfeat.engine import trainer as training  # noqa: E402
+from maskfeat.engine.run import main  # noqa: E402
 
 _iterate, _state, _validate = Loader.__iter__, training._Checks.after_step, training._validate
 

@@ -1,0 +1,109 @@
+"""Whole steps of pre-training against the plain formulation of the same step."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import MVIT_S, VIT_B, Options, random_batch
+from benchmarks.compute import maskfeat_objective, size_of
+from benchmarks.measure import GRADIENT_TOLERANCE, Row, check_same, in_float32, in_turn, peak_mib
+from benchmarks.reference_mvit import use_textbook_attention
+from benchmarks.reference_step import textbook_loss, textbook_optimizer, textbook_step
+from maskfeat.batch import Batch
+from maskfeat.distributed.world import World, seed_draws
+from maskfeat.engine.loop import optimisation_step
+from maskfeat.engine.metrics_log import Window
+from maskfeat.engine.parallelize import autocast, distribute
+from maskfeat.engine.trainer import settings_of, training_state
+from maskfeat.objectives.maskfeat import MaskFeat
+
+FLOAT32_TOLERANCE = 2e-4
+"""Of the largest gradient, between two float32 computations of a whole model. Hidden tokens start out equal, and where
+a max-pooling of MViTv2 meets values that rounding alone tells apart, it lets the gradient go one way or the other: the
+textbook's form in float32 is 5e-5 from itself in float64. In float64 the two forms have to agree to 1e-5."""
+
+
+def measure_step(options: Options) -> Iterator[Row]:
+    """Whole steps: MViTv2-S and ViT-B, or the recipe given."""
+    yield _step(options, MVIT_S, 1, ">= 2x, memory <= 0.5x")
+    if options.cfg is None:
+        yield _step(options, VIT_B, 4, "")
+
+
+class Side(NamedTuple):
+    """A model and the loss that it is trained with."""
+
+    model: nn.Module
+    loss: Callable[[Batch], Tensor]
+
+    def passes(self, batch: Batch, precision: str = "off") -> Tensor:
+        """Forward and backward, from no gradients: the loss, a detached scalar."""
+        self.model.zero_grad(set_to_none=True)
+        with autocast(batch.clip.device, precision):
+            loss = self.loss(batch)
+        loss.backward()
+        return loss.detach()
+
+
+def ours_of(objective: MaskFeat, model: nn.Module | None = None) -> Side:
+    """The package's own way; `model` where the objective is wrapped."""
+    called = model or objective
+    return Side(objective, lambda batch: called(batch).loss)
+
+
+def textbook_of(objective: MaskFeat) -> Side:
+    """The textbook's way on the weights of an objective, which computes that way from now on."""
+    use_textbook_attention(objective)
+    return Side(objective, lambda batch: textbook_loss(objective, batch))
+
+
+def check_sides(what: str, ours: Side, textbook: Side, batch: Batch, tolerance: float) -> str:
+    """Losses and gradients of two sides with the same weights; in words how far apart they are."""
+    with in_float32():
+        loss, expected = ours.passes(batch), textbook.passes(batch)
+    mine, theirs = ([p.grad for p in side.model.parameters()] for side in (ours, textbook))
+    note = check_same(what, loss, expected, mine, theirs, tolerance)
+    for side in (ours, textbook):
+        side.model.zero_grad(set_to_none=True)
+    return note
+
+
+def _step(options: Options, default: str, batch_size: int, asked: str) -> Row:
+    """One recipe. Ours is the program's own step on what a run builds; memory is that of forward and backward."""
+    cfg = options.recipe(default, batch_size)
+    world, device = World(), options.device
+    plain = maskfeat_objective(cfg).to(device)  # first: it says where a recipe has no textbook form
+    seed_draws(cfg.RNG_SEED)
+    training, settings = training_state(cfg, device), settings_of(cfg)
+    objective, optimizer = training.objective, training.optimizer
+    assert isinstance(objective, MaskFeat)
+    model = distribute(objective, world)
+    batch, window = random_batch(cfg, device), Window()
+    what = f"step of {Path(options.cfg or default).stem}, {size_of(batch)}"
+
+    state = objective.state_dict()
+    wide = [maskfeat_objective(cfg).to(device, torch.float64) for _ in range(2)]
+    for twin in (plain, *wide):
+        twin.load_state_dict(state)
+    wide_batch = replace(batch, clip=batch.clip.double())
+    note = f"float64: {check_sides(what, ours_of(wide[0]), textbook_of(wide[1]), wide_batch, GRADIENT_TOLERANCE)}"
+    del wide, wide_batch
+    ours, textbook = ours_of(objective, model), textbook_of(plain)
+    note += f"; float32: {check_sides(what, ours, textbook, batch, FLOAT32_TOLERANCE)}"
+
+    plain_optimizer = textbook_optimizer(optimizer, plain, objective)
+    sides = {
+        "textbook": lambda: textbook_step(plain, plain_optimizer, batch, settings.clip_norm, settings.precision),
+        "ours": lambda: optimisation_step(model, objective, optimizer, training.scaler, batch, settings, window, world),
+    }
+    seconds = in_turn(sides, options.repeats, device)
+    for side in (ours, textbook):
+        side.model.zero_grad(set_to_none=True)
+    plain_mib = peak_mib(lambda: textbook.passes(batch, settings.precision), device)
+    ours_mib = peak_mib(lambda: ours.passes(batch, settings.precision), device)
+    note += f"; timed in {settings.precision.replace('off', 'fp32')}"
+    return Row(what, seconds["textbook"], seconds["ours"], plain_mib, ours_mib, asked, note)

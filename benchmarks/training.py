@@ -1,0 +1,193 @@
+"""Whole recipes in training: samples a second, share of the peak, waits for the device, data and targets.
+
+The steps are the program's own, on what a run builds; input comes from files through the recipe's workers, or is one
+random batch on the device, which is what the model alone could do.
+"""
+
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from benchmarks.cases import MVIT_L, MVIT_S, RESNET_50, VIT_B, VIT_L, Options, data_for, random_batch
+from benchmarks.measure import in_turn, synchronise
+from maskfeat.batch import Batch
+from maskfeat.build import build_backbone, build_loader
+from maskfeat.distributed.world import World, seed_draws
+from maskfeat.engine.flops import multiply_adds
+from maskfeat.engine.loop import Settings, optimisation_step
+from maskfeat.engine.metrics_log import Window
+from maskfeat.engine.parallelize import distribute
+from maskfeat.engine.trainer import settings_of, training_state
+from maskfeat.objectives.maskfeat import MaskFeat
+from maskfeat.optim.schedule import set_lr
+
+PEAK = 989e12  # multiplications and additions a second of an H200 in bf16, dense, by the datasheet
+WATCHED = 10  # steps in which stops for the device are counted
+
+RECIPES = (
+    # recipe, batch, what is asked for a second
+    (VIT_B, 256, ">= 4000"),
+    (VIT_L, 128, ">= 1300"),
+    (MVIT_S, 32, ">= 500"),
+    (MVIT_L, 16, ">= 130"),
+    (RESNET_50, 256, ">= 3500"),
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A line of the table of whole recipes.
+
+    Attributes:
+        input: "files" or "random".
+        utilisation: multiply-adds of the model (three forward passes a step) over what the device could do; None
+            where that is not known (the CPU), as below.
+        peak_gib: the most memory that tensors took on the device.
+        waits_per_step: how often the host stopped for the device in a step that logs nothing.
+        waiting_for_data: share of the time beyond that of random input; None on the line of random input.
+        target_share: time of the HOG targets over that of a step; None for other methods.
+    """
+
+    recipe: str
+    input: str
+    batch: int
+    steps: int
+    samples_per_second: float
+    asked: str = ""
+    utilisation: float | None = None
+    peak_gib: float | None = None
+    waits_per_step: float | None = None
+    waiting_for_data: float | None = None
+    target_share: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Trainer:
+    """A recipe that is trained step by step as `train.train` does it, without lines and files."""
+
+    def __init__(self, cfg: CfgNode, device: torch.device) -> None:
+        seed_draws(cfg.RNG_SEED)
+        self.device, self.world, self.window = device, World(), Window()
+        self.settings: Settings = settings_of(cfg)
+        self.state = training_state(cfg, device)
+        self.model: nn.Module = distribute(self.state.objective, self.world)
+        self.model.train()
+        self.made = 0
+
+    def step(self, batch: Batch) -> None:
+        """One step, from a batch on any device."""
+        state = self.state
+        set_lr(state.optimizer, self.settings.lr(self.made / 1e6))  # of the first epoch
+        seed_draws(self.settings.seed, self.made, self.world.rank)
+        batch = batch.to(self.device, non_blocking=True)
+        optimisation_step(
+            self.model, state.objective, state.optimizer, state.scaler, batch, self.settings, self.window, self.world
+        )
+        self.made += 1
+
+    def steady(self, batches: Iterator[Batch], steps: int) -> float:
+        """Seconds of a step over `steps` of them, after as many as it takes to warm up."""
+        for _ in range(max(steps // 10, 2)):
+            self.step(next(batches))
+        synchronise(self.device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.step(next(batches))
+        synchronise(self.device)
+        return (time.perf_counter() - began) / steps
+
+    def waits_per_step(self, batches: Iterator[Batch]) -> float | None:
+        """How often the host stops for the device in a step, by PyTorch's own watch; None on the CPU."""
+        if self.device.type != "cuda":
+            return None
+        given = [next(batches) for _ in range(WATCHED)]
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                for batch in given:
+                    self.step(batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in seen) / WATCHED
+
+
+def _endless(loader: Any) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        loader.set_epoch(epoch)
+        yield from loader
+        epoch += 1
+
+
+def _always(batch: Batch) -> Iterator[Batch]:
+    while True:
+        yield batch
+
+
+def measure_training(options: Options) -> Iterator[Training]:
+    """Each recipe (or the one given) on random input and on files."""
+    for path, size, asked in RECIPES if options.cfg is None else ((options.cfg, 0, ""),):
+        yield from _recipe(options, path, size, asked)
+
+
+def _recipe(options: Options, path: str, size: int, asked: str) -> Iterator[Training]:
+    precision = ("TRAIN.MIXED_PRECISION", "bf16") if options.device.type == "cuda" else ()
+    plain = options.recipe(path, size or 8, *precision)
+    images = max(2 * plain.TRAIN.BATCH_SIZE, 512 if options.device.type == "cuda" else 0)
+    files = data_for(plain, options, images, max(2 * plain.TRAIN.BATCH_SIZE, 2))
+    cfg = options.recipe(path, size or 8, *precision, *files)
+    device = options.device
+    trainer = Trainer(cfg, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with torch.device("meta"):
+        operations = 3 * 2 * multiply_adds(build_backbone(cfg))
+    batch = random_batch(cfg, device)
+
+    def line(kind: str, seconds: float, **more: Any) -> Training:
+        speed = len(batch) / seconds
+        cuda = device.type == "cuda"
+        return Training(
+            recipe=cfg_name(options.cfg or path),
+            input=kind,
+            batch=len(batch),
+            steps=options.steps,
+            samples_per_second=speed,
+            asked=asked,
+            utilisation=operations * speed / PEAK if cuda else None,
+            peak_gib=torch.cuda.max_memory_allocated(device) / 2**30 if cuda else None,
+            **more,
+        )
+
+    alone = trainer.steady(_always(batch), options.steps)
+    share = _target_seconds(trainer, batch)
+    waits = trainer.waits_per_step(_always(batch))
+    yield line("random", alone, waits_per_step=waits, target_share=None if share is None else share / alone)
+    batches = _endless(build_loader(cfg, "train"))
+    fed = trainer.steady(batches, options.steps)
+    waits = trainer.waits_per_step(batches)
+    yield line("files", fed, waits_per_step=waits, waiting_for_data=max(0.0, 1 - alone / fed))
+
+
+def cfg_name(path: str) -> str:
+    """A recipe's name from the path of its YAML."""
+    return path.rsplit("/", 1)[-1].removesuffix(".yaml")
+
+
+def _target_seconds(trainer: Trainer, batch: Batch) -> float | None:
+    """Seconds for the HOG targets of a batch, by themselves."""
+    objective = trainer.state.objective
+    if not isinstance(objective, MaskFeat):
+        return None
+    with torch.no_grad():
+        return in_turn({"target": lambda: objective.hidden_target(batch)}, 5, trainer.device)["target"].wall

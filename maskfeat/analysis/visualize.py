@@ -1,0 +1,178 @@
+"""Pictures of what a pre-trained model predicts: `tools/visualize.py` calls `main`.
+
+Shape legend: B samples, T frames, H x W pixels, grid = output tokens ([T',] H', W'), F numbers a token.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from yacs.config import CfgNode
+
+from maskfeat.analysis.pictures import HogRow, SpectrumRow, grey_out, hog_figure, spectrum_figure, tokens_to_cells
+from maskfeat.batch import Batch
+from maskfeat.build import build_loader, build_objective
+from maskfeat.checkpoint.files import given_or_last
+from maskfeat.checkpoint.reading import model_state
+from maskfeat.config import load_config
+from maskfeat.objectives.maskfeat import MaskFeat
+from maskfeat.objectives.mfm import LUMA, MFM
+from maskfeat.objectives.spectrum import inverse_spectrum, spectrum
+
+logger = logging.getLogger(__name__)
+
+
+def to_pixels(clip: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """A normalised clip (3, [T,] H, W) -> (T, H, W, 3) uint8; an image is one frame."""
+    frames = clip if clip.dim() == 4 else clip.unsqueeze(1)
+    shape = (3, 1, 1, 1)
+    unit = frames * torch.tensor(std).reshape(shape) + torch.tensor(mean).reshape(shape)
+    return (unit.clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
+
+
+@torch.no_grad()
+def hog_rows(
+    objective: MaskFeat, batch: Batch, mean: Sequence[float], std: Sequence[float], frames: int = 2
+) -> list[HogRow]:
+    """Rows of `hog_figure` for a batch: one for an image, `frames` (at most T') for a clip.
+
+    Args:
+        objective: on the CPU.
+        batch: with masks; clips normalised by `mean` and `std`.
+    """
+    objective.eval()
+    hidden = objective.hidden_tokens(batch)
+    prediction, _ = objective.predict_hidden(batch)
+    target = objective.target(batch.clip)
+    predicted = torch.zeros_like(target)
+    predicted[hidden] = prediction.float()
+    grid = objective.backbone.grid
+    on_grid = (len(batch), *((1,) * (3 - len(grid))), *grid)
+    rows = []
+    for sample in range(len(batch)):
+        pictures = to_pixels(batch.clip[sample], mean, std)
+        steps = np.unique(np.linspace(0, on_grid[1] - 1, min(frames, on_grid[1])).round().astype(int))
+        for step in steps:
+            real, guess = (
+                tokens_to_cells(tokens.reshape(*on_grid, -1)[sample, step].numpy(), objective.bins, objective.cells)
+                for tokens in (target, predicted)
+            )
+            mask = hidden.reshape(on_grid)[sample, step].numpy()
+            frame = int(step) * objective.backbone.frame_stride
+            place = int(batch.index[sample]) if batch.index is not None else sample
+            caption = f"sample {place}" + (f", frame {frame}" if len(grid) == 3 else "")
+            rows.append(HogRow(pictures[frame], grey_out(pictures[frame], mask), real, guess, mask, caption))
+    return rows
+
+
+@torch.no_grad()
+def spectrum_rows(objective: MFM, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> list[SpectrumRow]:
+    """Rows of `spectrum_figure` for a batch of images; spectra are averaged over colours.
+
+    Args:
+        objective: on the CPU.
+        batch: normalised by `mean` and `std`; without masks they are drawn.
+    """
+    objective.eval()
+    batch = objective.prepare(batch)
+    removed, seen, target = objective.inputs(batch)
+    prediction = objective.predict_image(seen).float()
+    masks, real, guess = removed.whole(), spectrum(target), spectrum(prediction)
+    together = inverse_spectrum(torch.where(masks, guess, real)).real
+    if objective.target_channels == 1:  # grey of normalised colours: the scale that gives the grey of the pixels back
+        luma, scale = torch.tensor(LUMA), torch.tensor(std)
+        grey_std = 1 / float((luma / scale).sum())
+        grey_mean = float((luma * torch.tensor(mean) / scale).sum()) * grey_std
+        target_scale: tuple[Sequence[float], Sequence[float]] = (grey_mean,) * 3, (grey_std,) * 3
+        prediction, together = prediction.expand(-1, 3, -1, -1), together.expand(-1, 3, -1, -1)
+    else:
+        target_scale = mean, std
+    rows = []
+    for i in range(len(batch)):
+        image, filtered = (to_pixels(clip[i], mean, std)[0] for clip in (batch.clip, seen))
+        guessed, whole = (to_pixels(clip[i], *target_scale)[0] for clip in (prediction, together))
+        magnitudes = [values[i].abs().mean(dim=0).numpy() for values in (real, guess)]
+        place = int(batch.index[i]) if batch.index is not None else i
+        mask = masks[i, 0].numpy()
+        rows.append(SpectrumRow(image, filtered, magnitudes[0], mask, guessed, magnitudes[1], whole, f"sample {place}"))
+    return rows
+
+
+def _pretrained(cfg: CfgNode) -> tuple[MaskFeat | MFM, str]:
+    """The objective with TEST.CHECKPOINT_FILE_PATH, or else the last checkpoint of OUTPUT_DIR; and that file."""
+    objective = build_objective(cfg)
+    if not isinstance(objective, MaskFeat | MFM):
+        raise ValueError(
+            f"MODEL.MODEL_NAME is {cfg.MODEL.MODEL_NAME}, expected MaskMViT or MFM: only pre-training predicts features"
+        )
+    found = given_or_last(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
+    if found is None:
+        raise ValueError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this recipe: give TEST.CHECKPOINT_FILE_PATH"
+        )
+    path, content = found
+    objective.load_released_state(model_state(content))
+    return objective, str(path)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Rows of a picture: of HOG or of spectra, never both; and the checkpoint that they come from."""
+
+    hog: list[HogRow]
+    spectra: list[SpectrumRow]
+    path: str
+
+    @property
+    def name(self) -> str:
+        """The usual name of such a picture."""
+        return "hog_predictions.png" if self.hog else "spectrum_predictions.png"
+
+    def figure(self, title: str) -> Image.Image:
+        """The picture."""
+        return hog_figure(self.hog, title) if self.hog else spectrum_figure(self.spectra, title)
+
+
+def drawing(cfg: CfgNode, number: int) -> Drawing:
+    """What a pre-trained model predicts for `number` samples spread over the validation set."""
+    objective, path = _pretrained(cfg)
+    loader = build_loader(cfg, "val")
+    chosen = np.unique(np.linspace(0, len(loader.labels) - 1, number).round().astype(int))
+    found = Drawing([], [], path)
+    for batch in loader.some(chosen.tolist()):
+        if isinstance(objective, MaskFeat):
+            found.hog.extend(hog_rows(objective, batch, cfg.DATA.MEAN, cfg.DATA.STD))
+        else:
+            found.spectra.extend(spectrum_rows(objective, batch, cfg.DATA.MEAN, cfg.DATA.STD))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the picture; the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Draw what a pre-trained checkpoint predicts beside what it saw and should have predicted: HOG "
+        "(MaskFeat) or spectra (MFM).",
+        epilog="The checkpoint is TEST.CHECKPOINT_FILE_PATH, or else the last one in OUTPUT_DIR.",
+    )
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="the YAML of a pre-training recipe")
+    parser.add_argument("--output", metavar="PNG", help="default: hog_predictions.png or spectrum_predictions.png")
+    parser.add_argument("--num", type=int, default=4, help="validation samples to draw (default: %(default)s)")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        found = drawing(load_config(args.cfg, args.opts), args.num)
+        output = Path(args.output or found.name)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        found.figure(Path(found.path).name).save(output)
+    except (ValueError, OSError) as error:
+        logger.error("error: %s", error)
+        return 2
+    logger.info("wrote %s", output)
+    return 0

@@ -1,0 +1,1 @@
+"""Checkpoints: writing and verifying files, reading untrusted ones, fitting weights to a model."""

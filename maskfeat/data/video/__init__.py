@@ -1,0 +1,1 @@
+"""Video: decoding, presentation timestamps, temporal sampling."""

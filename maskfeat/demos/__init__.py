@@ -1,0 +1,1 @@
+"""What demonstrates: quickstart, evidence suites, synthetic and small data sets. Nothing here is needed to train."""

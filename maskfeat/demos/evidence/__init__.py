@@ -1,0 +1,110 @@
+"""Evidence that pre-training learns: docs/EVIDENCE.md by one command a suite. tools/evidence.py calls `main`."""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from maskfeat.demos.cifar10 import prepare
+from maskfeat.demos.evidence.report import FILE, Report
+from maskfeat.demos.evidence.runs import Runs, Stopped, run_seed
+from maskfeat.demos.evidence.suites import SUITES
+from maskfeat.demos.synthetic import make_clips
+
+logger = logging.getLogger(__name__)
+
+
+def make_data(
+    suite: str, folder: Path, source: Path | None = None, clips: tuple[int, int, int] = (400, 100, 100)
+) -> None:
+    """The data of a suite below `folder`, if it is not there yet.
+
+    Args:
+        source: CIFAR-10 as it was downloaded, see `prepare`.
+        clips: synthetic ones of a class for training, validation and testing.
+
+    Raises:
+        ValueError: CIFAR-10 is neither there nor given.
+    """
+    if suite == "cifar10":
+        if not (folder / "complete").is_file() and source is None:
+            raise ValueError(
+                f"{folder} has no CIFAR-10: give --source, the official binary archive (cifar-10-binary.tar.gz) or a "
+                "folder with train.zip and test.zip; or lay it out by tools/prepare_cifar10.py and give --data"
+            )
+        if source is not None:
+            prepare(source, folder)
+        return
+    train, val, test = clips
+    # Textures of low contrast, and of few pixels, drown in what the codec adds: their HOG then follows from nothing.
+    made = make_clips(
+        folder / "all",
+        train_per_class=train,
+        val_per_class=val,
+        test_per_class=test,
+        size=(80, 80),
+        difficulty=0.6,
+    )
+    write_share(made, folder / "tenth", 10)
+
+
+def write_share(source: Path, target: Path, every: int) -> None:
+    """Lists that name one of `every` training clips of `source`, whose paths they keep, and all its held-out ones."""
+    target.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val", "test"):
+        lines = (source / f"{split}.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = lines[::every] if split == "train" else lines
+        (target / f"{split}.csv").write_text("".join(kept), encoding="utf-8")
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="evidence.py",
+        description="Pre-train, probe frozen features, fine-tune and train from scratch, for several seeds; write the "
+        "tables, curves and pictures of docs/EVIDENCE.md. Called again, it goes on where it stopped.",
+    )
+    parser.add_argument("--suite", choices=sorted(SUITES), required=True, help="which data and methods")
+    parser.add_argument("--budget", choices=("cpu", "gpu"), default="cpu", help="how much (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
+    parser.add_argument("--source", type=Path, metavar="PATH", help="CIFAR-10 as it was downloaded")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared data (default: below --output)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/evidence"), metavar="DIR", help="of the runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--docs", type=Path, default=Path("docs"), metavar="DIR", help="of EVIDENCE.md (default: %(default)s)"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of every run")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a suite; the exit code."""
+    args = parse_args(argv)
+    logger.handlers, logger.propagate = [logging.StreamHandler(sys.stdout)], False
+    logger.setLevel(logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    data = args.data or args.output / "data" / args.suite
+    given = list(sys.argv[1:] if argv is None else argv)
+    runs = Runs(SUITES[args.suite], args.budget, args.output, data, tuple(args.opts))
+    try:
+        if args.seeds < 1:
+            raise ValueError(f"--seeds is {args.seeds}, expected at least 1")
+        if args.data is None or args.suite == "cifar10":
+            make_data(args.suite, data, args.source)
+        for seed in range(args.seeds):
+            run_seed(runs, seed, controls=seed < runs.budget.control_seeds)
+        report = Report(
+            runs, args.budget, range(args.seeds), args.docs, shlex.join(["python", "tools/evidence.py", *given])
+        )
+        section = report.write()
+    except Stopped as stopped:  # the run has said why
+        return stopped.code
+    except (ValueError, OSError) as error:
+        logger.error("error: %s", error)
+        return 2
+    logger.info("\n%s\n\nwritten to %s", section, args.docs / FILE)
+    return 0

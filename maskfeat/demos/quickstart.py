@@ -1,0 +1,232 @@
+"""The quickstart: pre-train, fine-tune and test small models on data made on the spot; a table and a picture.
+
+Everything lands in one folder. Each stage is a command that a user would type, and is shown as one.
+"""
+
+import argparse
+import logging
+import math
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskfeat.analysis.pictures import hog_figure, spectrum_figure
+from maskfeat.analysis.visualize import Drawing, drawing
+from maskfeat.checkpoint.files import find_checkpoints
+from maskfeat.config import load_config
+from maskfeat.config.yaml_io import CONFIG_ROOT
+from maskfeat.demos.synthetic import make_clips, make_images
+from maskfeat.engine.metrics_log import read_json_stats
+from maskfeat.engine.run import main as run_net
+
+logger = logging.getLogger(__name__)
+
+CONFIGS = CONFIG_ROOT / "quickstart"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of the quickstart: its name in words, and the folders and classes of its data."""
+
+    what: str
+    data: str
+    labelled: str
+    classes: int
+
+
+PARTS = {
+    "images": Part("ViT on images: MaskFeat", "images", "images_few", 8),
+    "clips": Part("MViTv2 on clips: MaskFeat", "clips", "clips", 6),
+    "mfm": Part("ResNet on images: MFM", "images", "images_few", 8),
+}
+
+
+STAGES = 1 + 3 * len(PARTS)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much data is made: files a class, and overrides for every run."""
+
+    images: int = 120
+    labelled: int = 20
+    image_tests: int = 40
+    clips: int = 40
+    clip_tests: int = 20
+    opts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Share of right answers among `number` tests."""
+
+    share: float
+    number: int
+
+    @property
+    def error(self) -> float:
+        """Standard error of the share (binomial)."""
+        return math.sqrt(self.share * (1 - self.share) / self.number)
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:5.1f} % +- {100 * self.error:.1f}"
+
+
+def say(text: str) -> None:
+    """A headline between the lines of the runs, in none of their logs."""
+    logger.info("\n== %s", text)
+
+
+class Quickstart:
+    """The stages, in a folder of their own."""
+
+    def __init__(self, root: Path, size: Size) -> None:
+        self.root, self.size = root, size
+        self.started = time.monotonic()
+
+    def make_data(self) -> None:
+        """Images (many, and few with labels) and clips."""
+        data, size = self.root / "data", self.size
+        say(f"1/{STAGES} rendering images and H.264 clips into {data}")
+        for name, number in (("images", size.images), ("images_few", size.labelled)):
+            make_images(data / name, train_per_class=number, val_per_class=size.image_tests)
+        make_clips(
+            data / "clips",
+            train_per_class=size.clips,
+            val_per_class=size.clip_tests // 2,
+            test_per_class=size.clip_tests,
+            size=(72, 72),
+        )
+
+    def opts(self, config: str, output: str) -> list[str]:
+        """Overrides that place a run in this folder."""
+        kind, stage = config.split("_")
+        part = PARTS[kind]
+        data = self.root / "data" / (part.data if stage == "pt" else part.labelled)
+        places = ["DATA.PATH_TO_DATA_DIR", str(data), "OUTPUT_DIR", str(self.root / output)]
+        if kind == "clips":
+            places += ["DATA.PATH_PREFIX", str(data)]
+        return [*places, *self.size.opts]
+
+    def run(self, headline: str, config: str, output: str, *extra: str) -> None:
+        """One run of the program; an error ends the quickstart."""
+        opts = [*self.opts(config, output), *extra]
+        command = ["python", "tools/run_net.py", "--cfg", f"configs/quickstart/{config}.yaml", *opts]
+        say(f"{headline}\n   {shlex.join(command)}")
+        code = run_net(["--cfg", str(CONFIGS / f"{config}.yaml"), *opts])
+        if code:
+            raise SystemExit(code)
+
+    def last_checkpoint(self, output: str) -> str:
+        """The last checkpoint of a pre-training run."""
+        return str(find_checkpoints(self.root / output, "pt")[-1])
+
+    def stats(self, output: str, kind: str) -> list[dict[str, Any]]:
+        """What a run logged."""
+        return read_json_stats(self.root / output / "stdout.log", kind)
+
+    def run_all(self) -> None:
+        """Every stage in turn."""
+        self.make_data()
+        for number, (kind, part) in zip(range(2, STAGES, 3), PARTS.items(), strict=True):
+            self.run(f"{number}/{STAGES} pre-training a small {part.what}", f"{kind}_pt", f"{kind}_pt")
+            weights = self.last_checkpoint(f"{kind}_pt")
+            self.run(
+                f"{number + 1}/{STAGES} fine-tuning and testing it",
+                f"{kind}_ft",
+                f"{kind}_ft",
+                "TRAIN.CHECKPOINT_FILE_PATH",
+                weights,
+            )
+            self.run(
+                f"{number + 2}/{STAGES} the same from scratch: without the pre-trained weights",
+                f"{kind}_ft",
+                f"{kind}_scratch",
+            )
+
+    def drawing(self, kind: str, number: int) -> Drawing:
+        """What a pre-trained model predicts for held-out samples."""
+        return drawing(load_config(CONFIGS / f"{kind}_pt.yaml", self.opts(f"{kind}_pt", f"{kind}_pt")), number)
+
+    def draw(self) -> list[Path]:
+        """hog_predictions.png of images and clip frames, spectrum_predictions.png of images."""
+        title = "Quickstart: held-out samples"
+        hog = self.drawing("images", 4).hog + self.drawing("clips", 2).hog
+        figures = {
+            "hog_predictions.png": hog_figure(hog, title),
+            "spectrum_predictions.png": spectrum_figure(self.drawing("mfm", 4).spectra, title),
+        }
+        for name, figure in figures.items():
+            figure.save(self.root / name)
+        return [self.root / name for name in figures]
+
+    def outcome(self, output: str) -> Outcome:
+        """The last test of a run."""
+        tested = self.stats(output, "test_final")[-1]
+        return Outcome(float(tested["top1"]) / 100, int(tested["samples"]))
+
+    def table(self) -> str:
+        """What came out, in a few lines."""
+        lines = [f"{'':<18}{'first':>9}{'last':>9}{'held-out':>10}{'zero':>9}{'mean HOG':>10}   pre-training loss"]
+        for kind in PARTS:
+            steps = self.stats(f"{kind}_pt", "train_iter")
+            held_out = self.stats(f"{kind}_pt", "val_epoch")[-1]
+            constants = [held_out[name] for name in ("zero_predictor", "mean_hog_predictor") if name in held_out]
+            values = (steps[0]["loss"], steps[-1]["loss"], held_out["loss"], *constants)
+            shown = [f"{float(value):.4f}" for value in values] + ["-"] * (2 - len(constants))
+            lines.append(f"{kind:<18}{shown[0]:>9}{shown[1]:>9}{shown[2]:>10}{shown[3]:>9}{shown[4]:>10}")
+        lines += ["", f"{'':<18}{'fine-tuned':>18}{'from scratch':>18}{'chance':>9}   top-1 on held-out samples"]
+        for kind, part in PARTS.items():
+            tuned, scratch = self.outcome(f"{kind}_ft"), self.outcome(f"{kind}_scratch")
+            lines.append(f"{kind:<18}{tuned!s:>18}{scratch!s:>18}{100 / part.classes:7.1f} %")
+            lines.append(f"  {verdict(tuned, scratch)}")
+        return "\n".join(lines)
+
+
+def verdict(tuned: Outcome, scratch: Outcome) -> str:
+    """One sentence that the numbers bear: whether pre-training helped here."""
+    gain = tuned.share - scratch.share
+    noise = math.hypot(tuned.error, scratch.error)
+    points = f"{100 * gain:+.1f} points on {tuned.number} tests"
+    if abs(gain) <= 2 * noise:
+        return f"Pre-training made no difference beyond the noise at this size ({points})."
+    return f"Pre-training {'helped' if gain > 0 else 'did harm'} at this size ({points}, beyond two standard errors)."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the quickstart; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="quickstart.sh",
+        description="Make small data, pre-train, fine-tune and test a ViT on images, an MViTv2 on clips (MaskFeat) and "
+        "a ResNet on images (MFM); print a table and draw hog_predictions.png and spectrum_predictions.png. Running it "
+        "again goes on where it stopped.",
+    )
+    parser.add_argument("--output", default="quickstart", metavar="DIR", help="where all lands (default: %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="start over: delete the runs of an earlier quickstart")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for every run, such as NUM_GPUS 1"
+    )
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    root = Path(args.output)
+    if args.fresh:
+        for name in ("data", *(f"{kind}_{stage}" for kind in PARTS for stage in ("pt", "ft", "scratch"))):
+            shutil.rmtree(root / name, ignore_errors=True)
+    return play(Quickstart(root, Size(opts=tuple(args.opts))))
+
+
+def play(quickstart: Quickstart) -> int:
+    """All stages, the table and the picture."""
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    quickstart.run_all()
+    pictures = " and ".join(map(str, quickstart.draw()))
+    minutes = (time.monotonic() - quickstart.started) / 60
+    say(f"what came out, after {minutes:.1f} minutes\n\n{quickstart.table()}\n\nPictures: {pictures}")
+    return 0

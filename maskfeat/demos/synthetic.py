@@ -1,0 +1,204 @@
+"""A small labelled data set that needs no download: images in ImageNet's layout, clips in Kinetics' layout.
+
+What the pictures show, and what tells a class and what does not, is in `maskfeat/demos/scenes.py`.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+from PIL import Image
+
+from maskfeat.demos.scenes import MOTIONS, SHAPES, Pixels, render_clip, render_image
+
+logger = logging.getLogger(__name__)
+
+STAMP = "dataset.json"
+VERSION = 1  # of what is drawn: a folder made by another version is not taken for this one's
+ENCODERS = ("libx264", "libopenh264", "mpeg4")
+
+
+def write_video(path: Path, frames: Pixels, fps: int) -> str:
+    """Write (T, H, W, 3) uint8 frames, H and W even, as an MP4 by the first of `ENCODERS` that is there.
+
+    Returns the encoder's name. Raises ValueError where PyAV has none of them.
+    """
+    encoder = next((name for name in ENCODERS if name in av.codecs_available), None)
+    if encoder is None:
+        raise ValueError(f"PyAV here can write none of {', '.join(ENCODERS)}: install the `av` wheel")
+    quality = {"crf": "20", "preset": "veryfast"} if encoder == "libx264" else {}
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream(encoder, rate=fps, options=quality)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        if encoder != "libx264":
+            stream.bit_rate = max(200_000, frames[0].size * fps // 12)
+        stream.codec_context.thread_count = 1  # small frames gain nothing from more
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return encoder
+
+
+def make_images(
+    root: str | os.PathLike[str],
+    classes: Sequence[str] = SHAPES,
+    train_per_class: int = 75,
+    val_per_class: int = 25,
+    size: tuple[int, int] = (96, 96),
+    seed: int = 0,
+    difficulty: float = 0.1,
+) -> Path:
+    """Write `root/{train,val}/<shape>/NNNN.jpg`, ImageNet's layout; labels follow the sorted names.
+
+    Args:
+        root: a new or empty folder, or one that an earlier call with the same arguments made (then
+            nothing is done, unless that call was cut short).
+        classes: some of `SHAPES`.
+        train_per_class, val_per_class: images of each class, at least 1.
+        size: (height, width) in pixels, at least 32.
+        seed: the same seed gives the same pixels.
+        difficulty: 0 to 1. It raises the contrast of the textures, the clutter, the angles that shapes are
+            turned by, and how often a shape is darker than its background.
+
+    Returns the folder. Raises ValueError for bad arguments, and for a folder that holds anything else.
+    """
+    counts = {"train": train_per_class, "val": val_per_class}
+    root = Path(root)
+    stamp = _stamp("images", SHAPES, classes, counts, size, seed, difficulty)
+    jobs = [(s, c, n) for s, count in counts.items() for c in stamp["classes"] for n in range(count)]
+    if not _claim(root, stamp, [root / s / c / f"{n:04d}.jpg" for s, c, n in jobs]):
+        return root
+    for split, shape, number in _reported(jobs, f"images in {root}"):
+        path = root / split / shape / f"{number:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = render_image(shape, split, number, size, seed, difficulty)
+        Image.fromarray(pixels).save(path, quality=92)
+    _write_stamp(root, stamp | {"complete": True})
+    return root
+
+
+def make_clips(
+    root: str | os.PathLike[str],
+    classes: Sequence[str] = MOTIONS,
+    train_per_class: int = 40,
+    val_per_class: int = 10,
+    test_per_class: int = 10,
+    num_frames: int = 32,
+    fps: int = 30,
+    size: tuple[int, int] = (96, 128),
+    seed: int = 0,
+    difficulty: float = 0.1,
+) -> Path:
+    """Write `root/videos/<split>/<motion>_NNNN.mp4` and `root/{train,val,test}.csv`, Kinetics' layout.
+
+    A line of a CSV is `path label`, the path relative to `root` (`DATA.PATH_PREFIX`), the label the place of
+    the motion among the sorted `classes` (some of `MOTIONS`). A clip lasts num_frames / fps seconds, is H.264
+    where PyAV can write that (see `ENCODERS`), and has an even height and width. For the other arguments, the
+    return value and the errors see `make_images`.
+    """
+    counts = {"train": train_per_class, "val": val_per_class, "test": test_per_class}
+    root = Path(root)
+    stamp = _stamp("clips", MOTIONS, classes, counts, size, seed, difficulty)
+    if num_frames < 1 or fps < 1 or size[0] % 2 or size[1] % 2:
+        raise ValueError(
+            f"num_frames {num_frames}, fps {fps} and size {tuple(size)} given: expected at least 1 frame and "
+            "1 frame a second, and an even height and width (H.264 stores colour at half size)"
+        )
+    stamp |= {"num_frames": num_frames, "fps": fps}
+    jobs = [(s, c, n) for s, count in counts.items() for c in stamp["classes"] for n in range(count)]
+    names = [f"videos/{s}/{c}_{n:04d}.mp4" for s, c, n in jobs]
+    if not _claim(root, stamp, [root / name for name in names] + [root / f"{s}.csv" for s in counts]):
+        return root
+    lines: dict[str, list[str]] = {split: [] for split in counts}
+    for name, (split, motion, number) in _reported(list(zip(names, jobs, strict=True)), f"clips in {root}"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        frames = render_clip(motion, split, number, num_frames, fps, size, seed, difficulty)
+        write_video(root / name, frames, fps)
+        lines[split].append(f"{name} {stamp['classes'].index(motion)}\n")
+    for split, rows in lines.items():
+        (root / f"{split}.csv").write_text("".join(rows), encoding="utf-8")
+    _write_stamp(root, stamp | {"complete": True})
+    return root
+
+
+def _stamp(
+    kind: str,
+    known: Sequence[str],
+    classes: Sequence[str],
+    counts: dict[str, int],
+    size: tuple[int, int],
+    seed: int,
+    difficulty: float,
+) -> dict[str, Any]:
+    """What `dataset.json` says of a folder: everything its pixels depend on."""
+    strangers = sorted(set(classes) - set(known))
+    if strangers or not classes or len(set(classes)) != len(classes):
+        raise ValueError(f"classes {list(classes)} given: expected different ones of {', '.join(known)}")
+    if min(counts.values()) < 1:
+        raise ValueError(f"{counts} samples of a class given: expected at least 1 in each split")
+    if len(size) != 2 or min(size) < 32:
+        raise ValueError(f"size {tuple(size)} given: expected (height, width) of at least 32 pixels")
+    if not 0.0 <= difficulty <= 1.0:
+        raise ValueError(f"difficulty {difficulty} given: expected a number from 0 to 1")
+    return {
+        "made_by": "maskfeat make-synthetic",
+        "version": VERSION,
+        "kind": kind,
+        "classes": sorted(classes),
+        "per_class": counts,
+        "size": [int(v) for v in size],
+        "seed": int(seed),
+        "difficulty": float(difficulty),
+        "complete": False,
+    }
+
+
+def _claim(root: Path, stamp: dict[str, Any], files: Sequence[Path]) -> bool:
+    """Whether the files are still to be made. Refuses a folder that holds anything but this very data set."""
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root} is a file: give the name of a folder")
+    if root.is_dir() and any(root.iterdir()):
+        found = _read_stamp(root)
+        if found is None:
+            raise ValueError(f"{root} is not empty and was not made here: give a new or an empty folder")
+        differing = sorted(k for k in stamp if k != "complete" and found.get(k) != stamp[k])
+        if differing:
+            given = ", ".join(f"{k} {found.get(k)} (now {stamp[k]})" for k in differing)
+            raise ValueError(f"{root} holds a data set made with {given}: give another folder, or remove this one")
+        if found.get("complete") and all(path.is_file() for path in files):
+            logger.info("%s: %d files already there", root, len(files))
+            return False
+    _write_stamp(root, stamp)
+    return True
+
+
+def _read_stamp(root: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((root / STAMP).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) and str(found.get("made_by")).startswith("maskfeat") else None
+
+
+def _write_stamp(root: Path, stamp: dict[str, Any]) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    draft = root / f".{STAMP}.part"
+    draft.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, root / STAMP)
+
+
+def _reported(jobs: Sequence[Any], what: str, every: float = 5.0) -> Iterator[Any]:
+    """The jobs, with a progress line every few seconds and one at the end."""
+    began = spoke = time.monotonic()
+    for done, job in enumerate(jobs):
+        yield job
+        now = time.monotonic()
+        if now - spoke >= every or done + 1 == len(jobs):
+            logger.info("%d of %d synthetic %s, %.1f s", done + 1, len(jobs), what, now - began)
+            spoke = now

@@ -1,0 +1,1 @@
+"""Processes: launching, supervision, collectives, preemption, FSDP, Slurm."""

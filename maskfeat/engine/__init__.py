@@ -1,0 +1,1 @@
+"""The run: one Trainer, evaluation, resuming, metrics log."""

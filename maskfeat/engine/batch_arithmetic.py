@@ -1,0 +1,180 @@
+"""The arithmetic of a run: what a step takes, at which learning rate, and what keeps the recipe on other hardware.
+
+Pure functions of configs. "The recipe" is the YAML as it stands, without overrides, with its own NUM_GPUS and
+NUM_SHARDS. Samples are counted as the model sees them: AUG.NUM_SAMPLE views of a sample are as many samples.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from maskfeat.config import load_config
+from maskfeat.optim.schedule import lr_at_epoch
+
+_SAME = 1e-9  # relative: what rounding in YAMLs and overrides may make of a rate
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimisation step takes.
+
+    Attributes:
+        machines: NUM_SHARDS.
+        processes: of one machine.
+        batch: TRAIN.BATCH_SIZE, of one machine.
+        views: of each sample.
+        micro: TRAIN.MICRO_BATCH_SIZE, 0 = all at once.
+    """
+
+    machines: int
+    processes: int
+    batch: int
+    views: int
+    micro: int
+
+    @property
+    def samples(self) -> int:
+        """Samples of all machines."""
+        return self.machines * self.batch * self.views
+
+    @property
+    def share(self) -> int:
+        """Samples of one process."""
+        return self.batch // self.processes * self.views
+
+    @property
+    def forward(self) -> int:
+        """Samples of one process in one forward pass, at most: what its memory has to hold."""
+        return min(self.micro or self.share, self.share)
+
+
+def step_of(cfg: CfgNode, processes: int | None = None) -> Step:
+    """The step of a config; `processes` of a machine where others are started than NUM_GPUS says (torchrun)."""
+    views = cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1
+    processes = processes or max(cfg.NUM_GPUS, 1)
+    return Step(cfg.NUM_SHARDS, processes, cfg.TRAIN.BATCH_SIZE, views, cfg.TRAIN.MICRO_BATCH_SIZE)
+
+
+def recipe_of(path: str | Path) -> CfgNode | None:
+    """The YAML without overrides; None where there is none, or where it cannot be used without them."""
+    if not path:
+        return None
+    logger = logging.getLogger("maskfeat.config")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # its warnings were given when the run's own config was loaded
+    try:
+        return load_config(path)
+    except ValueError:
+        return None
+    finally:
+        logger.setLevel(level)
+
+
+def _number(value: float) -> str:
+    return f"{value:.10g}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _scale(cfg: CfgNode) -> int:
+    """What the learning rates of a config are multiplied by."""
+    return int(cfg.NUM_SHARDS) if cfg.SOLVER.BASE_LR_SCALE_NUM_SHARDS else 1
+
+
+def _rate_keys(cfg: CfgNode) -> list[str]:
+    """The rates that have an effect."""
+    keys = ["BASE_LR"]
+    if cfg.SOLVER.WARMUP_EPOCHS > 0:
+        keys.append("WARMUP_START_LR")
+    if cfg.SOLVER.LR_POLICY == "cosine":
+        keys.append("COSINE_END_LR")
+    return keys
+
+
+def rate_overrides(cfg: CfgNode, recipe: CfgNode, factor: float = 1.0) -> list[str]:
+    """Overrides with which `cfg` has `factor` times the learning rates of `recipe`; [] where it has them."""
+    overrides = []
+    for key in _rate_keys(cfg):
+        wanted = factor * recipe.SOLVER[key] * _scale(recipe) / _scale(cfg)
+        if not math.isclose(cfg.SOLVER[key], wanted, rel_tol=_SAME):
+            overrides += [f"SOLVER.{key}", _number(wanted)]
+    return overrides
+
+
+def batch_overrides(step: Step, recipe: Step) -> list[str] | None:
+    """Overrides with which a step takes the recipe's samples, in forward passes no larger than the recipe's.
+
+    Returns:
+        [] where it does already; None where these processes cannot share the recipe's samples evenly.
+    """
+    batch, left = divmod(recipe.samples, step.machines * step.views)
+    if left or batch % step.processes:
+        return None
+    overrides = [] if batch == step.batch else ["TRAIN.BATCH_SIZE", str(batch)]
+    share = batch // step.processes * step.views
+    passes = math.ceil(share / recipe.forward)
+    micro = 0 if passes == 1 else math.ceil(share / passes)
+    if min(step.micro or share, share) != (micro or share):
+        overrides += ["TRAIN.MICRO_BATCH_SIZE", str(micro)]
+    return overrides
+
+
+def describe(cfg: CfgNode, step: Step, steps: int) -> str:
+    """One line: samples a step, learning rate, warm-up, length. `steps` of an epoch."""
+    kind = "process" if cfg.NUM_GPUS == 0 or cfg.DIST_BACKEND == "gloo" else "GPU"
+    per_process = step.batch // step.processes
+    processes = f"{step.processes} {kind}{'' if step.processes == 1 else 'es' if kind == 'process' else 's'}"
+    parts = [processes, str(per_process), *([f"{step.views} views"] if step.views > 1 else [])]
+    if step.machines > 1:
+        parts.append(f"{step.machines} machines")
+    line = f"{' x '.join(parts)} = {step.samples} samples a step"
+    passes = math.ceil(step.share / step.forward)
+    if passes > 1:
+        line += f" (accumulated over {passes} micro-batches of {step.forward})"
+    rate = _number(cfg.SOLVER.BASE_LR)
+    if _scale(cfg) > 1:
+        total = _number(cfg.SOLVER.BASE_LR * _scale(cfg))
+        rate += f" x {step.machines} machines (SOLVER.BASE_LR_SCALE_NUM_SHARDS) = {total}"
+    line += f"; learning rate {rate}"
+    if cfg.SOLVER.WARMUP_EPOCHS:
+        line += f", warm-up from {_number(lr_at_epoch(cfg, 0.0))} over {cfg.SOLVER.WARMUP_EPOCHS:g} epochs"
+    return f"{line}; {_count(cfg.SOLVER.MAX_EPOCH, 'epoch')} of {_count(steps, 'step')}"
+
+
+def compare(cfg: CfgNode, step: Step, recipe: CfgNode, name: str) -> Iterator[str]:
+    """Lines on where a run differs from its recipe, and on the overrides that keep it; none where nothing differs.
+
+    A larger forward pass alone counts where nobody chose it: with TRAIN.MICRO_BATCH_SIZE 0.
+    """
+    theirs = step_of(recipe)
+    rates = rate_overrides(cfg, recipe)
+    differs = step.samples != theirs.samples
+    if not (differs or rates or (step.forward > theirs.forward and not step.micro)):
+        return
+    was = [f"{theirs.samples} samples a step at learning rate {_number(recipe.SOLVER.BASE_LR * _scale(recipe))}"]
+    now = [f"{step.samples} at {_number(cfg.SOLVER.BASE_LR * _scale(cfg))}"]
+    if step.forward > theirs.forward:
+        was.append(f"{theirs.forward} at once in a process")
+        now.append(str(step.forward))
+    batch = batch_overrides(step, theirs)
+    line = f"{name} as it stands: {', '.join(was)}; this run: {', '.join(now)}"
+    if batch is None:
+        ranks = f"{step.machines} x {step.processes} processes"
+        yield f"{line}. {theirs.samples} samples cannot be shared evenly by {ranks}"
+    elif batch or rates:
+        yield f"{line}. The same step as the recipe's: {' '.join([*batch, *rates])}"
+    if not differs:
+        return
+    scaled = rate_overrides(cfg, recipe, step.samples / theirs.samples)
+    if scaled:
+        yield (
+            f"or {step.samples} samples a step with rates scaled in proportion (Goyal et al., 2017): {' '.join(scaled)}"
+        )
+    else:
+        yield f"the rates of this run are the recipe's in proportion to {step.samples} samples (Goyal et al., 2017)"

@@ -1,0 +1,151 @@
+"""Validation and multi-view testing.
+
+Shape legend: B samples (views), V videos or images, K classes.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from maskfeat.batch import Batch
+from maskfeat.data.loader import Batches
+from maskfeat.distributed.world import sum_over_ranks
+from maskfeat.engine.metrics_log import Window, eta
+from maskfeat.engine.parallelize import autocast
+from maskfeat.objectives.base import Objective
+
+logger = logging.getLogger(__name__)
+
+_REPORT_SECONDS = 30.0
+# Compiled blocks are made for training's one shape of batch: others would be compiled anew.
+_uncompiled = torch.compiler.set_stance("force_eager")
+
+
+def _unreadable(batch: Batch) -> Tensor:
+    """(B,) bool: rows whose sample could not be read; they hold zeros and must count as wrong."""
+    assert batch.index is not None
+    bad = torch.tensor([b.index for b in batch.bad], dtype=torch.int64, device=batch.index.device)
+    return torch.isin(batch.index, bad)
+
+
+Proceed = Callable[[str], None]
+"""Told at every step what is being done; it may raise `Preempted`."""
+
+
+class _Pace:
+    """Says now and then how far an evaluation is."""
+
+    def __init__(self, what: str, steps: int, proceed: Proceed) -> None:
+        self.what, self.steps, self.proceed = what, steps, proceed
+        self.started = self.said = time.perf_counter()
+
+    def step(self, step: int) -> None:
+        """Note that `step` (from 0) is done; speaks twice a minute at most."""
+        self.proceed(f"{self.what}, step {step + 1}")
+        now = time.perf_counter()
+        if now - self.said > _REPORT_SECONDS:
+            self.said = now
+            left = (now - self.started) / (step + 1) * (self.steps - step - 1)
+            logger.info("%s  step %d/%d  eta %s", self.what, step + 1, self.steps, eta(left))
+
+
+@torch.no_grad()
+@_uncompiled
+def validate(
+    objective: Objective, loader: Batches, device: torch.device, precision: str, proceed: Proceed = lambda _: None
+) -> dict[str, float]:
+    """One pass over a validation set.
+
+    Returns:
+        for a classifier "top1" and "top5" in percent (an unreadable sample is wrong); otherwise the means of the loss
+        and of the objective's metrics.
+    """
+    objective.eval()
+    window = Window()
+    pace = _Pace("validation", len(loader), proceed)
+    for step, batch in enumerate(loader):
+        batch = batch.to(device, non_blocking=True)
+        with autocast(device, precision):
+            if objective.classifies:
+                assert batch.label is not None
+                right = in_top(objective.predict(batch), batch.label, (1, 5))
+                read = ~_unreadable(batch)
+                weight = torch.tensor(float(len(batch)), device=device)
+                window.add(weight, {name: 100.0 * (hit & read).float().mean() for name, hit in right.items()})
+            else:
+                out = objective(batch)
+                window.add(objective.weight(batch), {"loss": out.loss, **out.metrics})
+        pace.step(step)
+    return window.read(uneven=True)
+
+
+def in_top(scores: Tensor, label: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
+    """{"top1": (B,) bool, ...}: whether the label is among the k best of scores (B, K); k at most K."""
+    best = scores.topk(min(max(ks), scores.shape[1]), dim=1).indices
+    return {f"top{k}": (best[:, :k] == label[:, None]).any(dim=1) for k in ks}
+
+
+@torch.no_grad()
+@_uncompiled
+def multi_view_test(
+    objective: Objective,
+    loader: Batches,
+    labels: Sequence[int],
+    device: torch.device,
+    precision: str,
+    results_path: Path | None = None,
+    proceed: Proceed = lambda _: None,
+) -> dict[str, float]:
+    """Test with every view of every video or image: softmax scores are summed over views.
+
+    Args:
+        loader: yields each (index, view) once over all ranks.
+        labels: V class indices, by index.
+        results_path: where to write labels, predictions and unreadable indices as JSON (the main process calls with
+            a path, the others with None).
+
+    Returns:
+        "top1" and "top5" in percent of all V, "unreadable" their number; an unreadable one is wrong.
+    """
+    objective.eval()
+    scores: Tensor | None = None
+    spoiled = torch.zeros(len(labels), device=device)
+    pace = _Pace("testing", len(loader), proceed)
+    for step, batch in enumerate(loader):
+        batch = batch.to(device, non_blocking=True)
+        assert batch.index is not None
+        with autocast(device, precision):
+            probabilities = objective.predict(batch).float()
+        if scores is None:
+            scores = torch.zeros(len(labels), probabilities.shape[1], device=device)
+        bad = _unreadable(batch)
+        scores.index_add_(0, batch.index, probabilities.masked_fill(bad[:, None], 0.0))
+        spoiled.index_add_(0, batch.index, bad.float())
+        pace.step(step)
+    if scores is None:  # a rank without a share
+        scores = torch.zeros(len(labels), objective.num_classes, device=device)
+    scores, spoiled = sum_over_ranks(scores).cpu(), sum_over_ranks(spoiled).cpu()
+    truth = torch.as_tensor(labels)
+    hits = in_top(scores, truth, (1, 5))
+    readable = spoiled == 0
+    result = {name: 100.0 * float((hit & readable).float().mean()) for name, hit in hits.items()}
+    result["unreadable"] = int((~readable).sum())
+    if results_path is not None:
+        _write_results(results_path, result, truth, scores, readable)
+    return result
+
+
+def _write_results(path: Path, result: Mapping[str, float], truth: Tensor, scores: Tensor, readable: Tensor) -> None:
+    """One JSON file: accuracies, and for every index its label, the five best classes and whether it was read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    best = scores.topk(min(5, scores.shape[1]), dim=1).indices.tolist()
+    rows = [
+        {"index": i, "label": label, "predicted": top, "read": read}
+        for i, (label, top, read) in enumerate(zip(truth.tolist(), best, readable.tolist(), strict=True))
+    ]
+    path.write_text(json.dumps({**result, "samples": rows}, indent=1))

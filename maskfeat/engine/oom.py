@@ -1,0 +1,123 @@
+"""Out of memory, explained: what was full, what a process holds at once, and the keys that take less of it."""
+
+import errno
+import math
+import re
+import traceback
+
+import torch
+from yacs.config import CfgNode
+
+from maskfeat.engine.batch_arithmetic import Step, step_of
+
+_QUOTED = 400  # characters of the original message
+_DEVICE = re.compile(r"out of memory|ALLOC_FAILED", re.I)
+_HERE = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory|bad_alloc|\bMemoryError\b")
+_SHARED = re.compile(r"bus error|shared memory|unable to mmap", re.I)
+_KILLED = re.compile(r"DataLoader worker .*killed by signal: Killed")
+_GONE = re.compile(r"DataLoader worker .*exited unexpectedly")
+
+
+def _texts(error: BaseException) -> list[str]:
+    """The messages of an error and of those that led to it, the first cause last."""
+    texts, seen = [], set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        texts.append(f"{type(current).__name__}: {current}" if isinstance(current, MemoryError) else str(current))
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return texts
+
+
+def _lost_worker(error: BaseException) -> bool:
+    """Whether a data worker was gone while a batch was taken over from it: its socket is closed then."""
+    if not isinstance(error, ConnectionError | EOFError) or "DataLoader worker" in str(error):
+        return False
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith("torch.utils.data") for name in frames) and "torch.multiprocessing.reductions" in frames
+
+
+def _kind(error: BaseException, text: str) -> str | None:
+    """What was full: "device", "shared", "worker" or "machine"; None where it is not about memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "device"
+    if _lost_worker(error):
+        return "worker"
+    if isinstance(error, OSError):  # such as a worker that cannot be started
+        return "machine" if error.errno == errno.ENOMEM else None
+    if not isinstance(error, RuntimeError | MemoryError):
+        return None
+    for kind, pattern in (("shared", _SHARED), ("worker", _KILLED), ("machine", _HERE), ("device", _DEVICE)):
+        if pattern.search(text):
+            return kind
+    # Where nobody saw by which signal a worker ended, it was most likely this one.
+    return "worker" if _GONE.search(text) and "killed by signal" not in text else None
+
+
+def _quoted(texts: list[str]) -> str:
+    """The line that names the numbers, in one line and not too long."""
+    patterns = (_KILLED, _SHARED, _HERE, _DEVICE, _GONE)
+    # Of a worker's error, the traceback's last line; causes before what follows from them.
+    lines = [line.strip() for text in reversed(texts) for line in text.strip().splitlines()[::-1]]
+    told = [line for pattern in patterns for line in lines if pattern.search(line)]
+    line = " ".join((told or lines)[0].split())
+    return line if len(line) <= _QUOTED else f"{line[:_QUOTED]} ..."
+
+
+def _compute(cfg: CfgNode, step: Step) -> list[str]:
+    """Keys that make a training step smaller, those that change no number first; none that is set already."""
+    tries = []
+    recomputes = cfg.MODEL.ACT_CHECKPOINT
+    if cfg.MODEL.ARCH != "resnet" and recomputes is not True:
+        values = "True" if recomputes == "light" else "light, then True"
+        tries.append(f"MODEL.ACT_CHECKPOINT {values} (now {recomputes})")
+    if step.forward > 1:
+        now = f"now {cfg.TRAIN.MICRO_BATCH_SIZE}" + ("" if cfg.TRAIN.MICRO_BATCH_SIZE else ", all at once")
+        tries.append(f"TRAIN.MICRO_BATCH_SIZE {math.ceil(step.forward / 2)} ({now})")
+    if cfg.TRAIN.MIXED_PRECISION in (False, "off"):
+        tries.append(f"TRAIN.MIXED_PRECISION bf16 (now {cfg.TRAIN.MIXED_PRECISION})")
+    return tries
+
+
+def _workers(cfg: CfgNode, none: bool) -> list[str]:
+    """Fewer data workers; `none` where only none at all helps."""
+    now = cfg.DATA_LOADER.NUM_WORKERS
+    if not now:
+        return []
+    return [f"DATA_LOADER.NUM_WORKERS {0 if none else now // 2} (now {now}, never more than there are cores)"]
+
+
+def explain(error: BaseException, cfg: CfgNode, processes: int | None = None) -> str | None:
+    """One line on an error that means that memory ran out; None for any other error.
+
+    Args:
+        error: an allocation that failed on a device or in the machine, MemoryError, or what a data worker that was
+            killed leaves behind.
+        processes: of this machine, where they are not NUM_GPUS.
+    """
+    texts = _texts(error)
+    kind = _kind(error, "\n".join(texts))
+    if kind is None:
+        return None
+    step = step_of(cfg, processes)
+    if cfg.TRAIN.ENABLE:
+        batch = f"{step.forward} samples at once in each process (TRAIN.BATCH_SIZE {step.batch} over {step.processes})"
+        tries = _compute(cfg, step)
+    else:
+        share = math.ceil(cfg.TEST.BATCH_SIZE / step.processes)
+        batch = f"{share} views at once in each process (TEST.BATCH_SIZE {cfg.TEST.BATCH_SIZE} over {step.processes})"
+        smaller = max(cfg.TEST.BATCH_SIZE // 2 // step.processes, 1) * step.processes
+        tries = [f"TEST.BATCH_SIZE {smaller}"] if smaller < cfg.TEST.BATCH_SIZE else []
+    if kind == "shared":
+        what = "the shared memory of this machine (/dev/shm, through which data workers hand over batches)"
+        tries = ["a larger /dev/shm (in a container: --shm-size)", *_workers(cfg, none=True)]
+    elif kind == "worker":
+        what = "a data worker was killed, most likely by the system, because the memory of this machine"
+        tries = [*_workers(cfg, none=False), "a job with more memory"]
+    elif kind == "machine":
+        what = "the memory of this machine (or the limit on this job)"
+        tries = [*tries, *_workers(cfg, none=False)]
+    else:
+        what = "the memory of the device"
+    advice = "; ".join(tries) or "a smaller DATA.TRAIN_CROP_SIZE or model: every key that saves memory is set"
+    return f"out of memory: {what} is full, with {batch}. Try {advice}. It said: {_quoted(texts)}"

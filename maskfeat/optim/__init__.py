@@ -1,0 +1,1 @@
+"""Optimization: parameter groups, optimizers, learning rate schedule, weight averaging."""

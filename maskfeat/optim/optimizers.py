@@ -1,0 +1,149 @@
+"""Parameter groups and optimizers."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from maskfeat.distributed.fsdp import like, norm_over_ranks, piece_of
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]],
+    *,
+    layer_id: Callable[[str], int],
+    last_layer: int,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    no_decay_1d: bool = False,
+    no_decay_names: Iterable[str] = (),
+) -> list[dict[str, Any]]:
+    """Groups in the order of the published files, so that optimizer states can be exchanged.
+
+    Without layer decay: two groups, decayed first. With it: a group for each (layer, decayed or not) in the order in
+    which they are met, with learning rate multiplier layer_decay ^ (last_layer - layer) (BEiT; ELECTRA).
+
+    Args:
+        named: parameters by released name.
+        layer_id: layer of a released name, 0 to `last_layer`.
+        weight_decay: for parameters that decay.
+        layer_decay: 1.0 = off.
+        no_decay_1d: exempt one-dimensional parameters and biases.
+        no_decay_names: released names exempted as well; one that does not exist is a ValueError.
+
+    Returns:
+        dicts with "params", "weight_decay" and "layer_decay".
+    """
+    named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    exempt = set(no_decay_names)
+    unknown = exempt - {name for name, _ in named}
+    if unknown:
+        raise ValueError(f"no weight decay was asked for parameters that do not exist: {sorted(unknown)}")
+    groups: OrderedDict[tuple[int, bool], dict[str, Any]] = OrderedDict()
+    if layer_decay == 1.0:
+        for decayed in (True, False):
+            groups[(0, decayed)] = {"params": [], "weight_decay": weight_decay * decayed, "layer_decay": 1.0}
+    for name, parameter in named:
+        decayed = not (name in exempt or (no_decay_1d and (parameter.dim() == 1 or name.endswith(".bias"))))
+        layer = layer_id(name) if layer_decay != 1.0 else 0
+        rates = {"weight_decay": weight_decay * decayed, "layer_decay": layer_decay ** (last_layer - layer)}
+        groups.setdefault((layer, decayed), {"params": [], **rates})["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def _begin_momentum_at_zero(optimizer: Optimizer) -> None:
+    """Where the very first step is skipped, let momentum begin at zero.
+
+    Fused SGD makes its buffers without writing to them, and a step with `found_inf` never does: the next one would add
+    whatever lay in that memory.
+    """
+    fresh: list[nn.Parameter] = []
+
+    def note(optimizer: Optimizer, *_: Any) -> None:
+        """Before a step: which buffers it will make."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        fresh[:] = [p for p in parameters if optimizer.state.get(p, {}).get("momentum_buffer") is None]
+
+    @torch.no_grad()
+    def begin(optimizer: Optimizer, *_: Any) -> None:
+        """After it, made or skipped."""
+        found = getattr(optimizer, "found_inf", None)
+        for parameter in fresh:
+            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if found is not None and buffer is not None:
+                buffer.copy_(torch.where(found.reshape(()) > 0, torch.zeros_like(buffer), buffer))
+
+    optimizer.register_step_pre_hook(note)
+    optimizer.register_step_post_hook(begin)
+
+
+def make_optimizer(
+    groups: Sequence[dict[str, Any]],
+    method: str,
+    *,
+    lr: float,
+    betas: Sequence[float] = (0.9, 0.999),
+    momentum: float = 0.9,
+    dampening: float = 0.0,
+    nesterov: bool = True,
+) -> Optimizer:
+    """AdamW (Loshchilov and Hutter, ICLR 2019; eps 1e-8) or SGD, with fused kernels."""
+    initial = [{**group, "lr": lr * group["layer_decay"]} for group in groups]
+    if method == "adamw":
+        return torch.optim.AdamW(initial, lr=lr, betas=(betas[0], betas[1]), eps=1e-8, fused=True)
+    if method == "sgd":
+        sgd = torch.optim.SGD(initial, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, fused=True)
+        _begin_momentum_at_zero(sgd)
+        return sgd
+    raise ValueError(f"SOLVER.OPTIMIZING_METHOD is {method!r}, expected 'adamw' or 'sgd'")
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load moments and steps; which kernels run stays this machine's choice, not the file's.
+
+    Args:
+        state: of an unsharded optimizer, the same on every rank (`sharding.gathered_optimizer_state` makes one); where
+            the parameters are sharded, each rank takes its pieces.
+
+    Raises:
+        ValueError: where the file's groups are not this model's.
+    """
+    if [len(group["params"]) for group in state["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
+        raise ValueError(
+            "the optimizer state is of other parameter groups: SOLVER.LAYER_DECAY, SOLVER.ZERO_WD_1D_PARAM or the "
+            "model changed. Set them back, or start anew in another OUTPUT_DIR"
+        )
+    kept = ("fused", "foreach", "layer_decay", "weight_decay")
+    # Before loading: PyTorch reads there whether steps are counted on the device.
+    groups = [
+        {**theirs, **{key: mine[key] for key in kept if key in mine}}
+        for theirs, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    numbered = {
+        number: parameter
+        for theirs, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)
+        for number, parameter in zip(theirs["params"], mine["params"], strict=True)
+    }
+    cut = {
+        number: {
+            name: like(value, numbered.get(number)) if torch.is_tensor(value) else value
+            for name, value in slots.items()
+        }
+        for number, slots in state["state"].items()
+    }
+    optimizer.load_state_dict({"state": cut, "param_groups": groups})
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, max_value: float | None) -> torch.Tensor:
+    """Clip in place; the total L2 norm before clipping, a scalar on the parameters' device, the same on every rank."""
+    with_grad = [p for p in parameters if p.grad is not None]
+    grads = [p.grad for p in with_grad if p.grad is not None]
+    norm = norm_over_ranks(torch.nn.utils.get_total_norm([piece_of(grad) for grad in grads]), grads)
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
+    elif max_value:
+        torch.nn.utils.clip_grad_value_(with_grad, max_value)
+    return norm

@@ -1,0 +1,55 @@
+"""The picture of predictions: drawn from a run, for images and clips; errors that say what to give."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskfeat.analysis.visualize import hog_rows, main
+from maskfeat.batch import Batch
+from maskfeat.engine.run import main as run_main
+from maskfeat.models.vit import ViT
+from maskfeat.objectives.maskfeat import MaskFeat
+from tests.small import MVIT_PT, RECIPES, VIT_FT, VIT_PT, clips, images
+
+VIT = str(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml")
+MVIT = str(RECIPES / "k400_MVITv2_S_16x4_MaskFeat_PT.yaml")
+
+
+def test_rows_show_what_was_hidden_and_predicted() -> None:
+    objective = MaskFeat(ViT(image_size=(32, 32), patch=(16, 16), width=24, depth=1, num_heads=2, maskable=True))
+    hidden = torch.tensor([[[True, False], [False, False]]])
+    batch = Batch(torch.randn(1, 3, 32, 32), hidden=hidden, index=torch.tensor([7]))
+    (row,) = hog_rows(objective, batch, mean=(0.5,) * 3, std=(0.2,) * 3)
+    assert "7" in row.caption
+    assert (row.seen[:16, :16] == row.seen[0, 0]).all(), "the hidden patch is grey"
+    assert (row.seen[16:] == row.image[16:]).all() and (row.seen[:, 16:] == row.image[:, 16:]).all()
+    prediction, target = objective.predict_hidden(batch)
+    # Channel 1, bin 4, row 1 and column 0 of the hidden token's cells.
+    place = ((1 * 9 + 4) * 2 + 1) * 2 + 0
+    assert row.target[1, 4, 1, 0] == pytest.approx(target[0, place].item())
+    assert row.predicted[1, 4, 1, 0] == pytest.approx(prediction[0, place].item())
+    assert (row.predicted[:, :, 2:] == 0).all(), "nothing is predicted where nothing was hidden"
+
+
+def test_pictures_of_runs(image_data: Path, clip_data: Path, tmp_path: Path) -> None:
+    for recipe, opts, name in (
+        (VIT, [*VIT_PT, *images(image_data)], "images"),
+        (MVIT, [*MVIT_PT, *clips(clip_data)], "clips"),
+    ):
+        opts = [*opts, "SOLVER.MAX_EPOCH", "1", "OUTPUT_DIR", str(tmp_path / name)]
+        assert run_main(["--cfg", recipe, *opts]) == 0
+        picture = tmp_path / f"{name}.png"
+        assert main(["--cfg", recipe, "--output", str(picture), "--num", "2", *opts]) == 0
+        pixels = np.asarray(Image.open(picture).convert("RGB"))
+        assert pixels.shape[0] > 200 and pixels.std() > 10
+
+
+def test_errors(image_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = ["OUTPUT_DIR", str(tmp_path)]
+    assert main(["--cfg", VIT, *VIT_PT, *images(image_data), *out]) == 2
+    assert "TEST.CHECKPOINT_FILE_PATH" in caplog.text
+    assert main(["--cfg", str(RECIPES / "in1k_VIT_B_FT.yaml"), *VIT_FT, *images(image_data), *out]) == 2
+    assert "MODEL.MODEL_NAME" in caplog.text

@@ -1,0 +1,375 @@
+"""Reading images as real data sets contain them, and the folder data set."""
+
+import io
+import logging
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from maskfeat.batch import SampleKey
+from maskfeat.data.bad_samples import UnreadableSample
+from maskfeat.data.datasets import imagenet as images
+from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder, read_image, read_tensor
+from maskfeat.data.device_transforms import Pixels
+from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def colours(height: int = 40, width: int = 60) -> np.ndarray:
+    """A smooth picture whose four corners differ."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([255 * x / width, 255 * y / height, np.full_like(x, 90.0)], -1).astype(np.uint8)
+
+
+def close(image: Image.Image, expected: np.ndarray, tolerance: float = 4) -> bool:
+    assert image.mode == "RGB"
+    return np.abs(np.asarray(image).astype(float) - expected).mean() < tolerance
+
+
+def test_jpeg_png_and_webp_are_told_by_content(tmp_path: Path) -> None:
+    for kind in ("JPEG", "PNG", "WEBP"):
+        path = tmp_path / f"{kind}_named.JPEG"
+        Image.fromarray(colours()).save(path, kind)
+        assert close(read_image(path), colours()), kind
+
+
+def test_modes(tmp_path: Path) -> None:
+    rgb = Image.fromarray(colours())
+    grey = np.asarray(rgb.convert("L"))
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    assert close(read_image(tmp_path / "cmyk.jpg"), colours())
+    rgb.convert("L").save(tmp_path / "grey.jpg")
+    assert close(read_image(tmp_path / "grey.jpg"), grey[..., None].repeat(3, 2))
+    rgb.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png", transparency=b"\x80" * 256)
+    assert close(read_image(tmp_path / "palette.png"), colours(), 12)
+    rgba = rgb.copy()
+    rgba.putalpha(Image.fromarray(grey))
+    rgba.save(tmp_path / "alpha.png")
+    assert close(read_image(tmp_path / "alpha.png"), colours(), 0.1)
+    rgba.convert("LA").save(tmp_path / "grey_alpha.png")
+    assert close(read_image(tmp_path / "grey_alpha.png"), grey[..., None].repeat(3, 2), 0.1)
+    Image.fromarray(grey.astype(np.uint16) * 256 + 100).save(tmp_path / "sixteen.png")
+    assert close(read_image(tmp_path / "sixteen.png"), grey[..., None].repeat(3, 2), 1.1)
+    rgb.convert("1").save(tmp_path / "bits.png")
+    assert set(np.unique(np.asarray(read_image(tmp_path / "bits.png")))) == {0, 255}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
+    upright = colours()
+    # What a camera stores so that turning it as the tag says gives the upright picture.
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / f"a.{suffix}", exif=exif, quality=95)
+    assert close(read_image(tmp_path / f"a.{suffix}"), upright)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_does_not_spoil_the_picture(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(colours()).save(file, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\0" * 20)
+    (tmp_path / "a.jpg").write_bytes(file.getvalue())
+    assert close(read_image(tmp_path / "a.jpg"), colours())
+
+
+def bomb(side: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_causes(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(colours(200, 300)).save(file, "JPEG")
+    jpeg = file.getvalue()
+    gif = io.BytesIO()
+    Image.fromarray(colours()).save(gif, "GIF")
+    cases = {
+        "empty.jpg": (b"", "the file is empty"),
+        "text.jpg": (b"no picture " * 30, "not a JPEG, PNG, WEBP picture"),
+        "gif.jpg": (gif.getvalue(), "not a JPEG, PNG, WEBP picture"),
+        "header.jpg": (jpeg[:200], "damaged picture|not a JPEG"),
+        "truncated.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "huge.png": (bomb(60_000), "more than 80 million"),
+        "large.png": (bomb(9_500), "more than 80 million"),
+        "larger.png": (bomb(8_980), "more than 80 million"),
+    }
+    for name, (content, cause) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UnreadableSample, match=cause) as caught:
+            read_image(tmp_path / name)
+        assert caught.value.path == str(tmp_path / name)
+    with pytest.raises(UnreadableSample, match="no such file"):
+        read_image(tmp_path / "missing.jpg")
+
+
+def test_mutated_files_never_raise_anything_else(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    originals = []
+    for kind in ("JPEG", "PNG", "WEBP"):
+        file = io.BytesIO()
+        Image.fromarray(colours()).save(file, kind)
+        originals.append(file.getvalue())
+    outcomes = set()
+    for turn in range(300):
+        data = bytearray(originals[turn % 3])
+        for place in rng.integers(0, len(data), rng.integers(1, 12)):
+            data[place] = rng.integers(256)
+        (tmp_path / "a.jpg").write_bytes(data[: rng.integers(1, len(data) + 1)] if turn % 2 else data)
+        try:
+            outcomes.add(read_image(tmp_path / "a.jpg").mode)
+        except UnreadableSample:
+            outcomes.add("unreadable")
+    assert outcomes == {"RGB", "unreadable"}
+
+
+def test_shared_damaged_images(shared: Path) -> None:
+    folder = shared / "data" / "damaged" / "images"
+    sizes = {
+        "cmyk.JPEG": (392, 294),
+        "gray.JPEG": (392, 294),
+        "exif_rotated.JPEG": (100, 160),
+        "png_named.JPEG": (120, 90),
+        "rgba.png": (120, 90),
+        "one_pixel.JPEG": (1, 1),
+        "sliver.JPEG": (2000, 4),
+    }
+    for name, size in sizes.items():
+        image = read_image(folder / name)
+        assert (image.mode, image.size) == ("RGB", size), name
+        assert ImageEvalTransform(64, MEAN, STD)(image).finish().shape == (3, 64, 64)
+    # Five copies of one photograph: its colours must come out alike.
+    means = [np.asarray(read_image(folder / n)).mean((0, 1)) for n in sizes if n not in ("gray.JPEG", "one_pixel.JPEG")]
+    assert np.ptp(np.stack(means), axis=0).max() < 3
+    for name in ("empty.JPEG", "header_only.JPEG", "text.JPEG", "truncated.JPEG", "bomb_60000x60000.png"):
+        with pytest.raises(UnreadableSample):
+            read_image(folder / name)
+
+
+def both(path: Path) -> np.ndarray | str:
+    """What both readers read, or the cause that both give; fails where they differ by a bit."""
+    try:
+        read = np.asarray(read_image(path))
+    except UnreadableSample as error:
+        with pytest.raises(UnreadableSample) as caught:
+            read_tensor(path)
+        assert caught.value.cause == error.cause
+        return error.cause
+    tensor = read_tensor(path)
+    assert tensor.dtype == torch.uint8 and np.array_equal(tensor.numpy(), read)
+    return read
+
+
+def test_torchvisions_decoder_shows_the_same_bits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        size = tuple(rng.integers(1, 90, 2))
+        image = Image.fromarray(
+            rng.integers(0, 256, (*size, 3), dtype=np.uint8) // 2 + np.resize(colours(), (*size, 3)) // 2
+        )
+        options = {"quality": int(rng.integers(20, 100)), "subsampling": number % 3, "progressive": number % 2 == 0}
+        image.convert(("RGB", "L", "CMYK")[number // 8]).save(tmp_path / "a.jpg", **options)
+        assert both(tmp_path / "a.jpg").shape == (*size, 3)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(colours()).save(tmp_path / "a.jpg", exif=exif)
+        both(tmp_path / "a.jpg")
+    for kind in ("PNG", "WEBP"):
+        Image.fromarray(colours()).save(tmp_path / "a.jpg", kind)
+        both(tmp_path / "a.jpg")
+
+
+def test_torchvisions_decoder_on_mutated_files(tmp_path: Path) -> None:
+    """What one reader refuses the other refuses, and what is shown of damaged files is the same."""
+    rng = np.random.default_rng(1)
+    originals = []
+    for number, mode in enumerate(("RGB", "RGB", "L", "CMYK")):
+        file = io.BytesIO()
+        Image.fromarray(colours()).convert(mode).save(file, "JPEG", progressive=number == 1)
+        originals.append(file.getvalue())
+    outcomes = set()
+    for turn in range(400):
+        data = bytearray(originals[turn % 4])
+        for place in rng.integers(0, len(data), rng.integers(1, 12)):
+            data[place] = rng.integers(256)
+        (tmp_path / "a.jpg").write_bytes(data[: rng.integers(1, len(data) + 1)] if turn % 3 else data)
+        outcomes.add(isinstance(both(tmp_path / "a.jpg"), str))
+    assert outcomes == {True, False}
+
+
+def test_torchvisions_decoder_on_shared_images(shared: Path) -> None:
+    for path in sorted((shared / "data" / "imagenet_samples").rglob("*.JPEG")):
+        assert isinstance(both(path), np.ndarray), path
+    for path in sorted((shared / "data" / "damaged" / "images").iterdir()):
+        both(path)
+
+
+def make_folder(root: Path, classes: dict[str, int]) -> Path:
+    for number, (name, count) in enumerate(classes.items()):
+        (root / name).mkdir(parents=True)
+        for place in range(count):
+            image = np.roll(colours(), 7 * place, axis=1).copy()
+            image[..., 2] = 40 * number
+            Image.fromarray(image).save(root / name / f"{place}.JPEG")
+    return root
+
+
+def test_listing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train = make_folder(tmp_path / "train", {"b": 2, "a": 1, "d": 1, "c": 0})
+    (train / "a" / "notes.txt").write_text("not a picture")
+    (train / "readme.txt").write_text("not a class")
+    with caplog.at_level(logging.WARNING):
+        samples, classes = list_image_folder(train)
+    assert classes == ["a", "b", "c", "d"]
+    assert [(Path(path).parent.name, label) for path, label in samples] == [
+        ("a", 0),
+        ("b", 1),
+        ("b", 1),
+        ("d", 3),
+    ]
+    assert "c" in caplog.text and "no image" in caplog.text
+    val = make_folder(tmp_path / "val", {"d": 1, "b": 1})
+    assert [label for _, label in list_image_folder(val, classes)[0]] == [1, 3]
+    with pytest.raises(ValueError, match="training set lacks .*zebra.*"):
+        list_image_folder(make_folder(tmp_path / "other", {"zebra": 1}), classes)
+    with pytest.raises(ValueError, match="DATA.PATH_TO_DATA_DIR"):
+        list_image_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no image"):
+        list_image_folder(make_folder(tmp_path / "hollow", {"a": 0}))
+
+
+def draw(rng: np.random.Generator) -> np.ndarray:
+    return rng.random((4, 4)) < 0.4
+
+
+def test_samples(tmp_path: Path) -> None:
+    samples, _ = list_image_folder(make_folder(tmp_path, {"a": 3, "b": 3}))
+    transform = ImageTrainTransform(32, (0.3, 1.0), (3 / 4, 4 / 3), MEAN, STD)
+    dataset = ImageFolder(samples, transform, seed=1, draw_hidden=draw, num_views=2)
+    first, second = dataset[SampleKey(0, 4, 0)]
+    assert (first.label, first.index, first.bad) == (1, 4, ())
+    assert first.clip.finish().shape == (3, 32, 32) and first.clip.data.dtype == torch.uint8
+    assert first.hidden is not None and first.hidden.shape == (4, 4) and first.hidden.dtype == torch.bool
+    assert not torch.equal(first.clip.finish(), second.clip.finish()) and not torch.equal(first.hidden, second.hidden)
+    again = dataset[SampleKey(0, 4, 0)]
+    assert torch.equal(again[1].clip.finish(), second.clip.finish()) and torch.equal(again[1].hidden, second.hidden)
+    assert not torch.equal(dataset[SampleKey(1, 4, 0)][0].clip.finish(), first.clip.finish())
+    other_seed = ImageFolder(samples, transform, seed=2, draw_hidden=draw)
+    assert not torch.equal(other_seed[SampleKey(0, 4, 0)][0].clip.finish(), first.clip.finish())
+    # The mask does not depend on the augmentation.
+    plainer = ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=1, draw_hidden=draw)
+    assert torch.equal(plainer[SampleKey(0, 4, 0)][0].hidden, first.hidden)
+
+
+def test_bad_samples_are_replaced_by_the_next_and_disturb_no_other(tmp_path: Path) -> None:
+    samples, _ = list_image_folder(make_folder(tmp_path, {"a": 3, "b": 3}))
+    transform = ImageTrainTransform(32, (0.3, 1.0), (3 / 4, 4 / 3), MEAN, STD)
+    dataset = ImageFolder(samples, transform, seed=1)
+    before = [dataset[SampleKey(0, index)][0] for index in range(6)]
+    Path(samples[1][0]).write_bytes(b"")
+    Path(samples[2][0]).unlink()
+    after = [dataset[SampleKey(0, index)][0] for index in range(6)]
+    for index in (0, 3, 4, 5):
+        assert torch.equal(before[index].clip.finish(), after[index].clip.finish()) and after[index].bad == ()
+    assert [sample.index for sample in after] == [0, 3, 3, 3, 4, 5]
+    assert [sample.label for sample in after] == [0, 1, 1, 1, 1, 1]
+    assert [(bad.index, bad.cause) for bad in after[1].bad] == [(1, "the file is empty"), (2, "no such file")]
+    assert after[1].bad[0].path == samples[1][0]
+    # The place of sample 1 keeps the draws of sample 1.
+    assert not torch.equal(after[1].clip.finish(), after[3].clip.finish())
+    assert torch.equal(after[1].clip.finish(), dataset[SampleKey(0, 1)][0].clip.finish())
+
+
+def test_the_last_sample_is_replaced_by_the_first(tmp_path: Path) -> None:
+    samples, _ = list_image_folder(make_folder(tmp_path, {"a": 3}))
+    Path(samples[2][0]).write_bytes(b"?")
+    assert ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=0)[SampleKey(0, 2)][0].index == 0
+
+
+def test_when_nothing_can_be_read(tmp_path: Path) -> None:
+    samples = [(str(tmp_path / f"{i}.jpg"), 0) for i in range(3)]
+    with pytest.raises(UnreadableSample, match="1.jpg.*no such file; nor can any of the 2 samples after it"):
+        ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=0)[SampleKey(0, 1)]
+
+
+def test_testing_shows_zeros_and_keeps_the_label(tmp_path: Path) -> None:
+    samples, _ = list_image_folder(make_folder(tmp_path, {"a": 2, "b": 2}))
+    Path(samples[2][0]).write_bytes(b"?")
+    dataset = ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=0, replace_bad=False)
+    (sample,) = dataset[SampleKey(0, 2)]
+    assert (sample.label, sample.index, len(sample.bad)) == (1, 2, 1)
+    assert sample.clip.finish().shape == (3, 32, 32) and not sample.clip.finish().any()
+
+
+def test_other_errors_name_the_file(tmp_path: Path) -> None:
+    samples, _ = list_image_folder(make_folder(tmp_path, {"a": 1}))
+
+    class Broken(ImageEvalTransform):
+        def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Pixels:
+            raise IndexError("a bug")
+
+    with pytest.raises(RuntimeError, match="0.JPEG.*IndexError: a bug"):
+        ImageFolder(samples, Broken(32, MEAN, STD), seed=0)[SampleKey(0, 0)]
+
+
+def test_without_a_decoder_in_torchvision_pillow_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(colours()).save(tmp_path / "a.jpg")
+    monkeypatch.delattr(torchvision.io, "decode_jpeg")
+    both(tmp_path / "a.jpg")
+
+
+def test_the_torchvision_backend_differs_by_little(shared: Path) -> None:
+    """Mean absolute difference in grey levels, 0 to 255, from what Pillow makes of the same draws."""
+    listed, _ = list_image_folder(shared / "data" / "imagenet_samples" / "train")
+    for transform, bound in (
+        (ImageTrainTransform(224, (0.5, 1.0), (3 / 4, 4 / 3), MEAN, STD), 0.05),
+        (ImageTrainTransform(224, (0.08, 1.0), (3 / 4, 4 / 3), MEAN, STD, "bilinear"), 0.05),
+        (ImageTrainTransform(96, (0.3, 1.0), (3 / 4, 4 / 3), MEAN, STD, "lanczos"), 0.0),
+        (ImageEvalTransform(224, MEAN, STD), 0.05),
+    ):
+        pil, torchvision = (ImageFolder(listed, transform, seed=0, backend=name) for name in ("pil", "torchvision"))
+        differences = []
+        for index in range(0, len(listed), 4):
+            (plain,), (fast,) = pil[SampleKey(0, index)], torchvision[SampleKey(0, index)]
+            assert fast.clip.plan == plain.clip.plan
+            differences.append((fast.clip.data.float() - plain.clip.data.float()).abs().mean())
+        assert torch.stack(differences).mean() <= bound, (torch.stack(differences).mean(), max(differences))
+
+
+@pytest.mark.parametrize(
+    "augment", [{"auto_augment": "rand-m9-mstd0.5-inc1"}, {"color_jitter": 0.4}, {"erase_prob": 1.0}]
+)
+def test_the_torchvision_backend_augments(tmp_path: Path, augment: dict) -> None:
+    listed, _ = list_image_folder(make_folder(tmp_path, {"a": 3}))
+    transform = ImageTrainTransform(32, (1.0, 1.0), (1.0, 1.0), MEAN, STD, **augment)
+    views = [ImageFolder(listed, transform, 1, backend=name)[SampleKey(0, 1)][0] for name in ("pil", "torchvision")]
+    first, second = (view.clip.finish() for view in views)
+    assert (first - second).abs().mean() < 0.03 and first.std() > 0.1
+
+
+def test_limit_lies_below_pillows() -> None:
+    assert Image.MAX_IMAGE_PIXELS is not None and images.MAX_PIXELS < Image.MAX_IMAGE_PIXELS

@@ -1,0 +1,52 @@
+"""Draws are a pure function of (seed, epoch, index, view)."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from maskfeat.data.rng import MASK_STREAM, SPAN_STREAM, sample_generator, seeded
+
+
+def draws(*key: int) -> tuple[float, ...]:
+    with seeded(*key) as rng:
+        return (random.random(), float(np.random.rand()), float(torch.rand(())), float(rng.random()))
+
+
+def test_same_key_same_draws_and_every_part_of_the_key_matters() -> None:
+    base = draws(1, 2, 3, 4)
+    assert draws(1, 2, 3, 4) == base
+    seen = [
+        base,
+        draws(0, 2, 3, 4),
+        draws(1, 0, 3, 4),
+        draws(1, 2, 0, 4),
+        draws(1, 2, 3, 0),
+        draws(2, 1, 3, 4),
+    ]
+    for place in range(4):  # every one of the four generators
+        assert len({values[place] for values in seen}) == len(seen)
+
+
+def test_streams_differ() -> None:
+    first = {stream: sample_generator(1, 2, 3, 0, stream).random() for stream in (0, SPAN_STREAM, MASK_STREAM)}
+    assert len(set(first.values())) == 3
+
+
+def test_global_states_come_back_even_after_an_error() -> None:
+    def state() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    expected = [state(), state()]
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    first = state()
+    with pytest.raises(KeyError), seeded(0, 0, 0, 0):
+        state()
+        raise KeyError
+    assert [first, state()] == expected
+
+
+def test_large_seeds() -> None:
+    assert draws(2**40 + 1, 0, 0, 0) != draws(1, 0, 0, 0)

@@ -1,0 +1,77 @@
+"""The quickstart at toy size: every stage, a table whose numbers are those of the runs, a picture; true sentences."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskfeat.config import load_config
+from maskfeat.demos.quickstart import CONFIGS, Outcome, Quickstart, Size, play, verdict
+
+TOY = Size(
+    images=4,
+    labelled=4,
+    image_tests=2,
+    clips=2,
+    clip_tests=2,
+    opts=("SOLVER.MAX_EPOCH", "1", "SOLVER.WARMUP_EPOCHS", "0", "TRAIN.EVAL_PERIOD", "1", "TRAIN.BATCH_SIZE", "4",
+          "DATA_LOADER.NUM_WORKERS", "0", "TENSORBOARD.ENABLE", "False"),
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quickstart = Quickstart(tmp_path / "quick start", TOY)
+    assert play(quickstart) == 0
+    said = capsys.readouterr().out
+    for number in range(1, 11):
+        assert f"== {number}/10" in said
+    assert said.count("python tools/run_net.py --cfg configs/quickstart/") == 9
+    table = quickstart.table()
+    found = [[float(x) for x in re.findall(r"\d\.\d{4}", line)] for line in table.splitlines()]
+    losses = [row for row in found if row]
+    assert [len(row) for row in losses] == [5, 5, 4]  # no mean HOG for MFM
+    for kind, row in zip(("images", "clips", "mfm"), losses, strict=True):
+        steps = quickstart.stats(f"{kind}_pt", "train_iter")
+        assert row[0] == pytest.approx(float(steps[0]["loss"]), abs=1e-4)
+        assert row[2] == pytest.approx(float(quickstart.stats(f"{kind}_pt", "val_epoch")[-1]["loss"]), abs=1e-4)
+        tested = quickstart.stats(f"{kind}_ft", "test_final")[-1]
+        assert f"{float(tested['top1']):.1f} %" in table
+    log = (tmp_path / "quick start" / "images_ft" / "stdout.log").read_text()
+    assert "weights from" in log
+    assert "weights from" not in (tmp_path / "quick start" / "images_scratch" / "stdout.log").read_text()
+    for name in ("hog_predictions.png", "spectrum_predictions.png"):
+        pixels = np.asarray(Image.open(tmp_path / "quick start" / name).convert("RGB"))
+        assert pixels.shape[0] > 500 and pixels.std() > 10
+    # A second time, nothing is trained again.
+    assert play(Quickstart(tmp_path / "quick start", TOY)) == 0
+    assert capsys.readouterr().out.count("nothing left to train") == 9
+
+
+@pytest.mark.parametrize(
+    ("tuned", "scratch", "words"),
+    [
+        (Outcome(0.6, 200), Outcome(0.4, 200), "helped"),
+        (Outcome(0.4, 200), Outcome(0.6, 200), "did harm"),
+        (Outcome(0.45, 200), Outcome(0.4, 200), "no difference beyond the noise"),
+    ],
+)
+def test_the_verdict_follows_from_the_numbers(tuned: Outcome, scratch: Outcome, words: str) -> None:
+    assert words in verdict(tuned, scratch)
+
+
+def test_an_outcome_tells_its_standard_error() -> None:
+    assert Outcome(0.5, 100).error == pytest.approx(0.05)
+    assert str(Outcome(0.5, 100)) == " 50.0 % +- 5.0"
+
+
+@pytest.mark.parametrize("name", ["images", "clips", "mfm"])
+def test_pre_training_and_fine_tuning_are_of_one_model(name: str) -> None:
+    pretraining, finetuning = (load_config(CONFIGS / f"{name}_{kind}.yaml") for kind in ("pt", "ft"))
+    for key in ("DEPTH", "EMBED_DIM", "NUM_HEADS", "PATCH_STRIDE", "POOL_Q_STRIDE", "DIM_MUL"):
+        assert pretraining.MVIT[key] == finetuning.MVIT[key], key
+    assert pretraining.RESNET.DEPTH == finetuning.RESNET.DEPTH
+    assert {"mfm": "MFM"}.get(name, "MaskMViT") == pretraining.MODEL.MODEL_NAME
+    assert pretraining.DATA.TRAIN_CROP_SIZE == finetuning.DATA.TRAIN_CROP_SIZE

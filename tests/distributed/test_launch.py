@@ -1,0 +1,432 @@
+"""How processes start, what the environment says of them, and how the one that watches them ends them."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maskfeat.config import load_config
+from maskfeat.distributed import launch as launching
+from maskfeat.distributed.launch import Started, find_started, first_host, launch
+from maskfeat.distributed.preemption import PREEMPTED
+from maskfeat.distributed.world import World
+from tests.reliability.harness import wait_until
+from tests.reliability.runs import processes, start
+from tests.small import RECIPES
+
+TORCHRUN = {
+    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
+    "MASTER_ADDR": "rack1", "MASTER_PORT": "4711",
+}  # fmt: skip
+TASK = {
+    "SLURM_JOB_ID": "1200", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_STEP_NODELIST": "n[07-08]", "SLURM_JOB_NODELIST": "n[05-08]",
+    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+}  # fmt: skip
+TASK_PER_NODE = {
+    **TASK, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing had started these tests."""
+    for name in os.environ:
+        if name in TORCHRUN or name.startswith("SLURM_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def set_env(monkeypatch: pytest.MonkeyPatch, env: Mapping[str, str]) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[1-2]", "n1"),
+        ("n[12]", "n12"),
+        ("n[12,14]", "n12"),
+        ("rack2n[07-09,12],x5", "rack2n07"),
+        ("node-[003-010]", "node-003"),
+        ("gpu-a-1,gpu-b-[1-2]", "gpu-a-1"),
+        ("n[1-2].cluster.org,m[1-9].cluster.org", "n1.cluster.org"),
+        ("rack[2-3]n[7,9]-ib,x[1-2]", "rack2n7-ib"),
+        ("10.0.0.[3-4]", "10.0.0.3"),
+    ],
+)
+def test_first_host(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_nothing_started_it() -> None:
+    assert find_started({}) is None
+    assert find_started() is None, "the environment of these tests, made bare"
+
+
+def test_torchrun() -> None:
+    expected = Started("torchrun", World(5, 8, 1, 4), 1, 2, "tcp://rack1:4711")
+    assert find_started(TORCHRUN) == expected
+    without = {name: value for name, value in TORCHRUN.items() if name != "GROUP_RANK"}
+    assert find_started(without) == expected, "the machine follows from the rank"
+    assert find_started({**TASK, **TORCHRUN}) == expected, "torchrun in a job of Slurm"
+    assert expected.numbers() == {"NUM_SHARDS": 2, "NUM_GPUS": 4}
+
+
+def test_torchrun_of_one_process_is_torchrun() -> None:
+    one = {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+    started = find_started(one)
+    assert started is not None and started.numbers() == {"NUM_SHARDS": 1, "NUM_GPUS": 1}
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_half_an_environment_of_torchrun_is_none(name: str) -> None:
+    """Clusters set one or the other for purposes of their own."""
+    assert find_started({key: value for key, value in TORCHRUN.items() if key != name}) is None
+
+
+def test_srun_with_a_task_for_each_process() -> None:
+    started = find_started(TASK)
+    assert started is not None
+    assert (started.by, started.world, started.machine, started.machines) == ("srun", World(3, 4, 1, 2), 1, 2)
+    assert started.address.startswith("tcp://n07:"), "the first host of the step, which may not be that of the job"
+    assert started.numbers() == {"NUM_SHARDS": 2, "NUM_GPUS": 2}
+
+
+def test_srun_with_a_task_for_each_machine() -> None:
+    """It may spawn processes, and the config says how many."""
+    started = find_started(TASK_PER_NODE)
+    assert started is not None and (started.world, started.machine) == (World(1, 2, 0, 1), 1)
+    assert started.numbers() == {"NUM_SHARDS": 2}
+    started.check(8, 2)
+
+
+def test_srun_without_a_list_of_the_step() -> None:
+    """Older versions of Slurm."""
+    started = find_started({name: value for name, value in TASK.items() if name != "SLURM_STEP_NODELIST"})
+    assert started is not None and started.address.startswith("tcp://n05:")
+
+
+def test_the_place_to_meet_may_be_given() -> None:
+    assert find_started({**TASK, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"}).address == "tcp://10.0.0.1:99"  # type: ignore[union-attr]
+    found = find_started({**TASK, "MASTER_ADDR": "10.0.0.1"}).address  # type: ignore[union-attr]
+    assert found == f"tcp://10.0.0.1:{port({})}"
+
+
+@pytest.mark.parametrize("counts", ["2,1", "2(x2),1", "1,2(x3)"])
+def test_uneven_tasks(counts: str) -> None:
+    tasks = sum(int(part[0]) * (int(part[3]) if "x" in part else 1) for part in counts.split(","))
+    machines = sum(int(part[3]) if "x" in part else 1 for part in counts.split(","))
+    env = {**TASK, "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_NUM_NODES": str(machines)}
+    with pytest.raises(ValueError, match=rf"{tasks} tasks unevenly on {machines} machines .*--ntasks-per-node"):
+        find_started({**env, "SLURM_STEP_TASKS_PER_NODE": counts})
+
+
+def test_uneven_tasks_that_could_be_even() -> None:
+    """Four tasks on two machines, three of them on one."""
+    with pytest.raises(ValueError, match=r"unevenly on 2 machines \(3,1 a machine\)"):
+        find_started({**TASK, "SLURM_STEP_TASKS_PER_NODE": "3,1"})
+
+
+@pytest.mark.parametrize("step", ["4294967291", "4294967290", "4294967294", None])
+def test_the_shell_of_a_job_is_no_task(step: str | None) -> None:
+    """The batch script and an interactive shell have a SLURM_PROCID as well."""
+    env = {name: value for name, value in TASK.items() if name != "SLURM_STEP_ID"}
+    assert find_started(env if step is None else {**env, "SLURM_STEP_ID": step}) is None
+
+
+def test_a_step_of_one_task_runs_alone() -> None:
+    one = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    assert find_started({**TASK, **one, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}) is None
+
+
+def port(changed: Mapping[str, str]) -> int:
+    started = find_started({**TASK, **changed})
+    assert started is not None
+    return int(started.address.rpartition(":")[2])
+
+
+def test_tasks_of_a_step_agree_on_a_port_and_neighbours_do_not_share_it() -> None:
+    assert port({"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}) == port({})
+    ports = [
+        port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}) for job in range(900, 1000) for step in (0, 1)
+    ]
+    assert len(set(ports)) == len(ports), "jobs and steps that may run side by side on a machine"
+    assert all(1024 < number < 32768 for number in ports), "below what Linux gives to connections"
+
+
+@pytest.mark.parametrize(("by", "env"), [("torchrun", TORCHRUN), ("srun", TASK)])
+def test_numbers_that_do_not_fit(by: str, env: dict[str, str]) -> None:
+    started = find_started(env)
+    assert started is not None
+    each = started.world.local_size
+    started.check(each, 2)
+    started.check(0, 2)
+    with pytest.raises(ValueError, match=rf"{by} started 2 machine\(s\), but NUM_SHARDS is 1: .* set NUM_SHARDS 2"):
+        started.check(each, 1)
+    with pytest.raises(ValueError, match=rf"{by} started {each} process\(es\) a machine, but NUM_GPUS is 3: .*{each}"):
+        started.check(3, 2)
+
+
+def counts(opts: list[str], started: dict[str, int] | None, recipe: str) -> tuple[int, int]:
+    cfg = load_config(recipe, opts, started=started)
+    return cfg.NUM_GPUS, cfg.NUM_SHARDS
+
+
+def test_environment_over_yaml_command_line_over_environment(tmp_path: Path) -> None:
+    recipe = str(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml")
+    given = counts([], None, recipe)
+    found = {"NUM_GPUS": 4, "NUM_SHARDS": 2}
+    assert given == (8, 1) == counts([], {}, recipe)
+    assert counts([], found, recipe) == (4, 2)
+    assert counts(["NUM_GPUS", "16"], found, recipe) == (16, 2)
+    assert counts(["NUM_SHARDS", "4"], found, recipe) == (4, 4)
+    assert counts(["NUM_GPUS", "0"], found, recipe) == (0, 2)
+    assert counts([], {"NUM_SHARDS": 2}, recipe) == (8, 2)
+    on_the_cpu = tmp_path / "cpu.yaml"
+    on_the_cpu.write_text(f"_BASE_: {recipe}\nNUM_GPUS: 0\n")
+    assert counts([], found, str(on_the_cpu)) == (0, 2), "0 = the CPU stays"
+
+
+class Spy:
+    """Is told what a job is told, and what the Supervisor is."""
+
+    def job(self, world: World, address: str, *args: object) -> int:
+        self.told = (world, address, *args)
+        return 7
+
+    def run(self, job: Callable[..., int], args: tuple[Any, ...], count: int, first_rank: int = 0) -> int:
+        assert job is launching._spawned and args[0] == self.job and args[3] == ("data",)
+        self.spawned = (args[1], args[2], count, first_rank)
+        return 8
+
+    def launch(self, **numbers: Any) -> int:
+        return launch(self.job, ("data",), **numbers)
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    spy = Spy()
+    monkeypatch.setattr(launching, "Supervisor", lambda: spy)
+    return spy
+
+
+@pytest.mark.parametrize("here", [0, 1])
+def test_launch_alone(here: int, spy: Spy) -> None:
+    assert spy.launch(processes=here) == 7 and spy.told == (World(), "", "data")
+
+
+@pytest.mark.parametrize("env", [TORCHRUN, TASK])
+@pytest.mark.parametrize("cpu", [False, True])
+def test_launch_as_one_that_was_started(
+    env: dict[str, str], cpu: bool, spy: Spy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_env(monkeypatch, env)
+    started = find_started(env)
+    assert started is not None
+    here = 0 if cpu else started.world.local_size
+    assert spy.launch(processes=here, num_shards=2) == 7 and spy.told == (started.world, started.address, "data")
+    spy.launch(processes=here, num_shards=2, init_method="tcp://x:1")
+    assert spy.told == (started.world, "tcp://x:1", "data")
+    with pytest.raises(ValueError, match="NUM_SHARDS is 1"):
+        spy.launch(processes=here)
+
+
+def test_launch_as_a_task_that_spawns(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_env(monkeypatch, TASK_PER_NODE)
+    assert spy.launch(processes=2, num_shards=2, shard_id=0) == 8
+    assert spy.spawned == (World(2, 4, 0, 2), f"tcp://n07:{port({})}", 2, 2), "Slurm knows the machine's number"
+
+
+def test_launch_by_hand(spy: Spy) -> None:
+    assert spy.launch(processes=2, num_shards=3, shard_id=1, init_method="tcp://x:1") == 8
+    assert spy.spawned == (World(2, 6, 0, 2), "tcp://x:1", 2, 2)
+    assert spy.launch(processes=2) == 8
+    assert spy.spawned[0] == World(0, 2, 0, 2) and spy.spawned[1].startswith("tcp://127.0.0.1:")
+    with pytest.raises(ValueError, match="--init_method"):
+        spy.launch(processes=2, num_shards=3)
+
+
+def test_processes_share_the_cores(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "available_cores", lambda: 6)
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    assert launching._spawned(1, spy.job, World(2, 4, 0, 2), "here", ("data",)) == 7
+    assert spy.told == (World(3, 4, 1, 2), "here", "data")
+    assert threads == [], "OMP_NUM_THREADS says how many"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    launching._spawned(1, spy.job, World(2, 4, 0, 2), "here", ())
+    assert threads == [3]
+
+
+class Program:
+    """tests/supervised.py in a session of its own, of which nobody is left when the test is over."""
+
+    def __init__(self, job: str, folder: Path, *more: str) -> None:
+        command = [sys.executable, "-m", "tests.supervised", job, str(folder), *more]
+        self.folder, self.screen = folder, folder / "screen"
+        self.process = start(command, self.screen)
+
+    def reads(self, name: str) -> int:
+        """A number that one of its processes tells, once it is there."""
+        path = self.folder / name
+        wait_until(path.is_file, 60, name)
+        return int(path.read_text())
+
+    def ranks(self) -> list[int]:
+        """Their processes."""
+        return [self.reads(f"rank {index}") for index in range(2)]
+
+    def end(self) -> tuple[int, str]:
+        """Exit code, and what it said; nobody of it is left."""
+        code = self.process.wait(60)
+        self.await_nobody()
+        return code, self.screen.read_text()
+
+    def await_nobody(self) -> None:
+        wait_until(lambda: not self.left(), 30, "nobody is left")
+
+    def left(self) -> list[int]:
+        """Whoever still runs, stopped or not."""
+        return [process.pid for process in processes() if process.session == self.process.pid]
+
+    def close(self) -> None:
+        for pid in self.left():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def supervised(tmp_path: Path) -> Iterator[Callable[..., Program]]:
+    """Starts programs."""
+    started: list[Program] = []
+
+    def begin(job: str, *more: str) -> Program:
+        started.append(Program(job, tmp_path, *more))
+        return started[-1]
+
+    yield begin
+    for program in started:
+        program.close()
+
+
+@pytest.mark.parametrize(
+    ("job", "code", "says"),
+    [
+        ("well", 0, []),
+        ("preempted", PREEMPTED, []),
+        ("one_is_preempted", PREEMPTED, []),
+        ("one_ends_with_7", 7, ["rank 1 (process {1}) ended with code 7: what it said stands above"]),
+        ("one_is_stopped", 7, ["rank 1 (process {1}) ended with code 7"]),
+        ("one_fails", 1, ["rank 1 (process {1}) failed:\nTraceback", "in one_fails", "KeyError: 'no such key'"]),
+        ("both_fail", 1, ["rank 1 (process {1}) failed:\nTraceback", "ValueError: the cause"]),
+        ("one_is_killed", 137, ["rank 1 (process {1}) was killed by SIGKILL, from outside; out of memory is a common"]),
+        ("one_is_terminated", 143, ["rank 1 (process {1}) was killed by SIGTERM\n"]),
+    ],
+)
+def test_how_they_end(job: str, code: int, says: list[str], supervised: Callable[..., Program]) -> None:
+    # Seconds that the others have: a busy machine needs them where both end by themselves, and nobody elsewhere.
+    program = supervised(job, "60" if job == "both_fail" else "0.1")
+    pids = program.ranks()
+    ended, said = program.end()
+    assert ended == code, said
+    for line in says:
+        assert line.format(*pids) in said, said
+    assert said.count("(process ") == bool(says), "one cause is named"
+
+
+@pytest.mark.alone
+def test_a_killed_one_ends_the_others_within_seconds(supervised: Callable[..., Program]) -> None:
+    """With the times that users have."""
+    program = supervised("does_not_heed")
+    victim = program.ranks()[0]
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    code, said = program.end()
+    assert code == 137 and f"rank 0 (process {victim}) was killed by SIGKILL" in said
+    assert time.monotonic() - killed < 5
+
+
+@pytest.mark.parametrize(
+    ("job", "number"), [("heeds", signal.SIGTERM), ("heeds", signal.SIGUSR1), ("does_not_heed", signal.SIGTERM)]
+)
+def test_an_end_is_passed_on(job: str, number: int, supervised: Callable[..., Program]) -> None:
+    """Also to processes that die of it because it found them at their start."""
+    program = supervised(job)
+    program.ranks()
+    program.process.send_signal(number)
+    assert program.end() == (PREEMPTED, "")
+    heard = [path.read_text() for path in program.folder.glob("heard *")]
+    assert heard == ([signal.Signals(number).name] * 2 if job == "heeds" else [])
+
+
+def test_usr2_is_passed_on_and_ends_nobody(supervised: Callable[..., Program]) -> None:
+    program = supervised("notes_usr2")
+    program.ranks()
+    program.process.send_signal(signal.SIGUSR2)
+    assert program.end() == (0, "")
+
+
+def test_ctrl_c_is_for_the_parent(supervised: Callable[..., Program]) -> None:
+    """The terminal sends it to all of them."""
+    program = supervised("does_not_heed")
+    for pid in program.ranks():
+        os.kill(pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert program.process.poll() is None, "they do not heed it"
+    program.process.send_signal(signal.SIGINT)
+    code, said = program.end()
+    assert code == -signal.SIGINT and "KeyboardInterrupt" in said and "rank" not in said
+
+
+def test_children_die_with_their_parent(supervised: Callable[..., Program]) -> None:
+    program = supervised("does_not_heed")
+    program.ranks()
+    program.process.kill()
+    program.await_nobody()
+
+
+def signal_worker(pid: int) -> None:
+    """As a scheduler signals every process of a job."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        os.kill(pid, number)
+
+
+@pytest.fixture
+def worker(supervised: Callable[..., Program]) -> tuple[Program, int]:
+    """A program with a worker, which was signalled before it could say which signals it heeds."""
+    program = supervised("parent")
+    pid = program.reads("worker")
+    signal_worker(pid)
+    (program.folder / "go on").touch()
+    return program, pid
+
+
+def test_a_worker_heeds_its_parent_alone(worker: tuple[Program, int]) -> None:
+    program, pid = worker
+    for _ in range(3):
+        beats = program.reads("beats")
+        signal_worker(pid)
+        wait_until(lambda at=beats + 5: program.reads("beats") > at or pid not in program.left(), 60, "it goes on")
+        assert pid in program.left()
+    (program.folder / "end it").touch()
+    assert program.end() == (0, "")
+
+
+def test_a_worker_dies_with_its_parent(worker: tuple[Program, int]) -> None:
+    program, _ = worker
+    program.reads("beats")
+    program.process.kill()
+    program.await_nobody()

@@ -1,0 +1,118 @@
+"""What wraps a model from outside changes neither its numbers nor the names of its parameters."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from maskfeat.batch import Batch
+from maskfeat.build import build_mask_sampler, build_objective, build_optimizer
+from maskfeat.config import load_config
+from maskfeat.engine.parallelize import checkpoint_activations, compile_parts
+from maskfeat.objectives.base import Objective
+from tests.golden.golden import golden_batch, recipe, salted_objective
+from tests.golden.test_trajectories import RUNS, assert_follows, follow
+from tests.small import MFM_PT, MFM_RECIPES, MVIT_PT, RECIPES, VIT_PT
+
+PRETRAINING = {
+    "vit": (RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml", VIT_PT),
+    "mvit": (RECIPES / "k400_MVITv2_S_16x4_MaskFeat_PT.yaml", MVIT_PT),
+    "resnet": (MFM_RECIPES / "in1k_R50_MFM_PT.yaml", MFM_PT),
+}
+
+
+def kept_bytes(objective: Objective, batch: Batch) -> int:
+    """Bytes of activations that wait for the backward pass, counted by storage, parameters left out."""
+    known = {p.untyped_storage().data_ptr() for p in (*objective.parameters(), *objective.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        objective(batch).loss.backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", ["tiny_vit_pt", "tiny_mvit_pt"])
+def test_light_recomputation(name: str) -> None:
+    run = RUNS[name]
+    cfg = recipe(run["config"], run["opts"])
+    plain, light = (salted_objective(cfg, salt=run["seed"]) for _ in range(2))
+    names = list(light.released_state())
+    checkpoint_activations(light, light=True)
+    assert list(light.released_state()) == names
+    logged = [follow(run, objective, build_optimizer(cfg, objective), first=6) for objective in (plain, light)]
+    assert logged[0] == logged[1]
+    batch = golden_batch(cfg, 1, 2)
+    assert kept_bytes(light, batch) < {"tiny_vit_pt": 0.85, "tiny_mvit_pt": 0.75}[name] * kept_bytes(plain, batch)
+
+
+def compiled(objective: Objective) -> Objective:
+    torch.compiler.reset()
+    compile_parts(objective, torch.device("cpu"))
+    return objective
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "light"), [("tiny_vit_pt", False), ("tiny_mvit_pt", True)])
+def test_compiled_follows_the_published_steps(name: str, light: bool) -> None:
+    run = RUNS[name]
+    cfg = recipe(run["config"], run["opts"])
+    objective = salted_objective(cfg, salt=run["seed"])
+    names = list(objective.released_state())
+    if light:
+        checkpoint_activations(objective, light=True)
+    logged = follow(run, compiled(objective), build_optimizer(cfg, objective), first=0)
+    assert list(objective.released_state()) == names
+    assert_follows(run, logged)
+
+
+@pytest.mark.slow
+def test_compiled_resnet() -> None:
+    path, opts = PRETRAINING["resnet"]
+    cfg = load_config(path, opts)
+    torch.manual_seed(0)
+    objective = build_objective(cfg).train()
+    batch = Batch(torch.randn(2, 3, 32, 32), hidden=torch.tensor([True, False]).view(2, 1, 1))
+    wanted = objective(batch).loss
+    torch.testing.assert_close(compiled(objective)(batch).loss, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_compilation_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    objective = build_objective(load_config(*PRETRAINING["vit"]))
+    with pytest.raises(ValueError, match=r"TRAIN.COMPILE False"):
+        compile_parts(objective, torch.device("cpu"))
+
+
+def on_meta(name: str) -> tuple[Objective, Batch]:
+    path, opts = PRETRAINING[name]
+    cfg = load_config(path, opts)
+    sampler = build_mask_sampler(cfg)
+    assert sampler is not None
+    with torch.device("meta"):
+        objective = build_objective(cfg).train()
+        frames = () if objective.backbone.clip_size[2:] == () else (cfg.DATA.NUM_FRAMES,)
+        clip = torch.empty(4, 3, *frames, 32, 32)
+        hidden = torch.empty(4, *sampler(np.random.default_rng(0)).shape, dtype=torch.bool)
+    return objective, Batch(clip, hidden=hidden, max_hidden=2)
+
+
+@pytest.mark.parametrize("name", list(PRETRAINING))
+def test_no_step_reads_from_the_device(name: str) -> None:
+    """On the meta device nothing has a value: whatever would wait for one raises."""
+    objective, batch = on_meta(name)
+    out = objective(batch)
+    out.loss.backward()
+    assert all(p.grad is not None for p in objective.parameters())
+    assert {v.device.type for v in out.metrics.values()} == {"meta"}
+    read: Callable[[], object] = out.loss.item
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        read()
