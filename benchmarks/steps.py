@@ -14,10 +14,11 @@ from benchmarks.measure import GRADIENT_TOLERANCE, Row, check_same, in_float32, 
 from benchmarks.reference_mvit import use_textbook_attention
 from benchmarks.reference_step import textbook_loss, textbook_optimizer, textbook_step
 from maskfeat.batch import Batch
-from maskfeat.distributed.world import World, seed_draws
+from maskfeat.distributed.world import World
 from maskfeat.engine.loop import optimisation_step
 from maskfeat.engine.metrics_log import Window
 from maskfeat.engine.parallelize import autocast, distribute
+from maskfeat.engine.rng import seed_draws
 from maskfeat.engine.trainer import settings_of, training_state
 from maskfeat.objectives.maskfeat import MaskFeat
 

@@ -18,11 +18,12 @@ from benchmarks.cases import MVIT_L, MVIT_S, RESNET_50, VIT_B, VIT_L, Options, d
 from benchmarks.measure import in_turn, synchronise
 from maskfeat.batch import Batch
 from maskfeat.build import build_backbone, build_loader
-from maskfeat.distributed.world import World, seed_draws
+from maskfeat.distributed.world import World
 from maskfeat.engine.flops import multiply_adds
 from maskfeat.engine.loop import Settings, optimisation_step
 from maskfeat.engine.metrics_log import Window
 from maskfeat.engine.parallelize import distribute
+from maskfeat.engine.rng import seed_draws
 from maskfeat.engine.trainer import settings_of, training_state
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.optim.schedule import set_lr

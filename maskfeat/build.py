@@ -13,7 +13,8 @@ from maskfeat.data.bad_samples import BadSampleLedger
 from maskfeat.data.cached_loader import ResidentLoader
 from maskfeat.data.datasets.imagenet import ImageFolder, class_folders, list_image_folder
 from maskfeat.data.datasets.kinetics import VideoClips, read_video_list
-from maskfeat.data.loader import Batches, EpochSampler, Loader
+from maskfeat.data.loader import Batches, Loader
+from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform, ImageEvalTransform, ImageTrainTransform
 from maskfeat.distributed.world import World, available_cores
 from maskfeat.masking import Sampler, band_sampler, mask_sampler
@@ -26,7 +27,8 @@ from maskfeat.objectives.classification import Classification
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.mfm import MFM
 from maskfeat.objectives.mixup import Mixup
-from maskfeat.optim.optimizers import make_optimizer, parameter_groups
+from maskfeat.optim.optimizers import make_optimizer
+from maskfeat.optim.param_groups import parameter_groups
 from maskfeat.optim.schedule import lr_at_epoch
 
 

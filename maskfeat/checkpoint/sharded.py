@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from maskfeat.checkpoint.atomic import sha256, sync_folder, write_synced
 from maskfeat.checkpoint.sharded_files import METADATA, PLAIN, SUMS, Places, Reader, sums_of, tensors_of, verify
-from maskfeat.distributed.world import share_buffers
+from maskfeat.distributed.collectives import share_buffers
 from maskfeat.objectives.base import Objective
 
 SUFFIX = ".dcp"

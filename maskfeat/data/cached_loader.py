@@ -23,8 +23,9 @@ from maskfeat.data.bad_samples import BadSampleLedger, naming_sample
 from maskfeat.data.collate import draw_mask, first_readable
 from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.device_transforms import affine
-from maskfeat.data.loader import Batches, EpochSampler, worker_options
+from maskfeat.data.loader import Batches, worker_options
 from maskfeat.data.rng import MASK_STREAM, VIEW_STREAM, sample_generator
+from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, as_tensor
 from maskfeat.distributed.processes import signals_held_back
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
-from maskfeat.distributed.world import share_buffers
+from maskfeat.distributed.collectives import share_buffers
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -22,8 +22,9 @@ from typing import Any
 
 from torch.distributed import Store
 
+from maskfeat.distributed.collectives import gather_from_ranks
 from maskfeat.distributed.preemption import StopRequest
-from maskfeat.distributed.world import World, gather_from_ranks
+from maskfeat.distributed.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskfeat.batch import Batch
 from maskfeat.data.loader import Batches
-from maskfeat.distributed.world import sum_over_ranks
+from maskfeat.distributed.collectives import sum_over_ranks
 from maskfeat.engine.metrics_log import Window, eta
 from maskfeat.engine.parallelize import autocast
 from maskfeat.objectives.base import Objective

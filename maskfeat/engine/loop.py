@@ -11,9 +11,11 @@ from torch.optim import Optimizer
 
 from maskfeat.batch import Batch
 from maskfeat.data.loader import Batches
-from maskfeat.distributed.world import World, seed_draws, sum_over_ranks
+from maskfeat.distributed.collectives import sum_over_ranks
+from maskfeat.distributed.world import World
 from maskfeat.engine.metrics_log import Logbook, Window, eta
 from maskfeat.engine.parallelize import autocast, exchanging
+from maskfeat.engine.rng import seed_draws
 from maskfeat.objectives.base import Objective
 from maskfeat.optim.ema import LostInARow
 from maskfeat.optim.optimizers import clip_gradients

@@ -12,7 +12,8 @@ import simplejson
 import torch
 from torch import Tensor
 
-from maskfeat.distributed.world import World, gather_from_ranks, number_of_ranks, sum_over_ranks
+from maskfeat.distributed.collectives import gather_from_ranks, number_of_ranks, sum_over_ranks
+from maskfeat.distributed.world import World
 
 logger = logging.getLogger(__name__)
 

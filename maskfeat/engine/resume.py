@@ -22,7 +22,7 @@ from maskfeat.checkpoint.files import (
 from maskfeat.checkpoint.reading import model_state, trained_model
 from maskfeat.checkpoint.sharded import load_training
 from maskfeat.checkpoint.weights import LoadReport, clean_names
-from maskfeat.distributed.world import on_first_rank
+from maskfeat.distributed.collectives import on_first_rank
 from maskfeat.objectives.base import Objective
 from maskfeat.optim.ema import WeightAverage
 from maskfeat.optim.optimizers import load_optimizer_state

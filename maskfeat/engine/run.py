@@ -13,10 +13,11 @@ from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.data.bad_samples import TooManyBadSamples
 from maskfeat.data.loader import Batches
+from maskfeat.distributed.collectives import is_of_collective, join, leave
 from maskfeat.distributed.hang_watchdog import Watch
 from maskfeat.distributed.launch import check_devices, find_started, launch
 from maskfeat.distributed.preemption import PREEMPTED, Preempted, StopRequest
-from maskfeat.distributed.world import World, choose_device, is_of_collective, join, leave
+from maskfeat.distributed.world import World, choose_device
 from maskfeat.engine.evaluate import multi_view_test
 from maskfeat.engine.metrics_log import Logbook, setup_logging
 from maskfeat.engine.oom import explain as out_of_memory

@@ -18,8 +18,9 @@ from maskfeat.checkpoint.files import (
 )
 from maskfeat.checkpoint.sharded import SaveHandle, save_sharded, training_tensors
 from maskfeat.config import dump_config
+from maskfeat.distributed.collectives import another_cpu_group, on_first_rank
 from maskfeat.distributed.fsdp import gathered_optimizer_state, gathered_state
-from maskfeat.distributed.world import World, another_cpu_group, on_first_rank
+from maskfeat.distributed.world import World
 from maskfeat.engine.resume import TrainingState
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,11 @@ from maskfeat.build import build_backbone, build_loader, build_objective, build_
 from maskfeat.checkpoint.files import Position
 from maskfeat.config import save_config
 from maskfeat.data.loader import Batches
+from maskfeat.distributed.collectives import Agreement, on_first_rank, share_buffers
 from maskfeat.distributed.fsdp import gathered_copy
 from maskfeat.distributed.hang_watchdog import Watch
 from maskfeat.distributed.preemption import Preempted, StopRequest
-from maskfeat.distributed.world import Agreement, World, on_first_rank, seed_draws, share_buffers
+from maskfeat.distributed.world import World
 from maskfeat.engine.batch_arithmetic import compare, describe, recipe_of, step_of
 from maskfeat.engine.evaluate import validate
 from maskfeat.engine.flops import multiply_adds
@@ -23,6 +24,7 @@ from maskfeat.engine.loop import Settings, train
 from maskfeat.engine.metrics_log import Logbook, read_json_stats
 from maskfeat.engine.parallelize import checkpoint_activations, compile_parts, distribute, shard
 from maskfeat.engine.resume import TrainingState, find_start
+from maskfeat.engine.rng import seed_draws
 from maskfeat.engine.saver import Saver
 from maskfeat.objectives.base import Objective
 from maskfeat.optim.ema import WeightAverage, protect_statistics

@@ -21,7 +21,8 @@ from maskfeat.data.bad_samples import BadSampleLedger, TooManyBadSamples, Unread
 from maskfeat.data.cached_loader import ResidentLoader, crop_resized, draw_boxes
 from maskfeat.data.datasets.imagenet import ImageFolder, ImageList
 from maskfeat.data.device_transforms import Pixels
-from maskfeat.data.loader import Batches, EpochSampler, Loader
+from maskfeat.data.loader import Batches, Loader
+from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 from maskfeat.distributed.world import World
 from maskfeat.masking import mask_sampler

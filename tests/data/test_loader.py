@@ -17,7 +17,8 @@ from maskfeat.data.bad_samples import BadSampleLedger, TooManyBadSamples
 from maskfeat.data.collate import Sample, collate
 from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder
 from maskfeat.data.device_transforms import Pixels, Plan
-from maskfeat.data.loader import EpochSampler, Loader
+from maskfeat.data.loader import Loader
+from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 from maskfeat.data.video.decoder import decode_frames
 from maskfeat.demos.synthetic import write_video

@@ -20,8 +20,8 @@ from maskfeat.demos.evidence import main, make_data
 from maskfeat.demos.evidence.report import Spread, gain, table
 from maskfeat.demos.evidence.runs import Runs, held_out
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, SUITES
-from maskfeat.distributed.world import seed_draws
 from maskfeat.engine.metrics_log import read_json_stats
+from maskfeat.engine.rng import seed_draws
 from maskfeat.objectives.maskfeat import MaskFeat
 
 TOY = ["SOLVER.MAX_EPOCH", "2", "SOLVER.WARMUP_EPOCHS", "0", "TRAIN.EVAL_PERIOD", "1", "TRAIN.CHECKPOINT_PERIOD", "1",

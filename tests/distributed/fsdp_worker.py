@@ -27,11 +27,13 @@ from maskfeat.checkpoint.sharded import (
     training_tensors,
 )
 from maskfeat.config import load_config
+from maskfeat.distributed.collectives import gather_from_ranks, join, leave
 from maskfeat.distributed.fsdp import gathered_copy, gathered_optimizer_state, gathered_state, piece_of
-from maskfeat.distributed.world import World, gather_from_ranks, join, leave, seed_draws
+from maskfeat.distributed.world import World
 from maskfeat.engine.loop import Settings, optimisation_step
 from maskfeat.engine.metrics_log import Window
 from maskfeat.engine.parallelize import checkpoint_activations, compile_parts, distribute, exchanging, shard
+from maskfeat.engine.rng import seed_draws
 from maskfeat.engine.trainer import settings_of
 from maskfeat.objectives.base import Objective
 from maskfeat.optim.ema import protect_statistics

@@ -103,7 +103,7 @@ def mutated(sources: list[Path], seed: int, number: int) -> tuple[Path, bytes]:
 
 def readers(path: Path) -> dict[str, Any]:
     """What reads a file, by name; each gives an array."""
-    from maskfeat.data.datasets.imagenet import READERS
+    from maskfeat.data.image_reader import READERS
     from maskfeat.data.video import torchcodec_decoder as decode_torchcodec
     from maskfeat.data.video.decoder import decode_frames
 

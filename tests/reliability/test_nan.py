@@ -12,8 +12,9 @@ from yacs.config import CfgNode
 
 from maskfeat.batch import Batch
 from maskfeat.config import load_config
+from maskfeat.distributed.collectives import gather_from_ranks, join, leave, share_buffers
 from maskfeat.distributed.launch import launch
-from maskfeat.distributed.world import World, gather_from_ranks, join, leave, share_buffers
+from maskfeat.distributed.world import World
 from maskfeat.engine.loop import optimisation_step
 from maskfeat.engine.metrics_log import Window
 from maskfeat.engine.parallelize import distribute

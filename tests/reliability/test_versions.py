@@ -17,7 +17,8 @@ from maskfeat.models.vit import ViT
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.mfm import MFM
-from maskfeat.optim.optimizers import make_optimizer, parameter_groups
+from maskfeat.optim.optimizers import make_optimizer
+from maskfeat.optim.param_groups import parameter_groups
 from tests.reliability.scale import note
 from tests.small import REPO
 

@@ -24,8 +24,9 @@ from maskfeat.checkpoint.files import find_checkpoints, open_checkpoint
 from maskfeat.checkpoint.reading import model_state
 from maskfeat.config import load_config
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Control, Method, Suite
-from maskfeat.distributed.world import choose_device, seed_draws
+from maskfeat.distributed.world import choose_device
 from maskfeat.engine.metrics_log import read_json_stats
+from maskfeat.engine.rng import seed_draws
 from maskfeat.engine.run import main as run_net
 from maskfeat.engine.trainer import precision_of
 from maskfeat.objectives.maskfeat import MaskFeat

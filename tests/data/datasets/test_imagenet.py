@@ -15,8 +15,9 @@ from PIL import Image
 from maskfeat.batch import SampleKey
 from maskfeat.data.bad_samples import UnreadableSample
 from maskfeat.data.datasets import imagenet as images
-from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder, read_image, read_tensor
+from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder
 from maskfeat.data.device_transforms import Pixels
+from maskfeat.data.image_reader import read_image, read_tensor
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

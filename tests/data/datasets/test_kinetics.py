@@ -10,7 +10,8 @@ from maskfeat.batch import SampleKey
 from maskfeat.data.datasets import kinetics
 from maskfeat.data.datasets.kinetics import VideoClips, read_video_list
 from maskfeat.data.device_transforms import Pixels, Plan
-from maskfeat.data.loader import EpochSampler, Loader
+from maskfeat.data.loader import Loader
+from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform
 from maskfeat.data.video.temporal_sampling import clip_span, frame_indices
 from tests.data.media import read_numbers, write_video
