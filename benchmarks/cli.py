@@ -106,7 +106,7 @@ def measure(what: str, options: Options) -> tuple[list[Row], list[Training]]:
     training: list[Training] = []
     for name in MEASUREMENTS if what == "all" else (what,):
         for row in MEASUREMENTS[name](options) if name in MEASUREMENTS else ():
-            logger.info("%s: %.4g s, ours %.4g s (%.2fx)", row.what, row.textbook.cpu, row.ours.cpu, row.ratio)
+            logger.info("%s: %.4g s, ours %.4g s (%.2fx)", row.what, row.reference.cpu, row.ours.cpu, row.ratio)
             rows.append(row)
     if what == "train" or (what == "all" and options.device.type == "cuda"):
         for line in measure_training(options):

@@ -12,11 +12,11 @@ from yacs.config import CfgNode
 from benchmarks.cases import MVIT_S, VIT_B, Options, normalised, random_batch
 from benchmarks.measure import NotTheSame, Row, check_same, compare, in_float32
 from benchmarks.reference_hog import sobel
-from benchmarks.reference_mvit import textbook_forward
-from benchmarks.reference_step import frames_of, textbook_target
+from benchmarks.reference_mvit import reference_forward
+from benchmarks.reference_step import frames_of, reference_target
 from maskfeat.batch import Batch
 from maskfeat.build import build_backbone, build_objective
-from maskfeat.engine.parallelize import compile_parts
+from maskfeat.engine.parallelize import apply_compile
 from maskfeat.models.attention import PoolingAttention
 from maskfeat.objectives.maskfeat import MaskFeat
 
@@ -24,7 +24,7 @@ HOG_TOLERANCE = 1e-6
 
 
 def maskfeat_objective(cfg: CfgNode) -> MaskFeat:
-    """The objective of a recipe. ValueError where that is not MaskFeat, the one with a textbook form here."""
+    """The objective of a recipe. ValueError where that is not MaskFeat, the one with a reference form here."""
     objective = build_objective(cfg)
     if not isinstance(objective, MaskFeat):
         raise ValueError(f"--cfg must be a recipe of MaskFeat pre-training (MODEL.MODEL_NAME MaskMViT), not {cfg.TASK}")
@@ -79,7 +79,7 @@ def uncertain_cells(images: Tensor, bins: int, cell: int) -> Tensor:
 
 
 def check_hog(objective: MaskFeat, batch: Batch, cfg: CfgNode) -> str:
-    """Our targets against the textbook's on every picture; in words what was found.
+    """Our targets against the reference's on every picture; in words what was found.
 
     Raises:
         NotTheSame: where a number differs by more than HOG_TOLERANCE, cells aside whose bins hang on rounding.
@@ -88,7 +88,7 @@ def check_hog(objective: MaskFeat, batch: Batch, cfg: CfgNode) -> str:
     largest, beyond, numbers = 0.0, 0, 0
     for name, picture in pictures_for_check(batch.clip, cfg).items():
         given = Batch(clip=picture.clip, hidden=batch.hidden)
-        apart = (objective.hidden_target(given) - textbook_target(objective, given)).abs()
+        apart = (objective.hidden_target(given) - reference_target(objective, given)).abs()
         numbers += apart.numel()
         beyond += int((apart > HOG_TOLERANCE).sum())
         if not picture.exact:
@@ -98,7 +98,7 @@ def check_hog(objective: MaskFeat, batch: Batch, cfg: CfgNode) -> str:
         largest = max(largest, apart.max().item())
         if not largest <= HOG_TOLERANCE:
             raise NotTheSame(
-                f"HOG of {name}: ours and the textbook's are {largest:.1e} apart (at most {HOG_TOLERANCE:g})"
+                f"HOG of {name}: ours and the reference's are {largest:.1e} apart (at most {HOG_TOLERANCE:g})"
             )
     return f"{largest:.0e} apart; {beyond} of {numbers} numbers on rounding ties"
 
@@ -115,11 +115,11 @@ def measure_hog(options: Options) -> Iterator[Row]:
     objective = maskfeat_objective(cfg).to(options.device)
     batch = random_batch(cfg, options.device)
     if cfg.TRAIN.COMPILE:
-        compile_parts(objective, options.device)
+        apply_compile(objective, options.device)
     note = check_hog(objective, batch, cfg)
     share = objective.hidden_tokens(batch).float().mean().item()
     sides = {
-        "textbook": lambda: textbook_target(objective, batch),
+        "reference": lambda: reference_target(objective, batch),
         "ours": lambda: objective.hidden_target(batch),
     }
     with torch.no_grad():
@@ -169,12 +169,12 @@ def _attention(name: str, module: PoolingAttention, batch: int, options: Options
     def passes(out: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         return out.detach(), torch.autograd.grad(out, leaves, upstream)
 
-    sides = {"textbook": lambda: passes(textbook_forward(module, x)), "ours": lambda: passes(module(x))}
+    sides = {"reference": lambda: passes(reference_forward(module, x)), "ours": lambda: passes(module(x))}
     what = f"attention {name}: {_times(module.q_grid)} q, {_times(module.kv_grid)} kv, {module.num_heads} heads"
     if options.compile:
         module.compile()
     with in_float32():
-        (out, gradients), (expected, theirs) = sides["ours"](), sides["textbook"]()
+        (out, gradients), (expected, theirs) = sides["ours"](), sides["reference"]()
     note = check_same(what, out, expected, gradients, theirs)
     del out, gradients, expected, theirs
     return compare(what, sides, options.repeats, options.device, note=note)

@@ -40,33 +40,33 @@ class Row:
     """
 
     what: str
-    textbook: Seconds
+    reference: Seconds
     ours: Seconds
-    textbook_mib: float | None = None
+    reference_mib: float | None = None
     ours_mib: float | None = None
     asked: str = ""
     note: str = ""
 
     @property
     def ratio(self) -> float:
-        """Processor time of the textbook over ours."""
-        return self.textbook.cpu / self.ours.cpu
+        """Processor time of the reference over ours."""
+        return self.reference.cpu / self.ours.cpu
 
     @property
     def memory_ratio(self) -> float | None:
-        """Ours over the textbook's, as it is asked for."""
-        return None if not self.textbook_mib or self.ours_mib is None else self.ours_mib / self.textbook_mib
+        """Ours over the reference's, as it is asked for."""
+        return None if not self.reference_mib or self.ours_mib is None else self.ours_mib / self.reference_mib
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "what": self.what,
-            "textbook_s": self.textbook.cpu,
+            "reference_s": self.reference.cpu,
             "ours_s": self.ours.cpu,
-            "textbook_wall_s": self.textbook.wall,
+            "reference_wall_s": self.reference.wall,
             "ours_wall_s": self.ours.wall,
             "ratio": self.ratio,
-            "textbook_mib": self.textbook_mib,
+            "reference_mib": self.reference_mib,
             "ours_mib": self.ours_mib,
             "memory_ratio": self.memory_ratio,
             "asked": self.asked,
@@ -138,10 +138,10 @@ def peak_mib(run: Run, device: torch.device) -> float:
 def compare(
     what: str, sides: Mapping[str, Run], repeats: int, device: torch.device, asked: str = "", note: str = ""
 ) -> Row:
-    """Time and memory of "textbook" and "ours"."""
+    """Time and memory of "reference" and "ours"."""
     seconds = in_turn(sides, repeats, device)
     peaks = {name: peak_mib(run, device) for name, run in sides.items()}
-    return Row(what, seconds["textbook"], seconds["ours"], peaks["textbook"], peaks["ours"], asked, note)
+    return Row(what, seconds["reference"], seconds["ours"], peaks["reference"], peaks["ours"], asked, note)
 
 
 @contextlib.contextmanager
@@ -154,7 +154,7 @@ def in_float32() -> Iterator[None]:
 def check_same(
     what: str,
     ours: Tensor,
-    textbook: Tensor,
+    reference: Tensor,
     mine: Sequence[Tensor | None],
     theirs: Sequence[Tensor | None],
     gradient_tolerance: float = GRADIENT_TOLERANCE,
@@ -164,17 +164,17 @@ def check_same(
     Raises:
         NotTheSame: where they are further apart than rounding explains.
     """
-    scale = textbook.abs().max().item()
-    out = (ours - textbook).abs().max().item() / scale
+    scale = reference.abs().max().item()
+    out = (ours - reference).abs().max().item() / scale
     if [gradient is None for gradient in mine] != [gradient is None for gradient in theirs]:
-        raise NotTheSame(f"{what}: other parameters have gradients than in the textbook's form")
+        raise NotTheSame(f"{what}: other parameters have gradients than in the reference's form")
     pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None]
     largest = max(b.abs().max().item() for _, b in pairs)
     apart = max((a - b).abs().max().item() for a, b in pairs) / largest
     # Written so that a NaN fails.
     if not (out <= LOSS_TOLERANCE and apart <= gradient_tolerance):
         raise NotTheSame(
-            f"{what}: ours and the textbook's form are {out:.1e} apart in what comes out (at most {LOSS_TOLERANCE:g}) "
+            f"{what}: ours and the reference's form are {out:.1e} apart in what comes out (at most {LOSS_TOLERANCE:g}) "
             f"and {apart:.1e} in gradients (at most {gradient_tolerance:g} of the largest)"
         )
     return f"out {out:.0e}, gradients {apart:.0e} apart"

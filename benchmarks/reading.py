@@ -11,13 +11,13 @@ from yacs.config import CfgNode
 
 from benchmarks.cases import MVIT_S, VIT_B, Options, clip_data, hidden_of, image_data
 from benchmarks.measure import NotTheSame, Row, Run, in_turn
-from benchmarks.reference_loading import Box, TextbookImages, decode_all, textbook_clip, textbook_image
+from benchmarks.reference_loading import Box, ReferenceImages, decode_all, reference_clip, reference_image
 from maskfeat.batch import SampleKey
 from maskfeat.build import build_loader
 from maskfeat.config.ranges import CHOICES
 from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.datasets.kinetics import VideoClips
-from maskfeat.data.loader import Batches
+from maskfeat.data.loader import BatchLoader
 from maskfeat.data.rng import SPAN_STREAM, sample_generator, seeded
 from maskfeat.data.transforms import random_area_box
 from maskfeat.data.video.decoder import VideoInfo, decode_frames
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 IN_THIS_PROCESS = ("DATA_LOADER.NUM_WORKERS", "0")
 
 
-def _first_epoch(loader: Batches) -> Run:
+def _first_epoch(loader: BatchLoader) -> Run:
     """Reads the first epoch of a training split: the same draws in every call, since their cost differs."""
 
     def read() -> None:
@@ -43,8 +43,8 @@ def _first_epoch(loader: Batches) -> Run:
 
 def _per_second(row: Row, samples: int, unit: str) -> Row:
     """The row with what it read, and samples a second in its note."""
-    speeds = f"{samples / row.textbook.cpu:.1f} -> {samples / row.ours.cpu:.1f} {unit}/s a core"
-    return Row(row.what, row.textbook, row.ours, asked=row.asked, note=f"{speeds}; {row.note}")
+    speeds = f"{samples / row.reference.cpu:.1f} -> {samples / row.ours.cpu:.1f} {unit}/s a core"
+    return Row(row.what, row.reference, row.ours, asked=row.asked, note=f"{speeds}; {row.note}")
 
 
 def _levels(clip: Tensor, cfg: CfgNode) -> Tensor:
@@ -64,12 +64,12 @@ def measure_images(options: Options) -> Iterator[Row]:
         yield _per_second(row, len(loader) * loader.batch_size, "images")
 
 
-def _images(cfg: CfgNode, loader: Batches, backend: str, is_default: bool, repeats: int) -> Row:
+def _images(cfg: CfgNode, loader: BatchLoader, backend: str, is_default: bool, repeats: int) -> Row:
     dataset = loader.dataset
     if not isinstance(dataset, ImageFolder):
         raise ValueError("--cfg must be a recipe for images (TRAIN.DATASET imagenet) to measure how they are read")
     data = cfg.DATA
-    plain = TextbookImages(
+    plain = ReferenceImages(
         dataset.samples[: len(loader) * loader.batch_size],
         data.TRAIN_CROP_SIZE,
         tuple(data.TRAIN_JITTER_SCALES_RELATIVE),
@@ -81,20 +81,20 @@ def _images(cfg: CfgNode, loader: Batches, backend: str, is_default: bool, repea
     batches: DataLoader[object] = DataLoader(plain, loader.batch_size, shuffle=True)
     apart = _check_images(cfg, dataset, exact=is_default)
 
-    def textbook() -> None:
+    def reference() -> None:
         torch.manual_seed(0)
         for _ in batches:
             pass
 
-    seconds = in_turn({"textbook": textbook, "ours": _first_epoch(loader)}, repeats, CPU)
+    seconds = in_turn({"reference": reference, "ours": _first_epoch(loader)}, repeats, CPU)
     asked = ">= 1.4x, same pixels" if is_default else ">= 2x, opt-in"
     note = "same pixels" if apart == 0 else f"pixels {apart:.2f} grey levels apart on average"
     what = f"reading {len(plain)} images to {data.TRAIN_CROP_SIZE}, {backend}"
-    return Row(what, seconds["textbook"], seconds["ours"], asked=asked, note=note)
+    return Row(what, seconds["reference"], seconds["ours"], asked=asked, note=note)
 
 
 def _check_images(cfg: CfgNode, dataset: ImageFolder, exact: bool) -> float:
-    """Mean difference in grey levels from the textbook's pixels under the same draws.
+    """Mean difference in grey levels from the reference's pixels under the same draws.
 
     Raises:
         NotTheSame: where `exact` and any pixel differs.
@@ -107,7 +107,7 @@ def _check_images(cfg: CfgNode, dataset: ImageFolder, exact: bool) -> float:
         with seeded(dataset.seed, 0, index, 0) as rng:
             box = random_area_box(*_image_size(dataset.path(index)), scale, ratio)
             flip = cfg.DATA.RANDOM_FLIP and rng.random() < 0.5
-        expected = textbook_image(dataset.path(index), box, flip, transform.crop, cfg.DATA.MEAN, cfg.DATA.STD)
+        expected = reference_image(dataset.path(index), box, flip, transform.crop, cfg.DATA.MEAN, cfg.DATA.STD)
         apart.append((_levels(clip, cfg) - _levels(expected, cfg)).abs())
     largest = max(pixels.max().item() for pixels in apart)
     if exact and not largest <= SAME_LEVELS:
@@ -124,7 +124,7 @@ def _image_size(path: str) -> tuple[int, int]:
         return image.height, image.width
 
 
-def _video_dataset(loader: Batches) -> VideoClips:
+def _video_dataset(loader: BatchLoader) -> VideoClips:
     if not isinstance(loader.dataset, VideoClips):
         raise ValueError("--cfg must be a recipe for clips (TRAIN.DATASET kinetics) to measure how they are read")
     return loader.dataset
@@ -167,7 +167,7 @@ def measure_video(options: Options) -> Iterator[Row]:
             def box(height: int, width: int) -> Box:
                 return random_area_box(height, width, scale, ratio)
 
-            return textbook_clip(
+            return reference_clip(
                 dataset.path(index),
                 lambda frames: _indices(dataset, index, frames, rates[index]),
                 box,
@@ -180,19 +180,19 @@ def measure_video(options: Options) -> Iterator[Row]:
     apart = [_levels(dataset[SampleKey(0, i)][0].clip.finish(), cfg) - _levels(plain(i), cfg) for i in indices]
     largest = max(levels.abs().max().item() for levels in apart)
     if not largest <= SAME_LEVELS:
-        raise NotTheSame(f"clips: up to {largest:.3g} grey levels from the textbook's (at most {SAME_LEVELS:g})")
+        raise NotTheSame(f"clips: up to {largest:.3g} grey levels from the reference's (at most {SAME_LEVELS:g})")
 
-    def textbook() -> None:
+    def reference() -> None:
         for start in range(0, len(indices), loader.batch_size):
             batch = indices[start : start + loader.batch_size]
             torch.stack([plain(index) for index in batch])
             for index in batch:
                 hidden_of(cfg, index)
 
-    seconds = in_turn({"textbook": textbook, "ours": _first_epoch(loader)}, options.repeats, CPU)
+    seconds = in_turn({"reference": reference, "ours": _first_epoch(loader)}, options.repeats, CPU)
     what = f"reading {len(indices)} clips of {dataset.num_frames} frames to {cfg.DATA.TRAIN_CROP_SIZE}"
     note = f"{largest:.0e} grey levels apart"
-    row = Row(what, seconds["textbook"], seconds["ours"], asked=">= 3x", note=note)
+    row = Row(what, seconds["reference"], seconds["ours"], asked=">= 3x", note=note)
     yield _per_second(row, len(indices), "clips")
 
 
@@ -216,9 +216,9 @@ def measure_decode(options: Options) -> Iterator[Row]:
             decode_frames(dataset.path(index), wanted(index))
 
     sides: dict[str, Run] = {
-        "textbook": lambda: [len(decode_all(dataset.path(index))) for index in range(number)],
+        "reference": lambda: [len(decode_all(dataset.path(index))) for index in range(number)],
         "ours": decode_spans,
     }
     seconds = in_turn(sides, options.repeats, CPU)
-    row = Row(f"decoding {number} clips", seconds["textbook"], seconds["ours"], note="same frames to the bit")
+    row = Row(f"decoding {number} clips", seconds["reference"], seconds["ours"], note="same frames to the bit")
     yield _per_second(row, number, "clips")

@@ -19,7 +19,7 @@ def sobel(images: Tensor) -> tuple[Tensor, Tensor]:
     return gx, gy
 
 
-def textbook_hog(images: Tensor, bins: int = 9, cell: int = 8, window: int = 0) -> Tensor:
+def reference_hog(images: Tensor, bins: int = 9, cell: int = 8, window: int = 0) -> Tensor:
     """HOG of every cell: (N, 3, H, W) -> (N, 3, bins, H / cell, W / cell), each cell's vector of length 1 or 0.
 
     Args:
@@ -42,7 +42,7 @@ def textbook_hog(images: Tensor, bins: int = 9, cell: int = 8, window: int = 0) 
     return F.normalize(histogram, dim=2)
 
 
-def textbook_targets(
+def reference_targets(
     images: Tensor, hidden: Tensor, bins: int = 9, cell: int = 8, cells: int = 2, window: int = 0
 ) -> Tensor:
     """HOG of the hidden tokens: computed for all tokens, then selected.
@@ -55,7 +55,7 @@ def textbook_targets(
     Returns:
         (n_hidden, 3 bins cells^2): by channel, bin, and row and column of the cell within the token.
     """
-    features = textbook_hog(images, bins, cell, window).flatten(1, 2)
+    features = reference_hog(images, bins, cell, window).flatten(1, 2)
     tokens = features.unfold(2, cells, cells).unfold(3, cells, cells)  # (N, 3 bins, H', W', cells, cells)
     tokens = tokens.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
     return tokens[hidden.flatten()]

@@ -21,7 +21,7 @@ Box = tuple[int, int, int, int]
 BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
-class TextbookImages(Dataset[tuple[Any, ...]]):
+class ReferenceImages(Dataset[tuple[Any, ...]]):
     """Images with labels and masks for torch's DataLoader and its own collate function.
 
     Args:
@@ -61,7 +61,7 @@ class TextbookImages(Dataset[tuple[Any, ...]]):
         return self.transform(image), label, self.draw_hidden(index)
 
 
-def textbook_image(path: str, box: Box, flip: bool, crop: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def reference_image(path: str, box: Box, flip: bool, crop: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """The same with given draws: (C, crop, crop) float32."""
     image = TF.resized_crop(Image.open(path).convert("RGB"), *box, [crop, crop], BICUBIC)
     if flip:
@@ -77,7 +77,7 @@ def decode_all(path: str) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
 
 
-def textbook_clip(
+def reference_clip(
     path: str,
     pick: Callable[[int], Sequence[int]],
     draw_box: Callable[[int, int], Box],
@@ -92,7 +92,7 @@ def textbook_clip(
         pick: the numbers of the frames of a clip, from the length of the video.
         draw_box: the box of the crop, from height and width.
         draw_flip: whether to mirror.
-        crop, mean, std: as in `TextbookImages`.
+        crop, mean, std: as in `ReferenceImages`.
     """
     frames = decode_all(path)
     clip = torch.from_numpy(frames[list(pick(len(frames)))]).float() / 255

@@ -62,7 +62,7 @@ def add_relative_positions(attention: PoolingAttention, scores: Tensor, q: Tenso
     return scores
 
 
-def textbook_forward(attention: PoolingAttention, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+def reference_forward(attention: PoolingAttention, x: Tensor, norm: nn.Module | None = None) -> Tensor:
     """What `attention(x, norm)` computes: x (B, N, D) -> (B, N', D)."""
     x = x if norm is None else norm(x)
     batch, num, _ = x.shape
@@ -80,11 +80,11 @@ def textbook_forward(attention: PoolingAttention, x: Tensor, norm: nn.Module | N
     return attention.dropout(attention.proj(out))
 
 
-def use_textbook_attention(model: nn.Module) -> nn.Module:
+def use_reference_attention(model: nn.Module) -> nn.Module:
     """Every attention of a built ViT or MViTv2 computes as written here from now on; the weights stay its own."""
     for module in model.modules():
         if isinstance(module, PoolingAttention):
-            module.forward = types.MethodType(textbook_forward, module)  # type: ignore[method-assign]
+            module.forward = types.MethodType(reference_forward, module)  # type: ignore[method-assign]
         elif isinstance(module, Attention):
             module.fused_attn = False  # type: ignore[misc]  # timm's own softmax(q k^T) v
     return model

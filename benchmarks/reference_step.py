@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.reference_hog import textbook_targets
+from benchmarks.reference_hog import reference_targets
 from maskfeat.batch import Batch
 from maskfeat.engine.parallelize import autocast
 from maskfeat.objectives.maskfeat import MaskFeat
@@ -21,22 +21,22 @@ def frames_of(objective: MaskFeat, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def textbook_target(objective: MaskFeat, batch: Batch) -> Tensor:
+def reference_target(objective: MaskFeat, batch: Batch) -> Tensor:
     """HOG of the hidden tokens of a batch: (n_hidden, F) float32."""
     hidden = objective.hidden_tokens(batch)
     images = frames_of(objective, batch)
-    return textbook_targets(images, hidden, objective.bins, objective.cell, objective.cells, objective.window)
+    return reference_targets(images, hidden, objective.bins, objective.cell, objective.cells, objective.window)
 
 
-def textbook_loss(objective: MaskFeat, batch: Batch) -> Tensor:
+def reference_loss(objective: MaskFeat, batch: Batch) -> Tensor:
     """Mean squared error over the hidden tokens of a batch: a scalar with gradient."""
     hidden = objective.hidden_tokens(batch)
     tokens = objective.backbone.forward_tokens(batch.clip, batch.hidden)
     prediction = objective.pred_head(tokens.patches[hidden])
-    return (prediction.float() - textbook_target(objective, batch)).square().mean()
+    return (prediction.float() - reference_target(objective, batch)).square().mean()
 
 
-def textbook_optimizer(like: Optimizer, objective: nn.Module, others: nn.Module) -> Optimizer:
+def reference_optimizer(like: Optimizer, objective: nn.Module, others: nn.Module) -> Optimizer:
     """torch.optim.AdamW with its defaults over `objective`, its groups those of `like`, which holds `others`.
 
     Args:
@@ -50,13 +50,13 @@ def textbook_optimizer(like: Optimizer, objective: nn.Module, others: nn.Module)
     return torch.optim.AdamW(groups, betas=like.param_groups[0]["betas"])
 
 
-def textbook_step(
+def reference_step(
     objective: MaskFeat, optimizer: Optimizer, batch: Batch, clip_norm: float | None, precision: str = "off"
 ) -> Tensor:
     """One step of training; the loss, detached."""
     optimizer.zero_grad()
     with autocast(batch.clip.device, precision):
-        loss = textbook_loss(objective, batch)
+        loss = reference_loss(objective, batch)
     loss.backward()
     if clip_norm:
         nn.utils.clip_grad_norm_(objective.parameters(), clip_norm)

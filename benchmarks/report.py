@@ -14,7 +14,7 @@ from benchmarks.training import Training
 from maskfeat.distributed.world import available_cores
 
 REPO = Path(__file__).resolve().parents[1]
-COLUMNS = ("what", "textbook s", "ours s", "ratio", "textbook MiB", "ours MiB", "ratio", "asked", "checked before")
+COLUMNS = ("what", "reference s", "ours s", "ratio", "reference MiB", "ours MiB", "ratio", "asked", "checked before")
 TRAINING_COLUMNS = (
     "training", "input", "batch", "samples/s", "asked", "of peak", "GiB", "waits/step", "for data", "target",
 )  # fmt: skip
@@ -68,10 +68,10 @@ def table(rows: Sequence[Row]) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.what,
-        f"{row.textbook.cpu:.4g}",
+        f"{row.reference.cpu:.4g}",
         f"{row.ours.cpu:.4g}",
         f"{row.ratio:.2f}x",
-        _number(row.textbook_mib, ".1f"),
+        _number(row.reference_mib, ".1f"),
         _number(row.ours_mib, ".1f"),
         _number(row.memory_ratio, ".2f", "x"),
         row.asked or "-",

@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from benchmarks.cases import MVIT_S, VIT_B, Options, random_batch
 from benchmarks.compute import maskfeat_objective, size_of
 from benchmarks.measure import GRADIENT_TOLERANCE, Row, check_same, in_float32, in_turn, peak_mib
-from benchmarks.reference_mvit import use_textbook_attention
-from benchmarks.reference_step import textbook_loss, textbook_optimizer, textbook_step
+from benchmarks.reference_mvit import use_reference_attention
+from benchmarks.reference_step import reference_loss, reference_optimizer, reference_step
 from maskfeat.batch import Batch
 from maskfeat.distributed.world import World
 from maskfeat.engine.loop import optimisation_step
-from maskfeat.engine.metrics_log import Window
-from maskfeat.engine.parallelize import autocast, distribute
-from maskfeat.engine.rng import seed_draws
+from maskfeat.engine.metrics_log import MetricWindow
+from maskfeat.engine.parallelize import apply_ddp, autocast
+from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.trainer import settings_of, training_state
 from maskfeat.objectives.maskfeat import MaskFeat
 
 FLOAT32_TOLERANCE = 2e-4
 """Of the largest gradient, between two float32 computations of a whole model. Hidden tokens start out equal, and where
 a max-pooling of MViTv2 meets values that rounding alone tells apart, it lets the gradient go one way or the other: the
-textbook's form in float32 is 5e-5 from itself in float64. In float64 the two forms have to agree to 1e-5."""
+reference's form in float32 is 5e-5 from itself in float64. In float64 the two forms have to agree to 1e-5."""
 
 
 def measure_step(options: Options) -> Iterator[Row]:
@@ -56,19 +56,19 @@ def ours_of(objective: MaskFeat, model: nn.Module | None = None) -> Side:
     return Side(objective, lambda batch: called(batch).loss)
 
 
-def textbook_of(objective: MaskFeat) -> Side:
-    """The textbook's way on the weights of an objective, which computes that way from now on."""
-    use_textbook_attention(objective)
-    return Side(objective, lambda batch: textbook_loss(objective, batch))
+def reference_of(objective: MaskFeat) -> Side:
+    """The reference's way on the weights of an objective, which computes that way from now on."""
+    use_reference_attention(objective)
+    return Side(objective, lambda batch: reference_loss(objective, batch))
 
 
-def check_sides(what: str, ours: Side, textbook: Side, batch: Batch, tolerance: float) -> str:
+def check_sides(what: str, ours: Side, reference: Side, batch: Batch, tolerance: float) -> str:
     """Losses and gradients of two sides with the same weights; in words how far apart they are."""
     with in_float32():
-        loss, expected = ours.passes(batch), textbook.passes(batch)
-    mine, theirs = ([p.grad for p in side.model.parameters()] for side in (ours, textbook))
+        loss, expected = ours.passes(batch), reference.passes(batch)
+    mine, theirs = ([p.grad for p in side.model.parameters()] for side in (ours, reference))
     note = check_same(what, loss, expected, mine, theirs, tolerance)
-    for side in (ours, textbook):
+    for side in (ours, reference):
         side.model.zero_grad(set_to_none=True)
     return note
 
@@ -77,13 +77,13 @@ def _step(options: Options, default: str, batch_size: int, asked: str) -> Row:
     """One recipe. Ours is the program's own step on what a run builds; memory is that of forward and backward."""
     cfg = options.recipe(default, batch_size)
     world, device = World(), options.device
-    plain = maskfeat_objective(cfg).to(device)  # first: it says where a recipe has no textbook form
-    seed_draws(cfg.RNG_SEED)
+    plain = maskfeat_objective(cfg).to(device)  # first: it says where a recipe has no reference form
+    seed_everything(cfg.RNG_SEED)
     training, settings = training_state(cfg, device), settings_of(cfg)
     objective, optimizer = training.objective, training.optimizer
     assert isinstance(objective, MaskFeat)
-    model = distribute(objective, world)
-    batch, window = random_batch(cfg, device), Window()
+    model = apply_ddp(objective, world)
+    batch, window = random_batch(cfg, device), MetricWindow()
     what = f"step of {Path(options.cfg or default).stem}, {size_of(batch)}"
 
     state = objective.state_dict()
@@ -91,20 +91,20 @@ def _step(options: Options, default: str, batch_size: int, asked: str) -> Row:
     for twin in (plain, *wide):
         twin.load_state_dict(state)
     wide_batch = replace(batch, clip=batch.clip.double())
-    note = f"float64: {check_sides(what, ours_of(wide[0]), textbook_of(wide[1]), wide_batch, GRADIENT_TOLERANCE)}"
+    note = f"float64: {check_sides(what, ours_of(wide[0]), reference_of(wide[1]), wide_batch, GRADIENT_TOLERANCE)}"
     del wide, wide_batch
-    ours, textbook = ours_of(objective, model), textbook_of(plain)
-    note += f"; float32: {check_sides(what, ours, textbook, batch, FLOAT32_TOLERANCE)}"
+    ours, reference = ours_of(objective, model), reference_of(plain)
+    note += f"; float32: {check_sides(what, ours, reference, batch, FLOAT32_TOLERANCE)}"
 
-    plain_optimizer = textbook_optimizer(optimizer, plain, objective)
+    plain_optimizer = reference_optimizer(optimizer, plain, objective)
     sides = {
-        "textbook": lambda: textbook_step(plain, plain_optimizer, batch, settings.clip_norm, settings.precision),
+        "reference": lambda: reference_step(plain, plain_optimizer, batch, settings.clip_norm, settings.precision),
         "ours": lambda: optimisation_step(model, objective, optimizer, training.scaler, batch, settings, window, world),
     }
     seconds = in_turn(sides, options.repeats, device)
-    for side in (ours, textbook):
+    for side in (ours, reference):
         side.model.zero_grad(set_to_none=True)
-    plain_mib = peak_mib(lambda: textbook.passes(batch, settings.precision), device)
+    plain_mib = peak_mib(lambda: reference.passes(batch, settings.precision), device)
     ours_mib = peak_mib(lambda: ours.passes(batch, settings.precision), device)
     note += f"; timed in {settings.precision.replace('off', 'fp32')}"
-    return Row(what, seconds["textbook"], seconds["ours"], plain_mib, ours_mib, asked, note)
+    return Row(what, seconds["reference"], seconds["ours"], plain_mib, ours_mib, asked, note)

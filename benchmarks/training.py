@@ -21,9 +21,9 @@ from maskfeat.build import build_backbone, build_loader
 from maskfeat.distributed.world import World
 from maskfeat.engine.flops import multiply_adds
 from maskfeat.engine.loop import Settings, optimisation_step
-from maskfeat.engine.metrics_log import Window
-from maskfeat.engine.parallelize import distribute
-from maskfeat.engine.rng import seed_draws
+from maskfeat.engine.metrics_log import MetricWindow
+from maskfeat.engine.parallelize import apply_ddp
+from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.trainer import settings_of, training_state
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.optim.schedule import set_lr
@@ -76,11 +76,11 @@ class Trainer:
     """A recipe that is trained step by step as `train.train` does it, without lines and files."""
 
     def __init__(self, cfg: CfgNode, device: torch.device) -> None:
-        seed_draws(cfg.RNG_SEED)
-        self.device, self.world, self.window = device, World(), Window()
+        seed_everything(cfg.RNG_SEED)
+        self.device, self.world, self.window = device, World(), MetricWindow()
         self.settings: Settings = settings_of(cfg)
         self.state = training_state(cfg, device)
-        self.model: nn.Module = distribute(self.state.objective, self.world)
+        self.model: nn.Module = apply_ddp(self.state.objective, self.world)
         self.model.train()
         self.made = 0
 
@@ -88,7 +88,7 @@ class Trainer:
         """One step, from a batch on any device."""
         state = self.state
         set_lr(state.optimizer, self.settings.lr(self.made / 1e6))  # of the first epoch
-        seed_draws(self.settings.seed, self.made, self.world.rank)
+        seed_everything(self.settings.seed, self.made, self.world.rank)
         batch = batch.to(self.device, non_blocking=True)
         optimisation_step(
             self.model, state.objective, state.optimizer, state.scaler, batch, self.settings, self.window, self.world

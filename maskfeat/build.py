@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from maskfeat.data.bad_samples import BadSampleLedger
-from maskfeat.data.cached_loader import ResidentLoader
+from maskfeat.data.cached_loader import CachedLoader
 from maskfeat.data.datasets.imagenet import ImageFolder, class_folders, list_image_folder
 from maskfeat.data.datasets.kinetics import VideoClips, read_video_list
-from maskfeat.data.loader import Batches, Loader
+from maskfeat.data.loader import BatchLoader, Loader
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform, ImageEvalTransform, ImageTrainTransform
 from maskfeat.distributed.world import World, available_cores
@@ -318,7 +318,7 @@ def build_loader(
     num_clips: int | None = None,
     device: torch.device | None = None,
     plain: bool = False,
-) -> Batches:
+) -> BatchLoader:
     """Batches of a split for one process.
 
     Args:
@@ -377,5 +377,5 @@ def build_loader(
     # More workers than cores only take each other's time; how many there are changes nothing in the data.
     workers = min(cfg.DATA_LOADER.NUM_WORKERS, max(available_cores() // world.local_size, 1))
     if cfg.DATA_LOADER.RESIDENT and isinstance(dataset, ImageFolder):
-        return ResidentLoader(dataset, sampler, ledger, workers, device=device)
+        return CachedLoader(dataset, sampler, ledger, workers, device=device)
     return Loader(dataset, sampler, ledger, workers, cfg.DATA_LOADER.PIN_MEMORY, device=device)

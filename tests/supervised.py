@@ -17,7 +17,7 @@ from types import FrameType
 
 from maskfeat.distributed import supervise
 from maskfeat.distributed.preemption import PREEMPTED, StopRequest
-from maskfeat.distributed.processes import leave_signals_to_parent, signals_held_back
+from maskfeat.distributed.processes import leave_signals_to_parent, signals_blocked
 
 
 def await_file(path: Path) -> str:
@@ -136,7 +136,7 @@ def notes_usr2(index: int, folder: Path) -> int:
 
 def parent(folder: Path) -> int:
     """Ends its worker by SIGTERM when it is told to; 0 where that killed it."""
-    with signals_held_back():
+    with signals_blocked():
         worker = multiprocessing.get_context("fork").Process(target=_worker, args=(folder,))
         worker.start()
     await_file(folder / "end it")

@@ -8,12 +8,12 @@ from yacs.config import CfgNode
 from maskfeat.distributed.launch import launch
 from maskfeat.engine.metrics_log import read_json_stats
 from maskfeat.engine.run import work
-from maskfeat.engine.trainer import Given
+from maskfeat.engine.trainer import CommandLine
 
 
 def run_in_processes(cfg: CfgNode, processes: int) -> None:
     """A whole run, in `processes` CPU processes that meet over gloo."""
-    given = Given("", ())
+    given = CommandLine("", ())
     assert launch(work, (cfg, given), processes=processes) == 0
 
 

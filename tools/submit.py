@@ -13,6 +13,7 @@ os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # read when submitit is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed, too
 
 from maskfeat.distributed.slurm import Job  # noqa: E402
+from maskfeat.engine.run import main as run_net  # noqa: E402
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,7 +56,7 @@ def main() -> int:
         **wide,
     )
     given = [] if "NUM_GPUS" in args.opts else ["NUM_GPUS", str(args.gpus)]
-    job = executor.submit(Job(str(Path.cwd()), ["--cfg", args.cfg, *args.opts, *given], args.restarts))
+    job = executor.submit(Job(run_net, str(Path.cwd()), ["--cfg", args.cfg, *args.opts, *given], args.restarts))
     print(f"job {job.job_id}, log {job.paths.stdout}")
     return 0
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskfeat.data.loader import Batches
+from maskfeat.data.loader import BatchLoader
 from maskfeat.engine.parallelize import autocast
 from maskfeat.models.base import Backbone
 
@@ -38,7 +38,7 @@ def _pooled(out: Tensor, class_tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def features(backbone: Backbone, loader: Batches, device: torch.device, precision: str = "off") -> Features:
+def features(backbone: Backbone, loader: BatchLoader, device: torch.device, precision: str = "off") -> Features:
     """The means over the patch tokens of each of the last `BLOCKS` blocks, side by side, of every sample of a loader
     with nothing hidden.
 

@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 from maskfeat.analysis.pictures import HogRow, SpectrumRow, grey_out, hog_figure, spectrum_figure, tokens_to_cells
 from maskfeat.batch import Batch
 from maskfeat.build import build_loader, build_objective
-from maskfeat.checkpoint.files import given_or_last
+from maskfeat.checkpoint.files import given_or_latest_checkpoint
 from maskfeat.checkpoint.reading import model_state
 from maskfeat.config import load_config
 from maskfeat.objectives.maskfeat import MaskFeat
@@ -111,7 +111,7 @@ def _pretrained(cfg: CfgNode) -> tuple[MaskFeat | MFM, str]:
         raise ValueError(
             f"MODEL.MODEL_NAME is {cfg.MODEL.MODEL_NAME}, expected MaskMViT or MFM: only pre-training predicts features"
         )
-    found = given_or_last(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
+    found = given_or_latest_checkpoint(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
     if found is None:
         raise ValueError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this recipe: give TEST.CHECKPOINT_FILE_PATH"

@@ -17,20 +17,20 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sync(file: BinaryIO) -> None:
+def fsync_file(file: BinaryIO) -> None:
     """Bring what was written to an open file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def write_synced(path: Path, content: bytes) -> None:
+def write_and_fsync(path: Path, content: bytes) -> None:
     """Write a file and bring it to the disk."""
     with open(path, "wb") as file:
         file.write(content)
-        sync(file)
+        fsync_file(file)
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Names of files are on the disk only when their folder is."""
     number = os.open(folder, os.O_RDONLY)
     try:

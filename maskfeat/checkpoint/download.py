@@ -52,7 +52,7 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def is_address(name: str) -> bool:
+def is_url(name: str) -> bool:
     """Whether a name is an http or https address."""
     return name.startswith(SCHEMES)
 
@@ -63,7 +63,7 @@ def cached_path(url: str) -> Path:
     return Path(get_dir()) / "maskfeat" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{name}"
 
 
-def fetch(url: str) -> Path:
+def download(url: str) -> Path:
     """The file of an http or https address, fetched where it is not there yet.
 
     Raises:

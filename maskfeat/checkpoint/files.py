@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from maskfeat.checkpoint import sharded as sharded_checkpoint
-from maskfeat.checkpoint.atomic import sha256, sync, sync_folder, write_synced
+from maskfeat.checkpoint.atomic import fsync_dir, fsync_file, sha256, write_and_fsync
 from maskfeat.checkpoint.reading import read_checkpoint, trained_model
 from maskfeat.checkpoint.sharded_files import verify
 
@@ -115,12 +115,12 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         with open(partial, "wb") as file:
             hashed = _Hashed(file)
             torch.save(dict(content), hashed)  # type: ignore[arg-type]
-            sync(file)
-        write_synced(partial_total, f"{hashed.digest.hexdigest()}  {path.name}\n".encode())
+            fsync_file(file)
+        write_and_fsync(partial_total, f"{hashed.digest.hexdigest()}  {path.name}\n".encode())
         total.unlink(missing_ok=True)
         os.replace(partial, path)
         os.replace(partial_total, total)
-        sync_folder(path.parent)
+        fsync_dir(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
         for left in (partial, partial_total):
             with contextlib.suppress(OSError):
@@ -180,7 +180,7 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def checked_checkpoint(given: str | Path) -> dict[str, Any]:
+def read_verified_checkpoint(given: str | Path) -> dict[str, Any]:
     """`open_checkpoint`, once the checksum beside the file, where there is one, has been compared."""
     if _sum_path(Path(given)).exists():
         verify_checkpoint(Path(given))
@@ -201,7 +201,7 @@ def open_checkpoint(given: str | Path) -> dict[str, Any]:
     return read_checkpoint(given)
 
 
-def last_checkpoint(output_dir: str | Path, task: str, model_name: str) -> Path | None:
+def latest_checkpoint(output_dir: str | Path, task: str, model_name: str) -> Path | None:
     """The newest checkpoint from which this run may go on: damaged ones are named and passed over.
 
     Raises:
@@ -233,11 +233,11 @@ def last_checkpoint(output_dir: str | Path, task: str, model_name: str) -> Path 
     return None
 
 
-def given_or_last(
+def given_or_latest_checkpoint(
     given: str, output_dir: str | Path, task: str, model_name: str
 ) -> tuple[Path | str, dict[str, Any]] | None:
     """The checkpoint that a key names, or else the newest of this run, and its content; None where there is neither."""
     if given:
-        return given, checked_checkpoint(given)
-    found = last_checkpoint(output_dir, task, model_name)
+        return given, read_verified_checkpoint(given)
+    found = latest_checkpoint(output_dir, task, model_name)
     return None if found is None else (found, open_checkpoint(found))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.hub import HASH_REGEX
 from torchvision.models import get_weight
 
-from maskfeat.checkpoint.download import fetch, is_address
+from maskfeat.checkpoint.download import download, is_url
 from maskfeat.checkpoint.weight_scan import Refused, scan
 from maskfeat.config.yaml_io import parse_entries
 from maskfeat.file_io import NotReadable, open_regular_file
@@ -48,7 +48,7 @@ def _torchvision_file(name: str) -> Path:
 def _local_file(given: str) -> Path:
     if _TORCHVISION.fullmatch(given) and not Path(given).exists():
         return _torchvision_file(given)
-    return fetch(given) if is_address(given) else Path(given)
+    return download(given) if is_url(given) else Path(given)
 
 
 def _load(path: Path) -> Any:

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from maskfeat.checkpoint.atomic import sha256, sync_folder, write_synced
+from maskfeat.checkpoint.atomic import fsync_dir, sha256, write_and_fsync
 from maskfeat.checkpoint.sharded_files import METADATA, PLAIN, SUMS, Places, Reader, sums_of, tensors_of, verify
-from maskfeat.distributed.collectives import share_buffers
-from maskfeat.objectives.base import Objective
+from maskfeat.checkpoint.weights import ReleasedModule
+from maskfeat.distributed.collectives import broadcast_buffers
 
 SUFFIX = ".dcp"
 MODEL, OPTIMIZER = "model.", "optim."
@@ -37,12 +37,12 @@ Result = TypeVar("Result")
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def training_tensors(objective: Objective, optimizer: Optimizer | None = None) -> dict[str, Tensor]:
+def training_tensors(objective: ReleasedModule, optimizer: Optimizer | None = None) -> dict[str, Tensor]:
     """What a checkpoint holds, by flat names: the tensors themselves, whole or in pieces, not copies.
 
     Collective: buffers, of which every rank has its own, become those of rank 0.
     """
-    share_buffers(objective)
+    broadcast_buffers(objective)
     tensors = {MODEL + name: value for name, value in objective.released_state().items()}
     if optimizer is not None:
         for name, parameter in objective.named_parameters():
@@ -52,7 +52,7 @@ def training_tensors(objective: Objective, optimizer: Optimizer | None = None) -
     return tensors
 
 
-def load_training(folder: str | Path, objective: Objective, optimizer: Optimizer, group: Group = None) -> None:
+def load_training(folder: str | Path, objective: ReleasedModule, optimizer: Optimizer, group: Group = None) -> None:
     """Load weights and optimizer state, in place; collective. `group` as in `load_sharded`.
 
     Raises:
@@ -174,7 +174,7 @@ def _finish(writing: "Future[Any]", partial: Path, folder: Path, plain: str, ran
     def sums_of_mine() -> dict[str, str]:
         names = [path.name for path in partial.glob(f"__{rank}_*")]
         if rank == 0:
-            write_synced(partial / PLAIN, plain.encode())
+            write_and_fsync(partial / PLAIN, plain.encode())
             names += [METADATA, PLAIN]
         return {name: sha256(partial / name) for name in names}
 
@@ -182,14 +182,14 @@ def _finish(writing: "Future[Any]", partial: Path, folder: Path, plain: str, ran
         if rank:
             return
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-        write_synced(partial / SUMS, lines.encode())
-        sync_folder(partial)
+        write_and_fsync(partial / SUMS, lines.encode())
+        fsync_dir(partial)
         old = folder.with_name(f".{folder.name}.old")
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
         os.rename(partial, folder)
-        sync_folder(folder.parent)
+        fsync_dir(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     try:

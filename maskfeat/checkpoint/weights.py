@@ -12,7 +12,9 @@ from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from maskfeat.distributed.fsdp import shard_like
 
 
 @dataclass(frozen=True)
@@ -238,3 +240,41 @@ def fit_state(
     if not report.loaded and not report.resized:
         raise ValueError("nothing of the file fits the model: is it a checkpoint of this architecture?")
     return fitted, report
+
+
+class ReleasedModule(nn.Module):
+    """A module whose parameters have names of their own in released files."""
+
+    def load_rules(self, state: Mapping[str, Tensor]) -> LoadRules:
+        """Which names may be missing from or left over in a released state, beside what the user allows."""
+        return LoadRules()
+
+    def released_name(self, name: str) -> str:
+        """The name in released files for a parameter or buffer of this module."""
+        return name
+
+    def released_state(self) -> "OrderedDict[str, Tensor]":
+        """An ordered dict with the released names; the tensors are the module's own, not copies."""
+        return OrderedDict((self.released_name(name), value) for name, value in self.state_dict().items())
+
+    def load_released_state(
+        self, state: Mapping[str, Tensor], allow: Sequence[str] = (), average: bool = False
+    ) -> LoadReport:
+        """Load a state dict with released names.
+
+        Args:
+            state: parameters by released name, of this or another objective, image size or number of axes.
+            allow: patterns (`fnmatch`) of names which may stay fresh or be left over without an error.
+            average: how 2-D patch kernels become 3-D, see `fit_state`.
+
+        Raises:
+            ValueError: naming each parameter that is missing, left over or of another shape, and
+                TRAIN.CHECKPOINT_ALLOW, which allows it.
+        """
+        own = self.released_state()
+        fitted, report = fit_state(own, state, self.load_rules(state), allow, average)
+        inside = {self.released_name(name): name for name in self.state_dict()}
+        self.load_state_dict(
+            {inside[name]: shard_like(value, own[name]) for name, value in fitted.items()}, strict=False
+        )
+        return report

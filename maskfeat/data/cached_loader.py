@@ -23,11 +23,11 @@ from maskfeat.data.bad_samples import BadSampleLedger, naming_sample
 from maskfeat.data.collate import draw_mask, first_readable
 from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.device_transforms import affine
-from maskfeat.data.loader import Batches, worker_options
+from maskfeat.data.loader import BatchLoader, worker_options
 from maskfeat.data.rng import MASK_STREAM, VIEW_STREAM, sample_generator
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, as_tensor
-from maskfeat.distributed.processes import signals_held_back
+from maskfeat.distributed.processes import signals_blocked
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def crop_resized(images: Tensor, box: Tensor, mirror: Tensor, side: int) -> Tens
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
-class ResidentLoader(Batches):
+class CachedLoader(BatchLoader):
     """The batches of an image data set that lies on the device.
 
     Evaluation shows the very pixels and masks that `Loader` shows. Training crops and mirrors with draws of its own, a
@@ -168,7 +168,7 @@ class ResidentLoader(Batches):
         )
         if num_workers > 0:
             gc.collect()  # what waits to be collected here must not be cleared away by a worker
-        with signals_held_back():
+        with signals_blocked():
             chunks = iter(loader)
         pixels: list[Tensor] = []
         places: list[int] = []

@@ -12,7 +12,7 @@ from maskfeat.batch import Batch, SampleKey
 from maskfeat.data.bad_samples import BadSampleLedger
 from maskfeat.data.collate import Sample, collate
 from maskfeat.data.samplers import EpochSampler
-from maskfeat.distributed.processes import leave_signals_to_parent, signals_held_back
+from maskfeat.distributed.processes import leave_signals_to_parent, signals_blocked
 
 
 class LabelledSamples(Protocol):
@@ -24,7 +24,7 @@ class LabelledSamples(Protocol):
     def __getitem__(self, key: Any, /) -> list[Sample]: ...
 
 
-class Batches:
+class BatchLoader:
     """The batches of a data set for one process.
 
     Every epoch: `set_epoch(e)`, on resuming in its middle `set_start(step)`, then iterate.
@@ -82,7 +82,7 @@ def worker_options(num_workers: int) -> dict[str, Any]:
     return options
 
 
-class Loader(Batches):
+class Loader(BatchLoader):
     """Batches of a data set, made by worker processes; samples that cannot be read are entered in a ledger.
 
     Keys carry the epoch, so the workers stay alive from one epoch to the next.
@@ -135,7 +135,7 @@ class Loader(Batches):
             # What waits to be collected here (a decoder with threads, a file) must not be cleared away by a worker.
             gc.collect()
             self._forks = False
-        with signals_held_back():
+        with signals_blocked():
             batches = iter(self._loader)
         for raw in batches:
             if self.ledger is not None:

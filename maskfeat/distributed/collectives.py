@@ -20,7 +20,7 @@ T = TypeVar("T")
 _cpu_group: Any = None
 
 
-def join(
+def init_process_group(
     world: World,
     backend: str,
     device: torch.device,
@@ -52,12 +52,12 @@ def join(
     return dist.PrefixStore("messages", store)
 
 
-def another_cpu_group() -> Any:
+def new_cpu_group() -> Any:
     """A group of all ranks on the CPU for collectives of a thread of its own; None where there is one process."""
     return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Leave the process group, where there is one."""
     global _cpu_group
     _cpu_group = None
@@ -65,24 +65,24 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def is_of_collective(error: Exception) -> bool:
+def is_collective_error(error: Exception) -> bool:
     """Whether a collective failed, as it does when another process is gone, rather than the work of this one."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def number_of_ranks() -> int:
+def world_size() -> int:
     """How many processes take part."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """`value` summed over all ranks, in place where there are several."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
 
 
-def gather_from_ranks(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """One plain value of every rank, in the order of ranks. Not for the training loop: it waits for all."""
     if not dist.is_initialized():
         return [value]
@@ -91,7 +91,7 @@ def gather_from_ranks(value: Any) -> list[Any]:
     return values
 
 
-def on_first_rank(job: Callable[[], T]) -> T:
+def run_on_main(job: Callable[[], T]) -> T:
     """What `job` returns on rank 0, where alone it runs, on every rank; its ValueErrors and OSErrors as well."""
     if not dist.is_initialized():
         return job()
@@ -107,7 +107,7 @@ def on_first_rank(job: Callable[[], T]) -> T:
     return outcome[0]
 
 
-class Agreement:
+class FlagExchange:
     """Flags that one rank or another raises, made known to all of them between steps, without waiting for the device.
 
     Each exchange returns what was raised up to the one before it, the same on every rank: the messages of a step travel
@@ -130,16 +130,16 @@ class Agreement:
         return before[1].bool().tolist()
 
 
-def from_first_rank(value: Tensor) -> None:
+def broadcast_from_main(value: Tensor) -> None:
     """Overwrite `value` with that of rank 0."""
     if dist.is_initialized():
         dist.broadcast(value, src=0)
 
 
-def share_buffers(module: nn.Module) -> None:
+def broadcast_buffers(module: nn.Module) -> None:
     """Give every rank the buffers of rank 0, from which checkpoints are written.
 
     Between two steps the running statistics of batch norms differ from rank to rank; evaluation must not.
     """
     for buffer in module.buffers():
-        from_first_rank(buffer)
+        broadcast_from_main(buffer)

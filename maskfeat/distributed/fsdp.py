@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
-from maskfeat.distributed.collectives import share_buffers
+from maskfeat.distributed.collectives import broadcast_buffers
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def piece_of(value: Tensor) -> Tensor:
+def local_shard(value: Tensor) -> Tensor:
     """The plain tensor that lies on this rank; it shares the memory of `value`."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def whole(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """The whole of a tensor, plain, on its device; collective where it is sharded."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def like(value: Tensor, own: Tensor | None) -> Tensor:
+def shard_like(value: Tensor, own: Tensor | None) -> Tensor:
     """`value`, whole and the same on every rank, cut as `own` is; as it is where `own` is plain or of another shape.
 
     No rank waits for another.
@@ -40,7 +40,7 @@ def like(value: Tensor, own: Tensor | None) -> Tensor:
     return torch.empty_like(own, requires_grad=False).copy_(pieces)
 
 
-def norm_over_ranks(norm: Tensor, values: Sequence[Tensor]) -> Tensor:
+def global_norm(norm: Tensor, values: Sequence[Tensor]) -> Tensor:
     """The L2 norm over all ranks from that of the pieces of this rank, a scalar; `norm` itself where they are plain."""
     if not values or not isinstance(values[0], DTensor):
         return norm
@@ -49,7 +49,7 @@ def norm_over_ranks(norm: Tensor, values: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def gathered_copy(objective: nn.Module, twin: Module) -> Module:
+def gather_into(objective: nn.Module, twin: Module) -> Module:
     """Fill `twin`, a plain module of the same kind on the device, with the whole parameters of a sharded one, and on
     every rank with the buffers of rank 0; collective. Evaluation runs on it: ranks take different numbers of steps
     there, and a sharded module would wait for all of them in each.
@@ -59,13 +59,13 @@ def gathered_copy(objective: nn.Module, twin: Module) -> Module:
     """
     mine = objective.state_dict()
     for name, value in twin.state_dict().items():
-        value.copy_(whole(mine[name]))
-    share_buffers(twin)
+        value.copy_(full_tensor(mine[name]))
+    broadcast_buffers(twin)
     return twin
 
 
 @torch.no_grad()
-def gathered_state(state: "OrderedDict[str, Tensor]", keep: bool) -> "OrderedDict[str, Tensor]":
+def full_state_dict(state: "OrderedDict[str, Tensor]", keep: bool) -> "OrderedDict[str, Tensor]":
     """Copies of the whole tensors of a state, such as `objective.released_state()`, on the CPU; collective.
 
     Args:
@@ -74,27 +74,27 @@ def gathered_state(state: "OrderedDict[str, Tensor]", keep: bool) -> "OrderedDic
     """
     kept: OrderedDict[str, Tensor] = OrderedDict()
     for name, value in state.items():
-        full = whole(value)
+        full = full_tensor(value)
         if keep:
             kept[name] = full.detach().to("cpu", copy=True)
     return kept
 
 
 @torch.no_grad()
-def gathered_optimizer_state(optimizer: Optimizer, keep: bool) -> dict[str, Any]:
+def full_optimizer_state_dict(optimizer: Optimizer, keep: bool) -> dict[str, Any]:
     """What `optimizer.state_dict()` of an unsharded run would hold, its tensors whole and on the CPU; collective.
 
     `optim.load_optimizer_state` reads it back, sharded or not, in a world of any size.
 
     Args:
-        keep: as in `gathered_state`; the other ranks get an empty dict.
+        keep: as in `full_state_dict`; the other ranks get an empty dict.
     """
     given = optimizer.state_dict()
     state: dict[int, dict[str, Any]] = {}
     for number, slots in given["state"].items():
         state[number] = {}
         for slot, value in slots.items():
-            full = whole(value) if isinstance(value, Tensor) else value
+            full = full_tensor(value) if isinstance(value, Tensor) else value
             if keep:
                 state[number][slot] = full.to("cpu", copy=True) if isinstance(full, Tensor) else full
     return {"state": state, "param_groups": given["param_groups"]} if keep else {}

@@ -22,13 +22,13 @@ from typing import Any
 
 from torch.distributed import Store
 
-from maskfeat.distributed.collectives import gather_from_ranks
+from maskfeat.distributed.collectives import all_gather_object
 from maskfeat.distributed.preemption import StopRequest
 from maskfeat.distributed.world import World
 
 logger = logging.getLogger(__name__)
 
-SILENT = 3.0
+SILENT_SECONDS = 3.0
 """Seconds without a beat, beyond the time from beat to beat, after which a process is taken for stopped or gone."""
 _TELL = 10.0  # seconds that a process which was asked to stop waits at most until the others know
 _FRAMES = 24  # of a stack, innermost
@@ -44,7 +44,7 @@ class _Peer:
     beat: dict[str, Any]
 
 
-class Watch:
+class HangWatchdog:
     """Follows this process and the others, from threads of its own, until `close`.
 
     Args:
@@ -62,7 +62,7 @@ class Watch:
         self._world, self._store, self._patience, self._stop = world, store, patience, stop
         self._interval = max(interval, world.size / 100)
         self._main = threading.get_ident()
-        self._who = gather_from_ranks(f"{socket.gethostname()}, process {os.getpid()}")
+        self._who = all_gather_object(f"{socket.gethostname()}, process {os.getpid()}")
         self._doing, self._steps, self._since = "starting", 0, time.monotonic()
         self._peers: dict[int, _Peer] = {}
         self._answered, self._deaf = time.monotonic(), False  # the store
@@ -105,7 +105,7 @@ class Watch:
         """End of the watch. What follows may take its time."""
         self._closed.set()
 
-    def gone(self, wait: float = SILENT) -> str:
+    def gone(self, wait: float = SILENT_SECONDS) -> str:
         """Who is silent, in words, or "": asked when a collective failed, it listens for another `wait` seconds."""
         if self._store is None:
             return ""
@@ -175,7 +175,9 @@ class Watch:
         reported = -1
         while not self._closed.wait(0.5):
             now = time.monotonic()
-            if now - looked > self._interval + SILENT:  # it was stopped itself (Ctrl-Z), and others may have been
+            if (
+                now - looked > self._interval + SILENT_SECONDS
+            ):  # it was stopped itself (Ctrl-Z), and others may have been
                 self._since = self._answered = now
                 for peer in self._peers.values():
                     peer.heard = peer.moved = now
@@ -188,7 +190,7 @@ class Watch:
                 where = "\n  ".join(self._stack())
                 logger.warning("no progress for %d s, %s (HANG_MINUTES); at\n  %s", stuck, self._doing, where)
                 continue
-            silent = self._silent(SILENT)
+            silent = self._silent(SILENT_SECONDS)
             reporter = min(set(range(self._world.size)) - set(silent))
             if reporter != self._world.rank and stuck <= self._patience + 5:
                 continue  # it knows more, and one report is enough

@@ -20,7 +20,7 @@ _FIRST_PORT, _PORTS = 15000, 17000
 
 
 @dataclass(frozen=True)
-class Started:
+class LaunchEnvironment:
     """What the environment says of a process that something else started, as one of several.
 
     Attributes:
@@ -67,7 +67,7 @@ class Started:
             )
 
 
-def find_started(env: Mapping[str, str] = os.environ) -> Started | None:
+def read_launch_environment(env: Mapping[str, str] = os.environ) -> LaunchEnvironment | None:
     """What torchrun or srun says of this process; None where it runs alone.
 
     Raises:
@@ -76,17 +76,19 @@ def find_started(env: Mapping[str, str] = os.environ) -> Started | None:
     return _torchrun(env) or _slurm_task(env)
 
 
-def _torchrun(env: Mapping[str, str]) -> Started | None:
+def _torchrun(env: Mapping[str, str]) -> LaunchEnvironment | None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if any(name not in env for name in names):
         return None
     rank, size, local_rank, local_size = (int(env[name]) for name in names)
     address = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '29500')}"
     machine = int(env.get("GROUP_RANK", rank // local_size))
-    return Started("torchrun", World(rank, size, local_rank, local_size), machine, size // local_size, address)
+    return LaunchEnvironment(
+        "torchrun", World(rank, size, local_rank, local_size), machine, size // local_size, address
+    )
 
 
-def _slurm_task(env: Mapping[str, str]) -> Started | None:
+def _slurm_task(env: Mapping[str, str]) -> LaunchEnvironment | None:
     """One of several tasks of a step. The shell of sbatch, which also has a SLURM_PROCID, belongs to no step."""
     if int(env.get("SLURM_STEP_ID", _FIRST_RESERVED_STEP)) >= _FIRST_RESERVED_STEP:
         return None
@@ -103,7 +105,7 @@ def _slurm_task(env: Mapping[str, str]) -> Started | None:
     host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
     port = env.get("MASTER_PORT") or _port(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]))
     world = World(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), size // machines)
-    return Started("srun", world, int(env["SLURM_NODEID"]), machines, f"tcp://{host}:{port}")
+    return LaunchEnvironment("srun", world, int(env["SLURM_NODEID"]), machines, f"tcp://{host}:{port}")
 
 
 def first_host(nodes: str) -> str:
@@ -173,7 +175,7 @@ def launch(
     Raises:
         ValueError: the numbers are not those of torchrun or srun, or several machines without a place to meet.
     """
-    started, address = find_started(), init_method
+    started, address = read_launch_environment(), init_method
     if started is not None:
         started.check(processes, num_shards)
         shard_id, address = started.machine, init_method or started.address

@@ -26,7 +26,7 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)  # it was gone before the kernel was asked
 
 
-def end_now(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End at once with an exit code; the processes that this one started die with it.
 
     Python would first take all modules apart, which takes seconds where cores are shared, and wait for processes.
@@ -45,12 +45,12 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         code = 1
     if code:
-        end_now(code)
+        exit_now(code)
     sys.exit(0)
 
 
 @contextmanager
-def signals_held_back() -> Iterator[None]:
+def signals_blocked() -> Iterator[None]:
     """Signals that ask for an end wait until the block is left; a process started in it begins with them blocked."""
     asking = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, asking)
@@ -61,7 +61,7 @@ def signals_held_back() -> Iterator[None]:
 
 
 def leave_signals_to_parent() -> None:
-    """For a process that works for its parent, started in `signals_held_back`: it ends with it, and when it says so.
+    """For a process that works for its parent, started in `signals_blocked`: it ends with it, and when it says so.
 
     Schedulers signal whole process groups, while the parent still needs what this process makes in order to come to a
     good end. SIGTERM therefore counts from the parent alone; SIGINT, SIGUSR1 and SIGUSR2 are ignored.

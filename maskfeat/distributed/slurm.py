@@ -3,9 +3,11 @@
 import logging
 import os
 import subprocess
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from maskfeat.distributed.preemption import PREEMPTED
+from maskfeat.distributed.processes import exit_now
 
 logger = logging.getLogger(__name__)
 
@@ -17,24 +19,22 @@ class Job:
     begun to listen, submitit's own handler of SIGUSR1 (SUBMITIT_PREEMPT_SIGNAL) queues the job again by `checkpoint`.
 
     Args:
+        main: the program, `maskfeat.engine.run.main`; takes `argv`, returns an exit code.
         folder: the working directory.
-        argv: arguments of tools/run_net.py.
+        argv: its arguments.
         restarts: how often the job may be queued again.
     """
 
-    def __init__(self, folder: str, argv: list[str], restarts: int) -> None:
-        self.folder, self.argv, self.restarts = folder, argv, restarts
+    def __init__(self, main: Callable[[Sequence[str]], int], folder: str, argv: list[str], restarts: int) -> None:
+        self.main, self.folder, self.argv, self.restarts = main, folder, argv, restarts
 
     def __call__(self) -> None:
-        from maskfeat.distributed.processes import end_now
-        from maskfeat.engine.run import main
-
         os.chdir(self.folder)
-        code = main(self.argv)
+        code = self.main(self.argv)
         if code == PREEMPTED and os.environ.get("SLURM_PROCID") == "0":
             self.requeue()
         if code:
-            end_now(code)
+            exit_now(code)
 
     def requeue(self) -> None:
         """Ask Slurm to start this job again, if it was not started too often."""

@@ -18,7 +18,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple
 
 from maskfeat.distributed.preemption import PREEMPTED
-from maskfeat.distributed.processes import die_with_parent, end_now
+from maskfeat.distributed.processes import die_with_parent, exit_now
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ def _run(job: Callable[..., int], index: int, args: tuple[Any, ...], tell: Conne
     except Exception:
         tell.send_bytes(traceback.format_exc().encode()[-32_000:])  # less than a pipe holds: never waits
         # From here, where nothing that it holds is tidied up yet: that may wait for processes that are no more.
-        end_now(1)
-    end_now(code)
+        exit_now(1)
+    exit_now(code)
 
 
 @contextmanager

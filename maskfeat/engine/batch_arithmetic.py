@@ -19,7 +19,7 @@ _SAME = 1e-9  # relative: what rounding in YAMLs and overrides may make of a rat
 
 
 @dataclass(frozen=True)
-class Step:
+class StepSize:
     """What one optimisation step takes.
 
     Attributes:
@@ -52,14 +52,14 @@ class Step:
         return min(self.micro or self.share, self.share)
 
 
-def step_of(cfg: CfgNode, processes: int | None = None) -> Step:
+def step_size(cfg: CfgNode, processes: int | None = None) -> StepSize:
     """The step of a config; `processes` of a machine where others are started than NUM_GPUS says (torchrun)."""
     views = cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1
     processes = processes or max(cfg.NUM_GPUS, 1)
-    return Step(cfg.NUM_SHARDS, processes, cfg.TRAIN.BATCH_SIZE, views, cfg.TRAIN.MICRO_BATCH_SIZE)
+    return StepSize(cfg.NUM_SHARDS, processes, cfg.TRAIN.BATCH_SIZE, views, cfg.TRAIN.MICRO_BATCH_SIZE)
 
 
-def recipe_of(path: str | Path) -> CfgNode | None:
+def load_recipe(path: str | Path) -> CfgNode | None:
     """The YAML without overrides; None where there is none, or where it cannot be used without them."""
     if not path:
         return None
@@ -107,7 +107,7 @@ def rate_overrides(cfg: CfgNode, recipe: CfgNode, factor: float = 1.0) -> list[s
     return overrides
 
 
-def batch_overrides(step: Step, recipe: Step) -> list[str] | None:
+def batch_overrides(step: StepSize, recipe: StepSize) -> list[str] | None:
     """Overrides with which a step takes the recipe's samples, in forward passes no larger than the recipe's.
 
     Returns:
@@ -125,7 +125,7 @@ def batch_overrides(step: Step, recipe: Step) -> list[str] | None:
     return overrides
 
 
-def describe(cfg: CfgNode, step: Step, steps: int) -> str:
+def describe(cfg: CfgNode, step: StepSize, steps: int) -> str:
     """One line: samples a step, learning rate, warm-up, length. `steps` of an epoch."""
     kind = "process" if cfg.NUM_GPUS == 0 or cfg.DIST_BACKEND == "gloo" else "GPU"
     per_process = step.batch // step.processes
@@ -147,12 +147,12 @@ def describe(cfg: CfgNode, step: Step, steps: int) -> str:
     return f"{line}; {_count(cfg.SOLVER.MAX_EPOCH, 'epoch')} of {_count(steps, 'step')}"
 
 
-def compare(cfg: CfgNode, step: Step, recipe: CfgNode, name: str) -> Iterator[str]:
+def compare(cfg: CfgNode, step: StepSize, recipe: CfgNode, name: str) -> Iterator[str]:
     """Lines on where a run differs from its recipe, and on the overrides that keep it; none where nothing differs.
 
     A larger forward pass alone counts where nobody chose it: with TRAIN.MICRO_BATCH_SIZE 0.
     """
-    theirs = step_of(recipe)
+    theirs = step_size(recipe)
     rates = rate_overrides(cfg, recipe)
     differs = step.samples != theirs.samples
     if not (differs or rates or (step.forward > theirs.forward and not step.micro)):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from maskfeat.batch import Batch
-from maskfeat.data.loader import Batches
-from maskfeat.distributed.collectives import sum_over_ranks
-from maskfeat.engine.metrics_log import Window, eta
+from maskfeat.data.loader import BatchLoader
+from maskfeat.distributed.collectives import all_reduce_sum
+from maskfeat.engine.metrics_log import MetricWindow, format_eta
 from maskfeat.engine.parallelize import autocast
 from maskfeat.objectives.base import Objective
 
@@ -51,13 +51,13 @@ class _Pace:
         if now - self.said > _REPORT_SECONDS:
             self.said = now
             left = (now - self.started) / (step + 1) * (self.steps - step - 1)
-            logger.info("%s  step %d/%d  eta %s", self.what, step + 1, self.steps, eta(left))
+            logger.info("%s  step %d/%d  eta %s", self.what, step + 1, self.steps, format_eta(left))
 
 
 @torch.no_grad()
 @_uncompiled
 def validate(
-    objective: Objective, loader: Batches, device: torch.device, precision: str, proceed: Proceed = lambda _: None
+    objective: Objective, loader: BatchLoader, device: torch.device, precision: str, proceed: Proceed = lambda _: None
 ) -> dict[str, float]:
     """One pass over a validation set.
 
@@ -66,7 +66,7 @@ def validate(
         and of the objective's metrics.
     """
     objective.eval()
-    window = Window()
+    window = MetricWindow()
     pace = _Pace("validation", len(loader), proceed)
     for step, batch in enumerate(loader):
         batch = batch.to(device, non_blocking=True)
@@ -94,7 +94,7 @@ def in_top(scores: Tensor, label: Tensor, ks: Sequence[int]) -> dict[str, Tensor
 @_uncompiled
 def multi_view_test(
     objective: Objective,
-    loader: Batches,
+    loader: BatchLoader,
     labels: Sequence[int],
     device: torch.device,
     precision: str,
@@ -129,7 +129,7 @@ def multi_view_test(
         pace.step(step)
     if scores is None:  # a rank without a share
         scores = torch.zeros(len(labels), objective.num_classes, device=device)
-    scores, spoiled = sum_over_ranks(scores).cpu(), sum_over_ranks(spoiled).cpu()
+    scores, spoiled = all_reduce_sum(scores).cpu(), all_reduce_sum(spoiled).cpu()
     truth = torch.as_tensor(labels)
     hits = in_top(scores, truth, (1, 5))
     readable = spoiled == 0

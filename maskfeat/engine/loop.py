@@ -10,14 +10,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from maskfeat.batch import Batch
-from maskfeat.data.loader import Batches
-from maskfeat.distributed.collectives import sum_over_ranks
+from maskfeat.data.loader import BatchLoader
+from maskfeat.distributed.collectives import all_reduce_sum
 from maskfeat.distributed.world import World
-from maskfeat.engine.metrics_log import Logbook, Window, eta
-from maskfeat.engine.parallelize import autocast, exchanging
-from maskfeat.engine.rng import seed_draws
+from maskfeat.engine.metrics_log import MetricsLog, MetricWindow, format_eta
+from maskfeat.engine.parallelize import autocast, gradient_sync
+from maskfeat.engine.rng import seed_everything
 from maskfeat.objectives.base import Objective
-from maskfeat.optim.ema import LostInARow
+from maskfeat.optim.ema import SkippedStepCounter
 from maskfeat.optim.optimizers import clip_gradients
 from maskfeat.optim.schedule import set_lr
 
@@ -51,7 +51,7 @@ def optimisation_step(
     scaler: torch.amp.GradScaler,
     batch: Batch,
     settings: Settings,
-    window: Window,
+    window: MetricWindow,
     world: World,
 ) -> None:
     """One step on this rank's share of a batch, in micro-batches.
@@ -67,11 +67,11 @@ def optimisation_step(
     """
     parts = objective.prepare(batch).split(settings.micro_batch)
     weights = [objective.weight(part) for part in parts]
-    total = sum_over_ranks(torch.stack(weights).sum()).clamp(min=1)
+    total = all_reduce_sum(torch.stack(weights).sum()).clamp(min=1)
     optimizer.zero_grad(set_to_none=True)
     outputs = []
     for part, weight in zip(parts, weights, strict=True):
-        with exchanging(model, last=part is parts[-1]):
+        with gradient_sync(model, last=part is parts[-1]):
             with autocast(batch.clip.device, settings.precision):
                 out = model(part)
             scaler.scale(out.loss * (weight * world.size / total)).backward()
@@ -96,7 +96,9 @@ def optimisation_step(
 class Progress:
     """Times a run and writes its lines."""
 
-    def __init__(self, logbook: Logbook, steps: int, settings: Settings, done_before: int, lost: LostInARow) -> None:
+    def __init__(
+        self, logbook: MetricsLog, steps: int, settings: Settings, done_before: int, lost: SkippedStepCounter
+    ) -> None:
         self.logbook, self.steps, self.settings, self.lost = logbook, steps, settings, lost
         self.done, self.todo = 0, settings.max_epoch * steps - done_before
         self.started = time.perf_counter()
@@ -123,7 +125,7 @@ class Progress:
         """Whether a line is due: every LOG_PERIOD steps, over the borders of epochs, and after the last step."""
         return self.done - self.since_step >= self.settings.log_period or self.done == self.todo
 
-    def write(self, epoch: int, step: int, lr: float, window: Window, device: torch.device) -> None:
+    def write(self, epoch: int, step: int, lr: float, window: MetricWindow, device: torch.device) -> None:
         """Read the window and write its line.
 
         Raises:
@@ -141,7 +143,7 @@ class Progress:
             **values,
             "lr": lr,
             "samples_per_second": self.samples / spent,
-            "eta": eta(left),
+            "eta": format_eta(left),
         }
         if device.type == "cuda":
             stats["gpu_mem"] = f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f}G"
@@ -175,13 +177,13 @@ def train(
     objective: Objective,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
-    loader: Batches,
+    loader: BatchLoader,
     settings: Settings,
     *,
     start: tuple[int, int],
     device: torch.device,
     world: World,
-    logbook: Logbook,
+    logbook: MetricsLog,
     beat: Callable[[str], None],
     after_step: Callable[[int, int], None],
     after_epoch: Callable[[int], None],
@@ -193,8 +195,8 @@ def train(
     """
     steps = len(loader)
     first_epoch, first_step = start
-    progress = Progress(logbook, steps, settings, first_epoch * steps + first_step, LostInARow(optimizer))
-    window = Window()
+    progress = Progress(logbook, steps, settings, first_epoch * steps + first_step, SkippedStepCounter(optimizer))
+    window = MetricWindow()
     for epoch in range(first_epoch, settings.max_epoch):
         model.train()
         loader.set_epoch(epoch)
@@ -206,7 +208,7 @@ def train(
             beat(f"epoch {epoch + 1}, step {step + 1}")
             lr = settings.lr(epoch + step / steps)
             set_lr(optimizer, lr)
-            seed_draws(settings.seed, epoch * steps + step, world.rank)
+            seed_everything(settings.seed, epoch * steps + step, world.rank)
             batch = batch.to(device, non_blocking=True)
             optimisation_step(model, objective, optimizer, scaler, batch, settings, window, world)
             if progress.is_due:

@@ -12,7 +12,7 @@ import simplejson
 import torch
 from torch import Tensor
 
-from maskfeat.distributed.collectives import gather_from_ranks, number_of_ranks, sum_over_ranks
+from maskfeat.distributed.collectives import all_gather_object, all_reduce_sum, world_size
 from maskfeat.distributed.world import World
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def setup_logging(output_dir: str | Path, world: World) -> None:
         root.addHandler(file)
 
 
-class Window:
+class MetricWindow:
     """Sums of scalars on the device, read a few times an epoch: reading is what stops for the device.
 
     `add` takes means over `weight` terms, and counts; `read` gives the means over all ranks since the last read, and
@@ -68,7 +68,7 @@ class Window:
         """
         mine, self._sums = self._sums, None
         if uneven:
-            shares = gather_from_ranks((self._means, self._counts, None if mine is None else mine.tolist()))
+            shares = all_gather_object((self._means, self._counts, None if mine is None else mine.tolist()))
             filled = [share for share in shares if share[2] is not None]
             if not filled:
                 return {}
@@ -77,13 +77,13 @@ class Window:
         elif mine is None:
             return {}
         else:
-            means, counts, total = self._means, self._counts, sum_over_ranks(mine).tolist()
+            means, counts, total = self._means, self._counts, all_reduce_sum(mine).tolist()
         weight, rest = total[len(means)], total[len(means) + 1 :]
         values = {name: value / weight if weight else math.nan for name, value in zip(means, total, strict=False)}
-        return values | {name: value / number_of_ranks() for name, value in zip(counts, rest, strict=True)}
+        return values | {name: value / world_size() for name, value in zip(counts, rest, strict=True)}
 
 
-def eta(seconds: float) -> str:
+def format_eta(seconds: float) -> str:
     """Seconds as h:mm:ss (with days where it takes any)."""
     return str(datetime.timedelta(seconds=int(seconds)))
 
@@ -104,7 +104,7 @@ def read_json_stats(log: Path, kind: str) -> list[dict[str, Any]]:
     return [entry for entry in entries if entry["_type"] == kind]
 
 
-class Logbook:
+class MetricsLog:
     """One line for people and one `json_stats:` line for scripts, for every entry; TensorBoard beside them.
 
     Args:

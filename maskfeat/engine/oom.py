@@ -8,7 +8,7 @@ import traceback
 import torch
 from yacs.config import CfgNode
 
-from maskfeat.engine.batch_arithmetic import Step, step_of
+from maskfeat.engine.batch_arithmetic import StepSize, step_size
 
 _QUOTED = 400  # characters of the original message
 _DEVICE = re.compile(r"out of memory|ALLOC_FAILED", re.I)
@@ -64,7 +64,7 @@ def _quoted(texts: list[str]) -> str:
     return line if len(line) <= _QUOTED else f"{line[:_QUOTED]} ..."
 
 
-def _compute(cfg: CfgNode, step: Step) -> list[str]:
+def _compute(cfg: CfgNode, step: StepSize) -> list[str]:
     """Keys that make a training step smaller, those that change no number first; none that is set already."""
     tries = []
     recomputes = cfg.MODEL.ACT_CHECKPOINT
@@ -87,7 +87,7 @@ def _workers(cfg: CfgNode, none: bool) -> list[str]:
     return [f"DATA_LOADER.NUM_WORKERS {0 if none else now // 2} (now {now}, never more than there are cores)"]
 
 
-def explain(error: BaseException, cfg: CfgNode, processes: int | None = None) -> str | None:
+def explain_oom(error: BaseException, cfg: CfgNode, processes: int | None = None) -> str | None:
     """One line on an error that means that memory ran out; None for any other error.
 
     Args:
@@ -99,7 +99,7 @@ def explain(error: BaseException, cfg: CfgNode, processes: int | None = None) ->
     kind = _kind(error, "\n".join(texts))
     if kind is None:
         return None
-    step = step_of(cfg, processes)
+    step = step_size(cfg, processes)
     if cfg.TRAIN.ENABLE:
         batch = f"{step.forward} samples at once in each process (TRAIN.BATCH_SIZE {step.batch} over {step.processes})"
         tries = _compute(cfg, step)

@@ -25,7 +25,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
-def checkpoint_activations(objective: Objective, light: bool = False) -> None:
+def apply_activation_checkpointing(objective: Objective, light: bool = False) -> None:
     """Compute activations again in the backward pass rather than keep them (Chen et al., 2016): less memory, the same
     numbers. Parameter names stay as they are.
 
@@ -42,11 +42,11 @@ def checkpoint_activations(objective: Objective, light: bool = False) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def compile_parts(objective: Objective, device: torch.device) -> None:
+def apply_compile(objective: Objective, device: torch.device) -> None:
     """torch.compile each block of the backbone by itself, and what objectives name in `compilable`.
 
     Blocks of one shape share what is compiled; parameter names stay as they are. To be called after
-    `checkpoint_activations`.
+    `apply_activation_checkpointing`.
 
     Raises:
         ValueError: where this machine lacks the compiler.
@@ -68,13 +68,13 @@ def compile_parts(objective: Objective, device: torch.device) -> None:
             setattr(module, name, torch.compile(getattr(module, name)))
 
 
-def shard(objective: Objective, world: World, device: torch.device) -> None:
+def apply_fsdp(objective: Objective, world: World, device: torch.device) -> None:
     """Cut parameters, gradients and optimizer state into as many pieces as there are ranks (FSDP2; Zhao et al., VLDB
     2023), in place. Each block of the backbone is put together for its forward and its backward pass only, the rest for
     the whole step. Numbers are those of DistributedDataParallel: parameters and sums are float32.
 
-    To be called after `checkpoint_activations` and `compile_parts`, and before the optimizer is made, whose parameters
-    are the pieces. One process keeps the whole.
+    Call it after `apply_activation_checkpointing` and `apply_compile`, and before the optimizer is made, whose
+    parameters are the pieces. One process keeps the whole.
 
     Args:
         objective: on the CPU or on `device`, the same on every rank; from the CPU no more than one block at a time lies
@@ -88,7 +88,7 @@ def shard(objective: Objective, world: World, device: torch.device) -> None:
         fully_shard(part, mesh=mesh)
 
 
-def distribute(objective: nn.Module, world: World, static: bool = False) -> nn.Module:
+def apply_ddp(objective: nn.Module, world: World, static: bool = False) -> nn.Module:
     """The objective for several processes: gradients are averaged over ranks. A sharded one is so already.
 
     Args:
@@ -101,7 +101,7 @@ def distribute(objective: nn.Module, world: World, static: bool = False) -> nn.M
 
 
 @contextmanager
-def exchanging(model: nn.Module, last: bool) -> Iterator[None]:
+def gradient_sync(model: nn.Module, last: bool) -> Iterator[None]:
     """Ranks exchange gradients once a step, in the backward pass of its last micro-batch; until then each adds up its
     own (of a sharded model, too, a rank holds whole gradients for so long).
     """

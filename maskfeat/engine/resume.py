@@ -14,17 +14,17 @@ from maskfeat.checkpoint.files import (
     AVERAGE,
     SHARDED,
     Position,
-    checked_checkpoint,
-    given_or_last,
-    last_checkpoint,
+    given_or_latest_checkpoint,
+    latest_checkpoint,
     open_checkpoint,
+    read_verified_checkpoint,
 )
 from maskfeat.checkpoint.reading import model_state, trained_model
 from maskfeat.checkpoint.sharded import load_training
 from maskfeat.checkpoint.weights import LoadReport, clean_names
-from maskfeat.distributed.collectives import on_first_rank
+from maskfeat.distributed.collectives import run_on_main
 from maskfeat.objectives.base import Objective
-from maskfeat.optim.ema import WeightAverage
+from maskfeat.optim.ema import ModelEma
 from maskfeat.optim.optimizers import load_optimizer_state
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class TrainingState:
     objective: Objective
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
-    average: WeightAverage | None = None
+    average: ModelEma | None = None
 
 
 def _load_weights(
@@ -111,7 +111,11 @@ class Start:
             if training.scaler.is_enabled() and "scaler_state" in content:
                 training.scaler.load_state_dict(content["scaler_state"])
             if training.average is not None:
-                training.average.begin_with(content.get(AVERAGE))
+                average = content.get(AVERAGE)
+                training.average.objective.load_released_state(
+                    training.objective.released_state() if average is None else average
+                )
+                training.average.resume()
             position = Position(int(content["epoch"]) + 1, int(content.get("step", 0)))
         except KeyError as error:
             raise ValueError(
@@ -149,7 +153,7 @@ def find_start(cfg: CfgNode) -> Start:
     objective wrote it, everything otherwise.
     """
     name = cfg.MODEL.MODEL_NAME
-    found = on_first_rank(lambda: last_checkpoint(cfg.OUTPUT_DIR, cfg.TASK, name))
+    found = run_on_main(lambda: latest_checkpoint(cfg.OUTPUT_DIR, cfg.TASK, name))
     if found is not None:
         if cfg.TRAIN.AUTO_RESUME:
             return Start(found, open_checkpoint(found), resumes=True)
@@ -157,7 +161,7 @@ def find_start(cfg: CfgNode) -> Start:
     given = cfg.TRAIN.CHECKPOINT_FILE_PATH
     if not given:
         return Start()
-    content = checked_checkpoint(given)
+    content = read_verified_checkpoint(given)
     averaged = cfg.TRAIN.CHECKPOINT_AVERAGE
     if averaged and AVERAGE not in content:
         raise ValueError(f"{given} has no average of the weights ({AVERAGE}): set TRAIN.CHECKPOINT_AVERAGE False")
@@ -171,9 +175,9 @@ def load_for_testing(cfg: CfgNode, device: torch.device) -> dict[str, Objective]
     Returns:
         objectives on `device`: "" = the weights, and with TRAIN.EMA "ema" = their average, where the file has one.
     """
-    found = given_or_last(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
+    found = given_or_latest_checkpoint(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
     if found is None and cfg.TRAIN.CHECKPOINT_FILE_PATH:
-        found = cfg.TRAIN.CHECKPOINT_FILE_PATH, checked_checkpoint(cfg.TRAIN.CHECKPOINT_FILE_PATH)
+        found = cfg.TRAIN.CHECKPOINT_FILE_PATH, read_verified_checkpoint(cfg.TRAIN.CHECKPOINT_FILE_PATH)
     if found is None:
         raise ValueError(
             f"nothing to test: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this run, and neither "

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-def seed_draws(*key: int) -> None:
+def seed_everything(*key: int) -> None:
     """Seed the global generators of Python, numpy and torch (all devices) by a key such as (seed, step, rank).
 
     Called at every step, so that a resumed run draws what an uninterrupted one draws.

@@ -12,17 +12,17 @@ from yacs.config import CfgNode
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.data.bad_samples import TooManyBadSamples
-from maskfeat.data.loader import Batches
-from maskfeat.distributed.collectives import is_of_collective, join, leave
-from maskfeat.distributed.hang_watchdog import Watch
-from maskfeat.distributed.launch import check_devices, find_started, launch
+from maskfeat.data.loader import BatchLoader
+from maskfeat.distributed.collectives import destroy_process_group, init_process_group, is_collective_error
+from maskfeat.distributed.hang_watchdog import HangWatchdog
+from maskfeat.distributed.launch import check_devices, launch, read_launch_environment
 from maskfeat.distributed.preemption import PREEMPTED, Preempted, StopRequest
 from maskfeat.distributed.world import World, choose_device
 from maskfeat.engine.evaluate import multi_view_test
-from maskfeat.engine.metrics_log import Logbook, setup_logging
-from maskfeat.engine.oom import explain as out_of_memory
+from maskfeat.engine.metrics_log import MetricsLog, setup_logging
+from maskfeat.engine.oom import explain_oom as out_of_memory
 from maskfeat.engine.resume import load_for_testing
-from maskfeat.engine.trainer import Given, precision_of, run_training
+from maskfeat.engine.trainer import CommandLine, precision_of, run_training
 from maskfeat.objectives.base import Objective
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 EXPECTED = (ValueError, TooManyBadSamples, FloatingPointError, OSError)
 
 
-def _test_loaders(cfg: CfgNode, world: World, device: torch.device) -> dict[str, Batches]:
+def _test_loaders(cfg: CfgNode, world: World, device: torch.device) -> dict[str, BatchLoader]:
     """A loader for each number of views, by its name: TEST.NUM_TEMPORAL_CLIPS (or TEST.NUM_ENSEMBLE_VIEWS) x crops."""
     if cfg.TEST.DATASET.lower() == "imagenet":
         return {"1x1": build_loader(cfg, "test", world, device=device)}
@@ -48,12 +48,12 @@ def _results_path(cfg: CfgNode, what: str) -> Path:
 
 def run_testing(
     cfg: CfgNode,
-    loaders: Mapping[str, Batches],
+    loaders: Mapping[str, BatchLoader],
     world: World,
     device: torch.device,
-    logbook: Logbook,
+    logbook: MetricsLog,
     objective: Objective,
-    watch: Watch,
+    watch: HangWatchdog,
     name: str = "",
 ) -> None:
     """Multi-view testing with each of `loaders`; `name` "ema" for averaged weights."""
@@ -77,9 +77,11 @@ def run_testing(
         logbook.write(f"test_final{suffix}", line, stats, number)
 
 
-def _work(world: World, cfg: CfgNode, given: Given, device: torch.device, watch: Watch, stop: StopRequest) -> None:
+def _work(
+    world: World, cfg: CfgNode, given: CommandLine, device: torch.device, watch: HangWatchdog, stop: StopRequest
+) -> None:
     folder = Path(cfg.OUTPUT_DIR) / cfg.TENSORBOARD.LOG_DIR if cfg.TENSORBOARD.ENABLE else None
-    logbook = Logbook(world, folder)
+    logbook = MetricsLog(world, folder)
     try:
         # The test's data is looked for before training, not after it.
         loaders = _test_loaders(cfg, world, device) if cfg.TEST.ENABLE else {}
@@ -98,19 +100,19 @@ def _patience(cfg: CfgNode) -> timedelta:
     return timedelta(minutes=cfg.HANG_MINUTES + 5) if cfg.HANG_MINUTES else timedelta(days=1)
 
 
-def work(world: World, init_method: str, cfg: CfgNode, given: Given) -> int:
+def work(world: World, init_method: str, cfg: CfgNode, given: CommandLine) -> int:
     """What every process does; its exit code. What all ranks meet alike is said once."""
     stop, watch = StopRequest(), None
     try:
         setup_logging(cfg.OUTPUT_DIR, world)
         with stop.listening():
             device = choose_device(cfg.NUM_GPUS, world.local_rank)
-            store = join(world, cfg.DIST_BACKEND, device, init_method, _patience(cfg))
-            watch = Watch(world, store, 60 * cfg.HANG_MINUTES, stop)
+            store = init_process_group(world, cfg.DIST_BACKEND, device, init_method, _patience(cfg))
+            watch = HangWatchdog(world, store, 60 * cfg.HANG_MINUTES, stop)
             _work(world, cfg, given, device, watch, stop)
-            leave()
+            destroy_process_group()
     except Preempted as asked:
-        leave()
+        destroy_process_group()
         return _stopped(str(asked), world)
     except (*EXPECTED, RuntimeError, MemoryError, EOFError) as error:
         code = _explained(error, cfg, world, watch, stop)
@@ -123,7 +125,9 @@ def work(world: World, init_method: str, cfg: CfgNode, given: Given) -> int:
     return 0
 
 
-def _explained(error: Exception, cfg: CfgNode, world: World, watch: Watch | None, stop: StopRequest) -> int | None:
+def _explained(
+    error: Exception, cfg: CfgNode, world: World, watch: HangWatchdog | None, stop: StopRequest
+) -> int | None:
     """Say in words what ended a process; the exit code, or None where its traceback says more."""
     memory = None if isinstance(error, TooManyBadSamples) else out_of_memory(error, cfg, world.local_size)
     if memory is not None or isinstance(error, EXPECTED):
@@ -132,7 +136,7 @@ def _explained(error: Exception, cfg: CfgNode, world: World, watch: Watch | None
         return 2
     if stop and world.size > 1:  # the others have left, in the middle of something that needs no saving
         return _stopped(stop.reason, world)
-    gone = watch.gone(1.0) if watch is not None and is_of_collective(error) else ""
+    gone = watch.gone(1.0) if watch is not None and is_collective_error(error) else ""
     if not gone:
         return None
     logger.error("error: gone, or cut off from this process (rank %d): %s: %s", world.rank, gone, error)
@@ -172,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     say = logging.getLogger("maskfeat").error
     try:
-        started = find_started()
+        started = read_launch_environment()
         cfg = load_config(args.cfg, opts, started.numbers() if started else {})
         if not (cfg.TRAIN.ENABLE or cfg.TEST.ENABLE):
             raise ValueError("TRAIN.ENABLE and TEST.ENABLE are both False: there is nothing to do, set one of them")
@@ -180,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _make_folder(cfg.OUTPUT_DIR)
         return launch(
             work,
-            (cfg, Given(args.cfg, tuple(opts))),
+            (cfg, CommandLine(args.cfg, tuple(opts))),
             processes=cfg.NUM_GPUS,
             num_shards=cfg.NUM_SHARDS,
             shard_id=cfg.SHARD_ID,

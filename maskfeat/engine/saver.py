@@ -18,8 +18,8 @@ from maskfeat.checkpoint.files import (
 )
 from maskfeat.checkpoint.sharded import SaveHandle, save_sharded, training_tensors
 from maskfeat.config import dump_config
-from maskfeat.distributed.collectives import another_cpu_group, on_first_rank
-from maskfeat.distributed.fsdp import gathered_optimizer_state, gathered_state
+from maskfeat.distributed.collectives import new_cpu_group, run_on_main
+from maskfeat.distributed.fsdp import full_optimizer_state_dict, full_state_dict
 from maskfeat.distributed.world import World
 from maskfeat.engine.resume import TrainingState
 
@@ -42,7 +42,7 @@ class Saver:
         self._saved, self._at = start, time.monotonic()
         self._sharded = cfg.TRAIN.CHECKPOINT_FORMAT == "sharded"
         self._suffix = SHARDED if self._sharded else WHOLE
-        self._group = another_cpu_group() if self._sharded else None
+        self._group = new_cpu_group() if self._sharded else None
         self._under_way: tuple[Position, SaveHandle] | None = None
 
     @property
@@ -96,7 +96,7 @@ class Saver:
             self._under_way = position, save_sharded(self._path(position), tensors, plain, self._group)
             return
         content = {**self._gathered(), **plain}
-        on_first_rank(lambda: save_checkpoint(self._path(position), content))
+        run_on_main(lambda: save_checkpoint(self._path(position), content))
         self._end(position)
 
     def finish(self) -> None:
@@ -121,9 +121,9 @@ class Saver:
         """What training changes; on other ranks than the first only a part of it."""
         training, keep = self._training, self._world.is_main
         content: dict[str, Any] = {
-            "model_state": gathered_state(training.objective.released_state(), keep),
-            "optimizer_state": gathered_optimizer_state(training.optimizer, keep),
+            "model_state": full_state_dict(training.objective.released_state(), keep),
+            "optimizer_state": full_optimizer_state_dict(training.optimizer, keep),
         }
         if training.average is not None:
-            content[AVERAGE] = gathered_state(training.average.objective.released_state(), keep)
+            content[AVERAGE] = full_state_dict(training.average.objective.released_state(), keep)
         return content

@@ -11,30 +11,30 @@ from yacs.config import CfgNode
 from maskfeat.build import build_backbone, build_loader, build_objective, build_optimizer
 from maskfeat.checkpoint.files import Position
 from maskfeat.config import save_config
-from maskfeat.data.loader import Batches
-from maskfeat.distributed.collectives import Agreement, on_first_rank, share_buffers
-from maskfeat.distributed.fsdp import gathered_copy
-from maskfeat.distributed.hang_watchdog import Watch
+from maskfeat.data.loader import BatchLoader
+from maskfeat.distributed.collectives import FlagExchange, broadcast_buffers, run_on_main
+from maskfeat.distributed.fsdp import gather_into
+from maskfeat.distributed.hang_watchdog import HangWatchdog
 from maskfeat.distributed.preemption import Preempted, StopRequest
 from maskfeat.distributed.world import World
-from maskfeat.engine.batch_arithmetic import compare, describe, recipe_of, step_of
+from maskfeat.engine.batch_arithmetic import compare, describe, load_recipe, step_size
 from maskfeat.engine.evaluate import validate
 from maskfeat.engine.flops import multiply_adds
 from maskfeat.engine.loop import Settings, train
-from maskfeat.engine.metrics_log import Logbook, read_json_stats
-from maskfeat.engine.parallelize import checkpoint_activations, compile_parts, distribute, shard
+from maskfeat.engine.metrics_log import MetricsLog, read_json_stats
+from maskfeat.engine.parallelize import apply_activation_checkpointing, apply_compile, apply_ddp, apply_fsdp
 from maskfeat.engine.resume import TrainingState, find_start
-from maskfeat.engine.rng import seed_draws
+from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.saver import Saver
 from maskfeat.objectives.base import Objective
-from maskfeat.optim.ema import WeightAverage, protect_statistics
+from maskfeat.optim.ema import ModelEma, restore_statistics_of_skipped_steps
 from maskfeat.optim.schedule import lr_at_epoch
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Given:
+class CommandLine:
     """The command line of a run: the YAML's path and the overrides."""
 
     path: str
@@ -56,7 +56,9 @@ def _is_due(cfg: CfgNode, objective: Objective, epoch: int) -> bool:
     return (epoch + 1) % period == 0 or (epoch + 1 == last and (objective.classifies or period <= last))
 
 
-def _announce(cfg: CfgNode, given: Given, objective: Objective, device: torch.device, world: World, steps: int) -> None:
+def _announce(
+    cfg: CfgNode, given: CommandLine, objective: Objective, device: torch.device, world: World, steps: int
+) -> None:
     count = sum(p.numel() for p in objective.parameters())
     if cfg.LOG_MODEL_INFO:
         with torch.device("meta"):
@@ -70,7 +72,7 @@ def _announce(cfg: CfgNode, given: Given, objective: Objective, device: torch.de
         torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         {"off": "fp32"}.get(precision_of(cfg), precision_of(cfg)),
     )
-    step, recipe = step_of(cfg, world.local_size), recipe_of(given.path)
+    step, recipe = step_size(cfg, world.local_size), load_recipe(given.path)
     differences = () if recipe is None else compare(cfg, step, recipe, Path(given.path).name)
     for line in (describe(cfg, step, steps), *differences):
         logger.info(line)
@@ -83,13 +85,13 @@ def training_state(
     objective = objective or build_objective(cfg)
     if cfg.TRAIN.PARALLEL == "fsdp":  # before the optimizer, whose parameters are the pieces
         _transform(cfg, objective, device)
-        shard(objective, world or World(), device)
+        apply_fsdp(objective, world or World(), device)
     else:
         objective.to(device)
     optimizer = build_optimizer(cfg, objective)
     scaler = torch.amp.GradScaler(device.type, enabled=precision_of(cfg) == "fp16")
-    protect_statistics(objective, optimizer)
-    average = WeightAverage(objective, optimizer, cfg.TRAIN.EMA) if cfg.TRAIN.EMA else None
+    restore_statistics_of_skipped_steps(objective, optimizer)
+    average = ModelEma(objective, optimizer, cfg.TRAIN.EMA) if cfg.TRAIN.EMA else None
     if cfg.TRAIN.PARALLEL != "fsdp":  # after the average, which copies the objective
         _transform(cfg, objective, device)
     return TrainingState(objective, optimizer, scaler, average)
@@ -97,9 +99,9 @@ def training_state(
 
 def _transform(cfg: CfgNode, objective: Objective, device: torch.device) -> None:
     if cfg.MODEL.ACT_CHECKPOINT:
-        checkpoint_activations(objective, light=cfg.MODEL.ACT_CHECKPOINT == "light")
+        apply_activation_checkpointing(objective, light=cfg.MODEL.ACT_CHECKPOINT == "light")
     if cfg.TRAIN.COMPILE:
-        compile_parts(objective, device)
+        apply_compile(objective, device)
 
 
 def settings_of(cfg: CfgNode) -> Settings:
@@ -120,11 +122,11 @@ def settings_of(cfg: CfgNode) -> Settings:
 def _trained(cfg: CfgNode, training: TrainingState, device: torch.device) -> dict[str, Objective]:
     """What is evaluated, the same on every rank: "" = the weights, "ema" = their average, where there is one."""
     if cfg.TRAIN.PARALLEL == "fsdp":
-        return {"": gathered_copy(training.objective, build_objective(cfg).to(device))}
+        return {"": gather_into(training.objective, build_objective(cfg).to(device))}
     average = {} if training.average is None else {"ema": training.average.objective}
     objectives = {"": training.objective, **average}
     for objective in objectives.values():
-        share_buffers(objective)
+        broadcast_buffers(objective)
     return objectives
 
 
@@ -140,7 +142,7 @@ class _Checks:
         self,
         cfg: CfgNode,
         saver: Saver,
-        watch: Watch,
+        watch: HangWatchdog,
         stop: StopRequest,
         steps: int,
         due: Collection[int],
@@ -148,7 +150,7 @@ class _Checks:
     ) -> None:
         self._cfg, self._saver, self._watch, self._stop = cfg, saver, watch, stop
         self._steps, self._due, self._validates = steps, due, validates
-        self._agreement = Agreement()
+        self._agreement = FlagExchange()
 
     def after_step(self, epoch: int, step: int) -> None:
         """Save where that is due or the run is to stop; every rank finds the same.
@@ -177,14 +179,20 @@ class _Checks:
 
 
 def run_training(
-    cfg: CfgNode, given: Given, world: World, device: torch.device, logbook: Logbook, watch: Watch, stop: StopRequest
+    cfg: CfgNode,
+    given: CommandLine,
+    world: World,
+    device: torch.device,
+    logbook: MetricsLog,
+    watch: HangWatchdog,
+    stop: StopRequest,
 ) -> dict[str, Objective]:
     """Train as configured; returns the trained objectives, on `device`, as `_trained` names them.
 
     Raises:
         Preempted: where `stop` was asked for, once the state is saved.
     """
-    seed_draws(cfg.RNG_SEED)
+    seed_everything(cfg.RNG_SEED)
     objective = build_objective(cfg)
     loader = build_loader(cfg, "train", world, device=device)
     _announce(cfg, given, objective, device, world, len(loader))
@@ -199,7 +207,7 @@ def run_training(
     if world.is_main:
         # Not earlier: a run that is refused leaves the folder of another one as it was.
         save_config(given.path, given.opts, cfg, cfg.OUTPUT_DIR)
-    model = distribute(objective, world, static=not cfg.TRAIN.MICRO_BATCH_SIZE)
+    model = apply_ddp(objective, world, static=not cfg.TRAIN.MICRO_BATCH_SIZE)
     saver = Saver(cfg, training, world, samples_per_step, position)
 
     def validates(epoch: int) -> None:
@@ -236,17 +244,17 @@ def run_training(
 def _validated(cfg: CfgNode, epochs: int) -> bool:
     """Whether the run's log has the validation after so many epochs; the same on every rank."""
     name, log = f"{epochs}/{cfg.SOLVER.MAX_EPOCH}", Path(cfg.OUTPUT_DIR) / "stdout.log"
-    return on_first_rank(lambda: any(entry["epoch"] == name for entry in read_json_stats(log, "val_epoch")))
+    return run_on_main(lambda: any(entry["epoch"] == name for entry in read_json_stats(log, "val_epoch")))
 
 
 def _validate(
     cfg: CfgNode,
     objectives: Mapping[str, Objective],
-    loader: Batches,
+    loader: BatchLoader,
     device: torch.device,
-    logbook: Logbook,
+    logbook: MetricsLog,
     epoch: int,
-    watch: Watch,
+    watch: HangWatchdog,
 ) -> None:
     values = {}
     for name, objective in objectives.items():

@@ -6,14 +6,14 @@ to read it.
 """
 
 import copy
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from maskfeat.objectives.base import Objective
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def _lost(optimizer: Optimizer) -> Tensor | None:
@@ -22,7 +22,7 @@ def _lost(optimizer: Optimizer) -> Tensor | None:
     return None if found is None else found.reshape(())
 
 
-class LostInARow:
+class SkippedStepCounter:
     """Counts, on the device, how many steps in a row were skipped.
 
     Args:
@@ -55,7 +55,7 @@ class LostInARow:
         return longest, tried - ended + longest - 1
 
 
-def protect_statistics(objective: nn.Module, optimizer: Optimizer) -> None:
+def restore_statistics_of_skipped_steps(objective: nn.Module, optimizer: Optimizer) -> None:
     """Where a step is skipped, put the running statistics of batch norms back as they were before its forward pass.
 
     One batch with an infinity in it would otherwise spoil every later evaluation.
@@ -86,7 +86,7 @@ def protect_statistics(objective: nn.Module, optimizer: Optimizer) -> None:
     optimizer.register_step_post_hook(restore)
 
 
-class WeightAverage:
+class ModelEma(Generic[Module]):
     """Exponential moving average of an objective's parameters and buffers, taken after every step that is made.
 
     Then the average becomes decay x itself + (1 - decay) x the weights; the first step's weights begin it. Whole
@@ -101,16 +101,16 @@ class WeightAverage:
         objective: the objective with averaged weights, in evaluation mode.
     """
 
-    def __init__(self, objective: Objective, optimizer: Optimizer, decay: float) -> None:
+    def __init__(self, objective: Module, optimizer: Optimizer, decay: float) -> None:
         self.objective = copy.deepcopy(objective).eval().requires_grad_(False)
-        self._source, self._decay = objective, decay
+        self._decay = decay
         self._mine, self._my_counts = self._values(self.objective)
         self._theirs, self._their_counts = self._values(objective)
         self._begun = torch.zeros((), device=self._mine[0].device)  # 1 as soon as there is an average
         optimizer.register_step_post_hook(self._follow)
 
     @staticmethod
-    def _values(objective: Objective) -> tuple[list[Tensor], list[Tensor]]:
+    def _values(objective: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters and buffers: those to average, and whole numbers."""
         values: list[Tensor] = [*objective.parameters(), *objective.buffers()]
         return [v for v in values if v.is_floating_point()], [v for v in values if not v.is_floating_point()]
@@ -127,7 +127,6 @@ class WeightAverage:
         for mine, theirs in zip(self._my_counts, self._their_counts, strict=True):
             mine.copy_(theirs)
 
-    def begin_with(self, state: "dict[str, Tensor] | None") -> None:
-        """Go on from an average with released names; None = start with the objective's own weights."""
-        self.objective.load_released_state(self._source.released_state() if state is None else state)
+    def resume(self) -> None:
+        """Go on from the average that `objective` now holds, rather than begin with the weights of the next step."""
         self._begun.fill_(1.0)

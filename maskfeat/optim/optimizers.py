@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from maskfeat.distributed.fsdp import like, norm_over_ranks, piece_of
+from maskfeat.distributed.fsdp import global_norm, local_shard, shard_like
 
 
 def _begin_momentum_at_zero(optimizer: Optimizer) -> None:
@@ -85,7 +85,7 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     }
     cut = {
         number: {
-            name: like(value, numbered.get(number)) if torch.is_tensor(value) else value
+            name: shard_like(value, numbered.get(number)) if torch.is_tensor(value) else value
             for name, value in slots.items()
         }
         for number, slots in state["state"].items()
@@ -97,7 +97,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, m
     """Clip in place; the total L2 norm before clipping, a scalar on the parameters' device, the same on every rank."""
     with_grad = [p for p in parameters if p.grad is not None]
     grads = [p.grad for p in with_grad if p.grad is not None]
-    norm = norm_over_ranks(torch.nn.utils.get_total_norm([piece_of(grad) for grad in grads]), grads)
+    norm = global_norm(torch.nn.utils.get_total_norm([local_shard(grad) for grad in grads]), grads)
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
     elif max_value:

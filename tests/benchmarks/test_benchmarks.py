@@ -14,8 +14,8 @@ from benchmarks.cases import MVIT_S, VIT_B, Options, random_batch
 from benchmarks.cli import main
 from benchmarks.compute import maskfeat_objective, uncertain_cells
 from benchmarks.measure import Seconds, in_turn, peak_mib
-from benchmarks.reference_hog import textbook_hog, textbook_targets
-from benchmarks.reference_step import textbook_loss, textbook_optimizer, textbook_step
+from benchmarks.reference_hog import reference_hog, reference_targets
+from benchmarks.reference_step import reference_loss, reference_optimizer, reference_step
 from benchmarks.report import aligned
 from maskfeat.batch import Batch
 from maskfeat.build import build_optimizer
@@ -27,7 +27,7 @@ from tests.small import MFM_PT, MFM_RECIPES, MVIT_PT, RECIPES, VIT_PT
 
 CPU = torch.device("cpu")
 ROW_KEYS = {
-    "what", "textbook_s", "ours_s", "textbook_wall_s", "ours_wall_s", "ratio", "textbook_mib", "ours_mib",
+    "what", "reference_s", "ours_s", "reference_wall_s", "ours_wall_s", "ratio", "reference_mib", "ours_mib",
     "memory_ratio", "asked", "note",
 }  # fmt: skip
 MACHINE_KEYS = {"cpu", "cores", "gpu", "torch", "threads", "commit"}
@@ -53,8 +53,8 @@ def measured(tmp_path: Path, what: str, cfg: str, *arguments: str) -> dict:
     assert found["machine"].keys() == MACHINE_KEYS
     for row in found["rows"]:
         assert row.keys() == ROW_KEYS
-        assert row["textbook_s"] > 0 and row["ours_s"] > 0
-        assert row["ratio"] == pytest.approx(row["textbook_s"] / row["ours_s"])
+        assert row["reference_s"] > 0 and row["ours_s"] > 0
+        assert row["ratio"] == pytest.approx(row["reference_s"] / row["ours_s"])
     return found
 
 
@@ -69,7 +69,7 @@ def measured(tmp_path: Path, what: str, cfg: str, *arguments: str) -> dict:
 )
 def test_computations(tmp_path: Path, what: str, cfg: str, caplog: pytest.LogCaptureFixture) -> None:
     (row,) = measured(tmp_path, what, cfg)["rows"]
-    assert row["textbook_mib"] > 0 and row["ours_mib"] > 0
+    assert row["reference_mib"] > 0 and row["ours_mib"] > 0
     assert row["what"] in caplog.text and "checked before" in caplog.text
 
 
@@ -146,8 +146,8 @@ def test_wrong_attention_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_wrong_pixels_are_refused(monkeypatch: pytest.MonkeyPatch, image_data: Path) -> None:
-    right = reading.textbook_image
-    monkeypatch.setattr(reading, "textbook_image", lambda *given: right(*given) + 0.01)
+    right = reading.reference_image
+    monkeypatch.setattr(reading, "reference_image", lambda *given: right(*given) + 0.01)
     assert refused("images", VIT_FILE, "--data", str(image_data))
 
 
@@ -175,15 +175,15 @@ def test_help_says_how(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(what in said for what in ("hog", "attention", "step", "images", "video", "decode", "all", "examples"))
 
 
-# The textbook forms themselves.
+# The reference forms themselves.
 
 
-def test_textbook_hog_is_ours_where_no_bin_hangs_on_rounding() -> None:
+def test_reference_hog_is_ours_where_no_bin_hangs_on_rounding() -> None:
     images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
     for window in (0, 16):
-        torch.testing.assert_close(textbook_hog(images, window=window), hog(images, window=window))
+        torch.testing.assert_close(reference_hog(images, window=window), hog(images, window=window))
     hidden = torch.rand(2, 2, 3) < 0.5
-    assert textbook_targets(images, hidden).shape == (int(hidden.sum()), 108)
+    assert reference_targets(images, hidden).shape == (int(hidden.sum()), 108)
 
 
 def test_uncertain_cells_are_those_of_ties() -> None:
@@ -194,14 +194,14 @@ def test_uncertain_cells_are_those_of_ties() -> None:
 
 
 @pytest.mark.parametrize(("default", "small"), [(VIT_B, VIT_PT), (MVIT_S, MVIT_PT)])
-def test_textbook_step_learns_the_same(default: str, small: list[str]) -> None:
+def test_reference_step_learns_the_same(default: str, small: list[str]) -> None:
     """Loss of three steps in a row: groups, rates and clipping of the plain optimizer are those of ours."""
     cfg = Options(CPU, opts=(*small, "TRAIN.BATCH_SIZE", "2")).recipe(default, 2)
     objective, plain = maskfeat_objective(cfg), maskfeat_objective(cfg)
     plain.load_state_dict(objective.state_dict())
     batch = random_batch(cfg, CPU)
     optimizer = build_optimizer(cfg, objective)
-    theirs = textbook_optimizer(optimizer, plain, objective)
+    theirs = reference_optimizer(optimizer, plain, objective)
     assert [len(group["params"]) for group in theirs.param_groups] == [
         len(group["params"]) for group in optimizer.param_groups
     ]
@@ -211,8 +211,8 @@ def test_textbook_step_learns_the_same(default: str, small: list[str]) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 0.02)
         optimizer.step()
-        assert textbook_step(plain, theirs, batch, 0.02).item() == pytest.approx(loss.item(), rel=1e-5)
-    assert textbook_loss(plain, batch).item() < loss.item()
+        assert reference_step(plain, theirs, batch, 0.02).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert reference_loss(plain, batch).item() < loss.item()
 
 
 def test_hidden_target_is_what_the_objective_compares_with() -> None:

@@ -16,11 +16,11 @@ from yacs.config import CfgNode
 from maskfeat.checkpoint import files as checkpoint
 from maskfeat.checkpoint.files import (
     Position,
-    checked_checkpoint,
     checkpoint_path,
     find_checkpoints,
-    last_checkpoint,
+    latest_checkpoint,
     prune_checkpoints,
+    read_verified_checkpoint,
     save_checkpoint,
     verify_checkpoint,
 )
@@ -65,12 +65,12 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_other_models_are_not_resumed(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path, "", "MViT") is None
+    assert latest_checkpoint(tmp_path, "", "MViT") is None
     save_checkpoint(checkpoint_path(tmp_path, "", Position(4)), CONTENT)
-    assert last_checkpoint(tmp_path, "", "MViT") == checkpoint_path(tmp_path, "", Position(4))
-    assert last_checkpoint(tmp_path, "ssl", "MaskMViT") is None
+    assert latest_checkpoint(tmp_path, "", "MViT") == checkpoint_path(tmp_path, "", Position(4))
+    assert latest_checkpoint(tmp_path, "ssl", "MaskMViT") is None
     with pytest.raises(ValueError, match="OUTPUT_DIR or a TASK"):
-        last_checkpoint(tmp_path, "", "MaskMViT")
+        latest_checkpoint(tmp_path, "", "MaskMViT")
 
 
 def test_failed_write_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,16 +198,16 @@ def test_damaged_ones_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureF
     for path in paths:
         save_checkpoint(path, CONTENT)
     flip_bit(paths[2], 1234)
-    assert last_checkpoint(tmp_path, "", "MViT") == paths[1]
+    assert latest_checkpoint(tmp_path, "", "MViT") == paths[1]
     assert (
         f"CHECKPOINT PASSED OVER: {paths[2]} is damaged" in caplog.text and f"GOING BACK to {paths[1]}" in caplog.text
     )
     with pytest.raises(ValueError, match="its SHA-256 is not the one in"):
-        checked_checkpoint(paths[2])
+        read_verified_checkpoint(paths[2])
     for path in paths[:2]:
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="all 3 checkpoints of this run in"):
-        last_checkpoint(tmp_path, "", "MViT")
+        latest_checkpoint(tmp_path, "", "MViT")
 
 
 @pytest.mark.parametrize(

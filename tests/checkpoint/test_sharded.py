@@ -91,7 +91,7 @@ def test_failed_write_keeps_what_was_there(folder: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("write_synced", "sync_folder", "sha256"):
+    for name in ("write_and_fsync", "sync_folder", "sha256"):
         with monkeypatch.context() as patch:
             patch.setattr(sharded_checkpoint, name, full)
             with pytest.raises(OSError, match=r"checkpoint_epoch_00004\.dcp: .*No space left"):
@@ -101,7 +101,7 @@ def test_failed_write_keeps_what_was_there(folder: Path, monkeypatch: pytest.Mon
         assert os.listdir(folder.parent) == [folder.name]
     # An error that nobody waited for comes up with the next call.
     with monkeypatch.context() as patch:
-        patch.setattr(sharded_checkpoint, "write_synced", full)
+        patch.setattr(sharded_checkpoint, "write_and_fsync", full)
         handle = save_sharded(folder, tensors(), {})
         while not handle.done():
             pass

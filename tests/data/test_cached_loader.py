@@ -18,10 +18,10 @@ from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.data import cached_loader as resident
 from maskfeat.data.bad_samples import BadSampleLedger, TooManyBadSamples, UnreadableSample
-from maskfeat.data.cached_loader import ResidentLoader, crop_resized, draw_boxes
+from maskfeat.data.cached_loader import CachedLoader, crop_resized, draw_boxes
 from maskfeat.data.datasets.imagenet import ImageFolder, ImageList
 from maskfeat.data.device_transforms import Pixels
-from maskfeat.data.loader import Batches, Loader
+from maskfeat.data.loader import BatchLoader, Loader
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 from maskfeat.distributed.world import World
@@ -60,8 +60,8 @@ def folder(listed: ImageList, seed: int = 3, **changes: object) -> ImageFolder:
     return ImageFolder(listed, ImageTrainTransform(**options), seed, draw_hidden=mask_sampler((6, 6), 0.4))
 
 
-def trainer(listed: ImageList, batch_size: int = 4, rank: int = 0, world: int = 1, **changes: object) -> ResidentLoader:
-    return ResidentLoader(folder(listed, **changes), EpochSampler(len(listed), batch_size, rank, world, seed=3))
+def trainer(listed: ImageList, batch_size: int = 4, rank: int = 0, world: int = 1, **changes: object) -> CachedLoader:
+    return CachedLoader(folder(listed, **changes), EpochSampler(len(listed), batch_size, rank, world, seed=3))
 
 
 def equal(found: Batch, expected: Batch) -> bool:
@@ -85,9 +85,9 @@ def test_evaluation_shows_what_loader_shows(tmp_path: Path, damaged: tuple[int, 
         transform = ImageEvalTransform(size, MEAN, STD, short_side, interpolation)
         dataset = ImageFolder(samples, transform, seed=5, draw_hidden=draw, replace_bad=False)
         for rank in range(2):
-            loaders: list[Batches] = []
+            loaders: list[BatchLoader] = []
             ledgers = [BadSampleLedger(None, 11, 1.0, "val") for _ in range(2)]
-            for kind, ledger in zip((Loader, ResidentLoader), ledgers, strict=True):
+            for kind, ledger in zip((Loader, CachedLoader), ledgers, strict=True):
                 sampler = EpochSampler(11, 2, rank, 2, shuffle=False, drop_last=False, seed=5)
                 loaders.append(kind(dataset, sampler, ledger, num_workers=workers))
             expected, found = (list(loader) for loader in loaders)
@@ -105,7 +105,7 @@ def test_an_unreadable_file_shows_zeros_and_keeps_its_label(tmp_path: Path) -> N
     samples = noise(tmp_path, [(20, 20)] * 6)
     Path(samples[4][0]).write_bytes(b"text")
     dataset = ImageFolder(samples, ImageEvalTransform(16, MEAN, STD), seed=0, replace_bad=False)
-    first, second = ResidentLoader(dataset, EpochSampler(6, 3, shuffle=False, drop_last=False))
+    first, second = CachedLoader(dataset, EpochSampler(6, 3, shuffle=False, drop_last=False))
     assert first.bad == () and first.hidden is None and first.max_hidden is None
     assert [(bad.index, bad.path) for bad in second.bad] == [(4, samples[4][0])]
     assert not second.clip[1].any() and second.clip[0].any() and second.clip[2].any()
@@ -209,7 +209,7 @@ def test_where_no_try_fits_the_largest_central_box_is_taken(height: int, width: 
 # ------------------------------------------------------------------ training
 
 
-def shown(loader: Batches, epoch: int | None = None) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+def shown(loader: BatchLoader, epoch: int | None = None) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     """Pixels, mask and label by the place in the data set."""
     if epoch is not None:
         loader.set_epoch(epoch)
@@ -279,7 +279,7 @@ def test_whole_images_are_resized_and_half_of_them_mirrored(tmp_path: Path, flip
     samples = noise(tmp_path, [(20, 20)] * 10) * 20
     dataset = folder(samples, crop=16, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=flip)
     mirrored = []
-    for batch in ResidentLoader(dataset, EpochSampler(200, 50, seed=3)):
+    for batch in CachedLoader(dataset, EpochSampler(200, 50, seed=3)):
         for row, index in enumerate(batch.index.tolist()):
             pixels = torch.from_numpy(np.asarray(Image.open(samples[index][0])).copy()).permute(2, 0, 1)[None].float()
             resized = F.interpolate(pixels, (16, 16), mode="bilinear", align_corners=False)[0] / 255
@@ -295,7 +295,7 @@ def test_masks_stay_below_their_aim_and_look_like_the_samplers(
 ) -> None:
     monkeypatch.setattr(resident, "MASKS", 1000)
     sampler = mask_sampler((6, 6), 0.4)
-    loader = ResidentLoader(folder(listed * 100), EpochSampler(1600, 100, seed=3))
+    loader = CachedLoader(folder(listed * 100), EpochSampler(1600, 100, seed=3))
     batches = list(loader)
     masks = torch.cat([batch.hidden for batch in batches])
     assert masks.shape == (1600, 6, 6) and masks.dtype == torch.bool
@@ -311,7 +311,7 @@ def test_masks_stay_below_their_aim_and_look_like_the_samplers(
 
 def test_without_a_sampler_there_are_no_masks(listed: ImageList) -> None:
     dataset = ImageFolder(listed, ImageTrainTransform(16, SCALE, RATIO, MEAN, STD), seed=3)
-    batch = next(iter(ResidentLoader(dataset, EpochSampler(16, 4))))
+    batch = next(iter(CachedLoader(dataset, EpochSampler(16, 4))))
     assert batch.hidden is None and batch.max_hidden is None
 
 
@@ -320,18 +320,18 @@ def test_the_models_own_draws_are_left_alone(listed: ImageList) -> None:
     expected = torch.rand(3)
     for workers in (0, 1):
         torch.manual_seed(1)
-        for _ in ResidentLoader(folder(listed), EpochSampler(16, 8), num_workers=workers):
+        for _ in CachedLoader(folder(listed), EpochSampler(16, 8), num_workers=workers):
             pass
         assert torch.equal(torch.rand(3), expected), workers
 
 
 def test_workers_change_nothing(listed: ImageList) -> None:
-    there = ResidentLoader(folder(listed), EpochSampler(16, 4, seed=3), num_workers=2)
+    there = CachedLoader(folder(listed), EpochSampler(16, 4, seed=3), num_workers=2)
     assert same(shown(there, 1), shown(trainer(listed), 1))
 
 
 def test_batches_come_on_the_device_and_nothing_waits_for_it(listed: ImageList) -> None:
-    loader = ResidentLoader(folder(listed), EpochSampler(16, 4), device=torch.device("meta"))
+    loader = CachedLoader(folder(listed), EpochSampler(16, 4), device=torch.device("meta"))
     for batch in loader:
         assert {t.device.type for t in (batch.clip, batch.label, batch.hidden, batch.index)} == {"meta"}
         assert batch.max_hidden is not None
@@ -345,7 +345,7 @@ def test_images_of_several_sizes_are_refused_in_training(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="02.png.*30x20 and 20x30.*DATA_LOADER.RESIDENT.*False"):
         trainer(samples, 1)
     dataset = ImageFolder(samples, ImageEvalTransform(16, MEAN, STD), seed=0)
-    (batch,) = ResidentLoader(dataset, EpochSampler(3, 3, shuffle=False, drop_last=False))
+    (batch,) = CachedLoader(dataset, EpochSampler(3, 3, shuffle=False, drop_last=False))
     assert batch.clip.shape == (3, 3, 16, 16), "evaluation makes them of one size"
 
 
@@ -359,7 +359,7 @@ def test_bad_training_samples_are_replaced_and_named_once(
     ledger = BadSampleLedger(tmp_path / "out", 12, 0.5, "train")
     dataset = folder(samples, scale=(1.0, 1.0), ratio=(1.5, 1.5), flip=False)  # whole pictures
     with caplog.at_level(logging.WARNING):
-        loader = ResidentLoader(dataset, EpochSampler(12, 12, shuffle=False), ledger, num_workers=workers)
+        loader = CachedLoader(dataset, EpochSampler(12, 12, shuffle=False), ledger, num_workers=workers)
         for epoch in range(2):
             loader.set_epoch(epoch)
             (batch,) = loader
@@ -381,11 +381,11 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     Path(samples[1][0]).write_bytes(b"")
     ledger = BadSampleLedger(None, 8, 0.1, "train")
     with pytest.raises(TooManyBadSamples, match="DATA.MAX_BAD_FRACTION"):
-        ResidentLoader(folder(samples), EpochSampler(8, 4), ledger)
+        CachedLoader(folder(samples), EpochSampler(8, 4), ledger)
     for path, _ in samples:
         Path(path).write_bytes(b"")
     with pytest.raises(UnreadableSample, match="nor can any of the 7 samples after it"):
-        ResidentLoader(folder(samples), EpochSampler(8, 4))
+        CachedLoader(folder(samples), EpochSampler(8, 4))
 
 
 class Failing(ImageEvalTransform):
@@ -396,7 +396,7 @@ class Failing(ImageEvalTransform):
 def test_an_error_names_the_sample(listed: ImageList) -> None:
     dataset = ImageFolder(listed, Failing(16, MEAN, STD), seed=0)
     with pytest.raises(RuntimeError, match="00.png.*IndexError: a bug"):
-        ResidentLoader(dataset, EpochSampler(16, 4, shuffle=False))
+        CachedLoader(dataset, EpochSampler(16, 4, shuffle=False))
 
 
 # ------------------------------------------------------------------ from a config
@@ -418,7 +418,7 @@ def test_plain_training_images_come_in_order_and_as_in_evaluation(small: list[st
         for split, plain in (("train", True), ("val", False), ("train", False)):
             kinds[kept, split, plain] = build_loader(cfg, split, World(), plain=plain)
     for (kept, _, _), loader in kinds.items():
-        assert isinstance(loader, ResidentLoader if kept == "True" else Loader)
+        assert isinstance(loader, CachedLoader if kept == "True" else Loader)
     for split, plain in (("train", True), ("val", False)):
         ordinary, kept_there = (list(kinds[kept, split, plain]) for kept in ("False", "True"))
         assert all(equal(a, b) for a, b in zip(kept_there, ordinary, strict=True)), split

@@ -21,7 +21,7 @@ from maskfeat.demos.evidence.report import Spread, gain, table
 from maskfeat.demos.evidence.runs import Runs, held_out
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, SUITES
 from maskfeat.engine.metrics_log import read_json_stats
-from maskfeat.engine.rng import seed_draws
+from maskfeat.engine.rng import seed_everything
 from maskfeat.objectives.maskfeat import MaskFeat
 
 TOY = ["SOLVER.MAX_EPOCH", "2", "SOLVER.WARMUP_EPOCHS", "0", "TRAIN.EVAL_PERIOD", "1", "TRAIN.CHECKPOINT_PERIOD", "1",
@@ -138,7 +138,7 @@ def test_controls(suite: Path) -> None:
     method = runs.methods[0]
     state = open_checkpoint(runs.checkpoint(0, "maskfeat_unmasked"))["model_state"]
     cfg = load_config(CONFIGS / method.pretraining, runs.pretraining(method, 0, "x", CONTROLS[1]))
-    seed_draws(cfg.RNG_SEED)
+    seed_everything(cfg.RNG_SEED)
     fresh = build_objective(cfg).released_state()
     for name, value in fresh.items():
         if value.ndim <= 1:

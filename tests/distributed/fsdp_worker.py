@@ -27,16 +27,22 @@ from maskfeat.checkpoint.sharded import (
     training_tensors,
 )
 from maskfeat.config import load_config
-from maskfeat.distributed.collectives import gather_from_ranks, join, leave
-from maskfeat.distributed.fsdp import gathered_copy, gathered_optimizer_state, gathered_state, piece_of
+from maskfeat.distributed.collectives import all_gather_object, destroy_process_group, init_process_group
+from maskfeat.distributed.fsdp import full_optimizer_state_dict, full_state_dict, gather_into, local_shard
 from maskfeat.distributed.world import World
 from maskfeat.engine.loop import Settings, optimisation_step
-from maskfeat.engine.metrics_log import Window
-from maskfeat.engine.parallelize import checkpoint_activations, compile_parts, distribute, exchanging, shard
-from maskfeat.engine.rng import seed_draws
+from maskfeat.engine.metrics_log import MetricWindow
+from maskfeat.engine.parallelize import (
+    apply_activation_checkpointing,
+    apply_compile,
+    apply_ddp,
+    apply_fsdp,
+    gradient_sync,
+)
+from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.trainer import settings_of
 from maskfeat.objectives.base import Objective
-from maskfeat.optim.ema import protect_statistics
+from maskfeat.optim.ema import restore_statistics_of_skipped_steps
 from maskfeat.optim.optimizers import load_optimizer_state
 from maskfeat.optim.schedule import set_lr
 from tests.golden.golden import golden_batch
@@ -66,20 +72,20 @@ class Trainer:
     """Steps as a run makes them, on batches made here."""
 
     def __init__(self, cfg: CfgNode, world: World, sharded: bool) -> None:
-        seed_draws(cfg.RNG_SEED)
-        self.cfg, self.world, self.window = cfg, world, Window()
+        seed_everything(cfg.RNG_SEED)
+        self.cfg, self.world, self.window = cfg, world, MetricWindow()
         self.settings: Settings = settings_of(cfg)
         self.objective: Objective = build_objective(cfg)
         if cfg.MODEL.ACT_CHECKPOINT:
-            checkpoint_activations(self.objective, light=cfg.MODEL.ACT_CHECKPOINT == "light")
+            apply_activation_checkpointing(self.objective, light=cfg.MODEL.ACT_CHECKPOINT == "light")
         if cfg.TRAIN.COMPILE:
-            compile_parts(self.objective, CPU)
+            apply_compile(self.objective, CPU)
         if sharded:
-            shard(self.objective, world, CPU)
+            apply_fsdp(self.objective, world, CPU)
         self.optimizer: Optimizer = build_optimizer(cfg, self.objective)
-        protect_statistics(self.objective, self.optimizer)
+        restore_statistics_of_skipped_steps(self.objective, self.optimizer)
         self.scaler = torch.amp.GradScaler("cpu", enabled=self.settings.precision == "fp16", init_scale=2.0**4)
-        self.model: nn.Module = distribute(self.objective, world, static=not self.settings.micro_batch)
+        self.model: nn.Module = apply_ddp(self.objective, world, static=not self.settings.micro_batch)
         self.model.train()
 
     def batch(self, step: int) -> Batch:
@@ -95,7 +101,7 @@ class Trainer:
     def step(self, step: int, spoil: bool = False) -> dict[str, float]:
         """One step; what it would log. `spoil`: with an infinity in the clips of rank 0 alone."""
         set_lr(self.optimizer, 1e-2)
-        seed_draws(self.cfg.RNG_SEED, step, self.world.rank)
+        seed_everything(self.cfg.RNG_SEED, step, self.world.rank)
         batch = self.batch(step)
         if spoil and self.world.is_main:
             batch.clip[0] = float("inf")
@@ -106,15 +112,15 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor]:
         """The whole weights, on every rank."""
-        return gathered_state(self.objective.released_state(), keep=True)
+        return full_state_dict(self.objective.released_state(), keep=True)
 
     def moments(self) -> dict[str, Any]:
         """The whole state of the optimizer, on every rank."""
-        return gathered_optimizer_state(self.optimizer, keep=True)
+        return full_optimizer_state_dict(self.optimizer, keep=True)
 
     def pieces(self) -> list[Tensor]:
         """Copies of what this rank holds of parameters and optimizer state."""
-        return [piece_of(value).clone() for value in self.held()]
+        return [local_shard(value).clone() for value in self.held()]
 
     def held(self) -> list[Tensor]:
         """Parameters and optimizer state."""
@@ -124,7 +130,7 @@ class Trainer:
 
     def bytes(self) -> int:
         """Of what this rank holds."""
-        return sum(piece_of(value).nbytes for value in self.held())
+        return sum(local_shard(value).nbytes for value in self.held())
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -174,14 +180,14 @@ def exchanged_once(world: World) -> dict[str, Any]:
     trainer = Trainer(cfg, world, sharded=True)
     found = []
     for last in (False, True):
-        with exchanging(trainer.model, last):
+        with gradient_sync(trainer.model, last):
             trainer.model(trainer.batch(0)).loss.backward()
         found.append(sum(p.grad is not None for p in trainer.objective.parameters()))
     return {"found": found, "all": len(list(trainer.objective.parameters()))}
 
 
 def build_objective_state(cfg: CfgNode) -> dict[str, Tensor]:
-    seed_draws(cfg.RNG_SEED)
+    seed_everything(cfg.RNG_SEED)
     return build_objective(cfg).released_state()
 
 
@@ -207,12 +213,12 @@ def handed_over(world: World, folder: Path) -> dict[str, Any]:
     weights, moments = sharded.weights(), sharded.moments()
     if world.is_main:
         torch.save({"model_state": weights, "optimizer_state": moments}, folder / "gathered.pyth")
-    gather_from_ranks(None)  # wait for every rank
+    all_gather_object(None)  # wait for every rank
     content = torch.load(folder / "gathered.pyth", weights_only=True)
     for other in (plain, again):
         other.objective.load_released_state(content["model_state"])
         load_optimizer_state(other.optimizer, content["optimizer_state"])
-    twin = gathered_copy(sharded.objective, build_objective(cfg)).eval()
+    twin = gather_into(sharded.objective, build_objective(cfg)).eval()
     own = plain.optimizer.state_dict()
     equal = [
         all(torch.equal(twin.released_state()[name], value) for name, value in weights.items()),
@@ -226,7 +232,7 @@ def handed_over(world: World, folder: Path) -> dict[str, Any]:
         *(torch.equal(x, y) for x, y in zip(sharded.pieces(), again.pieces(), strict=True)),
     ]
     losses = [trainer.step(2)["loss"] for trainer in (sharded, plain, again)]
-    nothing = gathered_state(sharded.objective.released_state(), keep=False)
+    nothing = full_state_dict(sharded.objective.released_state(), keep=False)
     # One rank alone: what evaluates must not wait for the others.
     alone = twin(plain.batch(5)).loss.item() if world.is_main else 0.0
     return {"equal": all(equal), "count": len(equal), "losses": losses, "nothing": len(nothing), "alone": alone}
@@ -268,18 +274,18 @@ def fails_in_pieces(world: World, folder: Path) -> dict[str, Any]:
         except OSError as error:
             found["full"] = str(error)
     found["kept"] = read_sharded_plain(target)["epoch"]
-    gather_from_ranks(None)  # wait for every rank
+    all_gather_object(None)  # wait for every rank
     found["left"] = sorted(path.name for path in folder.glob("*fails*")) + sorted(
         p.name for p in folder.glob(".*fails*")
     )
-    gather_from_ranks(None)  # the next save makes files of its own
+    all_gather_object(None)  # the next save makes files of its own
     save_sharded(target, tensors, {"epoch": 4}, group).wait()
     found["next"] = read_sharded_plain(target)["epoch"]
-    gather_from_ranks(None)  # wait for every rank
+    all_gather_object(None)  # wait for every rank
     if world.is_main:
         path = next(target.glob("__*"))
         path.write_bytes(path.read_bytes()[:-1])
-    gather_from_ranks(None)  # wait for every rank
+    all_gather_object(None)  # wait for every rank
     kept = {name: torch.zeros_like(value) for name, value in tensors.items()}
     try:
         load_sharded(target, kept, group)
@@ -296,7 +302,7 @@ def back_to_one_and_two(world: World, folder: Path, address: str) -> dict[str, A
         alone = Trainer(cfg, World(), sharded=False)
         load_training(folder / "two.dcp", alone.objective, alone.optimizer)
         save_sharded(folder / "alone.dcp", training_tensors(alone.objective, alone.optimizer), {}).wait()
-    join(world, "gloo", CPU, address)
+    init_process_group(world, "gloo", CPU, address)
     trainer = Trainer(cfg, world, sharded=True)
     load_training(folder / "alone.dcp", trainer.objective, trainer.optimizer)
     pieces = torch.load(folder / f"pieces.{world.rank}.pt")
@@ -307,7 +313,7 @@ def back_to_one_and_two(world: World, folder: Path, address: str) -> dict[str, A
 def all_cases(world: World, init_method: str, folder: str, address: str) -> int:
     """Run everything; every rank writes what came out of each, or the traceback."""
     torch.set_num_threads(1)
-    join(world, "gloo", CPU, init_method)
+    init_process_group(world, "gloo", CPU, init_method)
     place = Path(folder)
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
         # Batch norms over the few values of so small a picture make much of a last bit: one step of a ResNet.
@@ -322,10 +328,10 @@ def all_cases(world: World, init_method: str, folder: str, address: str) -> int:
     jobs["fails in pieces"] = lambda: fails_in_pieces(world, place)
     for name, job in jobs.items():
         _note(place / f"{name}.{world.rank}.json", job)
-    gather_from_ranks(None)  # wait for every rank
-    leave()
+    all_gather_object(None)  # wait for every rank
+    destroy_process_group()
     _note(place / f"back to one and two.{world.rank}.json", lambda: back_to_one_and_two(world, place, address))
-    leave()
+    destroy_process_group()
     return 0
 
 

@@ -18,7 +18,7 @@ from maskfeat.checkpoint.sharded_files import verify
 from maskfeat.config import load_config
 from maskfeat.distributed.launch import free_address, launch
 from maskfeat.distributed.world import World
-from maskfeat.engine.parallelize import distribute
+from maskfeat.engine.parallelize import apply_ddp
 from tests.sharding_worker import CASES, CLASSIFIER, CPU, VIT, Trainer, all_cases
 
 pytestmark = pytest.mark.slow  # two processes begin: half a minute
@@ -91,7 +91,7 @@ def test_whole_states_go_both_ways(found: Found) -> None:
 def test_one_process_keeps_the_whole() -> None:
     trainer = Trainer(load_config(*VIT), World(), sharded=True)
     assert type(trainer.objective).__name__ == "MaskFeat" and trainer.model is trainer.objective
-    assert distribute(trainer.objective, World()) is trainer.objective
+    assert apply_ddp(trainer.objective, World()) is trainer.objective
     assert {p.device for p in trainer.objective.parameters()} == {CPU}
     assert trainer.step(0)["skipped"] == 0
 

@@ -14,7 +14,7 @@ import torch
 
 from maskfeat.config import load_config
 from maskfeat.distributed import launch as launching
-from maskfeat.distributed.launch import Started, find_started, first_host, launch
+from maskfeat.distributed.launch import LaunchEnvironment, first_host, launch, read_launch_environment
 from maskfeat.distributed.preemption import PREEMPTED
 from maskfeat.distributed.world import World
 from tests.reliability.harness import wait_until
@@ -71,33 +71,33 @@ def test_first_host(nodes: str, first: str) -> None:
 
 
 def test_nothing_started_it() -> None:
-    assert find_started({}) is None
-    assert find_started() is None, "the environment of these tests, made bare"
+    assert read_launch_environment({}) is None
+    assert read_launch_environment() is None, "the environment of these tests, made bare"
 
 
 def test_torchrun() -> None:
-    expected = Started("torchrun", World(5, 8, 1, 4), 1, 2, "tcp://rack1:4711")
-    assert find_started(TORCHRUN) == expected
+    expected = LaunchEnvironment("torchrun", World(5, 8, 1, 4), 1, 2, "tcp://rack1:4711")
+    assert read_launch_environment(TORCHRUN) == expected
     without = {name: value for name, value in TORCHRUN.items() if name != "GROUP_RANK"}
-    assert find_started(without) == expected, "the machine follows from the rank"
-    assert find_started({**TASK, **TORCHRUN}) == expected, "torchrun in a job of Slurm"
+    assert read_launch_environment(without) == expected, "the machine follows from the rank"
+    assert read_launch_environment({**TASK, **TORCHRUN}) == expected, "torchrun in a job of Slurm"
     assert expected.numbers() == {"NUM_SHARDS": 2, "NUM_GPUS": 4}
 
 
 def test_torchrun_of_one_process_is_torchrun() -> None:
     one = {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": "0"}
-    started = find_started(one)
+    started = read_launch_environment(one)
     assert started is not None and started.numbers() == {"NUM_SHARDS": 1, "NUM_GPUS": 1}
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
 def test_half_an_environment_of_torchrun_is_none(name: str) -> None:
     """Clusters set one or the other for purposes of their own."""
-    assert find_started({key: value for key, value in TORCHRUN.items() if key != name}) is None
+    assert read_launch_environment({key: value for key, value in TORCHRUN.items() if key != name}) is None
 
 
 def test_srun_with_a_task_for_each_process() -> None:
-    started = find_started(TASK)
+    started = read_launch_environment(TASK)
     assert started is not None
     assert (started.by, started.world, started.machine, started.machines) == ("srun", World(3, 4, 1, 2), 1, 2)
     assert started.address.startswith("tcp://n07:"), "the first host of the step, which may not be that of the job"
@@ -106,7 +106,7 @@ def test_srun_with_a_task_for_each_process() -> None:
 
 def test_srun_with_a_task_for_each_machine() -> None:
     """It may spawn processes, and the config says how many."""
-    started = find_started(TASK_PER_NODE)
+    started = read_launch_environment(TASK_PER_NODE)
     assert started is not None and (started.world, started.machine) == (World(1, 2, 0, 1), 1)
     assert started.numbers() == {"NUM_SHARDS": 2}
     started.check(8, 2)
@@ -114,13 +114,15 @@ def test_srun_with_a_task_for_each_machine() -> None:
 
 def test_srun_without_a_list_of_the_step() -> None:
     """Older versions of Slurm."""
-    started = find_started({name: value for name, value in TASK.items() if name != "SLURM_STEP_NODELIST"})
+    started = read_launch_environment({name: value for name, value in TASK.items() if name != "SLURM_STEP_NODELIST"})
     assert started is not None and started.address.startswith("tcp://n05:")
 
 
 def test_the_place_to_meet_may_be_given() -> None:
-    assert find_started({**TASK, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"}).address == "tcp://10.0.0.1:99"  # type: ignore[union-attr]
-    found = find_started({**TASK, "MASTER_ADDR": "10.0.0.1"}).address  # type: ignore[union-attr]
+    assert (
+        read_launch_environment({**TASK, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"}).address == "tcp://10.0.0.1:99"
+    )  # type: ignore[union-attr]
+    found = read_launch_environment({**TASK, "MASTER_ADDR": "10.0.0.1"}).address  # type: ignore[union-attr]
     assert found == f"tcp://10.0.0.1:{port({})}"
 
 
@@ -130,29 +132,31 @@ def test_uneven_tasks(counts: str) -> None:
     machines = sum(int(part[3]) if "x" in part else 1 for part in counts.split(","))
     env = {**TASK, "SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_NUM_NODES": str(machines)}
     with pytest.raises(ValueError, match=rf"{tasks} tasks unevenly on {machines} machines .*--ntasks-per-node"):
-        find_started({**env, "SLURM_STEP_TASKS_PER_NODE": counts})
+        read_launch_environment({**env, "SLURM_STEP_TASKS_PER_NODE": counts})
 
 
 def test_uneven_tasks_that_could_be_even() -> None:
     """Four tasks on two machines, three of them on one."""
     with pytest.raises(ValueError, match=r"unevenly on 2 machines \(3,1 a machine\)"):
-        find_started({**TASK, "SLURM_STEP_TASKS_PER_NODE": "3,1"})
+        read_launch_environment({**TASK, "SLURM_STEP_TASKS_PER_NODE": "3,1"})
 
 
 @pytest.mark.parametrize("step", ["4294967291", "4294967290", "4294967294", None])
 def test_the_shell_of_a_job_is_no_task(step: str | None) -> None:
     """The batch script and an interactive shell have a SLURM_PROCID as well."""
     env = {name: value for name, value in TASK.items() if name != "SLURM_STEP_ID"}
-    assert find_started(env if step is None else {**env, "SLURM_STEP_ID": step}) is None
+    assert read_launch_environment(env if step is None else {**env, "SLURM_STEP_ID": step}) is None
 
 
 def test_a_step_of_one_task_runs_alone() -> None:
     one = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
-    assert find_started({**TASK, **one, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}) is None
+    assert (
+        read_launch_environment({**TASK, **one, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}) is None
+    )
 
 
 def port(changed: Mapping[str, str]) -> int:
-    started = find_started({**TASK, **changed})
+    started = read_launch_environment({**TASK, **changed})
     assert started is not None
     return int(started.address.rpartition(":")[2])
 
@@ -168,7 +172,7 @@ def test_tasks_of_a_step_agree_on_a_port_and_neighbours_do_not_share_it() -> Non
 
 @pytest.mark.parametrize(("by", "env"), [("torchrun", TORCHRUN), ("srun", TASK)])
 def test_numbers_that_do_not_fit(by: str, env: dict[str, str]) -> None:
-    started = find_started(env)
+    started = read_launch_environment(env)
     assert started is not None
     each = started.world.local_size
     started.check(each, 2)
@@ -233,7 +237,7 @@ def test_launch_as_one_that_was_started(
     env: dict[str, str], cpu: bool, spy: Spy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_env(monkeypatch, env)
-    started = find_started(env)
+    started = read_launch_environment(env)
     assert started is not None
     here = 0 if cpu else started.world.local_size
     assert spy.launch(processes=here, num_shards=2) == 7 and spy.told == (started.world, started.address, "data")

@@ -10,7 +10,7 @@ import pytest
 from yacs.config import CfgNode
 
 from maskfeat.config import load_config
-from maskfeat.engine.batch_arithmetic import batch_overrides, compare, describe, rate_overrides, recipe_of, step_of
+from maskfeat.engine.batch_arithmetic import batch_overrides, compare, describe, load_recipe, rate_overrides, step_size
 from maskfeat.engine.run import main
 from maskfeat.optim.schedule import lr_at_epoch
 from tests.small import MFM_RECIPES, RECIPES, REPO, VIT_PT, images
@@ -29,9 +29,9 @@ def read(path: Path) -> CfgNode:
 
 def said(path: Path, *opts: object) -> list[str]:
     cfg = load_config(path, opts)
-    recipe = recipe_of(path)
+    recipe = load_recipe(path)
     assert recipe is not None
-    return list(compare(cfg, step_of(cfg), recipe, path.name))
+    return list(compare(cfg, step_size(cfg), recipe, path.name))
 
 
 def suggested(line: str) -> list[str]:
@@ -62,7 +62,7 @@ def test_silent_where_nothing_differs(path: Path) -> None:
     ]
     assert said(path, *longer) == []
     cfg = read(path)
-    assert list(compare(cfg, step_of(cfg), cfg, path.name)) == []
+    assert list(compare(cfg, step_size(cfg), cfg, path.name)) == []
 
 
 def variants() -> list[tuple[Path, list[object]]]:
@@ -89,8 +89,8 @@ def check(path: Path, opts: list[object]) -> int:
     if given.SOLVER.LR_POLICY != recipe.SOLVER.LR_POLICY:  # its form is the user's, its height the recipe's
         form = ["SOLVER.LR_POLICY", given.SOLVER.LR_POLICY, "SOLVER.STEPS", given.SOLVER.STEPS]
         recipe = load_config(path, [*form, "SOLVER.LRS", given.SOLVER.LRS])
-    theirs = step_of(recipe)
-    lines = list(compare(given, step_of(given), recipe, path.name))
+    theirs = step_size(recipe)
+    lines = list(compare(given, step_size(given), recipe, path.name))
     applied = 0
     for line in lines:
         overrides = suggested(line)
@@ -98,7 +98,7 @@ def check(path: Path, opts: list[object]) -> int:
             assert "cannot be shared evenly" in line or "in proportion to" in line
             continue
         cfg = load_config(path, [*opts, *overrides])
-        step = step_of(cfg)
+        step = step_size(cfg)
         if "The same step" in line:
             assert step.samples == theirs.samples
             assert rates(cfg) == pytest.approx(rates(recipe), rel=1e-8)
@@ -108,12 +108,12 @@ def check(path: Path, opts: list[object]) -> int:
             # And then nothing is left to say.
             assert list(compare(cfg, step, recipe, path.name)) == []
         else:
-            assert step.samples == step_of(given).samples
+            assert step.samples == step_size(given).samples
             assert rates(cfg, step.samples) == pytest.approx(rates(recipe, theirs.samples), rel=1e-8)
             (again,) = [text for text in compare(cfg, step, recipe, path.name) if "Goyal" in text]
             assert "in proportion to" in again
         applied += 1
-    if step_of(given).samples != theirs.samples or rates(given) != pytest.approx(rates(recipe), rel=1e-8):
+    if step_size(given).samples != theirs.samples or rates(given) != pytest.approx(rates(recipe), rel=1e-8):
         assert lines, "something differs, and nothing was said"
     return applied
 
@@ -140,13 +140,13 @@ def test_a_recipe_for_several_machines(tmp_path: Path) -> None:
 
 def test_lines_by_hand() -> None:
     cfg = load_config(PT, ["NUM_SHARDS", 2, "TRAIN.MICRO_BATCH_SIZE", 16])
-    assert describe(cfg, step_of(cfg), 2502) == (
+    assert describe(cfg, step_size(cfg), 2502) == (
         "8 GPUs x 32 x 2 machines = 512 samples a step (accumulated over 2 micro-batches of 16); learning rate 0.0002 "
         "x 2 machines (SOLVER.BASE_LR_SCALE_NUM_SHARDS) = 0.0004, warm-up from 2e-06 over 30 epochs; 300 epochs of "
         "2502 steps"
     )
     cfg = load_config(CLIPS_FT, ["NUM_GPUS", 0])
-    assert describe(cfg, step_of(cfg), 1).startswith(
+    assert describe(cfg, step_size(cfg), 1).startswith(
         "1 process x 16 x 2 views = 32 samples a step; learning rate 0.0006"
     )
     (line,) = said(PT, "NUM_GPUS", 1)
@@ -165,9 +165,9 @@ def test_lines_by_hand() -> None:
 
 
 def test_unequal_shares_take_no_more_than_the_recipe() -> None:
-    recipe = step_of(load_config(R50_FT))  # 2048 over 8
+    recipe = step_size(load_config(R50_FT))  # 2048 over 8
     cfg = load_config(R50_FT, ["NUM_SHARDS", 1, "NUM_GPUS", 1, "TRAIN.BATCH_SIZE", 100, "TRAIN.MICRO_BATCH_SIZE", 300])
-    assert batch_overrides(step_of(cfg), recipe) == ["TRAIN.BATCH_SIZE", "2048", "TRAIN.MICRO_BATCH_SIZE", "256"]
+    assert batch_overrides(step_size(cfg), recipe) == ["TRAIN.BATCH_SIZE", "2048", "TRAIN.MICRO_BATCH_SIZE", "256"]
     assert rate_overrides(cfg, load_config(R50_FT)) == []
 
 
@@ -175,10 +175,10 @@ def test_a_second_reading_warns_of_nothing(tmp_path: Path, caplog: pytest.LogCap
     path = tmp_path / "foreign.yaml"
     path.write_text(f"_BASE_: {PT}\nBN:\n  NUM_SPLITS: 2\n")
     with caplog.at_level(logging.INFO):
-        assert recipe_of(path) is not None and recipe_of("") is None
+        assert load_recipe(path) is not None and load_recipe("") is None
     assert caplog.text == ""
     path.write_text(f"_BASE_: {PT}\nNUM_GPUS: 7\n")
-    assert recipe_of(path) is None, "it needs its overrides"
+    assert load_recipe(path) is None, "it needs its overrides"
 
 
 def test_said_once_in_a_run(image_data: Path, tmp_path: Path) -> None:

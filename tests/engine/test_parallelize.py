@@ -10,7 +10,7 @@ from torch import Tensor
 from maskfeat.batch import Batch
 from maskfeat.build import build_mask_sampler, build_objective, build_optimizer
 from maskfeat.config import load_config
-from maskfeat.engine.parallelize import checkpoint_activations, compile_parts
+from maskfeat.engine.parallelize import apply_activation_checkpointing, apply_compile
 from maskfeat.objectives.base import Objective
 from tests.golden.golden import golden_batch, recipe, salted_objective
 from tests.golden.test_trajectories import RUNS, assert_follows, follow
@@ -45,7 +45,7 @@ def test_light_recomputation(name: str) -> None:
     cfg = recipe(run["config"], run["opts"])
     plain, light = (salted_objective(cfg, salt=run["seed"]) for _ in range(2))
     names = list(light.released_state())
-    checkpoint_activations(light, light=True)
+    apply_activation_checkpointing(light, light=True)
     assert list(light.released_state()) == names
     logged = [follow(run, objective, build_optimizer(cfg, objective), first=6) for objective in (plain, light)]
     assert logged[0] == logged[1]
@@ -55,7 +55,7 @@ def test_light_recomputation(name: str) -> None:
 
 def compiled(objective: Objective) -> Objective:
     torch.compiler.reset()
-    compile_parts(objective, torch.device("cpu"))
+    apply_compile(objective, torch.device("cpu"))
     return objective
 
 
@@ -67,7 +67,7 @@ def test_compiled_follows_the_published_steps(name: str, light: bool) -> None:
     objective = salted_objective(cfg, salt=run["seed"])
     names = list(objective.released_state())
     if light:
-        checkpoint_activations(objective, light=True)
+        apply_activation_checkpointing(objective, light=True)
     logged = follow(run, compiled(objective), build_optimizer(cfg, objective), first=0)
     assert list(objective.released_state()) == names
     assert_follows(run, logged)
@@ -89,7 +89,7 @@ def test_compilation_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("CXX", raising=False)
     objective = build_objective(load_config(*PRETRAINING["vit"]))
     with pytest.raises(ValueError, match=r"TRAIN.COMPILE False"):
-        compile_parts(objective, torch.device("cpu"))
+        apply_compile(objective, torch.device("cpu"))
 
 
 def on_meta(name: str) -> tuple[Objective, Batch]:

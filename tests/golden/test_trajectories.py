@@ -10,8 +10,8 @@ from maskfeat.build import build_optimizer
 from maskfeat.checkpoint.reading import model_state, read_checkpoint
 from maskfeat.distributed.world import World
 from maskfeat.engine.loop import Settings, optimisation_step
-from maskfeat.engine.metrics_log import Window
-from maskfeat.engine.parallelize import checkpoint_activations
+from maskfeat.engine.metrics_log import MetricWindow
+from maskfeat.engine.parallelize import apply_activation_checkpointing
 from maskfeat.objectives.base import Objective
 from maskfeat.optim.optimizers import load_optimizer_state
 from maskfeat.optim.schedule import lr_at_epoch, set_lr
@@ -49,7 +49,7 @@ def follow(
     for step in range(first, 8):
         set_lr(optimizer, settings.lr(step))
         batch = golden_batch(cfg, run["seed"] * 1000 + step, run["batch"])
-        window = Window()
+        window = MetricWindow()
         optimisation_step(objective, objective, optimizer, scaler, batch, settings, window, World())
         logged.append({**window.read(), "lr": settings.lr(step)})
     return logged
@@ -94,7 +94,7 @@ def test_recomputed_activations_change_nothing(name: str) -> None:
     cfg = recipe(run["config"], run["opts"])
     plain, saving = (salted_objective(cfg, salt=run["seed"]) for _ in range(2))
     names = list(saving.released_state())
-    checkpoint_activations(saving)
+    apply_activation_checkpointing(saving)
     assert list(saving.released_state()) == names
     logged = [follow(run, objective, build_optimizer(cfg, objective), first=6) for objective in (plain, saving)]
     assert logged[0] == logged[1]

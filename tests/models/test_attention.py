@@ -1,4 +1,4 @@
-"""Folded attention against the textbook form, in float64."""
+"""Folded attention against the reference form, in float64."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.reference_mvit import textbook_forward
+from benchmarks.reference_mvit import reference_forward
 from maskfeat.checkpoint.weights import resize_weight
 from maskfeat.models.attention import PoolingAttention, folded_attention, key_places, relative_index, table_rows
 
 
-def textbook(
+def reference(
     q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], grid: Sequence[int], keys: Sequence[int]
 ) -> Tensor:
     """softmax(q k^T / sqrt(C) + sum over axes of q . R[axis]) v with every score written out, one pair at a time."""
@@ -49,7 +49,7 @@ def test_folding_is_exact(grid: tuple[int, ...], keys: tuple[int, ...], prefix: 
     places = key_places(keys, prefix, axes).double()
     folded, wide = (x[..., :10] for x in folded_attention(q, k, v, tables, places, grid, axes))
     assert torch.equal(wide, q)
-    expected = textbook(*(x.transpose(1, 2) for x in (q, k, v)), tables, grid, keys).transpose(1, 2)
+    expected = reference(*(x.transpose(1, 2) for x in (q, k, v)), tables, grid, keys).transpose(1, 2)
     torch.testing.assert_close(folded, expected, rtol=0, atol=1e-10)
     weight = torch.randn(expected.shape, generator=draw, dtype=torch.float64)
     mine = torch.autograd.grad((folded * weight).sum(), (q, k, v, *tables))
@@ -97,7 +97,7 @@ def test_class_token_skips_pooling() -> None:
     ("grid", "stride_q", "stride_kv"),
     [((2, 8, 8), (1, 2, 2), (1, 4, 4)), ((2, 4, 4), (1, 1, 1), (1, 1, 1)), ((8, 4), (2, 2), (4, 2))],
 )
-def test_a_whole_module_is_the_textbooks(
+def test_a_whole_module_is_the_reference(
     grid: tuple[int, ...], stride_q: tuple[int, ...], stride_kv: tuple[int, ...], class_token: bool
 ) -> None:
     """Pooling, norms, relative positions and residual of clips and images, with every gradient."""
@@ -112,7 +112,7 @@ def test_a_whole_module_is_the_textbooks(
         relative_time=len(grid) == 3,
     ).double()
     x = torch.randn(2, class_token + math.prod(grid), 16, dtype=torch.float64, requires_grad=True)
-    out, expected = attention(x), textbook_forward(attention, x)
+    out, expected = attention(x), reference_forward(attention, x)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
     leaves, upstream = [x, *attention.parameters()], torch.randn_like(out)
     mine = torch.autograd.grad(out, leaves, upstream)

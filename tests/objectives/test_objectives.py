@@ -8,7 +8,7 @@ from torch import Tensor
 from maskfeat.batch import Batch
 from maskfeat.distributed.world import World
 from maskfeat.engine.loop import Settings, optimisation_step
-from maskfeat.engine.metrics_log import Window
+from maskfeat.engine.metrics_log import MetricWindow
 from maskfeat.models.mvit import MViT
 from maskfeat.models.vit import ViT
 from maskfeat.objectives.classification import Classification
@@ -137,7 +137,7 @@ def test_nothing_hidden_teaches_nothing(precision: str) -> None:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     settings = Settings(max_epoch=1, lr=lambda _: 0.01, seed=0, clip_norm=1.0, precision=precision, micro_batch=3)
     for _ in range(3):
-        window = Window()
+        window = MetricWindow()
         optimisation_step(objective, objective, optimizer, scaler, batch, settings, window, World())
         assert window.read()["skipped"] == 0
     for name, parameter in objective.named_parameters():

@@ -10,12 +10,12 @@ from maskfeat.checkpoint.files import AVERAGE, find_checkpoints
 from maskfeat.checkpoint.reading import model_state, read_checkpoint
 from maskfeat.distributed.world import World
 from maskfeat.engine.loop import Settings, optimisation_step
-from maskfeat.engine.metrics_log import Window
+from maskfeat.engine.metrics_log import MetricWindow
 from maskfeat.engine.run import main
 from maskfeat.models.resnet import ResNet
 from maskfeat.objectives.classification import Classification
 from maskfeat.objectives.mfm import MFM
-from maskfeat.optim.ema import WeightAverage, protect_statistics
+from maskfeat.optim.ema import ModelEma, restore_statistics_of_skipped_steps
 from tests.small import MFM_PT, MFM_RECIPES, MVIT_PT, R50_FT, RECIPES, VIT_FT, VIT_PT, clips, images
 from tests.worker import json_stats
 
@@ -39,7 +39,7 @@ def run(name: str, data: Path, output: Path, *opts: str) -> Path:
 def test_formula_for_parameters_and_running_statistics() -> None:
     objective = Classification(ResNet(depth=10), num_classes=3, mean_pooling=True)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=0.01)
-    average = WeightAverage(objective, optimizer, decay=0.75)
+    average = ModelEma(objective, optimizer, decay=0.75)
     expected: dict[str, torch.Tensor] = {}
     for _ in range(4):
         objective.train()(Batch(torch.randn(4, 3, 32, 32), label=torch.tensor([0, 1, 2, 0]))).loss.backward()
@@ -60,8 +60,8 @@ def test_a_lost_step_leaves_statistics_and_average_alone(precision: str) -> None
     """An infinity in one batch: everything is as it was before, and the run goes on with finite numbers."""
     objective = MFM(ResNet(depth=10, image_size=(32, 32)), mean=(0.4,) * 3, std=(0.2,) * 3, radius=6.0).train()
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-3, fused=True)
-    protect_statistics(objective, optimizer)
-    average = WeightAverage(objective, optimizer, 0.5)
+    restore_statistics_of_skipped_steps(objective, optimizer)
+    average = ModelEma(objective, optimizer, 0.5)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=2.0**8)
     settings = Settings(max_epoch=1, lr=lambda epoch: 1e-3, seed=0, precision=precision, micro_batch=2)
     skipped = []
@@ -72,7 +72,7 @@ def test_a_lost_step_leaves_statistics_and_average_alone(precision: str) -> None
         clip = torch.randn(4, 3, 32, 32)
         if step in (0, 2):  # also in the first step, from which the average would begin
             clip[1, 0, 0, 0] = float("inf")
-        window = Window()
+        window = MetricWindow()
         batch = Batch(clip, hidden=torch.ones(4, 1, 1, dtype=torch.bool))
         optimisation_step(objective, objective, optimizer, scaler, batch, settings, window, World())
         skipped.append(window.read()["skipped"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from maskfeat.checkpoint import files as checkpoint
-from maskfeat.checkpoint.files import Position, checkpoint_path, last_checkpoint, save_checkpoint, verify_checkpoint
+from maskfeat.checkpoint.files import Position, checkpoint_path, latest_checkpoint, save_checkpoint, verify_checkpoint
 from maskfeat.checkpoint.reading import read_checkpoint
 from tests.reliability.harness import PRETRAINING, Forks, arguments, digest
 from tests.reliability.scale import note, size
@@ -48,7 +48,7 @@ def test_every_damage_is_found(tmp_path: Path) -> None:
         newest.write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged"):
             verify_checkpoint(newest)
-        found += last_checkpoint(tmp_path, "", "MViT") == good
+        found += latest_checkpoint(tmp_path, "", "MViT") == good
         try:  # what one has without a checksum
             torch.load(newest, weights_only=True)
             silent += 1
@@ -157,7 +157,7 @@ def test_a_failing_disk(error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 save_checkpoint(target, content(3))
         where[disk.failed] = where.get(disk.failed, 0) + 1
         assert not list(path.parent.glob(".*")), "something half-written is left"
-        found = last_checkpoint(tmp_path, "", "MViT")
+        found = latest_checkpoint(tmp_path, "", "MViT")
         assert found in (path, target) and read_checkpoint(found)["epoch"] in (2, 3)
         verify_checkpoint(older)
         if disk.failed == "write" or call in ("fsync1", "fsync2", "replace1"):  # before the new one was in its place

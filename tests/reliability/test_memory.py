@@ -14,7 +14,7 @@ import torch
 
 from maskfeat.batch import Batch
 from maskfeat.config import load_config
-from maskfeat.engine.oom import explain
+from maskfeat.engine.oom import explain_oom
 from maskfeat.engine.run import main
 from maskfeat.objectives.maskfeat import MaskFeat
 from tests.reliability.scale import note
@@ -41,7 +41,7 @@ SETTINGS = ["MODEL.ACT_CHECKPOINT", "TRAIN.MICRO_BATCH_SIZE", "TRAIN.MIXED_PRECI
 
 def advice(error: BaseException, recipe: str = PT, *opts: object) -> str:
     """What is tried, of the one line that is said."""
-    said = explain(error, load_config(recipe, opts))
+    said = explain_oom(error, load_config(recipe, opts))
     assert said is not None and "\n" not in said and said.startswith("out of memory: ")
     return said.split(". Try ", 1)[1].split(". It said: ")[0]
 
@@ -62,14 +62,14 @@ def test_each_kind_is_told_apart() -> None:
     }
     for words, errors in full.items():
         for error in errors:
-            assert words in (explain(error, cfg) or ""), error
-    assert "this machine (or the limit" in (explain(RuntimeError(WORKER), cfg) or "")
+            assert words in (explain_oom(error, cfg) or ""), error
+    assert "this machine (or the limit" in (explain_oom(RuntimeError(WORKER), cfg) or "")
     for other in (
         RuntimeError("shape mismatch"), ValueError("out of memory"), OSError(2, "No such file"),
         RuntimeError("DataLoader worker (pid 41) is killed by signal: Segmentation fault. "),
         RuntimeError("while /dev/shm/a.jpg was made ready: IndexError: 3"), ConnectionResetError(104, "reset by peer"),
     ):  # fmt: skip
-        assert explain(other, cfg) is None, other
+        assert explain_oom(other, cfg) is None, other
 
 
 def test_a_cause_counts() -> None:
@@ -80,13 +80,13 @@ def test_a_cause_counts() -> None:
         except RuntimeError as error:
             raise RuntimeError("DataLoader worker (pid(s) 41) exited unexpectedly") from error
     except RuntimeError as error:
-        said = explain(error, load_config(PT)) or ""
+        said = explain_oom(error, load_config(PT)) or ""
     assert "a data worker was killed" in said and said.endswith("killed by signal: Killed.")
 
 
 def test_the_line() -> None:
     cfg = load_config(PT, ["NUM_GPUS", 4])
-    assert explain(torch.OutOfMemoryError(CUDA), cfg) == (
+    assert explain_oom(torch.OutOfMemoryError(CUDA), cfg) == (
         "out of memory: the memory of the device is full, with 64 samples at once in each process "
         "(TRAIN.BATCH_SIZE 256 over 4). Try MODEL.ACT_CHECKPOINT light, then True (now False); "
         "TRAIN.MICRO_BATCH_SIZE 32 (now 0, all at once); TRAIN.MIXED_PRECISION bf16 (now False). It said: CUDA out of "

@@ -12,17 +12,22 @@ from yacs.config import CfgNode
 
 from maskfeat.batch import Batch
 from maskfeat.config import load_config
-from maskfeat.distributed.collectives import gather_from_ranks, join, leave, share_buffers
+from maskfeat.distributed.collectives import (
+    all_gather_object,
+    broadcast_buffers,
+    destroy_process_group,
+    init_process_group,
+)
 from maskfeat.distributed.launch import launch
 from maskfeat.distributed.world import World
 from maskfeat.engine.loop import optimisation_step
-from maskfeat.engine.metrics_log import Window
-from maskfeat.engine.parallelize import distribute
+from maskfeat.engine.metrics_log import MetricWindow
+from maskfeat.engine.parallelize import apply_ddp
 from maskfeat.engine.resume import TrainingState
 from maskfeat.engine.run import work
-from maskfeat.engine.trainer import Given, settings_of, training_state
+from maskfeat.engine.trainer import CommandLine, settings_of, training_state
 from maskfeat.objectives.maskfeat import MaskFeat
-from maskfeat.optim.ema import LostInARow
+from maskfeat.optim.ema import SkippedStepCounter
 from tests.reliability.scale import SOAK, note, size
 from tests.small import MFM_PT, MFM_RECIPES, RECIPES, VIT_PT, images
 from tests.worker import json_stats
@@ -101,12 +106,12 @@ def one_case(world: World, recipe: str, opts: list[str], where: str, value: floa
     cfg = load_config(recipe, opts)
     torch.manual_seed(1)
     training = training_state(cfg, CPU)
-    model = distribute(training.objective, world).train()
-    settings, lost = settings_of(cfg), LostInARow(training.optimizer)
+    model = apply_ddp(training.objective, world).train()
+    settings, lost = settings_of(cfg), SkippedStepCounter(training.optimizer)
     torch.manual_seed(100 + world.rank)
     for step in range(STEPS):
-        batch, window, hook = make_batch(cfg), Window(), None
-        share_buffers(training.objective)  # as DistributedDataParallel does before every forward pass
+        batch, window, hook = make_batch(cfg), MetricWindow(), None
+        broadcast_buffers(training.objective)  # as DistributedDataParallel does before every forward pass
         before = snapshot(training)
         if step in BAD and world.rank == 1:
             hook = poison(where, value, training, batch)
@@ -126,11 +131,11 @@ def one_case(world: World, recipe: str, opts: list[str], where: str, value: floa
             assert len(changed) > 0.5 * len(after), (where, value, step)
             assert all(v.isfinite().all() for v in after.values())
     weights = torch.cat([p.detach().reshape(-1) for p in training.objective.parameters()])
-    assert all(torch.equal(theirs, weights) for theirs in gather_from_ranks(weights)), "the ranks have parted"
+    assert all(torch.equal(theirs, weights) for theirs in all_gather_object(weights)), "the ranks have parted"
 
 
 def cases(world: World, init_method: str, folder: str) -> int:
-    join(world, "gloo", CPU, init_method)
+    init_process_group(world, "gloo", CPU, init_method)
     every = [(where, value) for where in WHERE for value in (float("nan"), float("inf"))]
     done = 0
     for number, (recipe, opts) in enumerate(variants()):
@@ -138,7 +143,7 @@ def cases(world: World, init_method: str, folder: str) -> int:
         for where, value in every if SOAK else (every[number % 6], every[(number + 3) % 6]):
             one_case(world, recipe, opts, where, value)
             done += 1
-    leave()
+    destroy_process_group()
     if world.is_main:
         (Path(folder) / "done").write_text(str(done))
     return 0
@@ -152,7 +157,7 @@ def test_one_rank_meets_it_and_both_skip_to_the_bit(tmp_path: Path) -> None:
     note(9, f"{done} of {done} kinds of NaN and inf on one of two ranks: skipped on both, every bit as before")
 
 
-def poisoned_work(world: World, init_method: str, cfg: CfgNode, given: Given, bad: tuple[int, ...]) -> int:
+def poisoned_work(world: World, init_method: str, cfg: CfgNode, given: CommandLine, bad: tuple[int, ...]) -> int:
     """A whole run in which the second rank's loss is NaN at these steps."""
     forward, calls = MaskFeat.forward, [0]
 
@@ -182,7 +187,7 @@ def test_so_many_in_a_row_stop_the_run(
 ) -> None:
     opts = [*VIT_PT, *images(image_data), "TRAIN.MAX_SKIPPED_STEPS", "4", "LOG_PERIOD", "2", "NUM_GPUS", "2",
             "DIST_BACKEND", "gloo", "OUTPUT_DIR", str(tmp_path)]  # fmt: skip
-    code = launch(poisoned_work, (load_config(PT, opts), Given("", ()), bad), processes=2)
+    code = launch(poisoned_work, (load_config(PT, opts), CommandLine("", ()), bad), processes=2)
     log = (tmp_path / "stdout.log").read_text()
     assert code == (0 if begins is None else 2)
     if begins is None:
@@ -199,7 +204,7 @@ def test_rows_are_counted_exactly() -> None:
         draw = random.Random(seed)
         parameter = nn.Parameter(torch.zeros(2))
         optimizer = torch.optim.SGD([parameter], lr=0.1, fused=True)
-        counter = LostInARow(optimizer)
+        counter = SkippedStepCounter(optimizer)
         row = longest = begun = 0
         for step in range(60):
             lost = draw.random() < 0.7

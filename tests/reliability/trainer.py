@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from maskfeat.data.loader import Loader  # noqa: E402
-from maskfeat.distributed.hang_watchdog import Watch  # noqa: E402
+from maskfeat.distributed.hang_watchdog import HangWatchdog  # noqa: E402
 from maskfeat.engine import trainer as training  # noqa: E402
 from maskfeat.engine.run import main  # noqa: E402
 
@@ -37,7 +37,7 @@ def _recorded(self: Loader) -> Iterator[Any]:
 def _hanging(self: Any, epoch: int, step: int) -> None:
     rank, at = (int(part) for part in os.environ["HANG_AT"].split(","))
     _state(self, epoch, step)
-    watch: Watch = self._watch
+    watch: HangWatchdog = self._watch
     if watch._world.rank == rank and step == at:
         fall_asleep()
 

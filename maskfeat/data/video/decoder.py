@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from maskfeat.data.bad_samples import UnreadableSample, open_regular_file
-from maskfeat.data.video.pts_index import PacketTimes
+from maskfeat.data.video.pts_index import PtsIndex
 
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,flv"
 DECODERS = ("h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "libaom-av1", "mpeg4")
@@ -187,8 +187,8 @@ class Video:
         if width > MAX_SIDE or height > MAX_SIDE or width * height > MAX_PIXELS or width * height * bits > MAX_BITS:
             raise UnreadableSample(self.path, f"frames of {width}x{height} are too large ({bits} bits a pixel)")
 
-    def _scan(self) -> PacketTimes:
-        packets = PacketTimes()
+    def _scan(self) -> PtsIndex:
+        packets = PtsIndex()
         for packet in self._demux():
             packets.add(packet, self._stream.codec_context.name)
         # AVI keeps no time of display: what FFmpeg makes up for it is wrong where frames are reordered.

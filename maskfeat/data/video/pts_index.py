@@ -5,7 +5,7 @@ from fractions import Fraction
 from typing import Any
 
 
-class PacketTimes:
+class PtsIndex:
     """The time stamps of a stream: which frames there are, when each is shown, and where decoding can
     begin."""
 

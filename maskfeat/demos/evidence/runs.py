@@ -19,14 +19,14 @@ from yacs.config import CfgNode
 
 from maskfeat.analysis.probe import features, linear_probe, nearest_neighbours
 from maskfeat.build import build_loader, build_objective
-from maskfeat.checkpoint.atomic import sync_folder, write_synced
+from maskfeat.checkpoint.atomic import fsync_dir, write_and_fsync
 from maskfeat.checkpoint.files import find_checkpoints, open_checkpoint
 from maskfeat.checkpoint.reading import model_state
 from maskfeat.config import load_config
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Control, Method, Suite
 from maskfeat.distributed.world import choose_device
 from maskfeat.engine.metrics_log import read_json_stats
-from maskfeat.engine.rng import seed_draws
+from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.run import main as run_net
 from maskfeat.engine.trainer import precision_of
 from maskfeat.objectives.maskfeat import MaskFeat
@@ -149,7 +149,7 @@ class Runs:
             logger.info("\n== %s, seed %d: %s", self.suite.name, seed, name)
             cfg = load_config(CONFIGS / method.pretraining, opts)
             device = choose_device(cfg.NUM_GPUS, 0)
-            seed_draws(cfg.RNG_SEED)  # as a run begins: these are the weights that pre-training starts from
+            seed_everything(cfg.RNG_SEED)  # as a run begins: these are the weights that pre-training starts from
             objective = build_objective(cfg)
             if weights is not None:
                 objective.load_released_state(model_state(open_checkpoint(weights)))
@@ -222,9 +222,9 @@ def held_out(objective: MaskFeat, cfg: CfgNode, device: torch.device) -> dict[st
 def _write(path: Path, content: Any) -> None:
     """A JSON file that is there whole or not at all."""
     draft = path.with_name(f".{path.name}.part")
-    write_synced(draft, (json.dumps(content, indent=1) + "\n").encode())
+    write_and_fsync(draft, (json.dumps(content, indent=1) + "\n").encode())
     os.replace(draft, path)
-    sync_folder(path.parent)
+    fsync_dir(path.parent)
 
 
 @contextmanager
@@ -278,7 +278,9 @@ def _control(runs: Runs, seed: int, method: Method, control: Control) -> None:
         for labels in runs.budget.labels.values():
             run, weights = f"{name}_ft_{labels}", runs.folder(seed, name) / f"{labels}.pyth"
             opts = runs.fine_tuning(method, seed, run, labels, weights)
-            seed_draws(seed)  # as the run begins: so it ends as training from scratch does, if nothing else was loaded
+            seed_everything(
+                seed
+            )  # as the run begins: so it ends as training from scratch does, if nothing else was loaded
             objective = build_objective(load_config(CONFIGS / method.family.fine_tuning, opts))
             fresh = {n: v for n, v in objective.released_state().items() if not n.startswith(("norm.", "head."))}
             without_backbone(runs.checkpoint(seed, method.name), fresh, weights)
