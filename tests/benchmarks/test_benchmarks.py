@@ -39,8 +39,9 @@ MVIT_FILE = str(RECIPES / "k400_MVITv2_S_16x4_MaskFeat_PT.yaml")
 def _no_handlers_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """main() sets up logging for a program of its own; here pytest's records are read."""
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
-    logging.getLogger("maskfeat").propagate = True
-    logging.getLogger("maskfeat").setLevel(logging.INFO)
+    for name in ("maskfeat", "benchmarks"):
+        logging.getLogger(name).propagate = True
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 def measured(tmp_path: Path, what: str, cfg: str, *arguments: str) -> dict:

@@ -91,7 +91,7 @@ def test_failed_write_keeps_what_was_there(folder: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("write_and_fsync", "sync_folder", "sha256"):
+    for name in ("write_and_fsync", "fsync_dir", "sha256"):
         with monkeypatch.context() as patch:
             patch.setattr(sharded_checkpoint, name, full)
             with pytest.raises(OSError, match=r"checkpoint_epoch_00004\.dcp: .*No space left"):

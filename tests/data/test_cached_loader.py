@@ -26,7 +26,7 @@ from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 from maskfeat.distributed.world import World
 from maskfeat.masking import mask_sampler
-from tests.data.test_images import draw
+from tests.data.datasets.test_imagenet import draw
 from tests.small import RECIPES, VIT_PT, images
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)

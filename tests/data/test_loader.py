@@ -22,7 +22,7 @@ from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 from maskfeat.data.video.decoder import decode_frames
 from maskfeat.demos.synthetic import write_video
-from tests.data.test_images import draw, make_folder
+from tests.data.datasets.test_imagenet import draw, make_folder
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 

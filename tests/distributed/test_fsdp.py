@@ -19,7 +19,7 @@ from maskfeat.config import load_config
 from maskfeat.distributed.launch import free_address, launch
 from maskfeat.distributed.world import World
 from maskfeat.engine.parallelize import apply_ddp
-from tests.sharding_worker import CASES, CLASSIFIER, CPU, VIT, Trainer, all_cases
+from tests.distributed.fsdp_worker import CASES, CLASSIFIER, CPU, VIT, Trainer, all_cases
 
 pytestmark = pytest.mark.slow  # two processes begin: half a minute
 

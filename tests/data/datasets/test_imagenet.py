@@ -14,10 +14,9 @@ from PIL import Image
 
 from maskfeat.batch import SampleKey
 from maskfeat.data.bad_samples import UnreadableSample
-from maskfeat.data.datasets import imagenet as images
 from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder
 from maskfeat.data.device_transforms import Pixels
-from maskfeat.data.image_reader import read_image, read_tensor
+from maskfeat.data.image_reader import MAX_PIXELS, read_image, read_tensor
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -373,4 +372,4 @@ def test_the_torchvision_backend_augments(tmp_path: Path, augment: dict) -> None
 
 
 def test_limit_lies_below_pillows() -> None:
-    assert Image.MAX_IMAGE_PIXELS is not None and images.MAX_PIXELS < Image.MAX_IMAGE_PIXELS
+    assert Image.MAX_IMAGE_PIXELS is not None and MAX_PIXELS < Image.MAX_IMAGE_PIXELS

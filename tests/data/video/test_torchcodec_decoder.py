@@ -16,7 +16,7 @@ from maskfeat.data.transforms import ClipTestTransform
 from maskfeat.data.video import decoder as decode
 from maskfeat.data.video import torchcodec_decoder as decode_torchcodec
 from tests.data.media import read_numbers, write_video
-from tests.data.test_decode import KINDS, make
+from tests.data.video.test_decoder import KINDS, make
 
 
 @pytest.fixture
