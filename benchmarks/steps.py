@@ -14,12 +14,9 @@ from benchmarks.measure import GRADIENT_TOLERANCE, Row, check_same, in_float32, 
 from benchmarks.reference_mvit import use_reference_attention
 from benchmarks.reference_step import reference_loss, reference_optimizer, reference_step
 from maskfeat.batch import Batch
-from maskfeat.distributed.world import World
-from maskfeat.engine.loop import optimisation_step
-from maskfeat.engine.metrics_log import MetricWindow
-from maskfeat.engine.parallelize import apply_ddp, autocast
+from maskfeat.engine.parallelize import autocast
 from maskfeat.engine.rng import seed_everything
-from maskfeat.engine.trainer import settings_of, training_state
+from maskfeat.engine.trainer import build_trainer
 from maskfeat.objectives.maskfeat import MaskFeat
 
 FLOAT32_TOLERANCE = 2e-4
@@ -76,14 +73,13 @@ def check_sides(what: str, ours: Side, reference: Side, batch: Batch, tolerance:
 def _step(options: Options, default: str, batch_size: int, asked: str) -> Row:
     """One recipe. Ours is the program's own step on what a run builds; memory is that of forward and backward."""
     cfg = options.recipe(default, batch_size)
-    world, device = World(), options.device
+    device = options.device
     plain = maskfeat_objective(cfg).to(device)  # first: it says where a recipe has no reference form
     seed_everything(cfg.RNG_SEED)
-    training, settings = training_state(cfg, device), settings_of(cfg)
-    objective, optimizer = training.objective, training.optimizer
+    trainer = build_trainer(cfg, device)
+    objective, optimizer = trainer.objective, trainer.optimizer
     assert isinstance(objective, MaskFeat)
-    model = apply_ddp(objective, world)
-    batch, window = random_batch(cfg, device), MetricWindow()
+    batch = random_batch(cfg, device)
     what = f"step of {Path(options.cfg or default).stem}, {size_of(batch)}"
 
     state = objective.state_dict()
@@ -93,18 +89,18 @@ def _step(options: Options, default: str, batch_size: int, asked: str) -> Row:
     wide_batch = replace(batch, clip=batch.clip.double())
     note = f"float64: {check_sides(what, ours_of(wide[0]), reference_of(wide[1]), wide_batch, GRADIENT_TOLERANCE)}"
     del wide, wide_batch
-    ours, reference = ours_of(objective, model), reference_of(plain)
+    ours, reference = ours_of(objective, trainer.model), reference_of(plain)
     note += f"; float32: {check_sides(what, ours, reference, batch, FLOAT32_TOLERANCE)}"
 
     plain_optimizer = reference_optimizer(optimizer, plain, objective)
     sides = {
-        "reference": lambda: reference_step(plain, plain_optimizer, batch, settings.clip_norm, settings.precision),
-        "ours": lambda: optimisation_step(model, objective, optimizer, training.scaler, batch, settings, window, world),
+        "reference": lambda: reference_step(plain, plain_optimizer, batch, trainer.clip_norm, trainer.precision),
+        "ours": lambda: trainer.train_step(batch),
     }
     seconds = in_turn(sides, options.repeats, device)
     for side in (ours, reference):
         side.model.zero_grad(set_to_none=True)
-    plain_mib = peak_mib(lambda: reference.passes(batch, settings.precision), device)
-    ours_mib = peak_mib(lambda: ours.passes(batch, settings.precision), device)
-    note += f"; timed in {settings.precision.replace('off', 'fp32')}"
+    plain_mib = peak_mib(lambda: reference.passes(batch, trainer.precision), device)
+    ours_mib = peak_mib(lambda: ours.passes(batch, trainer.precision), device)
+    note += f"; timed in {trainer.precision.replace('off', 'fp32')}"
     return Row(what, seconds["reference"], seconds["ours"], plain_mib, ours_mib, asked, note)

@@ -11,22 +11,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from yacs.config import CfgNode
 
 from benchmarks.cases import MVIT_L, MVIT_S, RESNET_50, VIT_B, VIT_L, Options, data_for, random_batch
 from benchmarks.measure import in_turn, synchronise
 from maskfeat.batch import Batch
 from maskfeat.build import build_backbone, build_loader
-from maskfeat.distributed.world import World
+from maskfeat.checkpoint.files import Position
 from maskfeat.engine.flops import multiply_adds
-from maskfeat.engine.loop import Settings, optimisation_step
-from maskfeat.engine.metrics_log import MetricWindow
-from maskfeat.engine.parallelize import apply_ddp
 from maskfeat.engine.rng import seed_everything
-from maskfeat.engine.trainer import settings_of, training_state
+from maskfeat.engine.trainer import Trainer, build_trainer
 from maskfeat.objectives.maskfeat import MaskFeat
-from maskfeat.optim.schedule import set_lr
 
 PEAK = 989e12  # multiplications and additions a second of an H200 in bf16, dense, by the datasheet
 WATCHED = 10  # steps in which stops for the device are counted
@@ -72,28 +67,21 @@ class Training:
         return asdict(self)
 
 
-class Trainer:
-    """A recipe that is trained step by step as `train.train` does it, without lines and files."""
+class Steps:
+    """Training steps of a recipe as the training loop makes them, without log lines and checkpoints."""
 
     def __init__(self, cfg: CfgNode, device: torch.device) -> None:
         seed_everything(cfg.RNG_SEED)
-        self.device, self.world, self.window = device, World(), MetricWindow()
-        self.settings: Settings = settings_of(cfg)
-        self.state = training_state(cfg, device)
-        self.model: nn.Module = apply_ddp(self.state.objective, self.world)
-        self.model.train()
-        self.made = 0
+        self.device = device
+        self.trainer = build_trainer(cfg, device)
+        self.trainer.model.train()
 
     def step(self, batch: Batch) -> None:
-        """One step, from a batch on any device."""
-        state = self.state
-        set_lr(state.optimizer, self.settings.lr(self.made / 1e6))  # of the first epoch
-        seed_everything(self.settings.seed, self.made, self.world.rank)
-        batch = batch.to(self.device, non_blocking=True)
-        optimisation_step(
-            self.model, state.objective, state.optimizer, state.scaler, batch, self.settings, self.window, self.world
-        )
-        self.made += 1
+        """Make one step, from a batch on any device."""
+        trainer = self.trainer
+        trainer.begin_step(steps_per_epoch=1_000_000)  # all of them are of the first epoch
+        trainer.train_step(batch.to(self.device, non_blocking=True))
+        trainer.position = Position(0, trainer.position.step + 1)
 
     def steady(self, batches: Iterator[Batch], steps: int) -> float:
         """Seconds of a step over `steps` of them, after as many as it takes to warm up."""
@@ -148,7 +136,7 @@ def _recipe(options: Options, path: str, size: int, asked: str) -> Iterator[Trai
     files = data_for(plain, options, images, max(2 * plain.TRAIN.BATCH_SIZE, 2))
     cfg = options.recipe(path, size or 8, *precision, *files)
     device = options.device
-    trainer = Trainer(cfg, device)
+    training = Steps(cfg, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with torch.device("meta"):
@@ -170,13 +158,13 @@ def _recipe(options: Options, path: str, size: int, asked: str) -> Iterator[Trai
             **more,
         )
 
-    alone = trainer.steady(_always(batch), options.steps)
-    share = _target_seconds(trainer, batch)
-    waits = trainer.waits_per_step(_always(batch))
+    alone = training.steady(_always(batch), options.steps)
+    share = _target_seconds(training.trainer, batch)
+    waits = training.waits_per_step(_always(batch))
     yield line("random", alone, waits_per_step=waits, target_share=None if share is None else share / alone)
     batches = _endless(build_loader(cfg, "train"))
-    fed = trainer.steady(batches, options.steps)
-    waits = trainer.waits_per_step(batches)
+    fed = training.steady(batches, options.steps)
+    waits = training.waits_per_step(batches)
     yield line("files", fed, waits_per_step=waits, waiting_for_data=max(0.0, 1 - alone / fed))
 
 
@@ -187,7 +175,7 @@ def cfg_name(path: str) -> str:
 
 def _target_seconds(trainer: Trainer, batch: Batch) -> float | None:
     """Seconds for the HOG targets of a batch, by themselves."""
-    objective = trainer.state.objective
+    objective = trainer.objective
     if not isinstance(objective, MaskFeat):
         return None
     with torch.no_grad():

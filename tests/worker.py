@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 from maskfeat.distributed.launch import launch
 from maskfeat.engine.metrics_log import read_json_stats
 from maskfeat.engine.run import work
-from maskfeat.engine.trainer import CommandLine
+from maskfeat.engine.setup import CommandLine
 
 
 def run_in_processes(cfg: CfgNode, processes: int) -> None:

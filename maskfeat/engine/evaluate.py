@@ -33,20 +33,20 @@ def _unreadable(batch: Batch) -> Tensor:
     return torch.isin(batch.index, bad)
 
 
-Proceed = Callable[[str], None]
-"""Told at every step what is being done; it may raise `Preempted`."""
+Heartbeat = Callable[[str], None]
+"""Receives the status at every step; it may raise `Preempted`."""
 
 
 class _Pace:
     """Says now and then how far an evaluation is."""
 
-    def __init__(self, what: str, steps: int, proceed: Proceed) -> None:
-        self.what, self.steps, self.proceed = what, steps, proceed
+    def __init__(self, what: str, steps: int, heartbeat: Heartbeat) -> None:
+        self.what, self.steps, self.heartbeat = what, steps, heartbeat
         self.started = self.said = time.perf_counter()
 
     def step(self, step: int) -> None:
         """Note that `step` (from 0) is done; speaks twice a minute at most."""
-        self.proceed(f"{self.what}, step {step + 1}")
+        self.heartbeat(f"{self.what}, step {step + 1}")
         now = time.perf_counter()
         if now - self.said > _REPORT_SECONDS:
             self.said = now
@@ -57,7 +57,11 @@ class _Pace:
 @torch.no_grad()
 @_uncompiled
 def validate(
-    objective: Objective, loader: BatchLoader, device: torch.device, precision: str, proceed: Proceed = lambda _: None
+    objective: Objective,
+    loader: BatchLoader,
+    device: torch.device,
+    precision: str,
+    heartbeat: Heartbeat = lambda _: None,
 ) -> dict[str, float]:
     """One pass over a validation set.
 
@@ -67,7 +71,7 @@ def validate(
     """
     objective.eval()
     window = MetricWindow()
-    pace = _Pace("validation", len(loader), proceed)
+    pace = _Pace("validation", len(loader), heartbeat)
     for step, batch in enumerate(loader):
         batch = batch.to(device, non_blocking=True)
         with autocast(device, precision):
@@ -99,7 +103,7 @@ def multi_view_test(
     device: torch.device,
     precision: str,
     results_path: Path | None = None,
-    proceed: Proceed = lambda _: None,
+    heartbeat: Heartbeat = lambda _: None,
 ) -> dict[str, float]:
     """Test with every view of every video or image: softmax scores are summed over views.
 
@@ -115,7 +119,7 @@ def multi_view_test(
     objective.eval()
     scores: Tensor | None = None
     spoiled = torch.zeros(len(labels), device=device)
-    pace = _Pace("testing", len(loader), proceed)
+    pace = _Pace("testing", len(loader), heartbeat)
     for step, batch in enumerate(loader):
         batch = batch.to(device, non_blocking=True)
         assert batch.index is not None

@@ -1,4 +1,4 @@
-"""What a run starts from: weights, optimizer, average and position."""
+"""The checkpoint to resume from, or whose weights to load."""
 
 import logging
 from dataclasses import dataclass, field
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from maskfeat.build import build_objective
@@ -23,21 +22,10 @@ from maskfeat.checkpoint.reading import model_state, trained_model
 from maskfeat.checkpoint.sharded import load_training
 from maskfeat.checkpoint.weights import LoadReport, clean_names
 from maskfeat.distributed.collectives import run_on_main
+from maskfeat.engine.trainer import Trainer
 from maskfeat.objectives.base import Objective
-from maskfeat.optim.ema import ModelEma
-from maskfeat.optim.optimizers import load_optimizer_state
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainingState:
-    """What training changes, and a checkpoint therefore holds; `average` is None without TRAIN.EMA."""
-
-    objective: Objective
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler
-    average: ModelEma | None = None
 
 
 def _load_weights(
@@ -55,14 +43,14 @@ def _load_weights(
 
 
 @dataclass
-class Start:
-    """What a run starts from; found before anything is built for a device, taken over in two parts.
+class CheckpointSource:
+    """The checkpoint that a training begins with. It is found before anything is built on a device.
 
     Attributes:
-        path: of the checkpoint; "" = nothing.
+        path: of the checkpoint; "" = none, train from scratch.
         content: of it.
-        resumes: whether optimizer, average and position are taken as well; otherwise the weights alone.
-        averaged: take the file's average of the weights.
+        resumes: whether optimizer, average and position are restored as well; otherwise the weights alone.
+        averaged: load the checkpoint's average of the weights.
     """
 
     path: Path | str = ""
@@ -71,14 +59,14 @@ class Start:
     averaged: bool = False
 
     def is_of(self, cfg: CfgNode) -> bool:
-        """Whether it is a checkpoint that this very run wrote."""
+        """Return whether this very run wrote the checkpoint."""
         return self.resumes and Path(self.path).parent == Path(cfg.OUTPUT_DIR) / "checkpoints"
 
     def load_weights(self, cfg: CfgNode, objective: Objective) -> None:
-        """Give `objective` the weights.
+        """Load the weights into `objective`.
 
         Raises:
-            ValueError: where they are not those of this model.
+            ValueError: they are those of another model.
         """
         if not self.path:
             return
@@ -93,43 +81,36 @@ class Start:
                 f"{changed[0]}): set the crop, frames and MVIT keys back, or start anew in another OUTPUT_DIR"
             )
 
-    def restore(self, training: TrainingState, steps: int, samples_per_step: int) -> Position:
-        """Take over optimizer, average and position; the position to go on from.
+    def restore(self, trainer: Trainer, steps: int, samples_per_step: int) -> None:
+        """Restore optimizer, average and position of `trainer`, where this is a checkpoint to resume from.
 
         Args:
             steps: of an epoch of this run.
-            samples_per_step: of this run, on all processes together.
+            samples_per_step: of this run, of all processes together.
+
+        Raises:
+            ValueError: the checkpoint lacks a part of the state, or it belongs to another model.
         """
         if not self.resumes:
-            return Position()
-        content = self.content
+            return
         try:
             if Path(self.path).suffix == SHARDED:
-                load_training(self.path, training.objective, training.optimizer)
+                load_training(self.path, trainer.objective, trainer.optimizer)
+                trainer.load_plain_state(self.content)
             else:
-                load_optimizer_state(training.optimizer, content["optimizer_state"])
-            if training.scaler.is_enabled() and "scaler_state" in content:
-                training.scaler.load_state_dict(content["scaler_state"])
-            if training.average is not None:
-                average = content.get(AVERAGE)
-                training.average.objective.load_released_state(
-                    training.objective.released_state() if average is None else average
-                )
-                training.average.resume()
-            position = Position(int(content["epoch"]) + 1, int(content.get("step", 0)))
+                trainer.load_state_dict(self.content)
         except KeyError as error:
             raise ValueError(
                 f"{self.path} has no {error}: only its weights can be used, TRAIN.CHECKPOINT_EPOCH_RESET True"
             ) from error
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
-        if position.step:
-            position = self._in_these_steps(position, steps, samples_per_step)
-        logger.info("resumed from %s, after %s", self.path, position)
-        return position
+        if trainer.position.step:
+            trainer.position = self._in_these_steps(trainer.position, steps, samples_per_step)
+        logger.info("resumed from %s, after %s", self.path, trainer.position)
 
     def _in_these_steps(self, position: Position, steps: int, samples_per_step: int) -> Position:
-        """The same place in the epoch where a step has another number of samples than when it was saved."""
+        """Return the same place in the epoch where the number of samples per step has changed since it was saved."""
         before = int(self.content.get("samples_per_step", samples_per_step))
         samples = position.step * before
         step = min(samples // samples_per_step, steps)
@@ -145,8 +126,8 @@ class Start:
         return Position(position.epochs, step)
 
 
-def find_start(cfg: CfgNode) -> Start:
-    """What a run starts from, the same on every rank.
+def find_source(cfg: CfgNode) -> CheckpointSource:
+    """Return the checkpoint that a training begins with, the same on every rank.
 
     A checkpoint of this very run in OUTPUT_DIR comes first (TRAIN.AUTO_RESUME), then TRAIN.CHECKPOINT_FILE_PATH:
     weights alone with TRAIN.CHECKPOINT_EPOCH_RESET, with TRAIN.CHECKPOINT_AVERAGE (their average) or where another
@@ -156,17 +137,17 @@ def find_start(cfg: CfgNode) -> Start:
     found = run_on_main(lambda: latest_checkpoint(cfg.OUTPUT_DIR, cfg.TASK, name))
     if found is not None:
         if cfg.TRAIN.AUTO_RESUME:
-            return Start(found, open_checkpoint(found), resumes=True)
+            return CheckpointSource(found, open_checkpoint(found), resumes=True)
         logger.warning("%s is there, but TRAIN.AUTO_RESUME is False: it will be overwritten in time", found)
     given = cfg.TRAIN.CHECKPOINT_FILE_PATH
     if not given:
-        return Start()
+        return CheckpointSource()
     content = read_verified_checkpoint(given)
     averaged = cfg.TRAIN.CHECKPOINT_AVERAGE
     if averaged and AVERAGE not in content:
         raise ValueError(f"{given} has no average of the weights ({AVERAGE}): set TRAIN.CHECKPOINT_AVERAGE False")
     resumes = not cfg.TRAIN.CHECKPOINT_EPOCH_RESET and not averaged and trained_model(content) == name
-    return Start(given, content, resumes, averaged)
+    return CheckpointSource(given, content, resumes, averaged)
 
 
 def load_for_testing(cfg: CfgNode, device: torch.device) -> dict[str, Objective]:

@@ -3,32 +3,26 @@
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from yacs.config import CfgNode
 
-from maskfeat.build import build_loader
+from maskfeat.build import build_loader, build_objective
 from maskfeat.config import load_config
-from maskfeat.data.bad_samples import TooManyBadSamples
 from maskfeat.data.loader import BatchLoader
-from maskfeat.distributed.collectives import destroy_process_group, init_process_group, is_collective_error
-from maskfeat.distributed.hang_watchdog import HangWatchdog
 from maskfeat.distributed.launch import check_devices, launch, read_launch_environment
-from maskfeat.distributed.preemption import PREEMPTED, Preempted, StopRequest
-from maskfeat.distributed.world import World, choose_device
+from maskfeat.distributed.world import World
 from maskfeat.engine.evaluate import multi_view_test
-from maskfeat.engine.metrics_log import MetricsLog, setup_logging
-from maskfeat.engine.oom import explain_oom as out_of_memory
+from maskfeat.engine.loop import train
 from maskfeat.engine.resume import load_for_testing
-from maskfeat.engine.trainer import CommandLine, precision_of, run_training
+from maskfeat.engine.session import EXPECTED, Session
+from maskfeat.engine.setup import CommandLine, prepare_training
+from maskfeat.engine.trainer import precision_of
+from maskfeat.engine.validation import objectives_to_evaluate
 from maskfeat.objectives.base import Objective
 
 logger = logging.getLogger(__name__)
-
-# What a user can mend, or the machine has to: said in one line, without a traceback.
-EXPECTED = (ValueError, TooManyBadSamples, FloatingPointError, OSError)
 
 
 def _test_loaders(cfg: CfgNode, world: World, device: torch.device) -> dict[str, BatchLoader]:
@@ -47,26 +41,23 @@ def _results_path(cfg: CfgNode, what: str) -> Path:
 
 
 def run_testing(
-    cfg: CfgNode,
-    loaders: Mapping[str, BatchLoader],
-    world: World,
-    device: torch.device,
-    logbook: MetricsLog,
-    objective: Objective,
-    watch: HangWatchdog,
-    name: str = "",
+    cfg: CfgNode, session: Session, loaders: Mapping[str, BatchLoader], objective: Objective, name: str = ""
 ) -> None:
-    """Multi-view testing with each of `loaders`; `name` "ema" for averaged weights."""
+    """Test with each of `loaders`, one per number of views.
+
+    Args:
+        name: "" for the weights, "ema" for their moving average.
+    """
     suffix = f"_{name}" if name else ""
     for number, (views, loader) in enumerate(loaders.items()):
         result = multi_view_test(
             objective,
             loader,
             loader.labels,
-            device,
+            session.device,
             precision_of(cfg),
-            _results_path(cfg, views + suffix) if world.is_main else None,
-            watch.proceed,
+            _results_path(cfg, views + suffix) if session.world.is_main else None,
+            session.watchdog.proceed,
         )
         line = (
             f"test{' of averaged weights' if name else ''}: top1 {result['top1']:.2f} %, top5 {result['top5']:.2f} % "
@@ -74,79 +65,41 @@ def run_testing(
         )
         stats = {"split": f"test_final{suffix}", "samples": len(loader.labels), "views": views, **result}
         stats["top1_acc"], stats["top5_acc"] = f"{result['top1']:.2f}", f"{result['top5']:.2f}"
-        logbook.write(f"test_final{suffix}", line, stats, number)
+        session.metrics_log.write(f"test_final{suffix}", line, stats, number)
 
 
-def _work(
-    world: World, cfg: CfgNode, given: CommandLine, device: torch.device, watch: HangWatchdog, stop: StopRequest
-) -> None:
-    folder = Path(cfg.OUTPUT_DIR) / cfg.TENSORBOARD.LOG_DIR if cfg.TENSORBOARD.ENABLE else None
-    logbook = MetricsLog(world, folder)
-    try:
-        # The test's data is looked for before training, not after it.
-        loaders = _test_loaders(cfg, world, device) if cfg.TEST.ENABLE else {}
-        objectives = run_training(cfg, given, world, device, logbook, watch, stop) if cfg.TRAIN.ENABLE else {}
+def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine) -> int:
+    """Train and test in one process of a run; every process calls it.
+
+    Returns:
+        the exit code of the process. An error that all ranks meet is logged by one of them.
+    """
+    with Session(cfg, world) as session:
+        session.start(init_method)
+        # The test set is looked for before training, not after it.
+        test_loaders = _test_loaders(cfg, world, session.device) if cfg.TEST.ENABLE else {}
+        objectives: dict[str, Objective] = {}
+        if cfg.TRAIN.ENABLE:
+            trainer, loader, saver, validator = prepare_training(cfg, command_line, session)
+            with saver:
+                train(
+                    trainer,
+                    loader,
+                    saver,
+                    validator,
+                    session.metrics_log,
+                    session.watchdog,
+                    session.stop,
+                    log_period=cfg.LOG_PERIOD,
+                    max_skipped=cfg.TRAIN.MAX_SKIPPED_STEPS,
+                )
+            objectives = objectives_to_evaluate(trainer, lambda: build_objective(cfg).to(session.device))
         if cfg.TEST.ENABLE:
             if not objectives or cfg.TEST.CHECKPOINT_FILE_PATH:
-                objectives = load_for_testing(cfg, device)
+                objectives = load_for_testing(cfg, session.device)
             for name, objective in objectives.items():
-                run_testing(cfg, loaders, world, device, logbook, objective, watch, name)
-    finally:
-        logbook.close()
-
-
-def _patience(cfg: CfgNode) -> timedelta:
-    """How long collectives may take: longer than HANG_MINUTES, for the report of the watch says more than theirs."""
-    return timedelta(minutes=cfg.HANG_MINUTES + 5) if cfg.HANG_MINUTES else timedelta(days=1)
-
-
-def work(world: World, init_method: str, cfg: CfgNode, given: CommandLine) -> int:
-    """What every process does; its exit code. What all ranks meet alike is said once."""
-    stop, watch = StopRequest(), None
-    try:
-        setup_logging(cfg.OUTPUT_DIR, world)
-        with stop.listening():
-            device = choose_device(cfg.NUM_GPUS, world.local_rank)
-            store = init_process_group(world, cfg.DIST_BACKEND, device, init_method, _patience(cfg))
-            watch = HangWatchdog(world, store, 60 * cfg.HANG_MINUTES, stop)
-            _work(world, cfg, given, device, watch, stop)
-            destroy_process_group()
-    except Preempted as asked:
-        destroy_process_group()
-        return _stopped(str(asked), world)
-    except (*EXPECTED, RuntimeError, MemoryError, EOFError) as error:
-        code = _explained(error, cfg, world, watch, stop)
-        if code is None:
-            raise
-        return code
-    finally:
-        if watch is not None:
-            watch.close()
-    return 0
-
-
-def _explained(
-    error: Exception, cfg: CfgNode, world: World, watch: HangWatchdog | None, stop: StopRequest
-) -> int | None:
-    """Say in words what ended a process; the exit code, or None where its traceback says more."""
-    memory = None if isinstance(error, TooManyBadSamples) else out_of_memory(error, cfg, world.local_size)
-    if memory is not None or isinstance(error, EXPECTED):
-        if world.is_main or memory or isinstance(error, TooManyBadSamples | OSError):
-            logger.error("error: %s", memory or error)
-        return 2
-    if stop and world.size > 1:  # the others have left, in the middle of something that needs no saving
-        return _stopped(stop.reason, world)
-    gone = watch.gone(1.0) if watch is not None and is_collective_error(error) else ""
-    if not gone:
-        return None
-    logger.error("error: gone, or cut off from this process (rank %d): %s: %s", world.rank, gone, error)
-    return 1
-
-
-def _stopped(reason: str, world: World) -> int:
-    if world.is_main:
-        logger.info("stopped on %s; the same command goes on from here (exit code %d: requeue me)", reason, PREEMPTED)
-    return PREEMPTED
+                run_testing(cfg, session, test_loaders, objective, name)
+    return session.exit_code
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

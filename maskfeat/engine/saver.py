@@ -1,14 +1,13 @@
-"""When a run is saved, what its checkpoints hold, and which of them stay."""
+"""When a run is saved, what its checkpoints hold, and which of them are kept."""
 
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
 from yacs.config import CfgNode
 
 from maskfeat.checkpoint.files import (
-    AVERAGE,
     SHARDED,
     WHOLE,
     Position,
@@ -19,31 +18,36 @@ from maskfeat.checkpoint.files import (
 from maskfeat.checkpoint.sharded import SaveHandle, save_sharded, training_tensors
 from maskfeat.config import dump_config
 from maskfeat.distributed.collectives import new_cpu_group, run_on_main
-from maskfeat.distributed.fsdp import full_optimizer_state_dict, full_state_dict
-from maskfeat.distributed.world import World
-from maskfeat.engine.resume import TrainingState
+from maskfeat.distributed.preemption import Preempted
+from maskfeat.engine.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Writes the checkpoints of a run. Every rank calls its methods, in the same places.
+    """Write the checkpoints of a run. Every rank calls its methods, in the same order.
+
+    Used as a context manager, it waits for a checkpoint that is still being written when the run is preempted.
 
     Args:
-        training: what is saved.
-        samples_per_step: of all processes together; by it a place in an epoch can be found again with other batches.
-        start: where the run begins or goes on: that needs no saving.
+        cfg: TRAIN.CHECKPOINT_*, TRAIN.KEEP_CHECKPOINTS, OUTPUT_DIR and TASK.
+        trainer: what is saved. Its position now, where the run begins or resumes, needs no saving.
     """
 
-    def __init__(
-        self, cfg: CfgNode, training: TrainingState, world: World, samples_per_step: int, start: Position
-    ) -> None:
-        self._cfg, self._training, self._world, self._samples = cfg, training, world, samples_per_step
-        self._saved, self._at = start, time.monotonic()
+    def __init__(self, cfg: CfgNode, trainer: Trainer) -> None:
+        self._cfg, self._trainer = cfg, trainer
+        self._saved, self._at = trainer.position, time.monotonic()
         self._sharded = cfg.TRAIN.CHECKPOINT_FORMAT == "sharded"
         self._suffix = SHARDED if self._sharded else WHOLE
         self._group = new_cpu_group() if self._sharded else None
-        self._under_way: tuple[Position, SaveHandle] | None = None
+        self._pending: tuple[Position, SaveHandle] | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, Preempted):
+            self.finish()
 
     @property
     def is_due(self) -> bool:
@@ -51,21 +55,25 @@ class Saver:
         minutes = self._cfg.TRAIN.CHECKPOINT_MINUTES
         return bool(minutes) and time.monotonic() - self._at >= 60 * minutes
 
-    def save(self, position: Position, must: bool = False) -> None:
-        """Save at `position`, unless that has just been done. A sharded checkpoint may be written on afterwards.
+    def is_epoch_due(self, epoch: int) -> bool:
+        """Whether to save after `epoch`, counted from 0: every TRAIN.CHECKPOINT_PERIOD epochs and after the last."""
+        return (epoch + 1) % self._cfg.TRAIN.CHECKPOINT_PERIOD == 0 or epoch + 1 == self._trainer.max_epoch
+
+    def save(self, must: bool = False) -> None:
+        """Save, unless that has just been done at this position. A sharded checkpoint may still be written afterwards.
 
         Args:
-            must: whether the run ends here. Otherwise a full disk is reported, and the run goes on: somebody may make
+            must: whether the run ends here. Otherwise a full disk is reported, and training continues: there may be
                 room before the next checkpoint.
 
         Raises:
-            OSError: on every rank, where it must be saved and could not.
+            OSError: on every rank, where the checkpoint must be saved and could not be.
         """
         self._at = time.monotonic()
         try:
             self.finish()
-            if position != self._saved:
-                self._begin(position)
+            if self._trainer.position != self._saved:
+                self._begin(self._trainer.position)
             if must:
                 self.finish()
         except OSError as error:
@@ -73,57 +81,42 @@ class Saver:
                 raise
             logger.error("NOT SAVED, training goes on: %s", error)
 
-    def look_after(self) -> None:
-        """To be called now and then: report a checkpoint that has been written meanwhile. It waits for nobody."""
-        if self._under_way is not None and self._under_way[1].done():
+    def poll(self) -> None:
+        """Report a sharded checkpoint that has been written meanwhile; never waits."""
+        if self._pending is not None and self._pending[1].done():
             try:
                 self.finish()
             except OSError as error:
                 logger.error("NOT SAVED, training goes on: %s", error)
 
-    def _path(self, position: Position) -> Path:
-        return checkpoint_path(self._cfg.OUTPUT_DIR, self._cfg.TASK, position, self._suffix)
-
-    def _begin(self, position: Position) -> None:
-        cfg = self._cfg
-        plain: dict[str, Any] = {"epoch": position.epochs - 1, "cfg": dump_config(cfg)}
-        if position.step:
-            plain.update(step=position.step, samples_per_step=self._samples)
-        if self._training.scaler.is_enabled():
-            plain["scaler_state"] = self._training.scaler.state_dict()
-        if self._sharded:
-            tensors = training_tensors(self._training.objective, self._training.optimizer)
-            self._under_way = position, save_sharded(self._path(position), tensors, plain, self._group)
-            return
-        content = {**self._gathered(), **plain}
-        run_on_main(lambda: save_checkpoint(self._path(position), content))
-        self._end(position)
-
     def finish(self) -> None:
         """Wait for a sharded checkpoint that is being written.
 
         Raises:
-            OSError: where it could not be.
+            OSError: it could not be written.
         """
-        if self._under_way is not None:
-            (position, handle), self._under_way = self._under_way, None
+        if self._pending is not None:
+            (position, handle), self._pending = self._pending, None
             handle.wait()
             self._end(position)
+
+    def _path(self, position: Position) -> Path:
+        return checkpoint_path(self._cfg.OUTPUT_DIR, self._cfg.TASK, position, self._suffix)
+
+    def _begin(self, position: Position) -> None:
+        trainer, config = self._trainer, {"cfg": dump_config(self._cfg)}
+        if self._sharded:
+            tensors = training_tensors(trainer.objective, trainer.optimizer)
+            handle = save_sharded(self._path(position), tensors, trainer.plain_state(config), self._group)
+            self._pending = position, handle
+            return
+        content = trainer.state_dict(config)
+        run_on_main(lambda: save_checkpoint(self._path(position), content))
+        self._end(position)
 
     def _end(self, position: Position) -> None:
         self._saved = position
         cfg = self._cfg
-        if self._world.is_main:
+        if self._trainer.world.is_main:
             logger.info("saved %s", self._path(position))
             prune_checkpoints(cfg.OUTPUT_DIR, cfg.TASK, position, cfg.TRAIN.KEEP_CHECKPOINTS)
-
-    def _gathered(self) -> dict[str, Any]:
-        """What training changes; on other ranks than the first only a part of it."""
-        training, keep = self._training, self._world.is_main
-        content: dict[str, Any] = {
-            "model_state": full_state_dict(training.objective.released_state(), keep),
-            "optimizer_state": full_optimizer_state_dict(training.optimizer, keep),
-        }
-        if training.average is not None:
-            content[AVERAGE] = full_state_dict(training.average.objective.released_state(), keep)
-        return content

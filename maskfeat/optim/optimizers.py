@@ -10,32 +10,6 @@ from torch.optim import Optimizer
 from maskfeat.distributed.fsdp import global_norm, local_shard, shard_like
 
 
-def _begin_momentum_at_zero(optimizer: Optimizer) -> None:
-    """Where the very first step is skipped, let momentum begin at zero.
-
-    Fused SGD makes its buffers without writing to them, and a step with `found_inf` never does: the next one would add
-    whatever lay in that memory.
-    """
-    fresh: list[nn.Parameter] = []
-
-    def note(optimizer: Optimizer, *_: Any) -> None:
-        """Before a step: which buffers it will make."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        fresh[:] = [p for p in parameters if optimizer.state.get(p, {}).get("momentum_buffer") is None]
-
-    @torch.no_grad()
-    def begin(optimizer: Optimizer, *_: Any) -> None:
-        """After it, made or skipped."""
-        found = getattr(optimizer, "found_inf", None)
-        for parameter in fresh:
-            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if found is not None and buffer is not None:
-                buffer.copy_(torch.where(found.reshape(()) > 0, torch.zeros_like(buffer), buffer))
-
-    optimizer.register_step_pre_hook(note)
-    optimizer.register_step_post_hook(begin)
-
-
 def make_optimizer(
     groups: Sequence[dict[str, Any]],
     method: str,
@@ -51,9 +25,7 @@ def make_optimizer(
     if method == "adamw":
         return torch.optim.AdamW(initial, lr=lr, betas=(betas[0], betas[1]), eps=1e-8, fused=True)
     if method == "sgd":
-        sgd = torch.optim.SGD(initial, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, fused=True)
-        _begin_momentum_at_zero(sgd)
-        return sgd
+        return torch.optim.SGD(initial, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, fused=True)
     raise ValueError(f"SOLVER.OPTIMIZING_METHOD is {method!r}, expected 'adamw' or 'sgd'")
 
 

@@ -12,13 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from maskfeat.batch import Batch
-from maskfeat.build import build_objective, build_optimizer
+from maskfeat.build import build_objective
 from maskfeat.checkpoint.sharded import (
     load_sharded,
     load_training,
@@ -30,19 +29,11 @@ from maskfeat.config import load_config
 from maskfeat.distributed.collectives import all_gather_object, destroy_process_group, init_process_group
 from maskfeat.distributed.fsdp import full_optimizer_state_dict, full_state_dict, gather_into, local_shard
 from maskfeat.distributed.world import World
-from maskfeat.engine.loop import Settings, optimisation_step
-from maskfeat.engine.metrics_log import MetricWindow
 from maskfeat.engine.parallelize import (
-    apply_activation_checkpointing,
-    apply_compile,
-    apply_ddp,
-    apply_fsdp,
     gradient_sync,
 )
 from maskfeat.engine.rng import seed_everything
-from maskfeat.engine.trainer import settings_of
-from maskfeat.objectives.base import Objective
-from maskfeat.optim.ema import restore_statistics_of_skipped_steps
+from maskfeat.engine.trainer import build_trainer
 from maskfeat.optim.optimizers import load_optimizer_state
 from maskfeat.optim.schedule import set_lr
 from tests.golden.golden import golden_batch
@@ -68,24 +59,18 @@ CASES: dict[str, tuple[tuple[Path, list[str]], list[str]]] = {
 }
 
 
-class Trainer:
-    """Steps as a run makes them, on batches made here."""
+class Steps:
+    """A trainer, sharded or not, on batches made here."""
 
     def __init__(self, cfg: CfgNode, world: World, sharded: bool) -> None:
         seed_everything(cfg.RNG_SEED)
-        self.cfg, self.world, self.window = cfg, world, MetricWindow()
-        self.settings: Settings = settings_of(cfg)
-        self.objective: Objective = build_objective(cfg)
-        if cfg.MODEL.ACT_CHECKPOINT:
-            apply_activation_checkpointing(self.objective, light=cfg.MODEL.ACT_CHECKPOINT == "light")
-        if cfg.TRAIN.COMPILE:
-            apply_compile(self.objective, CPU)
-        if sharded:
-            apply_fsdp(self.objective, world, CPU)
-        self.optimizer: Optimizer = build_optimizer(cfg, self.objective)
-        restore_statistics_of_skipped_steps(self.objective, self.optimizer)
-        self.scaler = torch.amp.GradScaler("cpu", enabled=self.settings.precision == "fp16", init_scale=2.0**4)
-        self.model: nn.Module = apply_ddp(self.objective, world, static=not self.settings.micro_batch)
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.TRAIN.PARALLEL = "fsdp" if sharded else "ddp"
+        self.cfg, self.world = cfg, world
+        self.trainer = build_trainer(cfg, CPU, world)
+        self.objective, self.optimizer, self.model = self.trainer.objective, self.trainer.optimizer, self.trainer.model
+        self.trainer.scaler = torch.amp.GradScaler("cpu", enabled=self.trainer.scaler.is_enabled(), init_scale=2.0**4)
         self.model.train()
 
     def batch(self, step: int) -> Batch:
@@ -105,10 +90,8 @@ class Trainer:
         batch = self.batch(step)
         if spoil and self.world.is_main:
             batch.clip[0] = float("inf")
-        optimisation_step(
-            self.model, self.objective, self.optimizer, self.scaler, batch, self.settings, self.window, self.world
-        )
-        return self.window.read()
+        self.trainer.train_step(batch)
+        return self.trainer.metrics.read()
 
     def weights(self) -> dict[str, Tensor]:
         """The whole weights, on every rank."""
@@ -149,7 +132,7 @@ def overall(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 def compare(world: World, recipe: tuple[Path, list[str]], opts: Sequence[str], steps: int = 3) -> dict[str, Any]:
     """The same steps both ways: the largest differences, and what each rank holds."""
     cfg = load_config(recipe[0], [*recipe[1], *opts])
-    plain, sharded = (Trainer(cfg, world, sharded=kind) for kind in (False, True))
+    plain, sharded = (Steps(cfg, world, sharded=kind) for kind in (False, True))
     logged = [[trainer.step(step) for step in range(steps)] for trainer in (plain, sharded)]
     start = build_objective_state(cfg)
     a, b = sharded.weights(), plain.weights()
@@ -177,7 +160,7 @@ def compare(world: World, recipe: tuple[Path, list[str]], opts: Sequence[str], s
 def exchanged_once(world: World) -> dict[str, Any]:
     """Whether ranks have gradients of one another after a micro-batch that is not the last, and after the last."""
     cfg = load_config(VIT[0], VIT[1])
-    trainer = Trainer(cfg, world, sharded=True)
+    trainer = Steps(cfg, world, sharded=True)
     found = []
     for last in (False, True):
         with gradient_sync(trainer.model, last):
@@ -193,7 +176,7 @@ def build_objective_state(cfg: CfgNode) -> dict[str, Tensor]:
 
 def spoiled(world: World, opts: Sequence[str] = ()) -> dict[str, Any]:
     """A step with an infinity on one rank changes no bit on any; the next one is made."""
-    trainer = Trainer(load_config(VIT[0], [*VIT[1], *opts]), world, sharded=True)
+    trainer = Steps(load_config(VIT[0], [*VIT[1], *opts]), world, sharded=True)
     trainer.step(0)
     before = trainer.pieces()
     skipped = trainer.step(1, spoil=True)["skipped"]
@@ -207,7 +190,7 @@ def spoiled(world: World, opts: Sequence[str] = ()) -> dict[str, Any]:
 def handed_over(world: World, folder: Path) -> dict[str, Any]:
     """Whole states: of a sharded run into an unsharded one and back, and a copy to evaluate."""
     cfg = load_config(*VIT)
-    sharded, plain, again = Trainer(cfg, world, True), Trainer(cfg, world, False), Trainer(cfg, world, True)
+    sharded, plain, again = Steps(cfg, world, True), Steps(cfg, world, False), Steps(cfg, world, True)
     for step in range(2):
         sharded.step(step)
     weights, moments = sharded.weights(), sharded.moments()
@@ -240,7 +223,7 @@ def handed_over(world: World, folder: Path) -> dict[str, Any]:
 
 def writes_in_pieces(world: World, folder: Path) -> dict[str, Any]:
     """Two processes go on from a checkpoint of one, and write their own while they train."""
-    trainer = Trainer(load_config(*VIT), world, sharded=True)
+    trainer = Steps(load_config(*VIT), world, sharded=True)
     load_training(folder / "one.dcp", trainer.objective, trainer.optimizer)
     loss = trainer.step(1)["loss"]
     tensors = training_tensors(trainer.objective, trainer.optimizer)
@@ -299,11 +282,11 @@ def back_to_one_and_two(world: World, folder: Path, address: str) -> dict[str, A
     """What two wrote is read and written by one alone, and read by two again."""
     cfg = load_config(*VIT)
     if world.is_main:
-        alone = Trainer(cfg, World(), sharded=False)
+        alone = Steps(cfg, World(), sharded=False)
         load_training(folder / "two.dcp", alone.objective, alone.optimizer)
         save_sharded(folder / "alone.dcp", training_tensors(alone.objective, alone.optimizer), {}).wait()
     init_process_group(world, "gloo", CPU, address)
-    trainer = Trainer(cfg, world, sharded=True)
+    trainer = Steps(cfg, world, sharded=True)
     load_training(folder / "alone.dcp", trainer.objective, trainer.optimizer)
     pieces = torch.load(folder / f"pieces.{world.rank}.pt")
     same = [torch.equal(x, y) for x, y in zip(trainer.pieces(), pieces, strict=True)]

@@ -8,10 +8,8 @@ import torch
 
 from maskfeat.build import build_optimizer
 from maskfeat.checkpoint.reading import model_state, read_checkpoint
-from maskfeat.distributed.world import World
-from maskfeat.engine.loop import Settings, optimisation_step
-from maskfeat.engine.metrics_log import MetricWindow
 from maskfeat.engine.parallelize import apply_activation_checkpointing
+from maskfeat.engine.trainer import Trainer
 from maskfeat.objectives.base import Objective
 from maskfeat.optim.optimizers import load_optimizer_state
 from maskfeat.optim.schedule import lr_at_epoch, set_lr
@@ -36,22 +34,20 @@ def follow(
 ) -> list[dict[str, float]]:
     """Steps `first` to 7 through the training loop's own step; what each logged."""
     cfg = recipe(run["config"], run["opts"])
-    settings = Settings(
-        max_epoch=cfg.SOLVER.MAX_EPOCH,
-        lr=lambda epoch: lr_at_epoch(cfg, epoch),
-        seed=0,
+    trainer = Trainer(
+        objective,
+        optimizer,
+        lambda epoch: lr_at_epoch(cfg, epoch),
         clip_norm=cfg.SOLVER.CLIP_GRAD_L2NORM,
         precision=precision,
         micro_batch=micro_batch,
     )
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     logged = []
     for step in range(first, 8):
-        set_lr(optimizer, settings.lr(step))
+        set_lr(optimizer, trainer.lr(step))
         batch = golden_batch(cfg, run["seed"] * 1000 + step, run["batch"])
-        window = MetricWindow()
-        optimisation_step(objective, objective, optimizer, scaler, batch, settings, window, World())
-        logged.append({**window.read(), "lr": settings.lr(step)})
+        trainer.train_step(batch)
+        logged.append({**trainer.metrics.read(), "lr": trainer.lr(step)})
     return logged
 
 

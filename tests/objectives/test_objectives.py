@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from maskfeat.batch import Batch
-from maskfeat.distributed.world import World
-from maskfeat.engine.loop import Settings, optimisation_step
-from maskfeat.engine.metrics_log import MetricWindow
+from maskfeat.engine.trainer import Trainer
 from maskfeat.models.mvit import MViT
 from maskfeat.models.vit import ViT
 from maskfeat.objectives.classification import Classification
@@ -134,12 +132,10 @@ def test_nothing_hidden_teaches_nothing(precision: str) -> None:
         {"params": [p for p in objective.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.01, fused=True)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    settings = Settings(max_epoch=1, lr=lambda _: 0.01, seed=0, clip_norm=1.0, precision=precision, micro_batch=3)
+    trainer = Trainer(objective, optimizer, lambda _: 0.01, clip_norm=1.0, precision=precision, micro_batch=3)
     for _ in range(3):
-        window = MetricWindow()
-        optimisation_step(objective, objective, optimizer, scaler, batch, settings, window, World())
-        assert window.read()["skipped"] == 0
+        trainer.train_step(batch)
+        assert trainer.metrics.read()["skipped"] == 0
     for name, parameter in objective.named_parameters():
         decayed = before[name] * ((1 - 0.01 * 0.5) ** 3 if parameter.dim() > 1 else 1.0)
         torch.testing.assert_close(parameter.detach(), decayed, atol=1e-7, rtol=1e-5)

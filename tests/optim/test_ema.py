@@ -8,14 +8,12 @@ import torch
 from maskfeat.batch import Batch
 from maskfeat.checkpoint.files import AVERAGE, find_checkpoints
 from maskfeat.checkpoint.reading import model_state, read_checkpoint
-from maskfeat.distributed.world import World
-from maskfeat.engine.loop import Settings, optimisation_step
-from maskfeat.engine.metrics_log import MetricWindow
 from maskfeat.engine.run import main
+from maskfeat.engine.trainer import Trainer
 from maskfeat.models.resnet import ResNet
 from maskfeat.objectives.classification import Classification
 from maskfeat.objectives.mfm import MFM
-from maskfeat.optim.ema import ModelEma, restore_statistics_of_skipped_steps
+from maskfeat.optim.ema import ModelEma
 from tests.small import MFM_PT, MFM_RECIPES, MVIT_PT, R50_FT, RECIPES, VIT_FT, VIT_PT, clips, images
 from tests.worker import json_stats
 
@@ -39,19 +37,20 @@ def run(name: str, data: Path, output: Path, *opts: str) -> Path:
 def test_formula_for_parameters_and_running_statistics() -> None:
     objective = Classification(ResNet(depth=10), num_classes=3, mean_pooling=True)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=0.01)
-    average = ModelEma(objective, optimizer, decay=0.75)
+    average = ModelEma(objective, decay=0.75)
     expected: dict[str, torch.Tensor] = {}
     for _ in range(4):
         objective.train()(Batch(torch.randn(4, 3, 32, 32), label=torch.tensor([0, 1, 2, 0]))).loss.backward()
         optimizer.step()
+        average.update(torch.zeros(()))
         for name, value in objective.state_dict().items():
             if value.is_floating_point():
                 expected[name] = 0.75 * expected[name] + 0.25 * value if name in expected else value.clone()
-    found = average.objective.state_dict()
+    found = average.module.state_dict()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
     assert any(name.endswith("running_var") for name in expected)
-    assert not any(p.requires_grad for p in average.objective.parameters())
+    assert not any(p.requires_grad for p in average.module.parameters())
     assert not torch.equal(found["head.projection.weight"], objective.head.projection.weight)
 
 
@@ -60,23 +59,18 @@ def test_a_lost_step_leaves_statistics_and_average_alone(precision: str) -> None
     """An infinity in one batch: everything is as it was before, and the run goes on with finite numbers."""
     objective = MFM(ResNet(depth=10, image_size=(32, 32)), mean=(0.4,) * 3, std=(0.2,) * 3, radius=6.0).train()
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-3, fused=True)
-    restore_statistics_of_skipped_steps(objective, optimizer)
-    average = ModelEma(objective, optimizer, 0.5)
-    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=2.0**8)
-    settings = Settings(max_epoch=1, lr=lambda epoch: 1e-3, seed=0, precision=precision, micro_batch=2)
+    average = ModelEma(objective, 0.5)
+    trainer = Trainer(objective, optimizer, lambda epoch: 1e-3, precision=precision, micro_batch=2, ema=average)
+    trainer.scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=2.0**8)
     skipped = []
     for step in range(4):
-        before = [
-            {name: value.clone() for name, value in o.state_dict().items()} for o in (objective, average.objective)
-        ]
+        before = [{name: value.clone() for name, value in o.state_dict().items()} for o in (objective, average.module)]
         clip = torch.randn(4, 3, 32, 32)
         if step in (0, 2):  # also in the first step, from which the average would begin
             clip[1, 0, 0, 0] = float("inf")
-        window = MetricWindow()
-        batch = Batch(clip, hidden=torch.ones(4, 1, 1, dtype=torch.bool))
-        optimisation_step(objective, objective, optimizer, scaler, batch, settings, window, World())
-        skipped.append(window.read()["skipped"])
-        after = [o.state_dict() for o in (objective, average.objective)]
+        trainer.train_step(Batch(clip, hidden=torch.ones(4, 1, 1, dtype=torch.bool)))
+        skipped.append(trainer.metrics.read()["skipped"])
+        after = [o.state_dict() for o in (objective, average.module)]
         for was, now in zip(before, after, strict=True):
             floats = [name for name in was if was[name].is_floating_point()]
             assert all(torch.isfinite(now[name]).all() for name in floats)
@@ -84,7 +78,7 @@ def test_a_lost_step_leaves_statistics_and_average_alone(precision: str) -> None
             assert all(same) if step in (0, 2) else sum(same) < 0.2 * len(same), step
         if step == 1:
             for name, value in objective.state_dict().items():
-                torch.testing.assert_close(average.objective.state_dict()[name], value)
+                torch.testing.assert_close(average.module.state_dict()[name], value)
     assert [count > 0 for count in skipped] == [True, False, True, False]
 
 

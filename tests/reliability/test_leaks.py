@@ -24,8 +24,9 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="n
 # The program itself; what is measured stands around each step. `kept` is a leak on purpose, of so many bytes a step.
 CHILD = """
 import json, multiprocessing, os, resource, sys
-import maskfeat.engine.run, maskfeat.engine.loop
-step, samples, kept = maskfeat.engine.loop.optimisation_step, [], []
+import maskfeat.engine.run
+from maskfeat.engine.trainer import Trainer
+step, samples, kept = Trainer.train_step, [], []
 page = resource.getpagesize()
 def resident(pid):
     with open(f"/proc/{pid}/statm") as file:
@@ -39,7 +40,7 @@ def measured(*args):
         workers = sum(resident(child.pid) for child in multiprocessing.active_children())
         samples.append([measured.done, resident("self"), workers, len(os.listdir("/proc/self/fd"))])
 measured.done = 0
-maskfeat.engine.loop.optimisation_step = measured
+Trainer.train_step = measured
 code = maskfeat.engine.run.main(sys.argv[2:])
 json.dump(samples, open(sys.argv[1], "w"))
 sys.exit(code)

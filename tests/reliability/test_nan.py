@@ -20,14 +20,11 @@ from maskfeat.distributed.collectives import (
 )
 from maskfeat.distributed.launch import launch
 from maskfeat.distributed.world import World
-from maskfeat.engine.loop import optimisation_step
-from maskfeat.engine.metrics_log import MetricWindow
-from maskfeat.engine.parallelize import apply_ddp
-from maskfeat.engine.resume import TrainingState
 from maskfeat.engine.run import work
-from maskfeat.engine.trainer import CommandLine, settings_of, training_state
+from maskfeat.engine.setup import CommandLine
+from maskfeat.engine.trainer import Trainer, build_trainer
 from maskfeat.objectives.maskfeat import MaskFeat
-from maskfeat.optim.ema import SkippedStepCounter
+from maskfeat.optim.skipped_steps import SkippedStepCounter
 from tests.reliability.scale import SOAK, note, size
 from tests.small import MFM_PT, MFM_RECIPES, RECIPES, VIT_PT, images
 from tests.worker import json_stats
@@ -50,11 +47,11 @@ def variants() -> list[tuple[str, list[str]]]:
     return [*found, (str(MFM), [*MFM_PT, "TRAIN.MIXED_PRECISION", "fp16", "TRAIN.EMA", "0.5"])]
 
 
-def snapshot(training: TrainingState) -> dict[str, Tensor]:
+def snapshot(training: Trainer) -> dict[str, Tensor]:
     """Everything that a step changes, copied: weights, buffers, their average, and what the optimizer keeps."""
-    assert training.average is not None
+    assert training.ema is not None
     found = {f"weights {name}": value for name, value in training.objective.state_dict().items()}
-    found |= {f"average {name}": value for name, value in training.average.objective.state_dict().items()}
+    found |= {f"average {name}": value for name, value in training.ema.module.state_dict().items()}
     for number, kept in training.optimizer.state_dict()["state"].items():
         found |= {f"optimizer {number} {name}": v for name, v in kept.items() if isinstance(v, Tensor)}
     return {name: value.clone() for name, value in found.items()}
@@ -79,7 +76,7 @@ def make_batch(cfg: CfgNode) -> Batch:
     return Batch(torch.randn(8, 3, 32, 32), hidden=hidden, max_hidden=int(hidden.flatten(1).sum(1).max()))
 
 
-def poison(where: str, value: float, training: TrainingState, batch: Batch) -> Any:
+def poison(where: str, value: float, training: Trainer, batch: Batch) -> Any:
     """Put `value` into a pixel, the loss or one entry of one gradient of this rank; what takes the hook off again."""
     if where == "pixels":
         batch.clip[-1, 0, 3, 3] = value
@@ -105,29 +102,26 @@ def one_case(world: World, recipe: str, opts: list[str], where: str, value: floa
     """Four steps, of which two meet the value on the second rank alone."""
     cfg = load_config(recipe, opts)
     torch.manual_seed(1)
-    training = training_state(cfg, CPU)
-    model = apply_ddp(training.objective, world).train()
-    settings, lost = settings_of(cfg), SkippedStepCounter(training.optimizer)
+    training = build_trainer(cfg, CPU, world)
+    training.model.train()
     torch.manual_seed(100 + world.rank)
     for step in range(STEPS):
-        batch, window, hook = make_batch(cfg), MetricWindow(), None
+        batch, hook = make_batch(cfg), None
         broadcast_buffers(training.objective)  # as DistributedDataParallel does before every forward pass
         before = snapshot(training)
         if step in BAD and world.rank == 1:
             hook = poison(where, value, training, batch)
-        optimisation_step(
-            model, training.objective, training.optimizer, training.scaler, batch, settings, window, world
-        )
+        training.train_step(batch)
         if hook is not None:
             hook.remove()
         after = snapshot(training)
-        changed, told = same_bits(before, after), window.read()["skipped"]
+        changed, told = same_bits(before, after), training.metrics.read()["skipped"]
         if step in BAD:
             assert not changed, (where, value, opts, step, changed[:3])
-            row = lost.read()
+            row = training.skipped.read()
             assert told == pytest.approx(1) and row == (1, 0), (where, value, opts, step, told, row)
         else:
-            assert told == 0 and lost.read()[0] == 0
+            assert told == 0 and training.skipped.read()[0] == 0
             assert len(changed) > 0.5 * len(after), (where, value, step)
             assert all(v.isfinite().all() for v in after.values())
     weights = torch.cat([p.detach().reshape(-1) for p in training.objective.parameters()])
@@ -202,15 +196,11 @@ def test_rows_are_counted_exactly() -> None:
     """Against counting on the host, read after random stretches."""
     for seed in range(size(40, 2000)):
         draw = random.Random(seed)
-        parameter = nn.Parameter(torch.zeros(2))
-        optimizer = torch.optim.SGD([parameter], lr=0.1, fused=True)
-        counter = SkippedStepCounter(optimizer)
+        counter = SkippedStepCounter(CPU)
         row = longest = begun = 0
         for step in range(60):
             lost = draw.random() < 0.7
-            parameter.grad = torch.ones(2)
-            optimizer.found_inf = torch.tensor(float(lost))  # type: ignore[attr-defined]
-            optimizer.step()
+            counter.count(torch.tensor(float(lost)))
             row = row + 1 if lost else 0
             if row > longest:
                 longest, begun = row, step - row + 1

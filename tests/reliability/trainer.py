@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from maskfeat.data.loader import Loader  # noqa: E402
 from maskfeat.distributed.hang_watchdog import HangWatchdog  # noqa: E402
-from maskfeat.engine import trainer as training  # noqa: E402
 from maskfeat.engine.run import main  # noqa: E402
+from maskfeat.engine.validation import Validator  # noqa: E402
 
-_iterate, _state, _validate = Loader.__iter__, training._Checks.after_step, training._validate
+_iterate, _beat, _validate = Loader.__iter__, HangWatchdog.beat, Validator.run
 
 
 def _recorded(self: Loader) -> Iterator[Any]:
@@ -34,12 +34,11 @@ def _recorded(self: Loader) -> Iterator[Any]:
         yield batch
 
 
-def _hanging(self: Any, epoch: int, step: int) -> None:
+def _hanging(self: HangWatchdog, status: str) -> None:
     rank, at = (int(part) for part in os.environ["HANG_AT"].split(","))
-    _state(self, epoch, step)
-    watch: HangWatchdog = self._watch
-    if watch._world.rank == rank and step == at:
+    if self._world.rank == rank and status.endswith(f"waiting for data after step {at}"):
         fall_asleep()
+    _beat(self, status)
 
 
 def fall_asleep() -> None:
@@ -47,20 +46,19 @@ def fall_asleep() -> None:
     time.sleep(600)
 
 
-def _stopped(*args: Any) -> None:
-    epoch, watch = args[-2:]
-    if watch._world.is_main and epoch + 1 == int(os.environ["STOP_AFTER"]):
+def _stopped(self: Validator, epoch: int) -> None:
+    if self._trainer.world.is_main and epoch + 1 == int(os.environ["STOP_AFTER"]):
         os.kill(os.getpid(), signal.SIGTERM)
-    _validate(*args)
+    _validate(self, epoch)
 
 
 if "RECORD_TO" in os.environ:
     Loader.__iter__ = _recorded  # type: ignore[method-assign]
 if "HANG_AT" in os.environ:
-    training._Checks.after_step = _hanging  # type: ignore[method-assign]
+    HangWatchdog.beat = _hanging  # type: ignore[method-assign]
 
 if "STOP_AFTER" in os.environ:
-    training._validate = _stopped
+    Validator.run = _stopped  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,98 @@
+"""Progress of a training: speed, share of time spent waiting for data, time left, and the lines that report them."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from maskfeat.engine.metrics_log import MetricsLog, format_eta
+from maskfeat.engine.trainer import Trainer
+
+
+class ProgressMeter:
+    """Measure the speed of a training loop and write its progress lines.
+
+    Args:
+        metrics_log: where lines are written.
+        trainer: what is trained; its position says where the loop begins.
+        steps: of an epoch.
+        period: steps between two lines, also across the ends of epochs.
+    """
+
+    def __init__(self, metrics_log: MetricsLog, trainer: Trainer, steps: int, period: int) -> None:
+        self.metrics_log, self.trainer, self.steps, self.period = metrics_log, trainer, steps, period
+        position = trainer.position
+        self.done, self.todo = 0, trainer.max_epoch * steps - position.epochs * steps - position.step
+        self.started = time.perf_counter()
+        self._begin_window()
+        self.start_waiting()
+
+    def _begin_window(self) -> None:
+        self.since, self.since_step = time.perf_counter(), self.done
+        self.waited, self.samples = 0.0, 0
+
+    def start_waiting(self) -> None:
+        """The loop waits for a batch from now on."""
+        self.asked = time.perf_counter()
+
+    def fetched(self, samples: int) -> None:
+        """A batch has arrived; `samples` of all ranks."""
+        self.waited += time.perf_counter() - self.asked
+        self.samples += samples
+        self.done += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time spent in this block (saving, validation) out of speed and time left."""
+        stopped = time.perf_counter()
+        yield
+        spent = time.perf_counter() - stopped
+        self.since += spent
+        self.started += spent
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a line is due: every `period` steps, and after the last step."""
+        return self.done - self.since_step >= self.period or self.done == self.todo
+
+    def write(self, lr: float) -> None:
+        """Read the trainer's metrics, which synchronizes with the device, and write their line.
+
+        Args:
+            lr: learning rate of the last step.
+        """
+        trainer, epoch, step = self.trainer, self.trainer.position.epochs, self.trainer.position.step
+        values = trainer.metrics.read()
+        now = time.perf_counter()
+        spent, steps = now - self.since, self.done - self.since_step
+        left = (now - self.started) / self.done * (self.todo - self.done)
+        stats = {
+            "epoch": f"{epoch + 1}/{trainer.max_epoch}",
+            "iter": f"{step}/{self.steps}",
+            "dt": spent / steps,
+            "dt_data": self.waited / steps,
+            **values,
+            "lr": lr,
+            "samples_per_second": self.samples / spent,
+            "eta": format_eta(left),
+        }
+        if trainer.device.type == "cuda":
+            stats["gpu_mem"] = f"{torch.cuda.max_memory_allocated(trainer.device) / 2**30:.2f}G"
+        line = self._line(stats, values, spent)
+        self.metrics_log.write("train_iter", line, stats, epoch * self.steps + step - 1)
+        self._begin_window()
+
+    def _line(self, stats: Mapping[str, Any], values: Mapping[str, float], spent: float) -> str:
+        """The readable line."""
+        extra = [f"{k} {v:.4g}" for k, v in values.items() if k not in ("loss", "grad_norm", "clipped", "skipped")]
+        beside = f" ({', '.join(extra)})" if extra else ""
+        skipped = f", {values['skipped']:.0f} steps skipped" if values["skipped"] else ""
+        memory = f"  mem {stats['gpu_mem']}" if "gpu_mem" in stats else ""
+        return (
+            f"epoch {stats['epoch']}  step {stats['iter']}  loss {values['loss']:.4g}{beside}  lr {stats['lr']:.3e}  "
+            f"grad norm {values['grad_norm']:.3g}, {values['clipped']:.0%} clipped{skipped}  "
+            f"{stats['samples_per_second']:.4g} samples/s, {self.waited / spent:.0%} waiting for data  "
+            f"eta {stats['eta']}{memory}"
+        )

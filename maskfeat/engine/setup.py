@@ -1,0 +1,104 @@
+"""From a config to a training that is ready to run: checkpoint, data, trainer, and the lines that announce it."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from yacs.config import CfgNode
+
+from maskfeat.build import build_backbone, build_loader, build_objective
+from maskfeat.config import save_config
+from maskfeat.data.loader import BatchLoader
+from maskfeat.engine.batch_arithmetic import compare, describe, load_recipe, step_size
+from maskfeat.engine.flops import multiply_adds
+from maskfeat.engine.resume import find_source
+from maskfeat.engine.rng import seed_everything
+from maskfeat.engine.saver import Saver
+from maskfeat.engine.session import Session
+from maskfeat.engine.trainer import Trainer, build_trainer, precision_of
+from maskfeat.engine.validation import Validator, validation_epochs, validation_record
+from maskfeat.objectives.base import Objective
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The command line of a run: the YAML's path and the overrides."""
+
+    path: str
+    opts: tuple[str, ...]
+
+
+class Training(NamedTuple):
+    """A training that is ready to run."""
+
+    trainer: Trainer
+    loader: BatchLoader
+    saver: Saver
+    validator: Validator
+
+
+def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) -> Training:
+    """Build a training from a config, restored from its last checkpoint where there is one; collective.
+
+    Raises:
+        ValueError: data, checkpoint or config cannot be used.
+        Preempted: the run was asked to stop during a validation that is repeated.
+    """
+    world, device = session.world, session.device
+    seed_everything(cfg.RNG_SEED)
+    objective = build_objective(cfg)
+    loader = build_loader(cfg, "train", world, device=device)
+    _announce(cfg, command_line, objective, session, len(loader))
+    epochs = validation_epochs(cfg, objective.classifies)
+    val_loader = build_loader(cfg, "val", world, device=device) if epochs else None
+    source = find_source(cfg)
+    source.load_weights(cfg, objective)
+    trainer = build_trainer(cfg, device, world, objective)
+    source.restore(trainer, len(loader), loader.batch_size * world.size)
+    if world.is_main:
+        # Not earlier: a run that is refused leaves the folder of another one as it was.
+        save_config(command_line.path, command_line.opts, cfg, cfg.OUTPUT_DIR)
+    validator = Validator(
+        trainer,
+        val_loader,
+        epochs,
+        lambda: build_objective(cfg).to(device),
+        session.metrics_log,
+        validation_record(cfg),
+        session.watchdog.proceed,
+    )
+    saver = Saver(cfg, trainer)
+    epoch = trainer.position.epochs - 1  # the last one that is done
+    if not source.is_of(cfg):
+        validator.forget()
+    elif not trainer.position.step and validator.is_due(epoch) and not validator.has_run(epoch):
+        validator.run(epoch)  # it was interrupted
+    if trainer.position.epochs >= trainer.max_epoch:
+        logger.info("nothing left to train: SOLVER.MAX_EPOCH is %d", trainer.max_epoch)
+    return Training(trainer, loader, saver, validator)
+
+
+def _announce(cfg: CfgNode, command_line: CommandLine, objective: Objective, session: Session, steps: int) -> None:
+    """Log model, device, precision, samples per step and learning rate, and how they differ from the recipe's."""
+    world, device = session.world, session.device
+    count = sum(p.numel() for p in objective.parameters())
+    if cfg.LOG_MODEL_INFO:
+        with torch.device("meta"):
+            twin = build_backbone(cfg)
+        logger.info("%.3g G multiply-adds a view in the backbone", multiply_adds(twin) / 1e9)
+    logger.info(
+        "%s, %.2f M parameters, on %d x %s, %s precision",
+        type(objective).__name__,
+        count / 1e6,
+        world.size,
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        {"off": "fp32"}.get(precision_of(cfg), precision_of(cfg)),
+    )
+    step, recipe = step_size(cfg, world.local_size), load_recipe(command_line.path)
+    differences = () if recipe is None else compare(cfg, step, recipe, Path(command_line.path).name)
+    for line in (describe(cfg, step, steps), *differences):
+        logger.info(line)
