@@ -19,7 +19,7 @@ from maskfeat.config import load_config
 from maskfeat.distributed.launch import free_address, launch
 from maskfeat.distributed.world import World
 from maskfeat.engine.parallelize import apply_ddp
-from tests.distributed.fsdp_worker import CASES, CLASSIFIER, CPU, VIT, Trainer, all_cases
+from tests.distributed.fsdp_worker import CASES, CLASSIFIER, CPU, VIT, Steps, all_cases
 
 pytestmark = pytest.mark.slow  # two processes begin: half a minute
 
@@ -33,7 +33,7 @@ class Found(dict[str, list[dict[str, Any]]]):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("sharding")
-    alone = Trainer(load_config(*VIT), World(), sharded=False)
+    alone = Steps(load_config(*VIT), World(), sharded=False)
     alone.step(0)
     save_sharded(folder / "one.dcp", training_tensors(alone.objective, alone.optimizer), {"epoch": 1}).wait()
     assert launch(all_cases, (str(folder), free_address()), processes=2) == 0
@@ -89,7 +89,7 @@ def test_whole_states_go_both_ways(found: Found) -> None:
 
 
 def test_one_process_keeps_the_whole() -> None:
-    trainer = Trainer(load_config(*VIT), World(), sharded=True)
+    trainer = Steps(load_config(*VIT), World(), sharded=True)
     assert type(trainer.objective).__name__ == "MaskFeat" and trainer.model is trainer.objective
     assert apply_ddp(trainer.objective, World()) is trainer.objective
     assert {p.device for p in trainer.objective.parameters()} == {CPU}
@@ -104,7 +104,7 @@ def test_from_one_process_to_two_and_back(found: Found) -> None:
     verify(folder)
     assert read_sharded_plain(folder) == {"epoch": 3}
     assert sorted(path.name for path in folder.glob("__*")) == ["__0_0.distcp", "__1_0.distcp"]
-    alone = Trainer(load_config(*VIT), World(), sharded=False)
+    alone = Steps(load_config(*VIT), World(), sharded=False)
     load_training(folder, alone.objective, alone.optimizer)
     for name, value in full_tensors(folder).items():
         assert torch.equal(alone.objective.released_state()[name], value), name

@@ -1,0 +1,101 @@
+"""The trainer: its state, and the way from the command line to a step."""
+
+import copy
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import maskfeat
+from maskfeat.batch import Batch
+from maskfeat.build import build_objective
+from maskfeat.checkpoint.files import Position
+from maskfeat.config import load_config
+from maskfeat.engine.run import main
+from maskfeat.engine.trainer import Trainer, build_trainer
+from tests.small import MFM_PT, MFM_RECIPES, RECIPES, VIT_PT, images
+
+CPU = torch.device("cpu")
+CASES = {
+    "vit": (RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml", [*VIT_PT, "TRAIN.EMA", "0.5"]),
+    "resnet_sgd": (MFM_RECIPES / "in1k_R50_MFM_PT.yaml", [*MFM_PT, "SOLVER.OPTIMIZING_METHOD", "sgd"]),
+    "vit_fp16": (RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml", [*VIT_PT, "TRAIN.MIXED_PRECISION", "fp16"]),
+}
+
+
+def make_steps(trainer: Trainer, count: int) -> list[dict[str, float]]:
+    """`count` steps on batches that depend on the step alone; what each logged."""
+    logged = []
+    trainer.model.train()
+    for _ in range(count):
+        trainer.begin_step(steps_per_epoch=10)
+        clip = torch.randn(4, 3, 32, 32)  # of the generator that begin_step has seeded
+        grid = (1, 1) if type(trainer.objective).__name__ == "MFM" else (2, 2)
+        hidden = torch.tensor([True, False, True, True]).reshape(-1, 1, 1).expand(-1, *grid)
+        trainer.train_step(Batch(clip, hidden=hidden.clone(), max_hidden=grid[0] * grid[1]))
+        trainer.position = Position(0, trainer.position.step + 1)
+        logged.append(trainer.metrics.read())
+    return logged
+
+
+def flat(state: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries and lists as one dictionary."""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else None
+    if items is None:
+        return {prefix: state}
+    return {name: value for key, part in items for name, value in flat(part, f"{prefix}.{key}").items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_state_dict_restores_everything(name: str) -> None:
+    """Three steps, saved, loaded into a new trainer, three more: the same bits as six steps in one go."""
+    path, opts = CASES[name]
+    cfg = load_config(path, opts)
+    objective = build_objective(cfg)
+    whole, first, second = (build_trainer(cfg, CPU, objective=copy.deepcopy(objective)) for _ in range(3))
+    for param in second.objective.parameters():
+        param.data += 1.0
+    logged = make_steps(whole, 6)
+    assert make_steps(first, 3) == logged[:3]
+    content = first.state_dict()
+    second.objective.load_released_state(content["model_state"])
+    second.load_state_dict(content)
+    assert second.position == Position(0, 3)
+    assert make_steps(second, 3) == logged[3:]
+    expected, found = flat(whole.state_dict()), flat(second.state_dict())
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value, key
+
+
+def test_state_dict_of_another_model_is_refused() -> None:
+    path, opts = CASES["vit"]
+    trainer = build_trainer(load_config(path, opts), CPU)
+    other = build_trainer(load_config(path, [*opts, "MVIT.DEPTH", "3", "MASK.PRETRAIN_DEPTH", "[2]"]), CPU)
+    make_steps(trainer, 1)
+    with pytest.raises(ValueError, match="parameter groups"):
+        other.load_state_dict(trainer.state_dict())
+    with pytest.raises(KeyError, match="optimizer_state"):
+        other.load_state_dict({"epoch": 1})
+
+
+def test_few_calls_lead_to_a_step(image_data: Path, tmp_path: Path) -> None:
+    """From tools/run_net.py, which calls `main`, to `optimizer.step`."""
+    seen: set[tuple[str, ...]] = set()
+    package = str(Path(maskfeat.__file__).parent)
+
+    def note(*_: object) -> None:
+        seen.add(tuple(f.name for f in traceback.extract_stack() if f.filename.startswith(package)))
+
+    handle = register_optimizer_step_pre_hook(note)
+    try:
+        cfg = str(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml")
+        opts = [*VIT_PT, *images(image_data), "SOLVER.MAX_EPOCH", "1", "OUTPUT_DIR", str(tmp_path)]
+        assert main(["--cfg", cfg, *opts]) == 0
+    finally:
+        handle.remove()
+    assert seen == {("main", "launch", "work", "train", "train_step")}
