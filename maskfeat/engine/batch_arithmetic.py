@@ -1,7 +1,7 @@
-"""The arithmetic of a run: what a step takes, at which learning rate, and what keeps the recipe on other hardware.
+"""Samples per step and learning rate of a run, and the overrides that keep those of the recipe on other hardware.
 
 Pure functions of configs. "The recipe" is the YAML as it stands, without overrides, with its own NUM_GPUS and
-NUM_SHARDS. Samples are counted as the model sees them: AUG.NUM_SAMPLE views of a sample are as many samples.
+NUM_SHARDS. Samples are counted as the model sees them: AUG.NUM_SAMPLE views of a sample count as that many samples.
 """
 
 import logging
@@ -15,19 +15,19 @@ from yacs.config import CfgNode
 from maskfeat.config import load_config
 from maskfeat.optim.schedule import lr_at_epoch
 
-_SAME = 1e-9  # relative: what rounding in YAMLs and overrides may make of a rate
+_SAME = 1e-9  # relative tolerance for learning rates that were rounded in YAMLs and overrides
 
 
 @dataclass(frozen=True)
 class StepSize:
-    """What one optimisation step takes.
+    """How many samples an optimization step has, and how they are distributed.
 
     Attributes:
         machines: NUM_SHARDS.
-        processes: of one machine.
-        batch: TRAIN.BATCH_SIZE, of one machine.
-        views: of each sample.
-        micro: TRAIN.MICRO_BATCH_SIZE, 0 = all at once.
+        processes: per machine.
+        batch: TRAIN.BATCH_SIZE, per machine.
+        views: per sample.
+        micro: TRAIN.MICRO_BATCH_SIZE; 0 = all at once.
     """
 
     machines: int
@@ -38,34 +38,34 @@ class StepSize:
 
     @property
     def samples(self) -> int:
-        """Samples of all machines."""
+        """Samples per step on all machines."""
         return self.machines * self.batch * self.views
 
     @property
     def share(self) -> int:
-        """Samples of one process."""
+        """Samples per step of one process."""
         return self.batch // self.processes * self.views
 
     @property
     def forward(self) -> int:
-        """Samples of one process in one forward pass, at most: what its memory has to hold."""
+        """Samples per forward pass of one process, at most: what its memory has to hold."""
         return min(self.micro or self.share, self.share)
 
 
 def step_size(cfg: CfgNode, processes: int | None = None) -> StepSize:
-    """The step of a config; `processes` of a machine where others are started than NUM_GPUS says (torchrun)."""
+    """Return the step size of a config; `processes` per machine where they differ from NUM_GPUS (torchrun)."""
     views = cfg.AUG.NUM_SAMPLE if cfg.AUG.ENABLE else 1
     processes = processes or max(cfg.NUM_GPUS, 1)
     return StepSize(cfg.NUM_SHARDS, processes, cfg.TRAIN.BATCH_SIZE, views, cfg.TRAIN.MICRO_BATCH_SIZE)
 
 
 def load_recipe(path: str | Path) -> CfgNode | None:
-    """The YAML without overrides; None where there is none, or where it cannot be used without them."""
+    """Load the YAML without overrides; None where there is none, or where it is not valid without them."""
     if not path:
         return None
     logger = logging.getLogger("maskfeat.config")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # its warnings were given when the run's own config was loaded
+    logger.setLevel(logging.ERROR)  # its warnings were logged when the run's own config was loaded
     try:
         return load_config(path)
     except ValueError:
@@ -83,12 +83,12 @@ def _count(number: int, what: str) -> str:
 
 
 def _scale(cfg: CfgNode) -> int:
-    """What the learning rates of a config are multiplied by."""
+    """Return the factor on the learning rates of a config."""
     return int(cfg.NUM_SHARDS) if cfg.SOLVER.BASE_LR_SCALE_NUM_SHARDS else 1
 
 
 def _rate_keys(cfg: CfgNode) -> list[str]:
-    """The rates that have an effect."""
+    """Return the learning rate keys that have an effect."""
     keys = ["BASE_LR"]
     if cfg.SOLVER.WARMUP_EPOCHS > 0:
         keys.append("WARMUP_START_LR")
@@ -98,7 +98,7 @@ def _rate_keys(cfg: CfgNode) -> list[str]:
 
 
 def rate_overrides(cfg: CfgNode, recipe: CfgNode, factor: float = 1.0) -> list[str]:
-    """Overrides with which `cfg` has `factor` times the learning rates of `recipe`; [] where it has them."""
+    """Return the overrides that give `cfg` `factor` times the learning rates of `recipe`; [] where it has them."""
     overrides = []
     for key in _rate_keys(cfg):
         wanted = factor * recipe.SOLVER[key] * _scale(recipe) / _scale(cfg)
@@ -108,10 +108,10 @@ def rate_overrides(cfg: CfgNode, recipe: CfgNode, factor: float = 1.0) -> list[s
 
 
 def batch_overrides(step: StepSize, recipe: StepSize) -> list[str] | None:
-    """Overrides with which a step takes the recipe's samples, in forward passes no larger than the recipe's.
+    """Return the overrides that give a step the recipe's samples, in forward passes no larger than the recipe's.
 
     Returns:
-        [] where it does already; None where these processes cannot share the recipe's samples evenly.
+        [] where it has them already; None where these processes cannot share the recipe's samples evenly.
     """
     batch, left = divmod(recipe.samples, step.machines * step.views)
     if left or batch % step.processes:
@@ -126,7 +126,7 @@ def batch_overrides(step: StepSize, recipe: StepSize) -> list[str] | None:
 
 
 def describe(cfg: CfgNode, step: StepSize, steps: int) -> str:
-    """One line: samples a step, learning rate, warm-up, length. `steps` of an epoch."""
+    """Describe samples per step, learning rate, warm-up and length in one line; `steps` per epoch."""
     kind = "process" if cfg.NUM_GPUS == 0 or cfg.DIST_BACKEND == "gloo" else "GPU"
     per_process = step.batch // step.processes
     processes = f"{step.processes} {kind}{'' if step.processes == 1 else 'es' if kind == 'process' else 's'}"
@@ -148,9 +148,9 @@ def describe(cfg: CfgNode, step: StepSize, steps: int) -> str:
 
 
 def compare(cfg: CfgNode, step: StepSize, recipe: CfgNode, name: str) -> Iterator[str]:
-    """Lines on where a run differs from its recipe, and on the overrides that keep it; none where nothing differs.
+    """Yield lines on how a run differs from its recipe, and on the overrides that restore it; none where it does not.
 
-    A larger forward pass alone counts where nobody chose it: with TRAIN.MICRO_BATCH_SIZE 0.
+    A larger forward pass alone counts as a difference unless TRAIN.MICRO_BATCH_SIZE was set.
     """
     theirs = step_size(recipe)
     rates = rate_overrides(cfg, recipe)

@@ -22,12 +22,12 @@ from maskfeat.objectives.base import Objective
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 30.0
-# Compiled blocks are made for training's one shape of batch: others would be compiled anew.
+# Blocks are compiled for the one batch shape of training: other shapes would recompile them.
 _uncompiled = torch.compiler.set_stance("force_eager")
 
 
 def _unreadable(batch: Batch) -> Tensor:
-    """(B,) bool: rows whose sample could not be read; they hold zeros and must count as wrong."""
+    """Return (B,) bool: rows whose sample could not be read. They hold zeros and must count as wrong."""
     assert batch.index is not None
     bad = torch.tensor([b.index for b in batch.bad], dtype=torch.int64, device=batch.index.device)
     return torch.isin(batch.index, bad)
@@ -37,15 +37,15 @@ Heartbeat = Callable[[str], None]
 """Receives the status at every step; it may raise `Preempted`."""
 
 
-class _Pace:
-    """Says now and then how far an evaluation is."""
+class _EvaluationProgress:
+    """Log now and then how far an evaluation is."""
 
     def __init__(self, what: str, steps: int, heartbeat: Heartbeat) -> None:
         self.what, self.steps, self.heartbeat = what, steps, heartbeat
         self.started = self.said = time.perf_counter()
 
     def step(self, step: int) -> None:
-        """Note that `step` (from 0) is done; speaks twice a minute at most."""
+        """Note that `step` (from 0) is done; log at most twice a minute."""
         self.heartbeat(f"{self.what}, step {step + 1}")
         now = time.perf_counter()
         if now - self.said > _REPORT_SECONDS:
@@ -63,15 +63,15 @@ def validate(
     precision: str,
     heartbeat: Heartbeat = lambda _: None,
 ) -> dict[str, float]:
-    """One pass over a validation set.
+    """Evaluate an objective on a validation set.
 
     Returns:
-        for a classifier "top1" and "top5" in percent (an unreadable sample is wrong); otherwise the means of the loss
-        and of the objective's metrics.
+        for a classifier "top1" and "top5" in percent (an unreadable sample counts as wrong); otherwise the means of the
+        loss and of the objective's metrics.
     """
     objective.eval()
     window = MetricWindow()
-    pace = _Pace("validation", len(loader), heartbeat)
+    progress = _EvaluationProgress("validation", len(loader), heartbeat)
     for step, batch in enumerate(loader):
         batch = batch.to(device, non_blocking=True)
         with autocast(device, precision):
@@ -84,12 +84,12 @@ def validate(
             else:
                 out = objective(batch)
                 window.add(objective.weight(batch), {"loss": out.loss, **out.metrics})
-        pace.step(step)
+        progress.step(step)
     return window.read(uneven=True)
 
 
 def in_top(scores: Tensor, label: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
-    """{"top1": (B,) bool, ...}: whether the label is among the k best of scores (B, K); k at most K."""
+    """Return {"top1": (B,) bool, ...}: whether the label is among the k highest of scores (B, K); k is at most K."""
     best = scores.topk(min(max(ks), scores.shape[1]), dim=1).indices
     return {f"top{k}": (best[:, :k] == label[:, None]).any(dim=1) for k in ks}
 
@@ -105,21 +105,20 @@ def multi_view_test(
     results_path: Path | None = None,
     heartbeat: Heartbeat = lambda _: None,
 ) -> dict[str, float]:
-    """Test with every view of every video or image: softmax scores are summed over views.
+    """Test with every view of every video or image; softmax scores are summed over views.
 
     Args:
         loader: yields each (index, view) once over all ranks.
         labels: V class indices, by index.
-        results_path: where to write labels, predictions and unreadable indices as JSON (the main process calls with
-            a path, the others with None).
+        results_path: JSON file for labels, predictions and unreadable indices; None on ranks other than 0.
 
     Returns:
-        "top1" and "top5" in percent of all V, "unreadable" their number; an unreadable one is wrong.
+        "top1" and "top5" in percent of all V, where unreadable ones count as wrong, and "unreadable", their number.
     """
     objective.eval()
     scores: Tensor | None = None
-    spoiled = torch.zeros(len(labels), device=device)
-    pace = _Pace("testing", len(loader), heartbeat)
+    unreadable = torch.zeros(len(labels), device=device)
+    progress = _EvaluationProgress("testing", len(loader), heartbeat)
     for step, batch in enumerate(loader):
         batch = batch.to(device, non_blocking=True)
         assert batch.index is not None
@@ -129,14 +128,14 @@ def multi_view_test(
             scores = torch.zeros(len(labels), probabilities.shape[1], device=device)
         bad = _unreadable(batch)
         scores.index_add_(0, batch.index, probabilities.masked_fill(bad[:, None], 0.0))
-        spoiled.index_add_(0, batch.index, bad.float())
-        pace.step(step)
-    if scores is None:  # a rank without a share
+        unreadable.index_add_(0, batch.index, bad.float())
+        progress.step(step)
+    if scores is None:  # no batch was left for this rank
         scores = torch.zeros(len(labels), objective.num_classes, device=device)
-    scores, spoiled = all_reduce_sum(scores).cpu(), all_reduce_sum(spoiled).cpu()
+    scores, unreadable = all_reduce_sum(scores).cpu(), all_reduce_sum(unreadable).cpu()
     truth = torch.as_tensor(labels)
     hits = in_top(scores, truth, (1, 5))
-    readable = spoiled == 0
+    readable = unreadable == 0
     result = {name: 100.0 * float((hit & readable).float().mean()) for name, hit in hits.items()}
     result["unreadable"] = int((~readable).sum())
     if results_path is not None:
@@ -145,7 +144,7 @@ def multi_view_test(
 
 
 def _write_results(path: Path, result: Mapping[str, float], truth: Tensor, scores: Tensor, readable: Tensor) -> None:
-    """One JSON file: accuracies, and for every index its label, the five best classes and whether it was read."""
+    """Write accuracies, and for every index its label, the top five classes and whether it was read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     best = scores.topk(min(5, scores.shape[1]), dim=1).indices.tolist()
     rows = [

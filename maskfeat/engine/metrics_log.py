@@ -1,4 +1,4 @@
-"""What a run says: log lines, `json_stats:` lines, TensorBoard, and sums of metrics that stay on the device."""
+"""Log lines, `json_stats:` lines, TensorBoard, and metrics that are accumulated on the device."""
 
 import datetime
 import logging
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def setup_logging(output_dir: str | Path, world: World) -> None:
-    """The main process logs to the screen and to OUTPUT_DIR/stdout.log; others only warnings, named by rank."""
+    """Log to the terminal and to OUTPUT_DIR/stdout.log on rank 0; on other ranks only warnings, with their rank."""
     root = logging.getLogger("maskfeat")
     root.handlers.clear()
     root.propagate = False
@@ -38,10 +38,10 @@ def setup_logging(output_dir: str | Path, world: World) -> None:
 
 
 class MetricWindow:
-    """Sums of scalars on the device, read a few times an epoch: reading is what stops for the device.
+    """Accumulate scalars on the device. Only `read`, called a few times per epoch, synchronizes with it.
 
-    `add` takes means over `weight` terms, and counts; `read` gives the means over all ranks since the last read, and
-    the counts of one rank (all ranks count alike).
+    `add` takes means over `weight` terms, and counts. `read` returns the means over all ranks since the last read, and
+    the counts of one rank (all ranks count the same).
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class MetricWindow:
         self._sums: Tensor | None = None
 
     def add(self, weight: Tensor, values: Mapping[str, Tensor], counts: Mapping[str, Tensor] | None = None) -> None:
-        """weight: scalar; values and counts: scalars on the same device."""
+        """Add means over `weight` terms (a scalar) and counts; all scalars on one device."""
         means, counted = list(values), list(counts or {})
         terms = torch.stack([v.detach().float().reshape(()) for v in values.values()]) * weight
         sums = torch.cat([terms, torch.stack([weight.float(), *(counts or {}).values()])]).double()
@@ -61,7 +61,7 @@ class MetricWindow:
         self._sums += sums
 
     def read(self, uneven: bool = False) -> dict[str, float]:
-        """Means and counts by name; empty where nothing was added. Starts the next window.
+        """Return means and counts by name, empty where nothing was added, and start the next window.
 
         Args:
             uneven: whether some rank may have added nothing, as in evaluation; slower.
@@ -84,7 +84,7 @@ class MetricWindow:
 
 
 def format_eta(seconds: float) -> str:
-    """Seconds as h:mm:ss (with days where it takes any)."""
+    """Format seconds as h:mm:ss, with days where there are any."""
     return str(datetime.timedelta(seconds=int(seconds)))
 
 
@@ -98,18 +98,18 @@ _STATS = "json_stats: "
 
 
 def read_json_stats(log: Path, kind: str) -> list[dict[str, Any]]:
-    """The entries of one kind ("train_iter", "val_epoch", "test_final") in a run's stdout.log, in order."""
+    """Return the entries of one kind ("train_iter", "val_epoch", "test_final") in a run's stdout.log, in order."""
     lines = log.read_text(encoding="utf-8").splitlines()
     entries = [simplejson.loads(line.split(_STATS, 1)[1]) for line in lines if _STATS in line]
     return [entry for entry in entries if entry["_type"] == kind]
 
 
 class MetricsLog:
-    """One line for people and one `json_stats:` line for scripts, for every entry; TensorBoard beside them.
+    """Write every entry as a readable line, as a `json_stats:` line for scripts, and to TensorBoard.
 
     Args:
-        world: only the main process writes.
-        tensorboard_dir: None switches TensorBoard off.
+        world: only rank 0 writes.
+        tensorboard_dir: folder of the event files; None = no TensorBoard.
     """
 
     def __init__(self, world: World, tensorboard_dir: Path | None) -> None:
@@ -121,9 +121,13 @@ class MetricsLog:
             self._writer = SummaryWriter(str(tensorboard_dir))
 
     def write(self, kind: str, line: str, stats: Mapping[str, Any], step: int) -> None:
-        """`kind` ("train_iter", "train_epoch", "val_epoch", "test_final"), a readable line, the values by name.
+        """Write one entry.
 
-        Learning rates go by scientific notation in both lines.
+        Args:
+            kind: "train_iter", "val_epoch", "test_final".
+            line: the readable line; "" = none.
+            stats: values by name. "lr" is written in scientific notation.
+            step: of TensorBoard's x axis.
         """
         if line:
             logger.info(line)
@@ -137,6 +141,6 @@ class MetricsLog:
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Flush and close TensorBoard's file."""
+        """Flush and close the event file."""
         if self._writer is not None:
             self._writer.close()

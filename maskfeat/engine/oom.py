@@ -1,4 +1,4 @@
-"""Out of memory, explained: what was full, what a process holds at once, and the keys that take less of it."""
+"""Explain out-of-memory errors: which memory was full, what a process holds at once, and the keys that reduce it."""
 
 import errno
 import math
@@ -19,7 +19,7 @@ _GONE = re.compile(r"DataLoader worker .*exited unexpectedly")
 
 
 def _texts(error: BaseException) -> list[str]:
-    """The messages of an error and of those that led to it, the first cause last."""
+    """Return the messages of an error and of its causes, the first cause last."""
     texts, seen = [], set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -30,7 +30,7 @@ def _texts(error: BaseException) -> list[str]:
 
 
 def _lost_worker(error: BaseException) -> bool:
-    """Whether a data worker was gone while a batch was taken over from it: its socket is closed then."""
+    """Return whether a data worker was gone while a batch was received from it: its socket is closed then."""
     if not isinstance(error, ConnectionError | EOFError) or "DataLoader worker" in str(error):
         return False
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -38,7 +38,7 @@ def _lost_worker(error: BaseException) -> bool:
 
 
 def _kind(error: BaseException, text: str) -> str | None:
-    """What was full: "device", "shared", "worker" or "machine"; None where it is not about memory."""
+    """Return which memory was full, "device", "shared", "worker" or "machine"; None for other errors."""
     if isinstance(error, torch.OutOfMemoryError):
         return "device"
     if _lost_worker(error):
@@ -50,12 +50,12 @@ def _kind(error: BaseException, text: str) -> str | None:
     for kind, pattern in (("shared", _SHARED), ("worker", _KILLED), ("machine", _HERE), ("device", _DEVICE)):
         if pattern.search(text):
             return kind
-    # Where nobody saw by which signal a worker ended, it was most likely this one.
+    # Where the signal that ended a worker is not known, it was most likely the out-of-memory killer's.
     return "worker" if _GONE.search(text) and "killed by signal" not in text else None
 
 
 def _quoted(texts: list[str]) -> str:
-    """The line that names the numbers, in one line and not too long."""
+    """Return the line of the original message that has the numbers, shortened."""
     patterns = (_KILLED, _SHARED, _HERE, _DEVICE, _GONE)
     # Of a worker's error, the traceback's last line; causes before what follows from them.
     lines = [line.strip() for text in reversed(texts) for line in text.strip().splitlines()[::-1]]
@@ -65,7 +65,7 @@ def _quoted(texts: list[str]) -> str:
 
 
 def _compute(cfg: CfgNode, step: StepSize) -> list[str]:
-    """Keys that make a training step smaller, those that change no number first; none that is set already."""
+    """Return the keys that reduce the memory of a step and are not set yet; those that change no number come first."""
     tries = []
     recomputes = cfg.MODEL.ACT_CHECKPOINT
     if cfg.MODEL.ARCH != "resnet" and recomputes is not True:
@@ -80,7 +80,7 @@ def _compute(cfg: CfgNode, step: StepSize) -> list[str]:
 
 
 def _workers(cfg: CfgNode, none: bool) -> list[str]:
-    """Fewer data workers; `none` where only none at all helps."""
+    """Return advice to use fewer data workers; `none`: no workers at all."""
     now = cfg.DATA_LOADER.NUM_WORKERS
     if not now:
         return []
@@ -88,12 +88,12 @@ def _workers(cfg: CfgNode, none: bool) -> list[str]:
 
 
 def explain_oom(error: BaseException, cfg: CfgNode, processes: int | None = None) -> str | None:
-    """One line on an error that means that memory ran out; None for any other error.
+    """Explain an error in one line if it means that memory ran out; None for any other error.
 
     Args:
-        error: an allocation that failed on a device or in the machine, MemoryError, or what a data worker that was
-            killed leaves behind.
-        processes: of this machine, where they are not NUM_GPUS.
+        error: a failed allocation on a device or in host memory, MemoryError, or the error after a data worker was
+            killed.
+        processes: on this machine, where they differ from NUM_GPUS.
     """
     texts = _texts(error)
     kind = _kind(error, "\n".join(texts))

@@ -1,4 +1,4 @@
-"""What wraps a model from outside: mixed precision, activation checkpointing, compilation, several processes."""
+"""Mixed precision, activation checkpointing, compilation, DDP and FSDP2: applied to a model from outside."""
 
 import os
 import shutil
@@ -20,18 +20,18 @@ PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision on `device`: "bf16" or "fp16"; does nothing for "off"."""
+    """Return an autocast context for "bf16" or "fp16" on `device`; one that does nothing for "off"."""
     dtype = PRECISIONS[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def apply_activation_checkpointing(objective: Objective, light: bool = False) -> None:
-    """Compute activations again in the backward pass rather than keep them (Chen et al., 2016): less memory, the same
-    numbers. Parameter names stay as they are.
+    """Recompute activations in the backward pass instead of storing them (Chen et al., 2016): less memory, the same
+    numbers. Parameter names do not change.
 
     Args:
-        light: only what costs next to nothing to compute again, which modules name in `recomputable`: norms,
-            activations, pooling. Otherwise whole blocks, which takes about a third more time.
+        light: recompute only what is cheap, which modules list in `recomputable`: norms, activations, pooling.
+            Otherwise whole blocks, which takes about a third more time.
     """
     if light:
         for module in objective.modules():
@@ -43,13 +43,13 @@ def apply_activation_checkpointing(objective: Objective, light: bool = False) ->
 
 
 def apply_compile(objective: Objective, device: torch.device) -> None:
-    """torch.compile each block of the backbone by itself, and what objectives name in `compilable`.
+    """Compile each block of the backbone by itself, and the methods that objectives list in `compilable`.
 
-    Blocks of one shape share what is compiled; parameter names stay as they are. To be called after
+    Blocks of the same shape share compiled code; parameter names do not change. Call it after
     `apply_activation_checkpointing`.
 
     Raises:
-        ValueError: where this machine lacks the compiler.
+        ValueError: this machine has no compiler.
     """
     wanted = [os.environ.get("CXX", ""), "g++", "clang++"] if device.type == "cpu" else ["gcc", "cc", "clang"]
     if not any(name and shutil.which(name) for name in wanted):
@@ -58,7 +58,7 @@ def apply_compile(objective: Objective, device: torch.device) -> None:
             "install one, or set TRAIN.COMPILE False"
         )
     blocks = objective.backbone.repeated_blocks()
-    # Every block may differ (strides, drop path), in training mode and out of it: PyTorch gives up at 8 variants.
+    # Blocks may differ (strides, drop path), and between training and evaluation: PyTorch gives up after 8 variants.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))
     for block in blocks:
@@ -69,16 +69,17 @@ def apply_compile(objective: Objective, device: torch.device) -> None:
 
 
 def apply_fsdp(objective: Objective, world: World, device: torch.device) -> None:
-    """Cut parameters, gradients and optimizer state into as many pieces as there are ranks (FSDP2; Zhao et al., VLDB
-    2023), in place. Each block of the backbone is put together for its forward and its backward pass only, the rest for
-    the whole step. Numbers are those of DistributedDataParallel: parameters and sums are float32.
+    """Shard parameters, gradients and optimizer state over all ranks (FSDP2; Zhao et al., VLDB 2023), in place.
+
+    Each block of the backbone is gathered for its forward and its backward pass only, the rest for the whole step.
+    Numbers are those of DistributedDataParallel: parameters and reductions are float32.
 
     Call it after `apply_activation_checkpointing` and `apply_compile`, and before the optimizer is made, whose
-    parameters are the pieces. One process keeps the whole.
+    parameters are the shards. With one process nothing is sharded.
 
     Args:
-        objective: on the CPU or on `device`, the same on every rank; from the CPU no more than one block at a time lies
-            whole on the device.
+        objective: on the CPU or on `device`, the same on every rank. From the CPU, at most one block at a time is
+            unsharded on the device.
     """
     if world.size == 1:
         objective.to(device)
@@ -89,21 +90,21 @@ def apply_fsdp(objective: Objective, world: World, device: torch.device) -> None
 
 
 def apply_ddp(objective: nn.Module, world: World, static: bool = False) -> nn.Module:
-    """The objective for several processes: gradients are averaged over ranks. A sharded one is so already.
+    """Wrap the objective in DistributedDataParallel where there are several processes, unless it is sharded.
 
     Args:
-        static: every step goes through the same graph, once. Not so where gradients are accumulated.
+        static: every step runs the same graph, once; not the case where gradients are accumulated.
     """
     if world.size == 1 or isinstance(objective, FSDPModule):
         return objective
-    # Buffers are constants, or statistics of normalisation that the ranks share as is usual: PyTorch's default.
+    # By default rank 0 broadcasts buffers (constants and batch norm statistics) before each forward pass.
     return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True, static_graph=static)
 
 
 @contextmanager
 def gradient_sync(model: nn.Module, last: bool) -> Iterator[None]:
-    """Ranks exchange gradients once a step, in the backward pass of its last micro-batch; until then each adds up its
-    own (of a sharded model, too, a rank holds whole gradients for so long).
+    """Reduce gradients over ranks only in the backward pass of the last micro-batch of a step; until then each rank
+    accumulates its own (with FSDP2 as well, which then holds unsharded gradients).
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)

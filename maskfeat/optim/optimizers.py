@@ -20,7 +20,12 @@ def make_optimizer(
     dampening: float = 0.0,
     nesterov: bool = True,
 ) -> Optimizer:
-    """AdamW (Loshchilov and Hutter, ICLR 2019; eps 1e-8) or SGD, with fused kernels."""
+    """Return AdamW (Loshchilov and Hutter, ICLR 2019; eps 1e-8) or SGD, with fused kernels.
+
+    Args:
+        groups: see `parameter_groups`.
+        method: "adamw" or "sgd"; `betas` belong to the first, `momentum`, `dampening` and `nesterov` to the second.
+    """
     initial = [{**group, "lr": lr * group["layer_decay"]} for group in groups]
     if method == "adamw":
         return torch.optim.AdamW(initial, lr=lr, betas=(betas[0], betas[1]), eps=1e-8, fused=True)
@@ -30,14 +35,15 @@ def make_optimizer(
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load moments and steps; which kernels run stays this machine's choice, not the file's.
+    """Load moments and step counts into an optimizer, sharded or not. Which kernels run is this run's choice, not the
+    file's.
 
     Args:
-        state: of an unsharded optimizer, the same on every rank (`sharding.gathered_optimizer_state` makes one); where
-            the parameters are sharded, each rank takes its pieces.
+        state: of an unsharded optimizer, the same on every rank, as `fsdp.full_optimizer_state_dict` returns it; where
+            the parameters are sharded, each rank takes its shards.
 
     Raises:
-        ValueError: where the file's groups are not this model's.
+        ValueError: the file has other parameter groups than this model.
     """
     if [len(group["params"]) for group in state["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
         raise ValueError(
@@ -66,7 +72,11 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None, max_value: float | None) -> torch.Tensor:
-    """Clip in place; the total L2 norm before clipping, a scalar on the parameters' device, the same on every rank."""
+    """Clip gradients in place by norm or by value.
+
+    Returns:
+        the total L2 norm before clipping, a scalar on the parameters' device, the same on every rank.
+    """
     with_grad = [p for p in parameters if p.grad is not None]
     grads = [p.grad for p in with_grad if p.grad is not None]
     norm = global_norm(torch.nn.utils.get_total_norm([local_shard(grad) for grad in grads]), grads)

@@ -17,21 +17,24 @@ def parameter_groups(
     no_decay_1d: bool = False,
     no_decay_names: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
-    """Groups in the order of the published files, so that optimizer states can be exchanged.
+    """Return parameter groups in the order of the published files, so that optimizer states can be exchanged.
 
-    Without layer decay: two groups, decayed first. With it: a group for each (layer, decayed or not) in the order in
-    which they are met, with learning rate multiplier layer_decay ^ (last_layer - layer) (BEiT; ELECTRA).
+    Without layer decay: two groups, those with weight decay first. With it: a group for each (layer, weight decay or
+    not) in order of appearance, with learning rate multiplier layer_decay ^ (last_layer - layer) (BEiT; ELECTRA).
 
     Args:
         named: parameters by released name.
         layer_id: layer of a released name, 0 to `last_layer`.
-        weight_decay: for parameters that decay.
+        weight_decay: of parameters that are not exempt.
         layer_decay: 1.0 = off.
-        no_decay_1d: exempt one-dimensional parameters and biases.
-        no_decay_names: released names exempted as well; one that does not exist is a ValueError.
+        no_decay_1d: exempt one-dimensional parameters and biases from weight decay.
+        no_decay_names: released names to exempt as well.
 
     Returns:
         dicts with "params", "weight_decay" and "layer_decay".
+
+    Raises:
+        ValueError: a name of `no_decay_names` does not exist.
     """
     named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     exempt = set(no_decay_names)

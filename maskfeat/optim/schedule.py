@@ -1,4 +1,4 @@
-"""The learning rate at an epoch: pure functions of the config."""
+"""Learning rate schedules: pure functions of the config."""
 
 import math
 
@@ -18,11 +18,11 @@ def _after_warmup(cfg: CfgNode, epoch: float) -> float:
 
 
 def lr_at_epoch(cfg: CfgNode, epoch: float) -> float:
-    """Learning rate at a fractional epoch, counted from 0.
+    """Return the learning rate at a fractional epoch, counted from 0.
 
-    Linear warm-up from WARMUP_START_LR to where the policy stands at WARMUP_EPOCHS, then the policy. With
-    SOLVER.BASE_LR_SCALE_NUM_SHARDS every rate is multiplied by NUM_SHARDS (machines): TRAIN.BATCH_SIZE is per machine.
-    With SOLVER.LR_PER_EPOCH a whole epoch has the rate of its beginning.
+    Linear warm-up from WARMUP_START_LR to the policy's value at WARMUP_EPOCHS, then the policy. With
+    SOLVER.BASE_LR_SCALE_NUM_SHARDS every rate is multiplied by NUM_SHARDS (machines), since TRAIN.BATCH_SIZE is per
+    machine. With SOLVER.LR_PER_EPOCH a whole epoch has the rate of its first step.
     """
     solver = cfg.SOLVER
     if solver.LR_PER_EPOCH:
@@ -35,6 +35,6 @@ def lr_at_epoch(cfg: CfgNode, epoch: float) -> float:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Give every parameter group `lr` times its "layer_decay"."""
+    """Set the learning rate of every parameter group to `lr` times its "layer_decay"."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("layer_decay", 1.0)
