@@ -1,1 +1,1 @@
-"""Processes: launching, supervision, collectives, preemption, FSDP, Slurm."""
+"""Distributed runs: launch, process supervision, collectives, hang watchdog, preemption, FSDP, Slurm."""

@@ -1,6 +1,6 @@
-"""The process group and the few collectives that the program needs.
+"""The process group and the collectives used by the program; they do nothing in a run of a single process.
 
-A set-up that fails raises; nothing falls back silently.
+Errors during initialization are raised: there is no silent fallback to fewer processes or another backend.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,13 +27,17 @@ def init_process_group(
     init_method: str = "env://",
     timeout: timedelta = timedelta(minutes=30),
 ) -> Store | None:
-    """Join the process group; gloo on the CPU whatever the backend asked for.
+    """Initialize the process group.
 
     Args:
-        timeout: of collectives.
+        world: Rank and world size of this process.
+        backend: Backend for CUDA devices; the CPU always uses gloo.
+        device: Device of this process.
+        init_method: URL at which the processes meet, see `torch.distributed.init_process_group`.
+        timeout: Timeout of collectives.
 
     Returns:
-        the store that all processes reach, for small messages; None where there is only one process.
+        A store shared by all processes, for small messages; None if there is only one process.
     """
     global _cpu_group
     if world.size == 1:
@@ -47,18 +51,18 @@ def init_process_group(
         device_id=device if device.type == "cuda" else None,
         timeout=timeout,
     )
-    # Apart from the other collectives, which may be those of a GPU, and which it may overtake.
+    # A separate group, so that collectives on the CPU do not wait for those on the GPU.
     _cpu_group = dist.new_group(backend="gloo", timeout=timeout)
     return dist.PrefixStore("messages", store)
 
 
 def new_cpu_group() -> Any:
-    """A group of all ranks on the CPU for collectives of a thread of its own; None where there is one process."""
+    """Create another gloo group of all ranks, for collectives of a background thread; None in a single process."""
     return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def destroy_process_group() -> None:
-    """Leave the process group, where there is one."""
+    """Destroy the process group, if there is one."""
     global _cpu_group
     _cpu_group = None
     if dist.is_initialized():
@@ -66,24 +70,24 @@ def destroy_process_group() -> None:
 
 
 def is_collective_error(error: Exception) -> bool:
-    """Whether a collective failed, as it does when another process is gone, rather than the work of this one."""
+    """Return whether a collective failed, as it does when another rank is gone, and not this rank's own work."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def world_size() -> int:
-    """How many processes take part."""
+    """Return the number of processes of the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """`value` summed over all ranks, in place where there are several."""
+    """Sum `value` over all ranks, in place, and return it."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """One plain value of every rank, in the order of ranks. Not for the training loop: it waits for all."""
+    """Return the picklable `value` of every rank, in the order of ranks. Blocks: not for the training loop."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -92,7 +96,11 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def run_on_main(job: Callable[[], T]) -> T:
-    """What `job` returns on rank 0, where alone it runs, on every rank; its ValueErrors and OSErrors as well."""
+    """Run `job` on rank 0 only, and return its result on every rank.
+
+    Raises:
+        ValueError, OSError: Raised by `job`; on every rank.
+    """
     if not dist.is_initialized():
         return job()
     outcome: list[Any] = [None, None]
@@ -108,17 +116,20 @@ def run_on_main(job: Callable[[], T]) -> T:
 
 
 class FlagExchange:
-    """Flags that one rank or another raises, made known to all of them between steps, without waiting for the device.
+    """A logical OR of flags over all ranks, once per step, that does not wait for the device.
 
-    Each exchange returns what was raised up to the one before it, the same on every rank: the messages of a step travel
-    while the next one is computed. A process that is alone learns its own flags at once.
+    The all-reduce of a step runs while the next step is computed. Each exchange therefore returns the flags of the
+    previous one, the same on every rank. A single process gets its own flags back at once.
     """
 
     def __init__(self) -> None:
         self._sent: tuple[Any, Tensor] | None = None
 
     def exchange(self, *flags: bool) -> Sequence[bool]:
-        """Hand in this rank's flags, after every step. Always as many."""
+        """Start the exchange of this rank's flags and return the result of the previous exchange.
+
+        To be called by every rank after every step, always with the same number of flags.
+        """
         if not dist.is_initialized():
             return flags
         values = torch.tensor(flags, dtype=torch.uint8)
@@ -131,15 +142,15 @@ class FlagExchange:
 
 
 def broadcast_from_main(value: Tensor) -> None:
-    """Overwrite `value` with that of rank 0."""
+    """Overwrite `value` with that of rank 0, in place."""
     if dist.is_initialized():
         dist.broadcast(value, src=0)
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every rank the buffers of rank 0, from which checkpoints are written.
+    """Overwrite the buffers of a module with those of rank 0, which checkpoints are written from.
 
-    Between two steps the running statistics of batch norms differ from rank to rank; evaluation must not.
+    The running statistics of batch norm differ between ranks during training; evaluation must use the same everywhere.
     """
     for buffer in module.buffers():
         broadcast_from_main(buffer)

@@ -1,7 +1,7 @@
-"""Tensors of which every rank holds a piece (FSDP2, `parallel.shard`): their pieces, and the whole of them again.
+"""Convert between the sharded tensors of FSDP2 (DTensor, see `engine.parallelize`) and full tensors.
 
-Everything here takes plain tensors as well, so that callers need not ask how a run is made parallel. What gathers is
-collective: every rank calls it, in the same order.
+All functions accept plain tensors as well, so that callers need not know how a run is parallelized. Those described as
+collective must be called by every rank in the same order.
 """
 
 from collections import OrderedDict
@@ -19,29 +19,42 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def local_shard(value: Tensor) -> Tensor:
-    """The plain tensor that lies on this rank; it shares the memory of `value`."""
+    """Return the local shard of a tensor as a plain tensor that shares its memory; a plain tensor itself."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """The whole of a tensor, plain, on its device; collective where it is sharded."""
+    """Return the full tensor as a plain tensor on the same device. Collective if it is sharded."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def shard_like(value: Tensor, own: Tensor | None) -> Tensor:
-    """`value`, whole and the same on every rank, cut as `own` is; as it is where `own` is plain or of another shape.
+    """Shard a full tensor like another tensor, without communication.
 
-    No rank waits for another.
+    Args:
+        value: A full tensor, the same on every rank.
+        own: The tensor whose device mesh and placements are used.
+
+    Returns:
+        The shard as a DTensor; `value` itself if `own` is a plain tensor or has another shape.
     """
     if not isinstance(own, DTensor) or isinstance(value, DTensor) or value.shape != own.shape:
         return value
-    pieces = distribute_tensor(value.detach().to(own.device), own.device_mesh, own.placements, src_data_rank=None)
-    # Copied, since a piece may be a view that keeps the whole in memory.
-    return torch.empty_like(own, requires_grad=False).copy_(pieces)
+    shard = distribute_tensor(value.detach().to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+    # Copied, because the shard may be a view that keeps the full tensor in memory.
+    return torch.empty_like(own, requires_grad=False).copy_(shard)
 
 
 def global_norm(norm: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """The L2 norm over all ranks from that of the pieces of this rank, a scalar; `norm` itself where they are plain."""
+    """Return the L2 norm of sharded tensors over all ranks. Collective if they are sharded.
+
+    Args:
+        norm: L2 norm of the local shards, a scalar.
+        values: The tensors.
+
+    Returns:
+        A scalar; `norm` itself if the tensors are plain.
+    """
     if not values or not isinstance(values[0], DTensor):
         return norm
     norms = DTensor.from_local(norm.reshape(1), values[0].device_mesh, [Shard(0)], run_check=False).full_tensor()
@@ -50,9 +63,14 @@ def global_norm(norm: Tensor, values: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def gather_into(objective: nn.Module, twin: Module) -> Module:
-    """Fill `twin`, a plain module of the same kind on the device, with the whole parameters of a sharded one, and on
-    every rank with the buffers of rank 0; collective. Evaluation runs on it: ranks take different numbers of steps
-    there, and a sharded module would wait for all of them in each.
+    """Copy the full parameters of a sharded module, and the buffers of rank 0, into an unsharded one. Collective.
+
+    Evaluation uses the unsharded module: ranks take different numbers of evaluation steps, and a sharded module would
+    make every step wait for all ranks.
+
+    Args:
+        objective: The sharded module.
+        twin: An unsharded module of the same architecture, on the device.
 
     Returns:
         `twin`.
@@ -66,11 +84,12 @@ def gather_into(objective: nn.Module, twin: Module) -> Module:
 
 @torch.no_grad()
 def full_state_dict(state: "OrderedDict[str, Tensor]", keep: bool) -> "OrderedDict[str, Tensor]":
-    """Copies of the whole tensors of a state, such as `objective.released_state()`, on the CPU; collective.
+    """Return copies of the full tensors of a state dict on the CPU. Collective.
 
     Args:
-        keep: whether this rank wants them (rank 0, which writes a file); the others get an empty dict and hold no more
-            than one whole tensor at a time.
+        state: A state dict, such as `objective.released_state()`.
+        keep: Whether this rank needs the result, as rank 0 does to write a file. The other ranks get an empty dict and
+            hold at most one full tensor at a time.
     """
     kept: OrderedDict[str, Tensor] = OrderedDict()
     for name, value in state.items():
@@ -82,12 +101,13 @@ def full_state_dict(state: "OrderedDict[str, Tensor]", keep: bool) -> "OrderedDi
 
 @torch.no_grad()
 def full_optimizer_state_dict(optimizer: Optimizer, keep: bool) -> dict[str, Any]:
-    """What `optimizer.state_dict()` of an unsharded run would hold, its tensors whole and on the CPU; collective.
+    """Return the `state_dict()` of an optimizer with full tensors on the CPU, as in an unsharded run. Collective.
 
-    `optim.load_optimizer_state` reads it back, sharded or not, in a world of any size.
+    `optim.optimizers.load_optimizer_state` loads it with any world size, sharded or not.
 
     Args:
-        keep: as in `full_state_dict`; the other ranks get an empty dict.
+        optimizer: The optimizer, of sharded or plain parameters.
+        keep: As in `full_state_dict`.
     """
     given = optimizer.state_dict()
     state: dict[int, dict[str, Any]] = {}

@@ -1,9 +1,9 @@
-"""Which processes of a run still make progress: a report, with stacks, where one hangs or is gone.
+"""Heartbeats between the ranks of a run, and a report with stack traces when one of them hangs or dies.
 
-Every process tells the others, once in a while, how far it is and what it is doing, through the store that they share:
-its beat. Rank 0 reads all beats, the others that of rank 0, so that the traffic grows with the number of processes
-and not with its square. A process that is stopped or cut off falls silent; one that hangs goes on beating, but its
-work does not proceed. The stack travels with the beat: that of a process which is stopped can be told by others.
+Every rank regularly writes a heartbeat with its progress, its current activity and its stack to the shared store.
+Rank 0 reads all heartbeats and the other ranks read that of rank 0, so that the traffic grows linearly with the number
+of ranks. A process that is stopped or cut off from the network sends no heartbeats; one that hangs still sends them,
+but makes no progress. Because heartbeats carry the stack, other ranks can report the stack of a stopped process.
 """
 
 import faulthandler
@@ -29,191 +29,205 @@ from maskfeat.distributed.world import World
 logger = logging.getLogger(__name__)
 
 SILENT_SECONDS = 3.0
-"""Seconds without a beat, beyond the time from beat to beat, after which a process is taken for stopped or gone."""
-_TELL = 10.0  # seconds that a process which was asked to stop waits at most until the others know
-_FRAMES = 24  # of a stack, innermost
-_WRAPPER = os.path.join("torch", "nn", "modules", "module.py")  # two frames a module, which say nothing
+"""Seconds without a heartbeat, beyond the heartbeat interval, after which a process counts as stopped or gone."""
+_MAX_STOP_WAIT = 10.0  # seconds to wait for all ranks to learn of a stop request
+_MAX_FRAMES = 24  # innermost frames of a stack that are kept
+_MODULE_CALL = os.path.join("torch", "nn", "modules", "module.py")  # adds two frames per module without information
 
 
 @dataclass
 class _Peer:
-    """Another process as this one knows it."""
+    """The last heartbeat of another rank. Times are those of this process's monotonic clock."""
 
-    heard: float  # when its last beat came in, by this process's clock
-    moved: float  # when its work was last known to proceed
-    beat: dict[str, Any]
+    received: float  # when the heartbeat arrived
+    progressed: float  # when the rank, or any rank that it knew of, last made progress
+    heartbeat: dict[str, Any]
 
 
 class HangWatchdog:
-    """Follows this process and the others, from threads of its own, until `close`.
+    """Monitor the progress of all ranks in background threads until `close`.
 
     Args:
-        world: where this process stands.
-        store: shared by all processes; None where there is only one.
-        patience: seconds without progress after which a run of several processes is ended, with a report, and one
-            process alone is reported; 0 = never.
-        stop: asked to stop where any process was.
-        interval: seconds between two beats.
+        world: Rank and world size of this process.
+        store: Store shared by all ranks; None if there is only one.
+        timeout: Seconds without progress of any rank after which a run of several ranks is ended with a report, and a
+            single process logs a warning; 0 = never.
+        stop: Stop request of this process; set when any rank was asked to stop.
+        interval: Seconds between two heartbeats; at least 1/100 s per rank.
     """
 
     def __init__(
-        self, world: World, store: Store | None, patience: float, stop: StopRequest, interval: float = 1.0
+        self, world: World, store: Store | None, timeout: float, stop: StopRequest, interval: float = 1.0
     ) -> None:
-        self._world, self._store, self._patience, self._stop = world, store, patience, stop
+        self._world, self._store, self._timeout, self._stop = world, store, timeout, stop
         self._interval = max(interval, world.size / 100)
-        self._main = threading.get_ident()
-        self._who = all_gather_object(f"{socket.gethostname()}, process {os.getpid()}")
-        self._doing, self._steps, self._since = "starting", 0, time.monotonic()
+        self._main_thread = threading.get_ident()
+        self._processes = all_gather_object(f"{socket.gethostname()}, process {os.getpid()}")
+        self._activity, self._steps, self._progressed = "starting", 0, time.monotonic()
         self._peers: dict[int, _Peer] = {}
-        self._answered, self._deaf = time.monotonic(), False  # the store
+        self._store_answered, self._store_lost = time.monotonic(), False
         self._closed = threading.Event()
-        jobs = [self._guard] if patience else []
+        loops = [self._check_progress] if timeout else []
         if store is not None:
-            jobs.append(self._talk)
-        for job in jobs:
-            threading.Thread(target=job, name=f"watch {job.__name__}", daemon=True).start()
+            loops.append(self._exchange_heartbeats)
+        for loop in loops:
+            threading.Thread(target=loop, name=f"HangWatchdog.{loop.__name__}", daemon=True).start()
 
     def beat(self, doing: str) -> None:
-        """The work of this process proceeds; what it turns to, in words."""
-        self._doing, self._since = doing, time.monotonic()
+        """Record progress of this process.
+
+        Args:
+            doing: What it does next, for reports, such as "epoch 3, step 7".
+        """
+        self._activity, self._progressed = doing, time.monotonic()
         self._steps += 1
 
     def proceed(self, doing: str) -> None:
-        """`beat`, for work that needs no saving and in which ranks are not in step, such as validation.
+        """Record progress like `beat`, and stop if any rank was asked to stop.
+
+        For work that has nothing to save and in which ranks are not synchronized, such as validation.
 
         Raises:
-            Preempted: where this process or another one was asked to stop; not before every process has heard of it,
-                for those that then miss this one must know why.
+            Preempted: A rank was asked to stop. Raised only after every rank knows of the request, so that none takes
+                the end of this process for a failure.
         """
         self.beat(doing)
         if self._stop:
-            end = time.monotonic() + _TELL + 3 * self._interval
-            while self._store is not None and not self._has_told() and time.monotonic() < end:
+            end = time.monotonic() + _MAX_STOP_WAIT + 3 * self._interval
+            while self._store is not None and not self._all_know_of_stop() and time.monotonic() < end:
                 time.sleep(0.05)
         self._stop.check()
 
-    def _has_told(self) -> bool:
-        """Whether every process knows that the run stops, as far as this one can find out."""
-        if self._deaf:
+    def _all_know_of_stop(self) -> bool:
+        """Return whether every rank knows of the stop request; True as well if the store cannot be reached."""
+        if self._store_lost:
             return True
         if self._world.is_main:
-            known = [peer for peer in list(self._peers.values()) if peer.beat["stop"]]
-            return len(known) == self._world.size - 1
-        return 0 in self._peers and self._peers[0].beat["told"]
+            informed = [peer for peer in list(self._peers.values()) if peer.heartbeat["stop"]]
+            return len(informed) == self._world.size - 1
+        return 0 in self._peers and self._peers[0].heartbeat["all_know_of_stop"]
 
     def close(self) -> None:
-        """End of the watch. What follows may take its time."""
+        """Stop monitoring: what follows may take any time."""
         self._closed.set()
 
     def gone(self, wait: float = SILENT_SECONDS) -> str:
-        """Who is silent, in words, or "": asked when a collective failed, it listens for another `wait` seconds."""
+        """Describe the ranks that send no heartbeats. To be called after a collective failed.
+
+        Args:
+            wait: Seconds, in addition to the heartbeat interval, to wait for heartbeats.
+
+        Returns:
+            "" if all ranks send heartbeats, or if there is only one rank.
+        """
         if self._store is None:
             return ""
         self._closed.wait(self._interval + wait)
-        return "; ".join(self._describe(rank) for rank in self._silent(wait))
+        return "; ".join(self._describe(rank) for rank in self._silent_ranks(wait))
 
-    def _talk(self) -> None:
-        """Send beats and read those of others; where the store blocks, only this thread waits."""
+    def _exchange_heartbeats(self) -> None:
+        """Write and read heartbeats, in a thread of its own because the store may block."""
         number = 0
         while not self._closed.wait(self._interval if number else 0.0):
             number += 1
-            beat = {
+            heartbeat = {
                 "number": number,
                 "steps": self._steps,
-                "doing": self._doing,
-                "idle": time.monotonic() - self._newest(),
+                "activity": self._activity,
+                "idle": time.monotonic() - self._last_progress(),
                 "stop": self._stop.reason,
-                "told": self._world.is_main and self._has_told(),
+                "all_know_of_stop": self._world.is_main and self._all_know_of_stop(),
                 "stack": self._stack(),
             }
             try:
-                self._store.set(f"beat {self._world.rank}", json.dumps(beat))  # type: ignore[union-attr]
-                self._read(range(self._world.size) if self._world.is_main else (0,))
-            except Exception as error:  # whatever it raises when its host is gone, which does not come back
+                self._store.set(f"heartbeat {self._world.rank}", json.dumps(heartbeat))  # type: ignore[union-attr]
+                self._read_heartbeats(range(self._world.size) if self._world.is_main else (0,))
+            except Exception as error:  # of any type once rank 0, which hosts the store, is gone for good
                 logger.debug("no answer from the store: %s", error)
-                self._deaf = True
+                self._store_lost = True
                 return
-            self._answered = time.monotonic()
+            self._store_answered = time.monotonic()
 
-    def _read(self, ranks: Sequence[int]) -> None:
+    def _read_heartbeats(self, ranks: Sequence[int]) -> None:
         assert self._store is not None
         for rank in ranks:
-            key = f"beat {rank}"
+            key = f"heartbeat {rank}"
             if rank == self._world.rank or not self._store.check([key]):
                 continue
-            beat = json.loads(self._store.get(key))
+            heartbeat = json.loads(self._store.get(key))
             known = self._peers.get(rank)
-            if known is None or known.beat["number"] != beat["number"]:
+            if known is None or known.heartbeat["number"] != heartbeat["number"]:
                 now = time.monotonic()
-                self._peers[rank] = _Peer(now, now - beat["idle"], beat)
-            if beat["stop"]:
-                self._stop.ask(beat["stop"])
+                self._peers[rank] = _Peer(now, now - heartbeat["idle"], heartbeat)
+            if heartbeat["stop"]:
+                self._stop.ask(heartbeat["stop"])
 
-    def _newest(self) -> float:
-        """When the work of any process was last known to proceed: ranks wait for one another at the end of a
-        validation, say, and that is no hang."""
-        return max([self._since, *(peer.moved for peer in list(self._peers.values()))])
+    def _last_progress(self) -> float:
+        """Return when any rank last made progress.
 
-    def _silent(self, limit: float) -> list[int]:
-        """Who has not been heard for longer than `limit` seconds beyond the time from beat to beat."""
+        Ranks may wait for one another, at the end of a validation for example, which is not a hang.
+        """
+        return max([self._progressed, *(peer.progressed for peer in list(self._peers.values()))])
+
+    def _silent_ranks(self, limit: float) -> list[int]:
+        """Return the ranks without a heartbeat for `limit` seconds in addition to the interval."""
         now, limit = time.monotonic(), limit + self._interval
-        if now - self._answered > limit:  # the store answers nobody: it lives with rank 0
+        if now - self._store_answered > limit:  # rank 0 hosts the store
             return [] if self._world.is_main else [0]
-        return [rank for rank, peer in sorted(self._peers.items()) if now - peer.heard > limit]
+        return [rank for rank, peer in sorted(self._peers.items()) if now - peer.received > limit]
 
     def _describe(self, rank: int) -> str:
-        """Which process, and what was last heard of it."""
+        """Return the host and process of a rank, and its last activity."""
         peer = self._peers.get(rank)
         if peer is None:
-            return f"rank {rank} ({self._who[rank]}; never heard)"
-        silence = time.monotonic() - peer.heard
-        return f"rank {rank} ({self._who[rank]}; silent for {silence:.0f} s, last {peer.beat['doing']})"
+            return f"rank {rank} ({self._processes[rank]}; no heartbeat yet)"
+        silence = time.monotonic() - peer.received
+        return f"rank {rank} ({self._processes[rank]}; silent for {silence:.0f} s, last {peer.heartbeat['activity']})"
 
-    def _guard(self) -> None:
-        """Ends the process, or reports it where it is alone, once nothing has proceeded for too long."""
-        looked = time.monotonic()
+    def _check_progress(self) -> None:
+        """End the process once no rank has made progress for too long; a single process logs a warning instead."""
+        checked = time.monotonic()
         reported = -1
         while not self._closed.wait(0.5):
             now = time.monotonic()
-            if (
-                now - looked > self._interval + SILENT_SECONDS
-            ):  # it was stopped itself (Ctrl-Z), and others may have been
-                self._since = self._answered = now
+            # This process was stopped itself, by Ctrl-Z for example, and others may have been stopped with it.
+            if now - checked > self._interval + SILENT_SECONDS:
+                self._progressed = self._store_answered = now
                 for peer in self._peers.values():
-                    peer.heard = peer.moved = now
-            looked = now
-            stuck = now - self._newest()
-            if stuck <= self._patience or reported == self._steps:
+                    peer.received = peer.progressed = now
+            checked = now
+            stuck = now - self._last_progress()
+            if stuck <= self._timeout or reported == self._steps:
                 continue
             if self._world.size == 1:
                 reported = self._steps
                 where = "\n  ".join(self._stack())
-                logger.warning("no progress for %d s, %s (HANG_MINUTES); at\n  %s", stuck, self._doing, where)
+                logger.warning("no progress for %d s, %s (HANG_MINUTES); at\n  %s", stuck, self._activity, where)
                 continue
-            silent = self._silent(SILENT_SECONDS)
+            silent = self._silent_ranks(SILENT_SECONDS)
             reporter = min(set(range(self._world.size)) - set(silent))
-            if reporter != self._world.rank and stuck <= self._patience + 5:
-                continue  # it knows more, and one report is enough
+            if reporter != self._world.rank and stuck <= self._timeout + 5:
+                continue  # one report is enough, that of the lowest rank that answers
             if reporter == self._world.rank:
                 logger.error("%s", self._report(stuck, silent))
                 faulthandler.dump_traceback(all_threads=True)
             os._exit(1)
 
     def _stack(self) -> list[str]:
-        """Where this process's work is, outermost first."""
-        frame = sys._current_frames().get(self._main)
+        """Return the stack of the main thread, outermost frame first."""
+        frame = sys._current_frames().get(self._main_thread)
         if frame is None:
             return []
-        # Told with every beat, so no source is looked up, which would ask the file system for every file.
+        # Without source lines, for which every heartbeat would access the file system.
         codes = ((one.f_code, line) for one, line in traceback.walk_stack(frame))
-        told = (f"{c.co_filename}:{line} in {c.co_name}" for c, line in codes if not c.co_filename.endswith(_WRAPPER))
-        return list(islice(told, _FRAMES))[::-1]
+        calls = (f"{c.co_filename}:{n} in {c.co_name}" for c, n in codes if not c.co_filename.endswith(_MODULE_CALL))
+        return list(islice(calls, _MAX_FRAMES))[::-1]
 
     def _report(self, stuck: float, silent: list[int]) -> str:
-        """Who holds the others up, and where everybody is."""
-        steps = {rank: peer.beat["steps"] for rank, peer in self._peers.items()} | {self._world.rank: self._steps}
+        """Return a report that names the ranks that block the run and gives the stacks of all."""
+        steps = {rank: peer.heartbeat["steps"] for rank, peer in self._peers.items()} | {self._world.rank: self._steps}
         behind = [rank for rank in sorted(steps) if steps[rank] < max(steps.values())]
-        lines = [f"HANG: no progress for {stuck:.0f} s, {self._doing} (HANG_MINUTES {self._patience / 60:g})"]
+        lines = [f"HANG: no progress for {stuck:.0f} s, {self._activity} (HANG_MINUTES {self._timeout / 60:g})"]
         if silent:
             lines += [f"not answering: {self._describe(rank)}" for rank in silent]
         elif behind:
@@ -221,9 +235,10 @@ class HangWatchdog:
             lines += ["behind the others: this process"] if self._world.rank in behind else []
         else:
             lines.append("no process is silent or behind: they wait for one another, or for the network")
-        stacks = {rank: peer.beat["stack"] for rank, peer in self._peers.items()} | {self._world.rank: self._stack()}
+        stacks = {rank: peer.heartbeat["stack"] for rank, peer in self._peers.items()}
+        stacks[self._world.rank] = self._stack()
         alike: dict[str, list[int]] = {}
         for rank in sorted(stacks):
             alike.setdefault("\n  ".join(stacks[rank]), []).append(rank)
         lines += [f"stack of rank {', '.join(map(str, ranks))}:\n  {stack}" for stack, ranks in alike.items()]
-        return "\n".join([*lines, f"this is rank {self._world.rank}"])
+        return "\n".join([*lines, f"reported by rank {self._world.rank}"])

@@ -1,4 +1,4 @@
-"""How the processes of a run start: by torchrun, by srun, or spawned here; and what the environment says of them."""
+"""Launch a run: join the processes that torchrun or srun started, or spawn them here."""
 
 import os
 import re
@@ -9,123 +9,129 @@ from typing import Any
 
 import torch
 
-from maskfeat.distributed.supervise import Supervisor
+from maskfeat.distributed.supervise import run_processes
 from maskfeat.distributed.world import World, available_cores
 
-# Ids from here on are no numbers of steps: the batch script, an interactive shell, a pending step.
+# Step ids from here on are not numbered steps but the batch script, an interactive shell or a pending step.
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
 
-# Below the ports that Linux gives to connections by itself (32768 and up).
+# Below the ephemeral ports of Linux (32768 and up).
 _FIRST_PORT, _PORTS = 15000, 17000
 
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """What the environment says of a process that something else started, as one of several.
+    """What the environment variables of torchrun or srun say about this process.
 
     Attributes:
-        by: "torchrun" or "srun".
-        world: its place among the processes that were started.
-        machine: the number of its machine.
-        machines: how many there are.
-        address: tcp://HOST:PORT where they meet.
+        launcher: "torchrun" or "srun".
+        world: Rank and world size of this process.
+        shard_id: Index of its machine.
+        num_shards: Number of machines.
+        init_method: tcp://HOST:PORT at which the processes meet.
     """
 
-    by: str
+    launcher: str
     world: World
-    machine: int
-    machines: int
-    address: str
+    shard_id: int
+    num_shards: int
+    init_method: str
 
     def numbers(self) -> dict[str, int]:
-        """The config keys that follow from how the run was started.
+        """Return the config keys that follow from how the run was launched.
 
-        A single task of srun on a machine may spawn NUM_GPUS processes; then the config says how many.
+        NUM_GPUS is left to the config if srun started one task per machine, which may spawn several processes.
         """
-        numbers = {"NUM_SHARDS": self.machines}
-        if self.by == "torchrun" or self.world.local_size > 1:
+        numbers = {"NUM_SHARDS": self.num_shards}
+        if self.launcher == "torchrun" or self.world.local_size > 1:
             numbers["NUM_GPUS"] = self.world.local_size
         return numbers
 
     def check(self, num_gpus: int, num_shards: int) -> None:
-        """See that the config counts machines and processes as they were started; NUM_GPUS 0 is the CPU.
+        """Check that the config has the numbers of machines and processes that were launched.
+
+        Args:
+            num_gpus: NUM_GPUS of the config; 0 means the CPU and fits any number of processes.
+            num_shards: NUM_SHARDS of the config.
 
         Raises:
-            ValueError: where it does not.
+            ValueError: It does not.
         """
-        if self.machines != num_shards:
+        if self.num_shards != num_shards:
             raise ValueError(
-                f"{self.by} started {self.machines} machine(s), but NUM_SHARDS is {num_shards}: leave NUM_SHARDS out, "
-                f"or set NUM_SHARDS {self.machines} (learning rates scale by it, see "
+                f"{self.launcher} started {self.num_shards} machine(s), but NUM_SHARDS is {num_shards}: leave "
+                f"NUM_SHARDS out, or set NUM_SHARDS {self.num_shards} (learning rates scale by it, see "
                 "SOLVER.BASE_LR_SCALE_NUM_SHARDS)"
             )
         processes = self.numbers().get("NUM_GPUS", num_gpus)
         if num_gpus not in (0, processes):
             raise ValueError(
-                f"{self.by} started {processes} process(es) a machine, but NUM_GPUS is {num_gpus}: leave NUM_GPUS "
-                f"out, or set NUM_GPUS {processes} (0 for the CPU)"
+                f"{self.launcher} started {processes} process(es) a machine, but NUM_GPUS is {num_gpus}: leave "
+                f"NUM_GPUS out, or set NUM_GPUS {processes} (0 for the CPU)"
             )
 
 
 def read_launch_environment(env: Mapping[str, str] = os.environ) -> LaunchEnvironment | None:
-    """What torchrun or srun says of this process; None where it runs alone.
+    """Read the environment variables of torchrun or srun.
+
+    Returns:
+        None if neither of them started this process as one of several.
 
     Raises:
         ValueError: srun started different numbers of tasks on its machines.
     """
-    return _torchrun(env) or _slurm_task(env)
+    return _from_torchrun(env) or _from_srun(env)
 
 
-def _torchrun(env: Mapping[str, str]) -> LaunchEnvironment | None:
+def _from_torchrun(env: Mapping[str, str]) -> LaunchEnvironment | None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if any(name not in env for name in names):
         return None
     rank, size, local_rank, local_size = (int(env[name]) for name in names)
-    address = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '29500')}"
-    machine = int(env.get("GROUP_RANK", rank // local_size))
-    return LaunchEnvironment(
-        "torchrun", World(rank, size, local_rank, local_size), machine, size // local_size, address
-    )
+    init_method = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '29500')}"
+    shard_id = int(env.get("GROUP_RANK", rank // local_size))
+    world = World(rank, size, local_rank, local_size)
+    return LaunchEnvironment("torchrun", world, shard_id, size // local_size, init_method)
 
 
-def _slurm_task(env: Mapping[str, str]) -> LaunchEnvironment | None:
-    """One of several tasks of a step. The shell of sbatch, which also has a SLURM_PROCID, belongs to no step."""
+def _from_srun(env: Mapping[str, str]) -> LaunchEnvironment | None:
+    """Read the variables of a job step with several tasks. The shell of sbatch has a SLURM_PROCID but is in no step."""
     if int(env.get("SLURM_STEP_ID", _FIRST_RESERVED_STEP)) >= _FIRST_RESERVED_STEP:
         return None
     size = int(env.get("SLURM_STEP_NUM_TASKS", 1))
     if size == 1:
         return None
-    machines = int(env["SLURM_STEP_NUM_NODES"])
+    num_shards = int(env["SLURM_STEP_NUM_NODES"])
     counts = env["SLURM_STEP_TASKS_PER_NODE"]
-    if size % machines or len(set(re.sub(r"\(x\d+\)", "", counts).split(","))) > 1:
+    if size % num_shards or len(set(re.sub(r"\(x\d+\)", "", counts).split(","))) > 1:
         raise ValueError(
-            f"srun started {size} tasks unevenly on {machines} machines ({counts} a machine): give it "
-            "--ntasks-per-node, because machines share batches evenly"
+            f"srun started {size} tasks unevenly on {num_shards} machines ({counts} a machine): use "
+            "--ntasks-per-node, because every machine must run the same number of processes"
         )
     host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
     port = env.get("MASTER_PORT") or _port(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]))
-    world = World(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), size // machines)
-    return LaunchEnvironment("srun", world, int(env["SLURM_NODEID"]), machines, f"tcp://{host}:{port}")
+    world = World(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), size // num_shards)
+    return LaunchEnvironment("srun", world, int(env["SLURM_NODEID"]), num_shards, f"tcp://{host}:{port}")
 
 
 def first_host(nodes: str) -> str:
-    """The first host of Slurm's list of nodes: "rack2n[07-09,12],x5" -> "rack2n07"."""
+    """Return the first host of a Slurm node list: "rack2n[07-09,12],x5" gives "rack2n07"."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
 
 
 def _port(job: int, step: int) -> int:
-    """A port that every task of a step knows, and that steps which run side by side do not share."""
+    """Return a port that all tasks of a job step compute alike and concurrent steps do not share."""
     return _FIRST_PORT + (31 * job + step) % _PORTS
 
 
 def check_devices(num_gpus: int, backend: str) -> None:
-    """See that this machine has the GPUs that are asked for.
+    """Check that this machine has the requested number of GPUs.
 
-    Several CPU processes are had by NUM_GPUS > 1 with DIST_BACKEND gloo on a machine without a GPU.
+    Several processes on the CPU are requested by NUM_GPUS > 1 with DIST_BACKEND gloo on a machine without GPUs.
 
     Raises:
-        ValueError: where it has fewer.
+        ValueError: It has fewer.
     """
     available = torch.cuda.device_count()
     if num_gpus <= available or (available == 0 and num_gpus > 1 and backend == "gloo"):
@@ -137,21 +143,24 @@ def check_devices(num_gpus: int, backend: str) -> None:
 
 
 def free_address() -> str:
-    """A tcp:// address on this machine that nobody listens on."""
+    """Return a tcp:// address on this machine with a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
-def _share_cores(processes: int) -> None:
-    """As torchrun does: processes that take one another's cores spend their time in waiting for threads."""
+def _limit_threads(processes: int) -> None:
+    """Divide the cores among the processes of this machine, as torchrun does, unless OMP_NUM_THREADS is set."""
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(available_cores() // processes, 1))
 
 
-def _spawned(local_rank: int, job: Callable[..., int], plan: World, address: str, args: tuple[Any, ...]) -> int:
-    _share_cores(plan.local_size)
-    return job(World(plan.rank + local_rank, plan.size, local_rank, plan.local_size), address, *args)
+def _run_local_rank(
+    local_rank: int, job: Callable[..., int], first: World, init_method: str, args: tuple[Any, ...]
+) -> int:
+    """Run `job` as a spawned process; `first` is the world of local rank 0."""
+    _limit_threads(first.local_size)
+    return job(World(first.rank + local_rank, first.size, local_rank, first.local_size), init_method, *args)
 
 
 def launch(
@@ -163,30 +172,38 @@ def launch(
     shard_id: int = 0,
     init_method: str = "",
 ) -> int:
-    """Run `job(world, address, *args)` in every process of this machine, and wait; the exit code.
+    """Run `job(world, init_method, *args)` in every process of this machine, and wait for them.
 
-    Under torchrun, and under srun with several tasks a machine, this process is one of them. Otherwise `processes` are
-    spawned and watched where there are several in all; `shard_id` of `num_shards` machines comes from srun, or as given
-    together with `init_method`, where the machines meet (one machine finds an address by itself).
+    Under torchrun, and under srun with several tasks per machine, this process is one of them and runs the job itself.
+    Otherwise, if the run has several processes in all, `processes` of them are spawned and supervised here.
 
     Args:
-        processes: on this machine, NUM_GPUS of the config; 0 = one, on the CPU.
+        job: A function at the top level of a module that returns an exit code.
+        args: Further arguments, picklable.
+        processes: Number of processes on this machine, NUM_GPUS of the config; 0 = one, on the CPU.
+        num_shards: Number of machines.
+        shard_id: Index of this machine; ignored where torchrun or srun gives it.
+        init_method: tcp://HOST:PORT at which the processes of several machines meet; "" = as torchrun or srun
+            gives it, or a free port if there is only one machine.
+
+    Returns:
+        The exit code; see `run_processes`.
 
     Raises:
-        ValueError: the numbers are not those of torchrun or srun, or several machines without a place to meet.
+        ValueError: The numbers differ from those of torchrun or srun, or `init_method` is missing.
     """
-    started, address = read_launch_environment(), init_method
-    if started is not None:
-        started.check(processes, num_shards)
-        shard_id, address = started.machine, init_method or started.address
+    launched = read_launch_environment()
+    if launched is not None:
+        launched.check(processes, num_shards)
+        shard_id, init_method = launched.shard_id, init_method or launched.init_method
     here = max(processes, 1)
-    if started is not None and (started.world.local_size > 1 or here == 1):
-        _share_cores(started.world.local_size)
-        return job(started.world, address, *args)
+    if launched is not None and (launched.world.local_size > 1 or here == 1):
+        _limit_threads(launched.world.local_size)
+        return job(launched.world, init_method, *args)
     size = here * num_shards
     if size == 1:
         return job(World(), "", *args)
-    if num_shards > 1 and not address:
+    if num_shards > 1 and not init_method:
         raise ValueError(f"NUM_SHARDS is {num_shards}: give --init_method tcp://HOST:PORT of the first machine")
-    plan = World(shard_id * here, size, 0, here)
-    return Supervisor().run(_spawned, (job, plan, address or free_address(), args), here, plan.rank)
+    first = World(shard_id * here, size, 0, here)
+    return run_processes(_run_local_rank, (job, first, init_method or free_address(), args), here, first.rank)

@@ -1,26 +1,27 @@
-"""Being asked to stop: schedulers send SIGTERM or SIGUSR1 before they take a machine away."""
+"""Preemption: schedulers send SIGTERM or SIGUSR1 before they reclaim a node."""
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-PREEMPTED = 75
-"""Exit code of a run that was asked to stop and saved where it was: EX_TEMPFAIL of sysexits.h, "try again"."""
+from maskfeat.distributed.processes import signal_handler
 
-_SIGNALS = (signal.SIGTERM, *(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)))
+PREEMPTED = 75
+"""Exit code of a run that was asked to stop and saved its state: EX_TEMPFAIL of sysexits.h, "try again"."""
+
+STOP_SIGNALS = (signal.SIGTERM, *(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)))
 
 
 class Preempted(Exception):
-    """Raised between two steps once the state is saved: the process ends with PREEMPTED."""
+    """Raised between two steps after the state was saved, so that the process exits with PREEMPTED."""
 
 
 class StopRequest:
-    """Whether this process, or another one of the run, was asked to stop.
+    """A request to stop the run, made by a signal to this process or passed on by another rank.
 
     Attributes:
-        reason: the signal's name; "" as long as nobody asked.
+        reason: Name of the signal; "" while there is no request.
     """
 
     def __init__(self) -> None:
@@ -30,31 +31,24 @@ class StopRequest:
         return bool(self.reason)
 
     def ask(self, reason: str) -> None:
-        """Ask to stop; the first reason stays."""
+        """Request a stop. Later requests do not change the reason."""
         self.reason = self.reason or reason
 
     def check(self) -> None:
-        """For work that needs no saving, such as validation.
+        """Raise if a stop was requested. For work that has nothing to save, such as validation.
 
         Raises:
-            Preempted: where somebody asked.
+            Preempted: A stop was requested.
         """
         if self.reason:
             raise Preempted(self.reason)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGTERM and SIGUSR1 ask to stop, in this block. Only a process's main thread can listen."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+        """Take SIGTERM and SIGUSR1 as requests to stop inside the block. No effect outside the main thread."""
 
-        def note(number: int, _: FrameType | None) -> None:
+        def handle(number: int, _: FrameType | None) -> None:
             self.ask(signal.Signals(number).name)
 
-        before = {number: signal.signal(number, note) for number in _SIGNALS}
-        try:
+        with signal_handler(STOP_SIGNALS, handle):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

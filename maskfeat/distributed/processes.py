@@ -1,4 +1,4 @@
-"""How a process is tied to the one that started it, and which signals it heeds."""
+"""Process control: signal handlers, ending with the parent process, exiting at once."""
 
 import ctypes
 import logging
@@ -8,28 +8,29 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
-_SET_SIGNAL_ON_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of prctl(2)
+_PR_SET_PDEATHSIG = 1  # option of prctl(2)
 
 
 def die_with_parent() -> None:
-    """Have this process killed at once when the one that started it is gone. Linux only; elsewhere without effect."""
+    """Have the kernel kill this process when its parent dies, even by SIGKILL. Linux only; no effect elsewhere."""
     if sys.platform != "linux":
         return
     parent = multiprocessing.parent_process()
-    started_it = os.getppid()
-    ctypes.CDLL(None).prctl(_SET_SIGNAL_ON_PARENTS_DEATH, signal.SIGKILL, 0, 0, 0)
-    if parent is not None and parent.pid == started_it and os.getppid() != started_it:
-        os.kill(os.getpid(), signal.SIGKILL)  # it was gone before the kernel was asked
+    parent_pid = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent is not None and parent.pid == parent_pid and os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGKILL)  # the parent died before the call
 
 
 def exit_now(code: int) -> NoReturn:
-    """End at once with an exit code; the processes that this one started die with it.
+    """Exit at once with an exit code; child processes that called `die_with_parent` die as well.
 
-    Python would first take all modules apart, which takes seconds where cores are shared, and wait for processes.
+    A normal exit of Python tears down all modules first, which takes seconds on busy cores, and joins child processes.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -38,7 +39,10 @@ def exit_now(code: int) -> NoReturn:
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
-    """Run `main` and end with its exit code; 1 after a traceback. After a failure, which others wait for, at once."""
+    """Run `main` and exit with the code it returns, or print the traceback and exit with 1 if it raises.
+
+    A failed program exits at once, because other ranks wait for it.
+    """
     try:
         code = main()
     except Exception:
@@ -50,34 +54,54 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
 
 @contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Signals that ask for an end wait until the block is left; a process started in it begins with them blocked."""
-    asking = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, asking)
+def signal_handler(
+    numbers: Iterable[int], handler: Callable[[int, FrameType | None], object] | signal.Handlers
+) -> Iterator[None]:
+    """Handle signals with `handler` inside the block. No effect outside the main thread, which alone can do so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Block SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 inside the block; they are delivered after it.
+
+    A process started inside the block begins with them blocked.
+    """
+    blocked = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def leave_signals_to_parent() -> None:
-    """For a process that works for its parent, started in `signals_blocked`: it ends with it, and when it says so.
+    """Make a helper process, such as a data worker, end only with its parent or when its parent terminates it.
 
-    Schedulers signal whole process groups, while the parent still needs what this process makes in order to come to a
-    good end. SIGTERM therefore counts from the parent alone; SIGINT, SIGUSR1 and SIGUSR2 are ignored.
+    Schedulers send signals to whole process groups, but the parent still needs its helpers to finish the step and save
+    a checkpoint. SIGTERM is therefore obeyed only if the parent sent it; SIGINT, SIGUSR1 and SIGUSR2 are ignored.
+    To be called first in a process that was started inside `signals_blocked`.
     """
     die_with_parent()
     for ignored in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
-    heeded = set()
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM keeps its meaning
+    blocked = set()
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM from anyone ends the process
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_on_parents_word, args=(os.getppid(),), daemon=True).start()
-        heeded = {signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_SETMASK, heeded)
+        threading.Thread(target=_exit_on_parents_sigterm, args=(os.getppid(),), daemon=True).start()
+        blocked = {signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _end_on_parents_word(parent: int) -> None:
+def _exit_on_parents_sigterm(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os.kill(os.getpid(), signal.SIGKILL)

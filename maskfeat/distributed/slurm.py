@@ -1,4 +1,4 @@
-"""A run as a job of submitit: it goes on in the job's next start when a signal has stopped it."""
+"""Run the program as a submitit job that is requeued after a preemption."""
 
 import logging
 import os
@@ -13,16 +13,16 @@ logger = logging.getLogger(__name__)
 
 
 class Job:
-    """What submitit keeps in a file and calls in every task; it ends the process with the run's exit code.
+    """The callable that submitit pickles and calls in every task; exits with the run's exit code.
 
-    The run heeds SIGUSR1 and SIGTERM itself, ends with PREEMPTED, and is queued again from here. As long as it has not
-    begun to listen, submitit's own handler of SIGUSR1 (SUBMITIT_PREEMPT_SIGNAL) queues the job again by `checkpoint`.
+    The run handles SIGUSR1 and SIGTERM itself and returns PREEMPTED, upon which the job is requeued here. Until the run
+    has installed its handlers, submitit's handler of SIGUSR1 (SUBMITIT_PREEMPT_SIGNAL) requeues through `checkpoint`.
 
     Args:
-        main: the program, `maskfeat.engine.run.main`; takes `argv`, returns an exit code.
-        folder: the working directory.
-        argv: its arguments.
-        restarts: how often the job may be queued again.
+        main: The program, `maskfeat.engine.run.main`; takes `argv`, returns an exit code.
+        folder: Working directory.
+        argv: Command-line arguments.
+        restarts: Maximum number of times that the job may be requeued.
     """
 
     def __init__(self, main: Callable[[Sequence[str]], int], folder: str, argv: list[str], restarts: int) -> None:
@@ -37,7 +37,7 @@ class Job:
             exit_now(code)
 
     def requeue(self) -> None:
-        """Ask Slurm to start this job again, if it was not started too often."""
+        """Requeue this job in Slurm unless the maximum number of restarts is reached."""
         done = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if done >= self.restarts:
             logger.warning("stopped by a signal, and not queued again after %d restarts", done)
@@ -45,7 +45,7 @@ class Job:
         subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
 
     def checkpoint(self) -> Any:
-        """What submitit is to run when it queues the job again by itself."""
+        """Return what submitit runs when it requeues the job itself."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

@@ -1,192 +1,155 @@
-"""Processes of one machine, started and watched by a parent that does nothing else.
+"""Start the processes of one node with torch.multiprocessing, and end all of them when one fails.
 
-One that dies ends the others within seconds, signals that ask for an end are passed on, and nobody is left behind.
+Starting is `torch.multiprocessing.start_processes`. Waiting is done here and not by `ProcessContext.join`, which counts
+exit code PREEMPTED as a failure, reports whichever process it sees first, although that one may only have lost its
+connection to the one that failed, and ends the others with SIGTERM: ranks take that for the scheduler's request to
+save and exit, and pass it on to the other nodes.
 """
 
 import logging
-import multiprocessing
 import os
 import re
 import signal
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from typing import Any, NamedTuple
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any
 
-from maskfeat.distributed.preemption import PREEMPTED
-from maskfeat.distributed.processes import die_with_parent, exit_now
+from torch.multiprocessing import ProcessContext, get_context, start_processes
+
+from maskfeat.distributed.preemption import PREEMPTED, STOP_SIGNALS
+from maskfeat.distributed.processes import die_with_parent, exit_now, signal_handler
 
 logger = logging.getLogger(__name__)
 
-GRACE = 2.0
-"""Seconds that the others have to end by themselves when one has failed: they often fail of the same, and say so."""
+GRACE_PERIOD = 2.0
+"""Seconds that the others have to exit after one process failed: they often fail for the same reason and log it."""
 
-GRACE_AFTER_KILL = 0.5
-"""Likewise when one was killed, of which they can know nothing."""
+GRACE_PERIOD_AFTER_KILL = 0.5
+"""Seconds that the others have to exit after one process was killed by a signal."""
 
-ENDING = (signal.SIGTERM, signal.SIGUSR1)
-PASSED_ON = (*ENDING, signal.SIGUSR2)
+_CONNECTION_LOST = re.compile(r"Connection (closed|reset) by peer")
+"""Found in the traceback of a rank whose peer is gone."""
 
-MISSED = re.compile(r"Connection (closed|reset) by peer")
-"""What a rank says when another is gone."""
-
-HINTS: dict[int, str] = {
-    signal.SIGKILL: ", from outside; out of memory is a common cause: see the system's log, and lower "
+_HINTS: dict[int, str] = {
+    signal.SIGKILL: ", from outside; running out of memory is a common cause: see the system's log, and lower "
     "DATA_LOADER.NUM_WORKERS or the batch",
     signal.SIGBUS: "; too little shared memory is a common cause: see DATA_LOADER.NUM_WORKERS",
 }
 
 
-class Child(NamedTuple):
-    """A process, its rank, and where the traceback of what ended it comes in."""
+def run_processes(job: Callable[..., int], args: tuple[Any, ...], count: int, first_rank: int = 0) -> int:
+    """Run `job(index, *args)` in `count` spawned processes and wait for them.
 
-    rank: int
-    process: SpawnProcess
-    said: Connection
+    SIGTERM, SIGUSR1 and SIGUSR2 are forwarded to the processes. Ctrl-C is left to this process, which kills them.
+
+    Args:
+        job: A function at the top level of a module; takes the index of the process on this node, returns an exit code.
+        args: Further arguments, picklable.
+        count: Number of processes.
+        first_rank: Rank of process 0, for messages.
+
+    Returns:
+        0 if all processes succeeded; PREEMPTED if some of them exited with it and none failed, or if a forwarded
+        signal killed one that had no handler for it yet; otherwise the exit code of the process that failed first,
+        128 + n if signal n killed it.
+    """
+    processes: list[BaseProcess] = []
+    received: list[int] = []
+
+    def forward(number: int, _: FrameType | None = None) -> None:
+        received.append(number)
+        _send_signal(processes, number)
+
+    readers, writers = zip(*(get_context("spawn").Pipe(duplex=False) for _ in range(count)), strict=True)
+    with signal_handler((*STOP_SIGNALS, signal.SIGUSR2), forward):
+        try:
+            with signal_handler([signal.SIGINT], signal.SIG_IGN):  # inherited by the processes, which keep it
+                context = start_processes(_run, (job, args, writers), count, join=False)
+                processes.extend(context.processes)
+            for number in list(received):  # those that came while the processes were being started
+                _send_signal(processes, number)
+            exited = _wait(context)
+        finally:  # also after Ctrl-C
+            _send_signal(processes, signal.SIGKILL)
+            for process in processes:
+                process.join()
+    for index, process in enumerate(processes):
+        process.name = f"rank {first_rank + index}"
+    return _exit_code([processes[index] for index in exited], received, [readers[index] for index in exited])
 
 
-def _run(job: Callable[..., int], index: int, args: tuple[Any, ...], tell: Connection) -> None:
-    """What each process does."""
+def _run(index: int, job: Callable[..., int], args: tuple[Any, ...], writers: Sequence[Connection]) -> None:
+    """Run the job in a spawned process and exit with its exit code."""
     die_with_parent()
     try:
         code = job(index, *args)
     except Exception:
-        tell.send_bytes(traceback.format_exc().encode()[-32_000:])  # less than a pipe holds: never waits
-        # From here, where nothing that it holds is tidied up yet: that may wait for processes that are no more.
+        writers[index].send_bytes(traceback.format_exc().encode()[-32_000:])  # less than a pipe holds: never blocks
+        # Exit here, while the traceback keeps everything alive: tearing it down may wait for processes that are gone.
         exit_now(1)
     exit_now(code)
 
 
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """A process started in this block never heeds Ctrl-C, from its first instruction on: its parent ends it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what becomes of a signal
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _send_signal(processes: Sequence[BaseProcess], number: int) -> None:
+    for process in processes:
+        if process.exitcode is None and process.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
 
-def _start(job: Callable[..., int], args: tuple[Any, ...], count: int, first_rank: int) -> Iterator[Child]:
-    context = multiprocessing.get_context("spawn")
-    for index in range(count):
-        said, tell = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(job, index, args, tell), name=f"rank {first_rank + index}")
-        with _interrupts_ignored():
-            process.start()
-        tell.close()
-        yield Child(first_rank + index, process, said)
+def _wait(context: ProcessContext) -> list[int]:
+    """Wait until every process has exited, or until the grace period after the first failure is over.
 
-
-def _signal_all(children: Sequence[Child], number: int) -> None:
-    for child in children:
-        if child.process.pid is not None:
-            with suppress(ProcessLookupError):  # it has ended by itself
-                os.kill(child.process.pid, number)
-
-
-class Supervisor:
-    """Starts processes and waits for them; one use.
-
-    Attributes:
-        asked: signals that asked this process for an end, and were passed on.
+    Returns:
+        Indices of the processes that exited by then, in that order.
     """
-
-    def __init__(self) -> None:
-        self.asked: list[int] = []
-        self.running: list[Child] = []
-
-    def run(self, job: Callable[..., int], args: tuple[Any, ...], count: int, first_rank: int = 0) -> int:
-        """Run `job(index, *args)`, which returns an exit code, in `count` processes.
-
-        Returns:
-            0 where all ended well; PREEMPTED where the others ended so, or died of a signal that was passed on before
-            they could heed it; otherwise the code of the first that failed, 128 + n where signal n killed it.
-        """
-        with self._passing_on():
-            try:
-                for child in _start(job, args, count, first_rank):
-                    self.running.append(child)
-                    for number in self.asked:
-                        _signal_all([child], number)
-                return self._wait()
-            finally:  # also where Ctrl-C interrupts the waiting
-                _signal_all(self.running, signal.SIGKILL)
-                for child in self.running:
-                    child.process.join()
-
-    @contextmanager
-    def _passing_on(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _pass_on(self, number: int, frame: object) -> None:
-        self.asked.append(number)
-        _signal_all(self.running, number)
-
-    def _wait(self) -> int:
-        ended: list[Child] = []
-        deadline: float | None = None  # until when the others may end by themselves
-        while self.running:
-            left = None if deadline is None else max(deadline - time.monotonic(), 0)
-            ready = wait([child.process.sentinel for child in self.running], left)
-            if not ready:
-                break  # whoever still runs is killed
-            for child in [child for child in self.running if child.process.sentinel in ready]:
-                child.process.join()
-                self.running.remove(child)
-                ended.append(child)
-                if deadline is None and child.process.exitcode not in (0, PREEMPTED):
-                    deadline = time.monotonic() + (GRACE if (child.process.exitcode or 0) > 0 else GRACE_AFTER_KILL)
-        if any(self._was_asked(child) for child in ended):
-            return PREEMPTED
-        failed = [child for child in ended if child.process.exitcode not in (0, PREEMPTED)]
-        return _report(failed) if failed else max(child.process.exitcode or 0 for child in ended)
-
-    def _was_asked(self, child: Child) -> bool:
-        """Whether a signal killed it that was passed on before it could heed it."""
-        number = -(child.process.exitcode or 0)
-        return number in ENDING and number in self.asked
+    exited: list[int] = []
+    deadline: float | None = None
+    while context.sentinels:
+        ready = wait(context.sentinels, None if deadline is None else max(deadline - time.monotonic(), 0))
+        if not ready:
+            break
+        for sentinel in ready:
+            index = context.sentinels.pop(sentinel)
+            process = context.processes[index]
+            process.join()
+            exited.append(index)
+            if deadline is None and process.exitcode not in (0, PREEMPTED):
+                deadline = time.monotonic() + (GRACE_PERIOD if process.exitcode > 0 else GRACE_PERIOD_AFTER_KILL)
+    return exited
 
 
-def _report(failed: Sequence[Child]) -> int:
-    """Say which of them failed first, and of what; returns its exit code, as a shell says it."""
-    said = [_said(child) for child in failed]
+def _exit_code(exited: Sequence[BaseProcess], received: Sequence[int], readers: Sequence[Connection]) -> int:
+    """Return the exit code of all, as `run_processes` describes it; log the failure that caused the others."""
+    codes = [process.exitcode or 0 for process in exited]
+    if any(-code in STOP_SIGNALS and -code in received for code in codes):
+        return PREEMPTED
+    failed = [index for index, code in enumerate(codes) if code not in (0, PREEMPTED)]
+    if not failed:
+        return max(codes)
+    traces = {index: _traceback(readers[index]) for index in failed}
+    # A process that was killed comes before those that lost their connection to it, whichever exited first.
+    first = min(failed, key=lambda index: (codes[index] > 0, bool(_CONNECTION_LOST.search(traces[index]))))
+    _log_failure(exited[first], traces[first])
+    return codes[first] if codes[first] > 0 else 128 - codes[first]
 
-    def order(number: int) -> tuple[bool, bool, int]:
-        """One that was killed comes before those that then missed it, whoever was seen first."""
-        return (failed[number].process.exitcode or 0) > 0, bool(MISSED.search(said[number])), number
 
-    first = min(range(len(failed)), key=order)
-    child, code = failed[first], failed[first].process.exitcode or 0
-    who = f"rank {child.rank} (process {child.process.pid})"
-    if said[first]:
-        logger.error("%s failed:\n%s", who, said[first])
+def _traceback(reader: Connection) -> str:
+    """Return the traceback that a process sent; "" if it sent none."""
+    return reader.recv_bytes().decode(errors="replace") if reader.poll() else ""
+
+
+def _log_failure(process: BaseProcess, trace: str) -> None:
+    name, code = f"{process.name} (process {process.pid})", process.exitcode or 0
+    if trace:
+        logger.error("%s failed:\n%s", name, trace)
     elif code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        logger.error("%s was killed by %s%s", who, name, HINTS.get(-code, ""))
+        signal_name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        logger.error("%s was killed by %s%s", name, signal_name, _HINTS.get(-code, ""))
     else:
-        logger.error("%s ended with code %d: what it said stands above", who, code)
-    return code if code > 0 else 128 - code
-
-
-def _said(child: Child) -> str:
-    """The traceback that a child sent; "" where it sent none."""
-    if child.said.poll():
-        with suppress(EOFError):
-            return child.said.recv_bytes().decode(errors="replace")
-    return ""
+        logger.error("%s exited with code %d: see its message above", name, code)

@@ -1,4 +1,4 @@
-"""The rank of this process, and its device."""
+"""Rank, world size and device of a process."""
 
 import os
 from dataclasses import dataclass
@@ -8,7 +8,14 @@ import torch
 
 @dataclass(frozen=True)
 class World:
-    """Where a process stands: its rank of `size`, and among those of its machine."""
+    """Rank and world size of a process.
+
+    Attributes:
+        rank: Rank among all processes of the run.
+        size: Number of processes of the run.
+        local_rank: Rank among the processes of this machine.
+        local_size: Number of processes of this machine.
+    """
 
     rank: int = 0
     size: int = 1
@@ -21,7 +28,18 @@ class World:
 
 
 def choose_device(num_gpus: int, local_rank: int) -> torch.device:
-    """The device of a process: the GPU of its local rank, or the CPU for NUM_GPUS 0 and where there is no GPU."""
+    """Return the device of a process and make it the current one.
+
+    Args:
+        num_gpus: NUM_GPUS of the config.
+        local_rank: Rank among the processes of this machine.
+
+    Returns:
+        The GPU with the number of the local rank; the CPU if `num_gpus` is 0 or there is no GPU.
+
+    Raises:
+        ValueError: This machine has GPUs, but fewer than processes.
+    """
     if num_gpus == 0 or torch.cuda.device_count() == 0:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
@@ -34,7 +52,7 @@ def choose_device(num_gpus: int, local_rank: int) -> torch.device:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

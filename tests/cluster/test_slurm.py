@@ -86,7 +86,7 @@ def test_a_batch_script_is_no_task(cluster: Cluster, tmp_path: Path) -> None:
     script = tmp_path / "script.sh"
     script.write_text(
         "#!/bin/sh\necho $SLURM_NNODES nodes, process $SLURM_PROCID\n"
-        f'{sys.executable} -c "from maskfeat.distributed.launch import find_started; print(find_started())"\n'
+        f'{sys.executable} -c "from maskfeat.distributed import launch; print(launch.read_launch_environment())"\n'
     )
     job = cluster.submit(["-N2", "-n4", "--overcommit"], [str(script)], tmp_path / "log")
     cluster.ended(job, tmp_path / "log")

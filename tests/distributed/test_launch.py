@@ -18,7 +18,7 @@ from maskfeat.distributed.launch import LaunchEnvironment, first_host, launch, r
 from maskfeat.distributed.preemption import PREEMPTED
 from maskfeat.distributed.world import World
 from tests.reliability.harness import wait_until
-from tests.reliability.runs import processes, start
+from tests.reliability.runs import START, processes, start
 from tests.small import RECIPES
 
 TORCHRUN = {
@@ -99,15 +99,15 @@ def test_half_an_environment_of_torchrun_is_none(name: str) -> None:
 def test_srun_with_a_task_for_each_process() -> None:
     started = read_launch_environment(TASK)
     assert started is not None
-    assert (started.by, started.world, started.machine, started.machines) == ("srun", World(3, 4, 1, 2), 1, 2)
-    assert started.address.startswith("tcp://n07:"), "the first host of the step, which may not be that of the job"
+    assert (started.launcher, started.world, started.shard_id, started.num_shards) == ("srun", World(3, 4, 1, 2), 1, 2)
+    assert started.init_method.startswith("tcp://n07:"), "the first host of the step, which may not be that of the job"
     assert started.numbers() == {"NUM_SHARDS": 2, "NUM_GPUS": 2}
 
 
 def test_srun_with_a_task_for_each_machine() -> None:
     """It may spawn processes, and the config says how many."""
     started = read_launch_environment(TASK_PER_NODE)
-    assert started is not None and (started.world, started.machine) == (World(1, 2, 0, 1), 1)
+    assert started is not None and (started.world, started.shard_id) == (World(1, 2, 0, 1), 1)
     assert started.numbers() == {"NUM_SHARDS": 2}
     started.check(8, 2)
 
@@ -115,15 +115,14 @@ def test_srun_with_a_task_for_each_machine() -> None:
 def test_srun_without_a_list_of_the_step() -> None:
     """Older versions of Slurm."""
     started = read_launch_environment({name: value for name, value in TASK.items() if name != "SLURM_STEP_NODELIST"})
-    assert started is not None and started.address.startswith("tcp://n05:")
+    assert started is not None and started.init_method.startswith("tcp://n05:")
 
 
 def test_the_place_to_meet_may_be_given() -> None:
-    assert (
-        read_launch_environment({**TASK, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"}).address == "tcp://10.0.0.1:99"
-    )  # type: ignore[union-attr]
-    found = read_launch_environment({**TASK, "MASTER_ADDR": "10.0.0.1"}).address  # type: ignore[union-attr]
-    assert found == f"tcp://10.0.0.1:{port({})}"
+    both = read_launch_environment({**TASK, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"})
+    assert both is not None and both.init_method == "tcp://10.0.0.1:99"
+    host = read_launch_environment({**TASK, "MASTER_ADDR": "10.0.0.1"})
+    assert host is not None and host.init_method == f"tcp://10.0.0.1:{port({})}"
 
 
 @pytest.mark.parametrize("counts", ["2,1", "2(x2),1", "1,2(x3)"])
@@ -158,7 +157,7 @@ def test_a_step_of_one_task_runs_alone() -> None:
 def port(changed: Mapping[str, str]) -> int:
     started = read_launch_environment({**TASK, **changed})
     assert started is not None
-    return int(started.address.rpartition(":")[2])
+    return int(started.init_method.rpartition(":")[2])
 
 
 def test_tasks_of_a_step_agree_on_a_port_and_neighbours_do_not_share_it() -> None:
@@ -204,14 +203,14 @@ def test_environment_over_yaml_command_line_over_environment(tmp_path: Path) -> 
 
 
 class Spy:
-    """Is told what a job is told, and what the Supervisor is."""
+    """Records the arguments of a job, and those of run_processes."""
 
     def job(self, world: World, address: str, *args: object) -> int:
         self.told = (world, address, *args)
         return 7
 
     def run(self, job: Callable[..., int], args: tuple[Any, ...], count: int, first_rank: int = 0) -> int:
-        assert job is launching._spawned and args[0] == self.job and args[3] == ("data",)
+        assert job is launching._run_local_rank and args[0] == self.job and args[3] == ("data",)
         self.spawned = (args[1], args[2], count, first_rank)
         return 8
 
@@ -222,7 +221,7 @@ class Spy:
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     spy = Spy()
-    monkeypatch.setattr(launching, "Supervisor", lambda: spy)
+    monkeypatch.setattr(launching, "run_processes", spy.run)
     return spy
 
 
@@ -240,7 +239,7 @@ def test_launch_as_one_that_was_started(
     started = read_launch_environment(env)
     assert started is not None
     here = 0 if cpu else started.world.local_size
-    assert spy.launch(processes=here, num_shards=2) == 7 and spy.told == (started.world, started.address, "data")
+    assert spy.launch(processes=here, num_shards=2) == 7 and spy.told == (started.world, started.init_method, "data")
     spy.launch(processes=here, num_shards=2, init_method="tcp://x:1")
     assert spy.told == (started.world, "tcp://x:1", "data")
     with pytest.raises(ValueError, match="NUM_SHARDS is 1"):
@@ -266,26 +265,26 @@ def test_processes_share_the_cores(spy: Spy, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(launching, "available_cores", lambda: 6)
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    assert launching._spawned(1, spy.job, World(2, 4, 0, 2), "here", ("data",)) == 7
+    assert launching._run_local_rank(1, spy.job, World(2, 4, 0, 2), "here", ("data",)) == 7
     assert spy.told == (World(3, 4, 1, 2), "here", "data")
     assert threads == [], "OMP_NUM_THREADS says how many"
     monkeypatch.delenv("OMP_NUM_THREADS")
-    launching._spawned(1, spy.job, World(2, 4, 0, 2), "here", ())
+    launching._run_local_rank(1, spy.job, World(2, 4, 0, 2), "here", ())
     assert threads == [3]
 
 
 class Program:
-    """tests/supervised.py in a session of its own, of which nobody is left when the test is over."""
+    """tests/distributed/supervised.py in a session of its own, of which nobody is left when the test is over."""
 
     def __init__(self, job: str, folder: Path, *more: str) -> None:
-        command = [sys.executable, "-m", "tests.supervised", job, str(folder), *more]
+        command = [sys.executable, "-m", "tests.distributed.supervised", job, str(folder), *more]
         self.folder, self.screen = folder, folder / "screen"
         self.process = start(command, self.screen)
 
     def reads(self, name: str) -> int:
         """A number that one of its processes tells, once it is there."""
         path = self.folder / name
-        wait_until(path.is_file, 60, name)
+        wait_until(path.is_file, START, name)
         return int(path.read_text())
 
     def ranks(self) -> list[int]:
@@ -332,11 +331,11 @@ def supervised(tmp_path: Path) -> Iterator[Callable[..., Program]]:
         ("well", 0, []),
         ("preempted", PREEMPTED, []),
         ("one_is_preempted", PREEMPTED, []),
-        ("one_ends_with_7", 7, ["rank 1 (process {1}) ended with code 7: what it said stands above"]),
-        ("one_is_stopped", 7, ["rank 1 (process {1}) ended with code 7"]),
+        ("one_ends_with_7", 7, ["rank 1 (process {1}) exited with code 7: see its message above"]),
+        ("one_is_stopped", 7, ["rank 1 (process {1}) exited with code 7"]),
         ("one_fails", 1, ["rank 1 (process {1}) failed:\nTraceback", "in one_fails", "KeyError: 'no such key'"]),
         ("both_fail", 1, ["rank 1 (process {1}) failed:\nTraceback", "ValueError: the cause"]),
-        ("one_is_killed", 137, ["rank 1 (process {1}) was killed by SIGKILL, from outside; out of memory is a common"]),
+        ("one_is_killed", 137, ["rank 1 (process {1}) was killed by SIGKILL, from outside; running out of memory"]),
         ("one_is_terminated", 143, ["rank 1 (process {1}) was killed by SIGTERM\n"]),
     ],
 )
@@ -374,6 +373,15 @@ def test_an_end_is_passed_on(job: str, number: int, supervised: Callable[..., Pr
     assert program.end() == (PREEMPTED, "")
     heard = [path.read_text() for path in program.folder.glob("heard *")]
     assert heard == ([signal.Signals(number).name] * 2 if job == "heeds" else [])
+
+
+def test_a_failure_is_no_request_to_stop(supervised: Callable[..., Program]) -> None:
+    """The other ranks would save, exit with PREEMPTED, and tell other nodes to do so."""
+    program = supervised("one_fails_while_one_listens", "0.5")
+    program.ranks()
+    code, said = program.end()
+    assert code == 1 and "KeyError" in said
+    assert not list(program.folder.glob("heard *"))
 
 
 def test_usr2_is_passed_on_and_ends_nobody(supervised: Callable[..., Program]) -> None:

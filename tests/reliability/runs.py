@@ -129,4 +129,4 @@ class Running:
 
 def ranks_named(text: str) -> list[int]:
     """Which ranks the launcher said to have failed, in its order."""
-    return [int(rank) for rank in re.findall(r"rank (\d+) \(process \d+\) (?:was|failed|ended)", text)]
+    return [int(rank) for rank in re.findall(r"rank (\d+) \(process \d+\) (?:was|failed|exited)", text)]

@@ -1,9 +1,9 @@
-"""Tiny processes for the tests of the launcher, none of which imports torch.
+"""Small jobs for the tests of process supervision.
 
-    python -m tests.supervised JOB FOLDER [SECONDS]    two processes that run a job under a Supervisor
-    python -m tests.supervised parent FOLDER           a process with a forked worker, as a data loader has
+    python -m tests.distributed.supervised JOB FOLDER [SECONDS]    two processes that run a job under run_processes
+    python -m tests.distributed.supervised parent FOLDER           a process with a forked worker, as a data loader has
 
-They say in FOLDER who they are and how far: a file for each.
+They write their process ids and their progress to FOLDER, one file each. SECONDS replaces both grace periods.
 """
 
 import logging
@@ -115,6 +115,13 @@ def heeds(index: int, folder: Path) -> int:
     return PREEMPTED
 
 
+def one_fails_while_one_listens(index: int, folder: Path) -> int:
+    """Nobody asked for a stop: the other one must not hear of one."""
+    if index == 0:
+        return heeds(index, folder)
+    return one_fails(index, folder)
+
+
 def does_not_heed(index: int, folder: Path) -> int:
     """Dies of the signal: it has no handler yet."""
     enter(index, folder)
@@ -162,5 +169,5 @@ if __name__ == "__main__":
     if job is parent:
         sys.exit(parent(place))
     if len(sys.argv) > 3:
-        supervise.GRACE = supervise.GRACE_AFTER_KILL = float(sys.argv[3])
-    sys.exit(supervise.Supervisor().run(job, (place,), 2))
+        supervise.GRACE_PERIOD = supervise.GRACE_PERIOD_AFTER_KILL = float(sys.argv[3])
+    sys.exit(supervise.run_processes(job, (place,), 2))
