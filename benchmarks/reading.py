@@ -15,11 +15,12 @@ from benchmarks.reference_loading import Box, ReferenceImages, decode_all, refer
 from maskfeat.batch import SampleKey
 from maskfeat.build import build_loader
 from maskfeat.config.ranges import CHOICES
+from maskfeat.data.collate import collate
 from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.datasets.kinetics import VideoClips
 from maskfeat.data.loader import BatchLoader
 from maskfeat.data.rng import SPAN_STREAM, sample_generator, seeded
-from maskfeat.data.transforms import random_area_box
+from maskfeat.data.transforms import random_resized_crop_box
 from maskfeat.data.video.decoder import VideoInfo, decode_frames
 from maskfeat.data.video.temporal_sampling import clip_length, clip_span, frame_indices
 
@@ -45,6 +46,11 @@ def _per_second(row: Row, samples: int, unit: str) -> Row:
     """The row with what it read, and samples a second in its note."""
     speeds = f"{samples / row.reference.cpu:.1f} -> {samples / row.ours.cpu:.1f} {unit}/s a core"
     return Row(row.what, row.reference, row.ours, asked=row.asked, note=f"{speeds}; {row.note}")
+
+
+def _clip(dataset: ImageFolder | VideoClips, index: int) -> Tensor:
+    """(C, [T,] H, W) float32: what training shows of a sample in the first epoch."""
+    return collate([dataset[SampleKey(0, index)]]).to_batch(CPU).clip[0]
 
 
 def _levels(clip: Tensor, cfg: CfgNode) -> Tensor:
@@ -102,10 +108,10 @@ def _check_images(cfg: CfgNode, dataset: ImageFolder, exact: bool) -> float:
     transform = dataset.transform
     apart = []
     for index in range(min(CHECKED, len(dataset))):
-        clip = dataset[SampleKey(0, index)][0].clip.finish()
+        clip = _clip(dataset, index)
         scale, ratio = cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE, cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE
         with seeded(dataset.seed, 0, index, 0) as rng:
-            box = random_area_box(*_image_size(dataset.path(index)), scale, ratio)
+            box = random_resized_crop_box(*_image_size(dataset.path(index)), scale, ratio)
             flip = cfg.DATA.RANDOM_FLIP and rng.random() < 0.5
         expected = reference_image(dataset.path(index), box, flip, transform.crop, cfg.DATA.MEAN, cfg.DATA.STD)
         apart.append((_levels(clip, cfg) - _levels(expected, cfg)).abs())
@@ -165,7 +171,7 @@ def measure_video(options: Options) -> Iterator[Row]:
         with seeded(dataset.seed, 0, index, 0) as rng:
 
             def box(height: int, width: int) -> Box:
-                return random_area_box(height, width, scale, ratio)
+                return random_resized_crop_box(height, width, scale, ratio)
 
             return reference_clip(
                 dataset.path(index),
@@ -177,7 +183,7 @@ def measure_video(options: Options) -> Iterator[Row]:
                 data.STD,
             )
 
-    apart = [_levels(dataset[SampleKey(0, i)][0].clip.finish(), cfg) - _levels(plain(i), cfg) for i in indices]
+    apart = [_levels(_clip(dataset, i), cfg) - _levels(plain(i), cfg) for i in indices]
     largest = max(levels.abs().max().item() for levels in apart)
     if not largest <= SAME_LEVELS:
         raise NotTheSame(f"clips: up to {largest:.3g} grey levels from the reference's (at most {SAME_LEVELS:g})")

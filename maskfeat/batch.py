@@ -1,4 +1,4 @@
-"""What flows through the program: a `Batch` goes in, a `StepOutput` comes out.
+"""The types at the interface of an objective: it takes a `Batch` and returns a `StepOutput`.
 
 Shape legend: B samples, C channels, T frames, H x W pixels, K classes.
 """
@@ -13,16 +13,22 @@ from torch.utils._pytree import register_dataclass
 
 
 class SampleKey(NamedTuple):
-    """Names one draw of one sample; every random draw in the data is a pure function of (seed, these)."""
+    """Key of one view of one sample in one epoch. With the seed, it determines all random draws of the view."""
 
     epoch: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
     view: int = 0
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be read: its place in the data set, its path, and the cause in words."""
+    """A sample that could not be read.
+
+    Attributes:
+        index: in its data set.
+        path: of the file.
+        cause: why, in words.
+    """
 
     index: int
     path: str
@@ -35,14 +41,14 @@ class Batch:
 
     Attributes:
         clip: (B, C, H, W) or (B, C, T, H, W) float32, normalised.
-        label: (B,) int64 class indices; or (B, K) float soft targets, taken as they are and never mixed again; or None.
+        label: (B,) int64 class indices; or (B, K) float soft targets, used as given and not mixed again; or None.
         hidden: (B, *mask_grid) bool, True = removed from the model's view; or None. Of frequencies (MFM): (B, H, W) of
             the shifted spectrum, or (B, 1, 1), see `objectives.mfm`.
-        index: (B,) int64, the place of each sample in its data set.
-        bad: samples that could not be read while this batch was made (already replaced in training; in testing
-            their rows hold zeros and count as wrong).
-        max_hidden: the largest number of True in any sample's mask, known without asking the device; None without
-            masks. Of micro-batches, still that of the whole batch.
+        index: (B,) int64, the index of each sample in its data set.
+        bad: samples that could not be read while the batch was loaded. In training they were replaced by others; in
+            testing their rows hold zeros and count as wrong.
+        max_hidden: the largest number of True in any sample's mask, known without synchronising with the device; None
+            without masks. Micro-batches keep the value of the whole batch.
     """
 
     clip: Tensor
@@ -56,11 +62,11 @@ class Batch:
         return self.clip.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch with every tensor on `device`."""
+        """Return the batch with every tensor on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same batch with every tensor changed."""
+        """Return the batch with `change` applied to every tensor."""
 
         def changed(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else change(tensor)
@@ -74,7 +80,7 @@ class Batch:
         )
 
     def split(self, size: int) -> list["Batch"]:
-        """Micro-batches of at most `size` samples, in order. `size` 0 keeps the batch whole."""
+        """Split into micro-batches of at most `size` samples, in order. `size` 0 returns the batch itself."""
         if size <= 0 or size >= len(self):
             return [self]
 
@@ -86,7 +92,7 @@ class Batch:
 
 @dataclass
 class StepOutput:
-    """What an objective returns for a batch.
+    """The result of an objective for one batch.
 
     Attributes:
         loss: scalar float32 with gradient, the mean over the objective's own terms (hidden tokens, samples, ...).
@@ -97,5 +103,5 @@ class StepOutput:
     metrics: Mapping[str, Tensor]
 
 
-# DistributedDataParallel looks for tensors with gradients in what it wraps returns.
+# DistributedDataParallel looks for tensors with gradients in the output of the module that it wraps.
 register_dataclass(StepOutput)

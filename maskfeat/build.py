@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
-from maskfeat.data.bad_samples import BadSampleLedger
+from maskfeat.data.bad_samples import BadSampleLog
 from maskfeat.data.cached_loader import CachedLoader
 from maskfeat.data.datasets.imagenet import ImageFolder, class_folders, list_image_folder
 from maskfeat.data.datasets.kinetics import VideoClips, read_video_list
@@ -17,7 +17,7 @@ from maskfeat.data.loader import BatchLoader, Loader
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform, ImageEvalTransform, ImageTrainTransform
 from maskfeat.distributed.world import World, available_cores
-from maskfeat.masking import Sampler, band_sampler, mask_sampler
+from maskfeat.masking import MaskSampler, band_sampler, mask_sampler
 from maskfeat.models.base import Backbone
 from maskfeat.models.mvit import MViT
 from maskfeat.models.resnet import ResNet
@@ -200,7 +200,7 @@ def build_optimizer(cfg: CfgNode, objective: Objective) -> Optimizer:
     )
 
 
-def build_mask_sampler(cfg: CfgNode) -> Sampler | None:
+def build_mask_sampler(cfg: CfgNode) -> MaskSampler | None:
     """The mask sampler of pre-training; None where nothing is hidden.
 
     Images: on the grid of patches. Clips: on AUG.MASK_WINDOW_SIZE. MFM: which band of frequencies is removed.
@@ -246,7 +246,7 @@ def _augmentation(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
-def _image_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, trains: bool) -> ImageFolder:
+def _image_dataset(cfg: CfgNode, split: str, draw_hidden: MaskSampler | None, trains: bool) -> ImageFolder:
     """ImageNet layout; `test` reads `val`. The training folder numbers the classes, where there is one."""
     data, root = cfg.DATA, Path(cfg.DATA.PATH_TO_DATA_DIR)
     classes = class_folders(root / "train") if split != "train" and (root / "train").is_dir() else None
@@ -277,7 +277,9 @@ def _image_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, trains
     )
 
 
-def _clip_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, num_clips: int, trains: bool) -> VideoClips:
+def _clip_dataset(
+    cfg: CfgNode, split: str, draw_hidden: MaskSampler | None, num_clips: int, trains: bool
+) -> VideoClips:
     """Kinetics layout: PATH_TO_DATA_DIR/{train,val,test}.csv."""
     data = cfg.DATA
     videos = read_video_list(Path(data.PATH_TO_DATA_DIR) / f"{split}.csv", data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX)
@@ -290,7 +292,7 @@ def _clip_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, num_cli
             **_augmentation(cfg),
         )
     else:
-        # One crop is cut from the centre of a larger picture; several cover one whose short side is the crop.
+        # One crop is cut from the centre of a larger frame; several cover one whose short side is the crop.
         short_side = max(data.TRAIN_JITTER_SCALES[0], data.TEST_CROP_SIZE) if num_crops == 1 else data.TEST_CROP_SIZE
         transform = ClipTestTransform(data.TEST_CROP_SIZE, short_side, num_crops, data.MEAN, data.STD)
     return VideoClips(
@@ -373,9 +375,9 @@ def build_loader(
         views=views,
         repeats=cfg.AUG.REPEATS if trains else 1,
     )
-    ledger = BadSampleLedger(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split)
+    bad_samples = BadSampleLog(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split)
     # More workers than cores only take each other's time; how many there are changes nothing in the data.
     workers = min(cfg.DATA_LOADER.NUM_WORKERS, max(available_cores() // world.local_size, 1))
     if cfg.DATA_LOADER.RESIDENT and isinstance(dataset, ImageFolder):
-        return CachedLoader(dataset, sampler, ledger, workers, device=device)
-    return Loader(dataset, sampler, ledger, workers, cfg.DATA_LOADER.PIN_MEMORY, device=device)
+        return CachedLoader(dataset, sampler, bad_samples, workers, device=device)
+    return Loader(dataset, sampler, bad_samples, workers, cfg.DATA_LOADER.PIN_MEMORY, device=device)

@@ -1,6 +1,6 @@
-"""Which patches to hide: samplers on the mask grid, and carrying a mask to another grid. Pure functions.
+"""Mask sampling on the mask grid, and resizing masks to another grid. Pure functions.
 
-Polarity everywhere: True = hidden from the model. `rng` is a numpy Generator; nothing else is random.
+Polarity everywhere: True = hidden from the model. `rng` is a numpy Generator, the only source of randomness.
 """
 
 import math
@@ -10,21 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Sampler = Callable[[np.random.Generator], np.ndarray]
+MaskSampler = Callable[[np.random.Generator], np.ndarray]
+"""Draws a mask: a generator -> a bool array of the shape of the mask grid, True = removed from the model's view."""
 
-# Draws of one block before it is given up, as published: for images (BEiT) and for clips.
+# Attempts to place one block before giving up, as published: for images (BEiT) and for clips.
 _TRIES_2D, _TRIES_3D = 10, 100
 
 
 def _uniform(low: float, high: float, rng: np.random.Generator) -> float:
-    """What rng.uniform(low, high) draws, in a third of its time; cubes take a hundred tries and more."""
+    """Draw the same number as rng.uniform(low, high) in a third of its time; a mask of cubes takes over a hundred."""
     return low + (high - low) * rng.random()
 
 
 def _rectangle(area: float, min_aspect: float, rng: np.random.Generator) -> tuple[int, int]:
-    """(height, width) of about this area, the aspect log-uniform in [min_aspect, 1 / min_aspect]."""
-    spread = math.log(min_aspect)
-    aspect = math.exp(_uniform(spread, -spread, rng))
+    """Draw (height, width) of about this area, the aspect ratio log-uniform in [min_aspect, 1 / min_aspect]."""
+    log_aspect = math.log(min_aspect)
+    aspect = math.exp(_uniform(log_aspect, -log_aspect, rng))
     return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
 
 
@@ -36,10 +37,16 @@ def block_mask(
     max_block: int | None = None,
     min_aspect: float = 0.3,
 ) -> np.ndarray:
-    """Blockwise mask of an image (BEiT, algorithm 1, which MaskFeat takes over).
+    """Draw a blockwise mask of an image (BEiT, algorithm 1, also used by MaskFeat).
 
-    Blocks of `min_block` to at most the missing number of patches, with aspect ratio log-uniform in
-    [min_aspect, 1 / min_aspect], are hidden until `num_hidden` patches are or no further block fits. May undershoot.
+    Blocks are added until `num_hidden` patches are hidden or no further block fits, so that fewer may be hidden.
+
+    Args:
+        grid: (H, W) of the mask.
+        num_hidden: number of patches to hide.
+        rng: source of randomness.
+        min_block, max_block: smallest and largest number of patches of a block; None = as many as are left to hide.
+        min_aspect: the aspect ratio of a block is log-uniform in [min_aspect, 1 / min_aspect].
 
     Returns:
         (H, W) bool with at most `num_hidden` True.
@@ -52,7 +59,7 @@ def block_mask(
         largest = missing if max_block is None else min(missing, max_block)
         added = 0
         for _ in range(_TRIES_2D):
-            # With fewer than `min_block` left to hide, between those and `min_block`: what is too large is dropped.
+            # With fewer than `min_block` patches left, the area lies between the two; too large blocks are rejected.
             area = _uniform(min_block, largest, rng)
             h, w = _rectangle(area, min_aspect, rng)
             if not (0 < h < height and 0 < w < width):
@@ -79,10 +86,17 @@ def cube_mask(
     max_area: int | None = None,
     min_aspect: float = 0.3,
 ) -> np.ndarray:
-    """Mask of space-time cubes ("cube" masking of MaskFeat).
+    """Draw a mask of space-time cubes ("cube" masking of MaskFeat).
 
-    A cube is a block of `min_area` to `max_area` patches in space (published: 9 to 49 on 7 x 7) that lasts 1 to T
-    frames of the grid. Cubes are added until `num_hidden` patches are hidden or no further cube fits.
+    A cube is a block in space that extends over 1 to T frames of the grid. Cubes are added until `num_hidden` patches
+    are hidden or no further cube fits.
+
+    Args:
+        grid: (T, H, W) of the mask.
+        num_hidden: number of patches to hide.
+        rng: source of randomness.
+        min_area, max_area: patches of a cube in space (published: 9 to 49 on 7 x 7); None = that share of the grid.
+        min_aspect: the aspect ratio in space is log-uniform in [min_aspect, 1 / min_aspect].
 
     Returns:
         (T, H, W) bool with at most `num_hidden` True.
@@ -117,16 +131,16 @@ def cube_mask(
 
 
 def tube_mask(grid: tuple[int, int, int], num_hidden: int, rng: np.random.Generator) -> np.ndarray:
-    """One blockwise image mask repeated in every frame ("tube" masking): (T, H, W) bool."""
+    """Draw one blockwise image mask and repeat it in every frame ("tube" masking): (T, H, W) bool."""
     frames, height, width = grid
-    in_space = num_hidden // frames
+    per_frame = num_hidden // frames
     # The published smallest block, 15 of 14 x 14 patches, scaled to the grid.
-    smallest = max(1, min(in_space, round(15 * height * width / 196)))
-    return np.repeat(block_mask((height, width), in_space, rng, min_block=smallest)[None], frames, axis=0)
+    smallest = max(1, min(per_frame, round(15 * height * width / 196)))
+    return np.repeat(block_mask((height, width), per_frame, rng, min_block=smallest)[None], frames, axis=0)
 
 
 def frame_mask(grid: tuple[int, int, int], num_hidden: int, rng: np.random.Generator) -> np.ndarray:
-    """Whole frames ("frame" masking): (T, H, W) bool, round(num_hidden / (H W)) frames hidden entirely."""
+    """Hide round(num_hidden / (H W)) whole frames ("frame" masking): (T, H, W) bool."""
     frames, height, width = grid
     hidden = np.zeros(grid, dtype=bool)
     chosen = rng.permutation(frames)[: round(num_hidden / (height * width))]
@@ -134,9 +148,9 @@ def frame_mask(grid: tuple[int, int, int], num_hidden: int, rng: np.random.Gener
     return hidden
 
 
-def band_sampler(low_pass: float) -> Sampler:
-    """Masks (1, 1) of frequencies: False with probability `low_pass` (the disc of low ones stays, the rest is hidden),
-    otherwise True (the disc is hidden).
+def band_sampler(low_pass: float) -> MaskSampler:
+    """Return the sampler of MFM's frequency masks, (1, 1) bool: False with probability `low_pass` (the disc of low
+    frequencies is kept and the others are hidden), otherwise True (the disc is hidden).
     """
     return lambda rng: np.full((1, 1), rng.random() >= low_pass)
 
@@ -147,10 +161,19 @@ def mask_sampler(
     tube: bool = False,
     frames: bool = False,
     max_block: int | None = None,
-) -> Sampler:
-    """The sampler for a mask grid: blocks for ([1,] H, W), cubes, tubes or whole frames for (T, H, W).
+) -> MaskSampler:
+    """Return the sampler for a mask grid.
 
-    The aim is round(ratio x number of patches): 78 of 14 x 14 and 157 of 8 x 7 x 7 at 0.4.
+    Args:
+        grid: (H, W) for blocks, (T, H, W) for cubes, tubes or frames.
+        ratio: share of the patches to hide, in [0, 1); round(ratio x number of patches) of them, 78 of 14 x 14 and 157
+            of 8 x 7 x 7 at 0.4. A sampler may hide fewer.
+        tube: repeat one mask in every frame instead of drawing cubes.
+        frames: hide whole frames instead of drawing cubes.
+        max_block: largest number of patches of a block, in space; None = no limit.
+
+    Raises:
+        ValueError: a ratio outside [0, 1).
     """
     if not 0.0 <= ratio < 1.0:
         raise ValueError(f"AUG.MASK_RATIO is {ratio}, expected at least 0 and below 1")
@@ -170,13 +193,17 @@ def mask_sampler(
 
 
 def resize_mask(hidden: Tensor, grid: Sequence[int]) -> Tensor:
-    """Nearest-neighbour resize of a mask (B, *from_grid) to (B, *grid): place i takes from floor(i * from / to)."""
+    """Resize a mask (B, *from_grid) to (B, *grid) by nearest neighbours: index i is taken from floor(i * from / to).
+
+    Raises:
+        ValueError: the mask and the grid differ in their number of axes.
+    """
     hidden = hidden.bool()
     if hidden.dim() != len(grid) + 1:
         raise ValueError(f"a mask of shape {tuple(hidden.shape)} cannot be resized to the grid {tuple(grid)}")
-    for axis, to in enumerate(grid, start=1):
-        have = hidden.shape[axis]
-        if have != to:
-            source = torch.arange(to, device=hidden.device) * have // to
+    for axis, size in enumerate(grid, start=1):
+        old_size = hidden.shape[axis]
+        if old_size != size:
+            source = torch.arange(size, device=hidden.device) * old_size // size
             hidden = hidden.index_select(axis, source)
     return hidden

@@ -1,4 +1,4 @@
-"""Masks: aims, bounds, shapes of the hidden regions, and carrying them to other grids."""
+"""Masks: number of hidden patches, shapes of the hidden regions, and resizing to other grids."""
 
 import math
 
@@ -23,7 +23,7 @@ def test_image_blocks_aim_at_78_of_196() -> None:
 
 
 def test_first_block_has_the_published_size_and_aspect() -> None:
-    """With an aim of one smallest block, what is hidden is a single rectangle of 15 patches or a little around."""
+    """To hide as many patches as the smallest block has, one rectangle of about 15 patches is hidden."""
     for rng in draws():
         hidden = block_mask((14, 14), 18, rng)
         rows, columns = np.where(hidden.any(1))[0], np.where(hidden.any(0))[0]

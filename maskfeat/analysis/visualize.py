@@ -145,7 +145,7 @@ def drawing(cfg: CfgNode, number: int) -> Drawing:
     loader = build_loader(cfg, "val")
     chosen = np.unique(np.linspace(0, len(loader.labels) - 1, number).round().astype(int))
     found = Drawing([], [], path)
-    for batch in loader.some(chosen.tolist()):
+    for batch in loader.iter_samples(chosen.tolist()):
         if isinstance(objective, MaskFeat):
             found.hog.extend(hog_rows(objective, batch, cfg.DATA.MEAN, cfg.DATA.STD))
         else:

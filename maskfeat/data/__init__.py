@@ -1,1 +1,1 @@
-"""Images and clips: reading, augmenting, loading. Never imports models or objectives."""
+"""Data sets of images and videos: decoding, augmentation and loading. Does not import models or objectives."""

@@ -1,16 +1,14 @@
-"""Samples that cannot be read: how they are named, counted and listed, and when there are too many of
-them."""
+"""Samples that cannot be read: replacing, logging and counting them, and stopping when there are too many."""
 
 import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, TypeVar
 
-from maskfeat import file_io as local_files
+from maskfeat import file_io
 from maskfeat.batch import BadSample
 
 try:
@@ -20,12 +18,17 @@ except ImportError:  # not a POSIX system: the list is then written without a lo
 
 logger = logging.getLogger(__name__)
 
-LISTED = 20
-"""How many bad samples the error names before it points to the file."""
+T = TypeVar("T")
+
+MAX_LISTED = 20
+"""How many bad samples the error lists before it refers to the file."""
+
+MAX_ATTEMPTS = 100
+"""How many samples are tried in place of one that cannot be read, itself included."""
 
 
 class UnreadableSample(ValueError):
-    """A file that cannot be turned into a picture or a clip.
+    """A file that cannot be decoded into an image or a clip.
 
     Attributes:
         path: the file.
@@ -33,7 +36,7 @@ class UnreadableSample(ValueError):
     """
 
     def __init__(self, path: str | os.PathLike[str], cause: str = "") -> None:
-        # One argument suffices, because a DataLoader rebuilds a worker's error from its message alone.
+        # `cause` has a default because a DataLoader re-raises a worker's error from its message alone.
         self.path = os.fspath(path)
         self.cause = cause
         super().__init__(f"{self.path}: {cause}" if cause else self.path)
@@ -44,48 +47,84 @@ class TooManyBadSamples(RuntimeError):
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a sample's file, which must be a local, regular, non-empty one, see `local_files`.
+    """Open a sample's file, which must be a local, regular, non-empty one, see `file_io.open_regular_file`.
 
     Raises:
-        UnreadableSample: the file is missing, empty, not regular, or may not be read.
+        UnreadableSample: the file is missing, empty, not regular, or cannot be opened.
     """
     try:
-        return local_files.open_regular_file(path)
-    except local_files.NotReadable as error:
+        return file_io.open_regular_file(path)
+    except file_io.NotReadable as error:
         raise UnreadableSample(path, str(error)) from error
 
 
-class naming_sample:
-    """`with naming_sample(path):` adds the sample's path to any error that does not name it yet.
+@contextlib.contextmanager
+def error_context(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Add the sample's path to any error raised in the block that does not contain it yet.
 
-    A worker's error reaches the user as text only, and "index 3 is out of bounds" helps nobody who has a
-    million files. Nothing is swallowed.
+    A worker's error reaches the user as text only, and "index 3 is out of bounds" does not tell which of a million
+    files caused it. No error is suppressed.
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception) and self.path not in str(error):
-            raise RuntimeError(f"while {self.path} was made ready: {type(error).__name__}: {error}") from error
+    try:
+        yield
+    except Exception as error:
+        if os.fspath(path) in str(error):
+            raise
+        raise RuntimeError(f"while loading {os.fspath(path)}: {type(error).__name__}: {error}") from error
 
 
-class BadSampleLedger:
-    """Names each sample of one split that cannot be read once, counts it, and stops the run when there are
-    too many.
+class FileDataset(Protocol):
+    """What `read_with_fallback` needs of a data set."""
 
-    The list is OUTPUT_DIR/bad_samples.jsonl, one object a line with the keys split, index, path and cause.
-    It outlives
-    the process: lines of an earlier run, or of another rank, count here as well and are not written again.
+    replace_bad: bool
+
+    def __len__(self) -> int: ...
+
+    def path(self, index: int) -> str: ...
+
+
+def read_with_fallback(
+    dataset: FileDataset, read: Callable[[int], T], index: int
+) -> tuple[T | None, int, tuple[BadSample, ...]]:
+    """Read sample `index` or, if it cannot be read and `dataset.replace_bad` is set, the next readable one.
 
     Args:
-        output_dir: the folder of bad_samples.jsonl, made when needed; None keeps the list in memory alone.
-        num_samples: how many samples the split has.
+        dataset: gives the number of samples and their paths.
+        read: reads the sample of an index, or raises UnreadableSample.
+        index: the sample to read.
+
+    Returns:
+        What was read (None if it cannot be and is not replaced), its index, and the samples that could not be read.
+
+    Raises:
+        UnreadableSample: none of the MAX_ATTEMPTS samples from `index` on can be read.
+    """
+    bad: list[BadSample] = []
+    size = len(dataset)
+    for step in range(min(MAX_ATTEMPTS, size) if dataset.replace_bad else 1):
+        candidate = (index + step) % size
+        try:
+            with error_context(dataset.path(candidate)):
+                return read(candidate), candidate, tuple(bad)
+        except UnreadableSample as error:
+            bad.append(BadSample(index=candidate, path=dataset.path(candidate), cause=error.cause))
+    if dataset.replace_bad:
+        raise UnreadableSample(
+            dataset.path(index), f"{bad[0].cause}; nor can any of the {len(bad) - 1} samples after it be read"
+        )
+    return None, index, tuple(bad)
+
+
+class BadSampleLog:
+    """The samples of one split that cannot be read: each is logged once, and too many of them stop the run.
+
+    They are listed in OUTPUT_DIR/bad_samples.jsonl, one object per line with the keys split, index, path and cause.
+    The list is kept across runs: samples listed by an earlier run, or by another rank, are counted and not written
+    again.
+
+    Args:
+        output_dir: the folder of bad_samples.jsonl, created when needed; None keeps the list in memory only.
+        num_samples: number of samples of the split.
         max_fraction: the largest share of them that may be bad, 0 to 1.
         split: "train", "val" or "test".
     """
@@ -99,57 +138,58 @@ class BadSampleLedger:
         self.num_samples = num_samples
         self.max_fraction = max_fraction
         self.split = split
-        self._known: dict[str, BadSample] = {}
-        self._met: set[str] = set()  # in this run
+        self._known: dict[str, BadSample] = {}  # by path, of all runs and ranks
+        self._seen: set[str] = set()  # paths recorded by this process
         if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
-                self._read_lines(file.read())
+                self._parse(file.read())
 
     @property
     def indices(self) -> frozenset[int]:
-        """The places of all bad samples of this split that are known so far."""
+        """Indices of all bad samples of this split that are known so far."""
         return frozenset(sample.index for sample in self._known.values())
 
     def __len__(self) -> int:
         return len(self._known)
 
     def record(self, bad: Iterable[BadSample]) -> None:
-        """Takes note of the samples that a batch could not read.
+        """Record the samples of a batch that could not be read.
 
         Raises:
             TooManyBadSamples: more than `max_fraction` of the split is bad by now.
         """
-        met = {sample.path: sample for sample in bad if sample.path not in self._met}
-        if not met:
+        new = {sample.path: sample for sample in bad if sample.path not in self._seen}
+        if not new:
             return
-        self._met |= met.keys()
-        self._append({path: sample for path, sample in met.items() if path not in self._known})
-        # Checked also where the list names them already: running again must not get past the limit.
+        self._seen |= new.keys()
+        self._append({path: sample for path, sample in new.items() if path not in self._known})
+        # Checked even if all of them are listed already: restarting must not get around the limit.
         if len(self._known) > self.max_fraction * self.num_samples:
-            raise TooManyBadSamples(self._complaint())
+            raise TooManyBadSamples(self._error_message())
 
-    def _append(self, news: dict[str, BadSample]) -> None:
-        if not news:
+    def _append(self, new: dict[str, BadSample]) -> None:
+        """Write the samples that no rank has listed yet, and log a warning for each."""
+        if not new:
             return
         if self.path is None:
-            self._name(news)
+            self._add(new)
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file, _locked(file):
             file.seek(0)
             text = file.read()
-            self._read_lines(text)  # another rank may have met the same sample in the meantime
-            news = {path: sample for path, sample in news.items() if path not in self._known}
+            self._parse(text)  # another rank may have listed the same sample in the meantime
+            new = {path: sample for path, sample in new.items() if path not in self._known}
             lines = "".join(
                 json.dumps({"split": self.split, "index": s.index, "path": s.path, "cause": s.cause}) + "\n"
-                for s in news.values()
+                for s in new.values()
             )
-            # A run that was killed while it wrote leaves half a line: the next one must not be glued to it.
+            # A run killed while writing leaves an incomplete line: do not append to it.
             file.write((b"\n" if text and not text.endswith(b"\n") else b"") + lines.encode())
-        self._name(news)
+        self._add(new)
 
-    def _name(self, news: dict[str, BadSample]) -> None:
-        for sample in news.values():
+    def _add(self, new: dict[str, BadSample]) -> None:
+        for sample in new.values():
             self._known[sample.path] = sample
             logger.warning(
                 "bad sample %d of %s, number %d: %s (%s)",
@@ -160,37 +200,36 @@ class BadSampleLedger:
                 sample.cause,
             )
 
-    def _read_lines(self, text: bytes) -> None:
+    def _parse(self, text: bytes) -> None:
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
                 split, index = entry["split"], int(entry["index"])
                 sample = BadSample(index=index, path=str(entry["path"]), cause=str(entry["cause"]))
             except (ValueError, KeyError, TypeError):
-                continue  # half a line of a run that was killed: it is met again and written whole
+                continue  # an incomplete line of a killed run: the sample is recorded again when it is read again
             if split == self.split and 0 <= index < self.num_samples:
                 self._known.setdefault(sample.path, sample)
 
-    def _complaint(self) -> str:
+    def _error_message(self) -> str:
         samples = sorted(self._known.values(), key=lambda sample: sample.index)
         lines = [
             f"{len(samples)} of {self.num_samples} samples of {self.split} cannot be read, more than "
             f"DATA.MAX_BAD_FRACTION = {self.max_fraction:g} allows:"
         ]
-        lines += [f"  {sample.index}: {sample.path}: {sample.cause}" for sample in samples[:LISTED]]
-        if len(samples) > LISTED:
-            lines.append(f"  ... and {len(samples) - LISTED} more")
+        lines += [f"  {sample.index}: {sample.path}: {sample.cause}" for sample in samples[:MAX_LISTED]]
+        if len(samples) > MAX_LISTED:
+            lines.append(f"  ... and {len(samples) - MAX_LISTED} more")
         if self.path is not None:
             lines.append(f"All of them are listed in {self.path}.")
-        lines.append("Mend or remove these files (and delete that list), or raise DATA.MAX_BAD_FRACTION.")
+        lines.append("Fix or remove these files (and delete that list), or raise DATA.MAX_BAD_FRACTION.")
         return "\n".join(lines)
 
 
 @contextlib.contextmanager
 def _locked(file: BinaryIO) -> Iterator[None]:
-    """Keeps other ranks of this machine out while one reads and appends; does without where locks do not
-    exist."""
+    """Lock the file against other ranks on this machine; without effect where locks are not supported."""
     if fcntl is not None:
-        with contextlib.suppress(OSError):  # some network file systems know no locks
+        with contextlib.suppress(OSError):  # some network file systems do not support locks
             fcntl.flock(file.fileno(), fcntl.LOCK_EX)
     yield  # closing the file releases the lock

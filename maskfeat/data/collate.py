@@ -1,80 +1,67 @@
-"""One sample on its way from a data set to a batch."""
+"""Collation: the samples of a batch packed into few tensors, to be sent from a worker to the device."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from maskfeat.batch import BadSample, Batch
-from maskfeat.data.bad_samples import UnreadableSample, naming_sample
-from maskfeat.data.device_transforms import PackedPixels, Pixels
-from maskfeat.data.rng import MASK_STREAM, sample_generator
-
-MAX_REPLACEMENTS = 100
-"""How many samples are tried, the one that was asked for included."""
-
-T = TypeVar("T")
-
-DrawHidden = Callable[[np.random.Generator], np.ndarray]
-"""Draws a mask: takes a generator, returns a bool array of the mask grid, True = removed from the model's
-view."""
-
-
-@dataclass
-class Sample:
-    """One view of one sample.
-
-    Attributes:
-        clip: its pixels and what is left to do to them; ends as zeros where it could not be read (testing only).
-        label: the class.
-        hidden: bool of the mask grid, True = removed from the model's view; or None.
-        index: the sample's place in its data set. Where another one was shown in its stead, that one's place.
-        bad: every sample that could not be read on the way here.
-    """
-
-    clip: Pixels
-    label: int
-    hidden: Tensor | None
-    index: int
-    bad: tuple[BadSample, ...] = ()
-
-
-def draw_mask(draw: DrawHidden | None, seed: int, epoch: int, index: int, view: int) -> Tensor | None:
-    """The mask of one view, as a bool tensor; None where there is nothing to draw."""
-    if draw is None:
-        return None
-    hidden = np.asarray(draw(sample_generator(seed, epoch, index, view, MASK_STREAM)))
-    return torch.from_numpy(np.ascontiguousarray(hidden, dtype=np.bool_))
+from maskfeat.data.device_transforms import Box, DeferredTransform, transform_clip, transform_images
+from maskfeat.data.sample import Sample
 
 
 @dataclass(frozen=True)
-class RawBatch:
-    """A batch as a worker sends it: on the CPU, its pixels not finished. For the other attributes see `Batch`."""
+class PackedBatch:
+    """A batch as a worker sends it: on the CPU, with its transforms still to be applied.
 
-    pixels: PackedPixels
+    All pixels share one tensor, because each tensor that is sent costs a file descriptor of shared memory and each that
+    is page-locked an allocation.
+
+    Attributes:
+        pixels: (n,) uint8, the bytes of all views, one after another.
+        shapes, dtypes: of each view in `pixels`.
+        transforms: of each view, without the values to erase with, which are in `erase_values`.
+        label: (B,) int64.
+        hidden: (B, *mask_grid) bool, or None.
+        index: (B,) int64.
+        flipped: (k,) int64, the rows of an image batch to flip, or None.
+        erase_boxes: (row, box, shape of its values) for every box to erase.
+        erase_values: (m,) float32, the values of all boxes, one after another, or None.
+        bad, max_hidden: see `Batch`.
+    """
+
+    pixels: Tensor
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    transforms: tuple[DeferredTransform, ...]
     label: Tensor
     hidden: Tensor | None
     index: Tensor
-    bad: tuple[BadSample, ...]
-    max_hidden: int | None
+    flipped: Tensor | None = None
+    erase_boxes: tuple[tuple[int, Box, tuple[int, ...]], ...] = ()
+    erase_values: Tensor | None = None
+    bad: tuple[BadSample, ...] = ()
+    max_hidden: int | None = None
 
-    def pin_memory(self) -> "RawBatch":
-        """Called by the DataLoader's pinning thread: the same batch in page-locked memory."""
-        return replace(
-            self,
-            pixels=self.pixels.pin_memory(),
-            label=self.label.pin_memory(),
-            hidden=None if self.hidden is None else self.hidden.pin_memory(),
-            index=self.index.pin_memory(),
-        )
+    def pin_memory(self) -> "PackedBatch":
+        """Return the batch in page-locked memory. Called by the DataLoader's pinning thread."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **pinned)
 
-    def finish(self, device: torch.device) -> Batch:
-        """The batch on `device`, its clip made there. Waits for nothing where its memory is page-locked."""
+    def to_batch(self, device: torch.device) -> Batch:
+        """Copy the batch to `device` and apply the deferred transforms there, without waiting for a GPU.
+
+        Returns:
+            a batch whose clip is (B, C, H, W) or (B, C, T, H, W) float32 on `device`, normalised, contiguous.
+        """
         return Batch(
-            clip=self.pixels.finish(device),
+            clip=self._make_clip(device),
             label=self.label.to(device, non_blocking=True),
             hidden=None if self.hidden is None else self.hidden.to(device, non_blocking=True),
             index=self.index.to(device, non_blocking=True),
@@ -82,64 +69,83 @@ class RawBatch:
             max_hidden=self.max_hidden,
         )
 
+    def _make_clip(self, device: torch.device) -> Tensor:
+        clip = torch.empty(len(self.transforms), *self.transforms[0].shape, device=device)
+        pixels = self.pixels.to(device, non_blocking=True)
+        if clip.ndim == 4:
+            images = pixels.view(len(clip), *self.shapes[0]).permute(0, 3, 1, 2)
+            transform_images(images, self.transforms, self.flipped, clip)
+        else:
+            for row, frames in enumerate(_views(pixels, self.shapes, self.dtypes)):
+                transform_clip(frames, self.transforms[row], clip[row])
+        self._erase(clip)
+        for row, transform in enumerate(self.transforms):
+            if not transform.readable:
+                clip[row].zero_()
+        return clip
 
-def collate(samples: Sequence[Sequence[Sample]]) -> RawBatch:
-    """All views of all samples as one batch, in order: the views of a sample stand beside one another."""
-    flat = [view for views in samples for view in views]
-    assert flat, "a batch needs at least one sample"
-    masks = [view.hidden for view in flat if view.hidden is not None]
-    assert len(masks) in (0, len(flat)), "either all samples of a batch have a mask or none has"
+    def _erase(self, clip: Tensor) -> None:
+        if self.erase_values is None:
+            return
+        values = self.erase_values.to(clip.device, non_blocking=True)
+        parts = values.split([math.prod(shape) for _, _, shape in self.erase_boxes])
+        for (row, box, shape), part in zip(self.erase_boxes, parts, strict=True):
+            view = clip[row].view(-1, *clip.shape[-2:])  # (C * T, H, W), the shape that timm draws for
+            view[:, box.top : box.top + box.height, box.left : box.left + box.width] = part.view(shape)
+
+
+def collate(samples: Sequence[Sequence[Sample]]) -> PackedBatch:
+    """Pack all views of all samples into one batch, in order: the views of a sample are adjacent.
+
+    Args:
+        samples: the views of each sample. Their transformed shapes are equal; their pixels may differ in size.
+    """
+    views = [view for sample in samples for view in sample]
+    assert views, "a batch needs at least one sample"
+    assert len({view.transform.shape for view in views}) == 1, "the views of a batch are transformed to one shape"
+    masks = [view.hidden for view in views if view.hidden is not None]
+    assert len(masks) in (0, len(views)), "either all samples of a batch have a mask or none has"
     hidden = torch.stack(masks) if masks else None
-    bad = {sample.index: sample for view in flat for sample in view.bad}
-    return RawBatch(
-        pixels=PackedPixels.pack([view.clip for view in flat]),
-        label=torch.tensor([view.label for view in flat], dtype=torch.int64),
+    shapes = tuple(tuple(view.pixels.shape) for view in views)
+    dtypes = tuple(view.pixels.dtype for view in views)
+    erased = [(row, box, values) for row, view in enumerate(views) for box, values in view.transform.erase]
+    is_image = len(views[0].transform.shape) == 3
+    flipped = [row for row, view in enumerate(views) if view.transform.flip and is_image]
+    return PackedBatch(
+        pixels=_pack_pixels(views, shapes, dtypes),
+        shapes=shapes,
+        dtypes=dtypes,
+        transforms=tuple(
+            replace(view.transform, erase=()) if view.transform.erase else view.transform for view in views
+        ),
+        label=torch.tensor([view.label for view in views], dtype=torch.int64),
         hidden=hidden,
-        index=torch.tensor([view.index for view in flat], dtype=torch.int64),
-        bad=tuple(bad.values()),
+        index=torch.tensor([view.index for view in views], dtype=torch.int64),
+        flipped=torch.tensor(flipped, dtype=torch.int64) if flipped else None,
+        erase_boxes=tuple((row, box, tuple(values.shape)) for row, box, values in erased),
+        erase_values=torch.cat([values.flatten() for _, _, values in erased]) if erased else None,
+        bad=tuple({sample.index: sample for view in views for sample in view.bad}.values()),
         max_hidden=None if hidden is None else int(hidden.flatten(1).sum(dim=1).max()),
     )
 
 
-class Readable(Protocol):
-    """What `first_readable` needs to know of a data set."""
-
-    replace_bad: bool
-
-    def __len__(self) -> int: ...
-
-    def path(self, index: int) -> str: ...
+def _pack_pixels(views: Sequence[Sample], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> Tensor:
+    pixels = torch.empty(sum(_sizes(shapes, dtypes)), dtype=torch.uint8)
+    for target, view in zip(_views(pixels, shapes, dtypes), views, strict=True):
+        target.copy_(view.pixels)
+    return pixels
 
 
-def first_readable(
-    dataset: Readable, read: Callable[[int], T], index: int
-) -> tuple[T | None, int, tuple[BadSample, ...]]:
-    """Reads sample `index` or, where it cannot be read and the data set replaces such, the next one that
-    can be.
+def _sizes(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> list[int]:
+    """Bytes that each view takes in the packed tensor, including padding: float32 values must be aligned."""
+    unit = max(dtype.itemsize for dtype in dtypes)
+    return [-(-math.prod(shape) * dtype.itemsize // unit) * unit for shape, dtype in zip(shapes, dtypes, strict=True)]
 
-    Args:
-        dataset: its length, paths and whether it replaces.
-        read: reads the sample of that place, or raises UnreadableSample.
-        index: the sample that is asked for.
 
-    Returns:
-        What was read (None where it cannot be and is not replaced), its place, and the samples that could
-        not be read.
-
-    Raises:
-        UnreadableSample: none of MAX_REPLACEMENTS neighbours can be read either.
-    """
-    bad: list[BadSample] = []
-    size = len(dataset)
-    for step in range(min(MAX_REPLACEMENTS, size) if dataset.replace_bad else 1):
-        place = (index + step) % size
-        try:
-            with naming_sample(dataset.path(place)):
-                return read(place), place, tuple(bad)
-        except UnreadableSample as error:
-            bad.append(BadSample(index=place, path=dataset.path(place), cause=error.cause))
-    if dataset.replace_bad:
-        raise UnreadableSample(
-            dataset.path(index), f"{bad[0].cause}; nor can any of the {len(bad) - 1} samples after it be read"
-        )
-    return None, index, tuple(bad)
+def _views(pixels: Tensor, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """The views packed in `pixels`, (n,) uint8, without a copy."""
+    parts = pixels.split(_sizes(shapes, dtypes))
+    return [
+        part[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for part, shape, dtype in zip(parts, shapes, dtypes, strict=True)
+    ]

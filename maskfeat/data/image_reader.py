@@ -1,4 +1,4 @@
-"""Decoding of image files, safely: allow-listed formats, bounded size, EXIF orientation, RGB."""
+"""Safe decoding of image files: formats on an allow-list, a size limit, EXIF orientation, conversion to RGB."""
 
 import contextlib
 import os
@@ -13,26 +13,19 @@ from PIL import Image
 from torch import Tensor
 
 from maskfeat.data.bad_samples import UnreadableSample, open_regular_file
-from maskfeat.data.transforms import Picture
+from maskfeat.data.transforms import RGBImage
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-
 FORMATS = ("JPEG", "PNG", "WEBP")
 
-
 MAX_PIXELS = 80_000_000
-"""Of one image; below Pillow's own limit (89 million), so that nothing larger is ever decoded."""
-
+"""Of one image. Below Pillow's own limit (89 million), so that nothing larger is decoded."""
 
 MAX_SCANS = 100
-"""Of a JPEG file; progressive ones have 10 or so. Each is a pass over the whole picture, and may take 12 bytes."""
-
+"""Of a JPEG file; progressive files have about 10. Each is a pass over the whole image, and may take only 12 bytes."""
 
 _ORIENTATION = 0x0112
-
-
-_TURNS = {
+_ROTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -45,7 +38,7 @@ _TURNS = {
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Image]]:
-    """A picture whose header alone has been read, and its file; what goes wrong inside is an UnreadableSample."""
+    """Open an image and read its header only. Decoding errors in the block are raised as UnreadableSample."""
     with open_regular_file(path) as file:
         try:
             _check_webp(path, file)
@@ -57,12 +50,12 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Imag
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise UnreadableSample(path, f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from error
         except Image.UnidentifiedImageError as error:
-            raise UnreadableSample(path, f"not a {', '.join(FORMATS)} picture") from error
+            raise UnreadableSample(path, f"not a {', '.join(FORMATS)} image") from error
         except UnreadableSample:
             raise
         # What Pillow's parsers raise on damaged files.
         except (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error) as error:
-            raise UnreadableSample(path, f"damaged picture ({error})") from error
+            raise UnreadableSample(path, f"damaged image ({error})") from error
 
 
 def _check_size(path: str | os.PathLike[str], width: int, height: int) -> None:
@@ -71,29 +64,29 @@ def _check_size(path: str | os.PathLike[str], width: int, height: int) -> None:
 
 
 def _check_webp(path: str | os.PathLike[str], file: BinaryIO) -> None:
-    """The canvas of an animation, which Pillow allocates before it tells its size."""
+    """Check the canvas of an animation, which Pillow allocates before it gives its size."""
     start = file.read(30)
     file.seek(0)
     if start[:4] == b"RIFF" and start[8:16] == b"WEBPVP8X":
-        _check_size(path, *(1 + int.from_bytes(start[place : place + 3], "little") for place in (24, 27)))
+        _check_size(path, *(1 + int.from_bytes(start[offset : offset + 3], "little") for offset in (24, 27)))
 
 
 def _check_scans(path: str | os.PathLike[str], file: BinaryIO) -> None:
-    place = file.tell()
+    position = file.tell()
     file.seek(0)
-    # In the data of a scan, no 0xff stands before 0xda; in the blocks before it, a few at most do.
+    # The data of a scan cannot contain the marker 0xffda; the segments before it contain a few at most.
     scans = sum(block.count(b"\xff\xda") for block in iter(lambda: file.read(1 << 22), b""))
-    file.seek(place)
+    file.seek(position)
     if scans > MAX_SCANS:
-        raise UnreadableSample(path, f"more than {MAX_SCANS} passes over the picture")
+        raise UnreadableSample(path, f"more than {MAX_SCANS} passes over the image")
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Reads a JPEG, PNG or WebP file, told by its content and not by its name.
+    """Read a JPEG, PNG or WebP file, recognised by its content and not by its name.
 
     Returns:
-        An RGB image, turned as its EXIF orientation says. Grey, palette, CMYK and 16-bit pictures are
-        converted; alpha is dropped.
+        An RGB image, rotated by its EXIF orientation. Grey, palette, CMYK and 16-bit images are converted; alpha is
+        dropped.
 
     Raises:
         UnreadableSample: missing, empty, another format, more than MAX_PIXELS, damaged or cut short.
@@ -101,25 +94,24 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     with _opened(path) as (_, image):
         orientation = _orientation(image)
         image.load()
-        picture = _to_rgb(image)
-    return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+        rgb = _to_rgb(image)
+    return rgb.transpose(_ROTATIONS[orientation]) if orientation in _ROTATIONS else rgb
 
 
 def read_tensor(path: str | os.PathLike[str]) -> Tensor:
-    """What `read_image` reads, the same pixels, as (H, W, 3) uint8: JPEG files by torchvision's decoder.
+    """Read the same pixels as `read_image`, as (H, W, 3) uint8, and decode JPEG files by torchvision.
 
-    Whatever that decoder does not take, or might show otherwise than Pillow, is read by Pillow: other formats, CMYK,
-    pictures that are to be turned, damaged files; and all of them where a torchvision has no decoder any more, which it
-    announces.
+    Pillow reads what that decoder does not support or might decode differently: other formats, CMYK, rotated images and
+    damaged files; and everything if torchvision has no decoder, whose removal it has announced.
     """
     with _opened(path) as (file, image):
         decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
         if decode_jpeg is None:
             pass
-        elif image.format == "JPEG" and image.mode in ("RGB", "L") and _orientation(image) not in _TURNS:
+        elif image.format == "JPEG" and image.mode in ("RGB", "L") and _orientation(image) not in _ROTATIONS:
             file.seek(0)
             data = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-            with contextlib.suppress(RuntimeError):  # what it raises on damage; Pillow then finds the words
+            with contextlib.suppress(RuntimeError):  # raised for damaged files, for which Pillow then gives the cause
                 pixels = decode_jpeg(data, mode="RGB").permute(1, 2, 0)
                 if pixels.shape[:2] == (image.height, image.width):
                     return pixels
@@ -130,14 +122,14 @@ def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error):
-        return 1  # a broken EXIF block does not spoil the picture
+        return 1  # the image may be fine although its EXIF block is damaged
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip at 255 instead of scaling
+    if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would clip at 255 instead of scaling
         values = np.asarray(image)
         grey = np.empty(values.shape, np.uint8)
-        for top in range(0, len(values), 256):  # in strips: of a large picture, whole copies would fill the memory
+        for top in range(0, len(values), 256):  # in strips, because copies of a large image would take too much memory
             grey[top : top + 256] = np.clip(values[top : top + 256], 0, 65535) // 257
         return Image.fromarray(grey).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
@@ -145,5 +137,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-READERS: dict[str, Callable[[str], Picture]] = {"pil": read_image, "torchvision": read_tensor}
-"""By DATA_LOADER.IMAGE_BACKEND. What they read is the same; transforms resize an image by Pillow, a tensor by torch."""
+READERS: dict[str, Callable[[str], RGBImage]] = {"pil": read_image, "torchvision": read_tensor}
+"""By DATA_LOADER.IMAGE_BACKEND. Both read the same pixels, but Pillow resizes Pillow images, and torch tensors."""

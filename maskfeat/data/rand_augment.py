@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al., 2019) as timm or torchvision makes it, for images and for whole clips."""
+"""RandAugment (Cubuk et al., 2019) of timm or torchvision, for images and for whole clips."""
 
 import random
 import re
@@ -18,29 +18,28 @@ _PIL_MODES = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _TRANSLATE = 0.45
-"""timm's RandAugment shifts by up to this share of the short side."""
+"""Largest translation of timm's RandAugment, as a share of the short side."""
 
-
-_TORCHVISION = re.compile(r"ra_(\d+)_(\d+)")
+_TORCHVISION_POLICY = re.compile(r"ra_(\d+)_(\d+)")
 """Magnitude and number of bins."""
 
 
 def make_rand_augment(policy: str, short_side: int, interpolation: str, fill: Sequence[int] | None = None) -> Any:
-    """RandAugment for a policy string; draws from the globals of `random`, numpy and torch.
+    """Return the RandAugment of a policy string. It draws from the global generators of `random`, numpy and torch.
 
     Args:
-        policy: timm's notation, such as "rand-m9-mstd0.5-inc1"; or "ra_6_10" for torchvision's (two operations, of
-            magnitude 6 among 10 bins, which fill with black).
-        short_side: of the picture in pixels; shifts are a share of it.
+        policy: in timm's notation, such as "rand-m9-mstd0.5-inc1"; or "ra_6_10" for torchvision's RandAugment (two
+            operations of magnitude 6 of 10 bins, filled with black).
+        short_side: of the image in pixels; translations are a share of it.
         interpolation: "bilinear", "bicubic", ... or "random".
-        fill: RGB 0-255 of the pixels that move into view; None for timm's grey.
+        fill: RGB 0-255 of pixels from outside the image; None = timm's grey.
 
     Raises:
         ValueError: not a RandAugment policy, or an unknown interpolation (AUG.AA_TYPE, AUG.INTERPOLATION).
     """
-    torchvisions = _TORCHVISION.fullmatch(policy)
-    if torchvisions:
-        magnitude, bins = int(torchvisions[1]), int(torchvisions[2])
+    match = _TORCHVISION_POLICY.fullmatch(policy)
+    if match:
+        magnitude, bins = int(match[1]), int(match[2])
         if magnitude >= bins:
             raise ValueError(f"AUG.AA_TYPE {policy!r}: the magnitude must be below the number of bins, ra_6_10 for one")
         mode = InterpolationMode(interpolation)
@@ -61,24 +60,23 @@ def make_rand_augment(policy: str, short_side: int, interpolation: str, fill: Se
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keeps the upper bits of each value. None at full strength: black, which newer Pillows refuse to
-    paint."""
+    """Keep the upper bits of each value. At full strength 0 bits: black, which newer versions of Pillow reject."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def pil_mode(interpolation: str) -> Image.Resampling:
-    """Pillow's constant for a mode's name."""
+    """Return Pillow's constant for the name of an interpolation mode."""
     if interpolation not in _PIL_MODES:
         raise ValueError(f"interpolation must be one of {', '.join(_PIL_MODES)}, not {interpolation!r}")
     return _PIL_MODES[interpolation]
 
 
 def augment_frames(frames: np.ndarray, policy: str, interpolation: str) -> np.ndarray:
-    """RandAugment on (T, H, W, 3) uint8, with the same draw for every frame.
+    """Apply RandAugment to (T, H, W, 3) uint8 frames, with the same random numbers for every frame.
 
-    It draws from the globals while it works, so each frame starts from the state that the first one found.
+    It draws from the global generators, whose states are reset before each frame.
     """
     augment = make_rand_augment(policy, min(frames.shape[1:3]), interpolation)
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.random.get_rng_state()

@@ -1,4 +1,4 @@
-"""Batch samplers: which samples make up which batch."""
+"""Batch samplers: the keys of the samples of each batch."""
 
 from collections.abc import Iterator
 
@@ -11,24 +11,24 @@ from maskfeat.batch import SampleKey
 class EpochSampler(Sampler[list[SampleKey]]):
     """The batches of an epoch, as lists of keys, for one of several ranks.
 
-    The order depends on (seed, epoch) alone. Global batch g holds the items g x batch_size x world_size and
-    following, of which rank r takes its r-th contiguous share: W ranks with batches of B see what one rank
-    with W x B sees.
+    The order depends on (seed, epoch) only. An item is one view of one sample. Global batch g consists of
+    batch_size x world_size items from item g x batch_size x world_size on, of which rank r takes the r-th contiguous
+    share, so that W ranks with batches of B see the same items as one rank with batches of W x B.
 
-    Without `drop_last` every item is shown exactly once over all ranks: the last global batch may be short,
-    so that later ranks have a smaller last batch or one batch less. Nothing is padded, so whoever adds up
-    results of several ranks must not expect them to have taken the same number of steps.
+    Without `drop_last` every item occurs exactly once over all ranks. The last global batch may then be short, so that
+    later ranks have a smaller last batch or one batch less. Nothing is padded: ranks may take different numbers of
+    steps, which code that reduces results over ranks has to allow for.
 
     Args:
-        num_samples: in the data set.
-        batch_size: items a batch, per rank.
-        rank, world_size: this process and how many there are.
-        shuffle: a new order every epoch; otherwise that of the data set.
-        drop_last: leaves out a last global batch that is not full (training).
+        num_samples: number of samples in the data set.
+        batch_size: items per batch on each rank.
+        rank, world_size: index of this process and number of processes.
+        shuffle: use a new order every epoch; otherwise the order of the data set.
+        drop_last: drop the last global batch if it is not full (training).
         seed: of the order.
-        views: every sample makes this many items, with views 0, 1, ... side by side (testing).
-        repeats: repeated augmentation (Hoffer et al., CVPR 2020): each sample stands this often, differently augmented,
-            side by side; an epoch stays as long as it is, and shows the first 1 / repeats of the shuffled samples.
+        views: number of items of each sample, with views 0, 1, ... next to each other (testing).
+        repeats: repeated augmentation (Hoffer et al., CVPR 2020): number of differently augmented copies of a sample,
+            next to each other. An epoch keeps its length and uses the first 1 / repeats of the shuffled samples.
 
     Raises:
         ValueError: with `drop_last`, if the data set does not fill a single global batch.
@@ -60,22 +60,21 @@ class EpochSampler(Sampler[list[SampleKey]]):
             )
 
     def __len__(self) -> int:
-        """Batches of a whole epoch on this rank, wherever it starts."""
+        """Number of batches of a whole epoch on this rank, wherever the iteration starts."""
         full, rest = divmod(self.num_items, self.batch_size * self.world_size)
         return full + (not self.drop_last and rest > self.rank * self.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is epoch `epoch`, from its first batch on."""
+        """Make the next iteration epoch `epoch`, from its first batch on."""
         self.epoch, self.start = epoch, 0
 
     def set_start(self, step: int) -> None:
-        """The next iterations of this epoch leave out the first `step` batches. To be called after
-        `set_epoch`."""
+        """Skip the first `step` batches of this epoch in the next iterations. Call it after `set_epoch`."""
         assert step >= 0
         self.start = step
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        # Computed now and not when the first batch is fetched: the epoch may have been set anew by then.
+        # Computed here and not when the first batch is requested, because the epoch may have changed by then.
         epoch, start = self.epoch, self.start
         order = np.arange(self.num_samples)
         if self.shuffle:

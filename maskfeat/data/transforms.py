@@ -1,84 +1,69 @@
-"""Augmentation of images and clips, from uint8 pixels to a normalised float32 tensor.
+"""Augmentation of images and clips, up to the transforms that are deferred to the device.
 
-Draws come from the generator that is handed in, and, where timm makes them, from the global generators:
-call a transform inside `seeding.seeded`.
+Random numbers come from the generator that is passed in and, in code of timm and torchvision, from the global
+generators: call a transform inside `rng.seeded`.
 
 Shape legend: C channels (3), T frames, H x W pixels.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from maskfeat.data.device_transforms import Box, Pixels, Plan, erase
+from maskfeat.data.device_transforms import Box, DeferredTransform, resize_and_crop
 from maskfeat.data.rand_augment import augment_frames, make_rand_augment, pil_mode
+from maskfeat.data.random_erasing import draw_erasing, make_random_erasing
+from maskfeat.data.sample import Sample
 
-ERASING_MODES = ("const", "rand", "pixel")
-MAX_GROWTH = 8
-"""Above this aspect an image is not resized whole before it is cropped."""
-
+MAX_ASPECT_RATIO = 8
+"""Images of a larger aspect ratio are cropped before they are resized, to bound the size of the resized image."""
 
 _TORCH_MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 
-Picture = Image.Image | Tensor
-"""An RGB image of any size: Pillow's, or (H, W, 3) uint8 of any strides."""
+RGBImage = Image.Image | Tensor
+"""An RGB image of any size: a Pillow image, or (H, W, 3) uint8 with any strides."""
 
 
 class ImageTransform(Protocol):
-    """An image into pixels that end as (C, crop, crop)."""
+    """Maps an image to a sample whose transformed shape is (C, crop, crop)."""
 
     crop: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels: ...
+    def __call__(self, image: RGBImage, rng: np.random.Generator) -> Sample: ...
 
 
 class ClipTransform(Protocol):
-    """(T, H, W, C) uint8 into pixels that end as (C, T, crop, crop)."""
+    """Maps (T, h, w, C) uint8 frames to a sample whose transformed shape is (C, T, crop, crop)."""
 
     crop: int
 
-    def __call__(self, frames: np.ndarray, rng: np.random.Generator, position: int = 1) -> Pixels: ...
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator, position: int = 1) -> Sample: ...
 
 
-def random_area_box(height: int, width: int, scale: Sequence[float], ratio: Sequence[float]) -> Box:
-    """torchvision's random resized crop: a share of the area in `scale`, an aspect (width / height) in `ratio`.
-
-    Returns:
-        a box inside the picture.
-    """
-    picture = torch.empty(1, height, width, device="meta")  # only its size is read
-    return Box(*RandomResizedCrop.get_params(picture, list(scale), list(ratio)))
-
-
-def make_erasing(probability: float, mode: str, count: int) -> RandomErasing:
-    """timm's random erasing (Zhong et al., AAAI 2020) of up to `count` boxes: 2 % to a third of the area.
+def random_resized_crop_box(height: int, width: int, scale: Sequence[float], ratio: Sequence[float]) -> Box:
+    """Draw the box of torchvision's RandomResizedCrop.
 
     Args:
-        probability: 0 to 1.
-        mode: what fills the box: "const" zeros, "rand" one normal colour, "pixel" normal noise.
-
-    Raises:
-        ValueError: an unknown mode or a probability outside [0, 1].
+        height, width: of the image.
+        scale: smallest and largest share of the area.
+        ratio: smallest and largest aspect ratio (width / height).
     """
-    if mode not in ERASING_MODES:
-        raise ValueError(f"AUG.RE_MODE must be one of {', '.join(ERASING_MODES)}, not {mode!r}")
-    if not 0.0 <= probability <= 1.0:
-        raise ValueError(f"AUG.RE_PROB must lie in [0, 1], not be {probability}")
-    return RandomErasing(probability, mode=mode, max_count=count, device="cpu")
+    image = torch.empty(1, height, width, device="meta")  # only its size is read
+    return Box(*RandomResizedCrop.get_params(image, list(scale), list(ratio)))
 
 
 def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """(height, width) once the short side is `short_side`; the long side keeps the aspect, rounded down."""
+    """Return (height, width) after resizing the short side to `short_side`; the long side is rounded down."""
     if min(height, width) == short_side:
         return height, width
     if width < height:
@@ -86,11 +71,11 @@ def short_side_size(height: int, width: int, short_side: int) -> tuple[int, int]
     return short_side, math.floor(width / height * short_side)
 
 
-def crop_corner(height: int, width: int, size: int, position: int) -> tuple[int, int]:
-    """(top, left) of one of three square crops that lie evenly along the longer side.
+def uniform_crop_offset(height: int, width: int, size: int, position: int) -> tuple[int, int]:
+    """Return (top, left) of one of three square crops, spaced evenly along the longer side.
 
     Args:
-        height, width: of the picture.
+        height, width: of the image.
         size: side of the crop.
         position: 0 left (or top), 1 centre, 2 right (or bottom).
     """
@@ -104,56 +89,55 @@ def crop_corner(height: int, width: int, size: int, position: int) -> tuple[int,
     return top, (0 if position == 0 else width - size)
 
 
-def crop_image(picture: Picture, box: Box) -> Picture:
-    """What `box` shows of a picture."""
-    if isinstance(picture, Image.Image):
-        return picture.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-    return picture[box.top : box.top + box.height, box.left : box.left + box.width]
+def crop_image(image: RGBImage, box: Box) -> RGBImage:
+    """Return the part of the image inside `box`."""
+    if isinstance(image, Image.Image):
+        return image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+    return image[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def resize_image(picture: Picture, size: tuple[int, int], mode: Image.Resampling) -> Picture:
-    """Resizes a picture to (height, width), antialiased: by Pillow, or by torch where it is a tensor.
+def resize_image(image: RGBImage, size: tuple[int, int], mode: Image.Resampling) -> RGBImage:
+    """Resize an image to (height, width), antialiased: a Pillow image by Pillow, a tensor by torch.
 
-    Of "bicubic" and "bilinear" torch computes in 16 bits what Pillow computes in 32; of other modes it has no uint8
-    kernel, so that Pillow takes its place.
+    For "bicubic" and "bilinear" torch computes in 16 bits and Pillow in 32; for other modes torch has no uint8 kernel,
+    and tensors are resized by Pillow too.
     """
-    if isinstance(picture, Image.Image):
-        return picture.resize((size[1], size[0]), mode)
+    if isinstance(image, Image.Image):
+        return image.resize((size[1], size[0]), mode)
     if mode not in _TORCH_MODES:
-        return torch.from_numpy(np.array(Image.fromarray(picture.numpy()).resize((size[1], size[0]), mode)))
-    pixels = picture.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)  # and so is the result
+        return torch.from_numpy(np.array(Image.fromarray(image.numpy()).resize((size[1], size[0]), mode)))
+    pixels = image.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)  # as the result will be
     resized = F.interpolate(pixels, size, mode=_TORCH_MODES[mode], align_corners=False, antialias=True)
     return resized[0].permute(1, 2, 0)
 
 
-def as_tensor(picture: Picture) -> Tensor:
-    """(H, W, C) uint8."""
-    return torch.from_numpy(np.array(picture)) if isinstance(picture, Image.Image) else picture
+def as_tensor(image: RGBImage) -> Tensor:
+    """Return the image as (H, W, C) uint8."""
+    return torch.from_numpy(np.array(image)) if isinstance(image, Image.Image) else image
 
 
-def _as_image(picture: Picture) -> Image.Image:
-    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture.numpy())
+def _as_pil(image: RGBImage) -> Image.Image:
+    return image if isinstance(image, Image.Image) else Image.fromarray(image.numpy())
 
 
-def _size(picture: Picture) -> tuple[int, int]:
+def _size(image: RGBImage) -> tuple[int, int]:
     """(height, width)."""
-    if isinstance(picture, Image.Image):
-        return picture.height, picture.width
-    return picture.shape[0], picture.shape[1]
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    return image.shape[0], image.shape[1]
 
 
 class ImageTrainTransform:
-    """Random resized crop, flip, RandAugment or colour jitter, normalisation, erasing.
+    """Random resized crop, horizontal flip, RandAugment or colour jitter, normalisation, random erasing.
 
     Args:
         crop: side of the result in pixels.
-        scale: smallest and largest share of the area that is cropped.
-        ratio: smallest and largest aspect (width / height) of the crop.
-        interpolation: of the resize, and of RandAugment.
-        flip: whether half of the images are mirrored.
-        auto_augment: RandAugment policy, timm's or torchvision's, "" for none.
-        color_jitter: strength for brightness, contrast and saturation; only where there is no `auto_augment`.
-        erase_prob, erase_mode, erase_count: see `make_erasing`.
+        scale, ratio: range of the crop's share of the area and of its aspect ratio, see `random_resized_crop_box`.
+        interpolation: of the resizing and of RandAugment.
+        flip: whether to flip half of the images.
+        auto_augment: RandAugment policy, see `make_rand_augment`; "" = none.
+        color_jitter: strength for brightness, contrast and saturation; only used without `auto_augment`.
+        erase_prob, erase_mode, erase_count: see `make_random_erasing`.
         mean, std: RGB, of pixels in [0, 1].
     """
 
@@ -183,30 +167,31 @@ class ImageTrainTransform:
             self.augment = make_rand_augment(auto_augment, crop, interpolation, fill)
         elif color_jitter:
             self.augment = ColorJitter(color_jitter, color_jitter, color_jitter)
-        self.erasing = make_erasing(erase_prob, erase_mode, erase_count)
+        self.erasing = make_random_erasing(erase_prob, erase_mode, erase_count)
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels:
-        """An RGB image of any size into pixels that end as (3, crop, crop)."""
-        box = random_area_box(*_size(image), self.scale, self.ratio)
+    def __call__(self, image: RGBImage, rng: np.random.Generator) -> Sample:
+        """Augment an RGB image of any size into a sample of shape (3, crop, crop)."""
+        box = random_resized_crop_box(*_size(image), self.scale, self.ratio)
         image = resize_image(crop_image(image, box), (self.crop, self.crop), self.mode)
-        mirror = self.flip and rng.random() < 0.5
+        flip = self.flip and rng.random() < 0.5
         if self.augment is not None:
-            image = _as_image(image)
-            if mirror:  # not later: what follows does not treat left and right alike
+            image = _as_pil(image)
+            if flip:  # not deferred: the augmentation is not symmetric
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            image, mirror = self.augment(image), False
-        plan = Plan((3, self.crop, self.crop), self.mean, self.std, mirror=mirror)
-        return erase(Pixels(as_tensor(image), plan), self.erasing)
+            image, flip = self.augment(image), False
+        shape = (3, self.crop, self.crop)
+        erase = draw_erasing(self.erasing, shape)
+        return Sample(as_tensor(image), DeferredTransform(shape, self.mean, self.std, flip=flip, erase=erase))
 
 
 class ImageEvalTransform:
-    """Short side resized, central crop, normalisation.
+    """Resizing of the short side, centre crop, normalisation.
 
     Args:
         crop: side of the result in pixels.
         mean, std: RGB, of pixels in [0, 1].
-        short_side: of the resized image; None for int(256 / 224 * crop).
-        interpolation: of the resize.
+        short_side: of the resized image; None = int(256 / 224 * crop).
+        interpolation: of the resizing.
     """
 
     def __init__(
@@ -224,36 +209,36 @@ class ImageEvalTransform:
         if self.short_side < crop:
             raise ValueError(f"a crop of {crop} needs a short side of at least that, not {self.short_side}")
 
-    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Pixels:
-        """An RGB image of any size into pixels that end as (3, crop, crop). Draws nothing."""
+    def __call__(self, image: RGBImage, rng: np.random.Generator | None = None) -> Sample:
+        """Transform an RGB image of any size into a sample of shape (3, crop, crop). Not random; `rng` is not used."""
         height, width = _size(image)
         new_width = self.short_side if width <= height else int(self.short_side * width / height)
         new_height = self.short_side if height <= width else int(self.short_side * height / width)
         left, top = round((new_width - self.crop) / 2), round((new_height - self.crop) / 2)
-        if new_width * new_height <= MAX_GROWTH * self.short_side**2:
+        if new_width * new_height <= MAX_ASPECT_RATIO * self.short_side**2:
             image = resize_image(image, (new_height, new_width), self.mode)
             image = crop_image(image, Box(top, left, self.crop, self.crop))
-        else:  # 1 x 10,000 pixels must not grow to 256 x 2.5 million: only what the crop shows is made
+        else:  # 1 x 10,000 pixels must not be resized to 256 x 2.5 million: compute the crop only
             step_x, step_y = width / new_width, height / new_height
             right, bottom = (left + self.crop) * step_x, (top + self.crop) * step_y
             box = (left * step_x, top * step_y, min(right, width), min(bottom, height))
-            image = _as_image(image).resize((self.crop, self.crop), self.mode, box=box)
-        return Pixels(as_tensor(image), Plan((3, self.crop, self.crop), self.mean, self.std))
+            image = _as_pil(image).resize((self.crop, self.crop), self.mode, box=box)
+        return Sample(as_tensor(image), DeferredTransform((3, self.crop, self.crop), self.mean, self.std))
 
 
 class ClipTrainTransform:
-    """RandAugment with one draw for all frames, normalisation, random resized crop, flip, erasing: the
+    """RandAugment, the same for all frames, normalisation, random resized crop, horizontal flip, random erasing: the
     published order.
 
     Args:
         crop: side of the result in pixels.
-        scale, ratio: of the area-based crop, see `ImageTrainTransform`; an empty `scale` resizes the short
-            side to a length drawn from `short_sides` instead and crops at random.
-        short_sides: smallest and largest short side, used only where `scale` is empty.
-        flip: whether half of the clips are mirrored.
-        auto_augment: RandAugment policy, timm's or torchvision's, "" for none.
+        scale, ratio: see `ImageTrainTransform`. With an empty `scale`, the short side is resized to a random length in
+            `short_sides` and the clip is cropped at a random position.
+        short_sides: smallest and largest short side, only used with an empty `scale`.
+        flip: whether to flip half of the clips.
+        auto_augment: RandAugment policy, see `make_rand_augment`; "" = none.
         interpolation: of RandAugment; the crop is resized bilinearly, without antialiasing.
-        erase_prob, erase_mode, erase_count: one box for all frames, see `make_erasing`.
+        erase_prob, erase_mode, erase_count: the same boxes for all frames, see `make_random_erasing`.
         mean, std: RGB, of pixels in [0, 1].
     """
 
@@ -282,28 +267,30 @@ class ClipTrainTransform:
             )
         self.flip = flip
         self.auto_augment, self.interpolation = auto_augment, interpolation
-        if auto_augment:  # a wrong policy is told before the first clip is decoded
+        if auto_augment:  # an invalid policy is reported before the first clip is decoded
             make_rand_augment(auto_augment, crop, interpolation)
-        self.erasing = make_erasing(erase_prob, erase_mode, erase_count)
+        self.erasing = make_random_erasing(erase_prob, erase_mode, erase_count)
 
-    def __call__(self, frames: np.ndarray, rng: np.random.Generator, position: int = 1) -> Pixels:
-        """(T, h, w, 3) uint8 into pixels that end as (3, T, crop, crop). `position` has no meaning here."""
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator, position: int = 1) -> Sample:
+        """Augment (T, h, w, 3) uint8 into a sample of shape (3, T, crop, crop). `position` is not used."""
         if self.auto_augment:
             frames = augment_frames(frames, self.auto_augment, self.interpolation)
         height, width = frames.shape[1:3]
         if self.scale:
-            box = random_area_box(height, width, self.scale, self.ratio)
+            box = random_resized_crop_box(height, width, self.scale, self.ratio)
             frames = frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
-            size, window = (self.crop, self.crop), None
+            size, crop = (self.crop, self.crop), None
         else:
             size = short_side_size(height, width, round(rng.uniform(self.short_sides[0], self.short_sides[-1])))
             top = int(rng.integers(0, size[0] - self.crop + 1))
             left = int(rng.integers(0, size[1] - self.crop + 1))
-            window = Box(top, left, self.crop, self.crop)
-        mirror = self.flip and rng.random() < 0.5
-        # The published code normalises first; afterwards it is the same (the resize is linear) on fewer
-        # pixels.
-        return erase(_clip_pixels(frames, self, size, window, mirror), self.erasing)
+            crop = Box(top, left, self.crop, self.crop)
+        flip = self.flip and rng.random() < 0.5
+        # The published code normalises before resizing. Resizing is linear, so that the result is the same, and fewer
+        # pixels have to be normalised.
+        sample = _clip_sample(frames, self, size, crop, flip)
+        erase = draw_erasing(self.erasing, sample.transform.shape)
+        return replace(sample, transform=replace(sample.transform, erase=erase)) if erase else sample
 
 
 class ClipTestTransform:
@@ -311,7 +298,7 @@ class ClipTestTransform:
 
     Args:
         crop: side of the result in pixels.
-        short_side: what the short side is resized to first.
+        short_side: length that the short side is resized to.
         num_crops: 1 (the centre) or 3 (left, centre, right along the longer side).
         mean, std: RGB, of pixels in [0, 1].
     """
@@ -324,36 +311,47 @@ class ClipTestTransform:
         self.crop, self.short_side, self.num_crops = crop, short_side, num_crops
         self.mean, self.std = tuple(mean), tuple(std)
 
-    def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None, position: int = 0) -> Pixels:
-        """(T, h, w, 3) uint8 into pixels that end as (3, T, crop, crop): the crop `position` of `num_crops`. Draws
-        nothing."""
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator | None = None, position: int = 0) -> Sample:
+        """Transform (T, h, w, 3) uint8 into a sample of shape (3, T, crop, crop): crop `position` of `num_crops`.
+
+        Not random; `rng` is not used.
+        """
         size = short_side_size(frames.shape[1], frames.shape[2], self.short_side)
-        top, left = crop_corner(*size, self.crop, 1 if self.num_crops == 1 else position)
-        return _clip_pixels(frames, self, size, Box(top, left, self.crop, self.crop))
+        top, left = uniform_crop_offset(*size, self.crop, 1 if self.num_crops == 1 else position)
+        return _clip_sample(frames, self, size, Box(top, left, self.crop, self.crop))
 
 
-def _clip_pixels(
+def _clip_sample(
     frames: np.ndarray,
     transform: ClipTrainTransform | ClipTestTransform,
     size: tuple[int, int],
-    window: Box | None,
-    mirror: bool = False,
-) -> Pixels:
-    """(T, h, w, 3) uint8 as pixels that are yet to be resized to `size`, cut to `window` and mirrored."""
-    if frames.shape[1:3] == size and window is not None:  # nothing to resize: only what is shown is sent
-        frames = frames[:, window.top : window.top + window.height, window.left : window.left + window.width]
-        size, window = (window.height, window.width), None
-    plan = Plan(
+    crop: Box | None,
+    flip: bool = False,
+) -> Sample:
+    """The sample of (T, h, w, 3) uint8 frames that are to be resized to `size`, cropped and flipped."""
+    if frames.shape[1:3] == size and crop is not None:  # no resizing: send the cropped pixels only
+        frames = frames[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+        size, crop = (crop.height, crop.width), None
+    deferred = DeferredTransform(
         (3, len(frames), transform.crop, transform.crop),
         transform.mean,
         transform.std,
-        size=None if frames.shape[1:3] == size else size,
-        window=window,
-        mirror=mirror,
+        resize=None if frames.shape[1:3] == size else size,
+        crop=crop,
+        flip=flip,
     )
-    return Pixels(_borrowed(frames), plan).slim()
+    # torch takes no negative strides, which rotated frames have.
+    pixels = torch.from_numpy(frames if min(frames.strides) >= 0 else np.ascontiguousarray(frames))
+    return _resize_if_smaller(Sample(pixels, deferred))
 
 
-def _borrowed(frames: np.ndarray) -> Tensor:
-    """The array as a tensor, without a copy unless it runs backwards, as frames that were turned do."""
-    return torch.from_numpy(frames if min(frames.strides) >= 0 else np.ascontiguousarray(frames))
+def _resize_if_smaller(sample: Sample) -> Sample:
+    """Resize and crop in the worker if the float32 result takes fewer bytes than the uint8 frames.
+
+    Frames that are much larger than their crop (1080p) would otherwise fill the memory shared between processes.
+    """
+    transform = sample.transform
+    if transform.resize is None or sample.pixels.numel() <= 4 * math.prod(transform.shape):
+        return sample
+    frames = torch.cat([resize_and_crop(frame[None], transform) for frame in sample.pixels])
+    return replace(sample, pixels=frames.permute(0, 2, 3, 1), transform=replace(transform, resize=None, crop=None))

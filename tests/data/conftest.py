@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Many tiny tensors: threads would only wait for one another."""
+    """The tests use many tiny tensors, for which several threads are slower than one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

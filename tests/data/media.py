@@ -1,4 +1,4 @@
-"""Media files that the tests make for themselves; each frame carries its number in its pixels."""
+"""Videos that the tests write; each frame shows its own number in its pixels."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -13,7 +13,7 @@ HEIGHT, WIDTH = 64, 16 * BITS
 
 
 def paint(number: int) -> np.ndarray:
-    """(HEIGHT, WIDTH, 3) uint8: the number in binary along the upper half, a dark-to-bright slope below."""
+    """(HEIGHT, WIDTH, 3) uint8: the number in binary along the upper half, a gradient from dark to bright below."""
     image = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     for bit in range(BITS):
         image[: HEIGHT // 2, 16 * bit : 16 * (bit + 1)] = 220 if number >> bit & 1 else 30
@@ -22,7 +22,7 @@ def paint(number: int) -> np.ndarray:
 
 
 def read_number(image: np.ndarray) -> int:
-    """The number that `paint` wrote; fails if it is not clearly legible."""
+    """Read the number that `paint` wrote; fails if it is not clearly legible."""
     blocks = image[4 : HEIGHT // 2 - 4].mean(axis=(0, 2)).reshape(BITS, 16)[:, 4:12].mean(axis=1)
     assert np.all((blocks < 75) | (blocks > 175)), f"illegible frame: {blocks}"
     return int(sum(int(value > 125) << bit for bit, value in enumerate(blocks)))
@@ -46,8 +46,7 @@ def write_video(
     audio: bool = False,
     first: int = 0,
 ) -> Path:
-    """Writes a numbered video; `times` are presentation times in `time_base`. Skips where the encoder is
-    missing."""
+    """Write a numbered video. `times` are presentation times in `time_base`. Skips if the encoder is missing."""
     if codec not in av.codecs_available:
         pytest.skip(f"this PyAV has no encoder {codec}")
     with av.open(str(path), "w", options=container_options or {}) as container:

@@ -1,4 +1,4 @@
-"""What a finished view must hold, computed plainly in float32, one step after the other on the whole clip."""
+"""Reference transforms: one step after the other in float32, on the whole clip."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,9 @@ from maskfeat.data.transforms import (
     ClipTestTransform,
     ClipTrainTransform,
     ImageTrainTransform,
-    crop_corner,
-    random_area_box,
+    random_resized_crop_box,
     short_side_size,
+    uniform_crop_offset,
 )
 
 
@@ -38,22 +38,22 @@ def resize(clip: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def erase(clip: Tensor, erasing: RandomErasing) -> Tensor:
-    """timm's random erasing of (3, T, H, W), one box in every frame, as it works on a tensor."""
+    """timm's random erasing applied to a tensor (3, T, H, W), with the same box in every frame."""
     clip = clip.contiguous()
     erasing(clip.view(-1, *clip.shape[2:]))
     return clip
 
 
 def uniform_crop(clip: Tensor, size: int, short_side: int, position: int) -> Tensor:
-    """One of three crops of (3, T, h, w) float along its longer side, once the short side is `short_side`."""
+    """One of three crops of (3, T, h, w) float along its longer side, after resizing the short side."""
     clip = resize(clip, short_side_size(*clip.shape[-2:], short_side))
-    top, left = crop_corner(*clip.shape[-2:], size, position)
+    top, left = uniform_crop_offset(*clip.shape[-2:], size, position)
     return clip[..., top : top + size, left : left + size]
 
 
 def train_image(transform: ImageTrainTransform, image: Image.Image, rng: np.random.Generator) -> Tensor:
-    """What `transform` must make of an image, by Pillow."""
-    top, left, height, width = random_area_box(image.height, image.width, transform.scale, transform.ratio)
+    """The expected result of `transform` on an image, computed with Pillow."""
+    top, left, height, width = random_resized_crop_box(image.height, image.width, transform.scale, transform.ratio)
     image = image.crop((left, top, left + width, top + height)).resize((transform.crop,) * 2, transform.mode)
     if transform.flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -64,13 +64,13 @@ def train_image(transform: ImageTrainTransform, image: Image.Image, rng: np.rand
 
 
 def train_clip(transform: ClipTrainTransform, frames: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """What `transform` must make of (T, h, w, 3) uint8 frames."""
+    """The expected result of `transform` on (T, h, w, 3) uint8 frames."""
     if transform.auto_augment:
         frames = augment_frames(frames, transform.auto_augment, transform.interpolation)
     clip = normalise(to_float(frames), transform.mean, transform.std)
     crop = transform.crop
     if transform.scale:
-        top, left, height, width = random_area_box(*frames.shape[1:3], transform.scale, transform.ratio)
+        top, left, height, width = random_resized_crop_box(*frames.shape[1:3], transform.scale, transform.ratio)
         clip = resize(clip[..., top : top + height, left : left + width], (crop, crop))
     else:
         side = round(rng.uniform(transform.short_sides[0], transform.short_sides[-1]))
@@ -84,10 +84,9 @@ def train_clip(transform: ClipTrainTransform, frames: np.ndarray, rng: np.random
 
 
 def test_clip(transform: ClipTestTransform, frames: np.ndarray, position: int) -> Tensor:
-    """What `transform` must make of (T, h, w, 3) uint8 frames."""
+    """The expected result of `transform` on (T, h, w, 3) uint8 frames."""
     clip = normalise(to_float(frames), transform.mean, transform.std)
-    place = 1 if transform.num_crops == 1 else position
-    return uniform_crop(clip, transform.crop, transform.short_side, place)
+    return uniform_crop(clip, transform.crop, transform.short_side, 1 if transform.num_crops == 1 else position)
 
 
-test_clip.__test__ = False  # type: ignore[attr-defined]  # no test of its own
+test_clip.__test__ = False  # type: ignore[attr-defined]  # not a test

@@ -1,4 +1,4 @@
-"""Images kept on the device: evaluation shows the same, training draws by (seed, epoch, sample) alone."""
+"""Images cached on the device: evaluation equals `Loader`; training depends on (seed, epoch, sample) only."""
 
 import logging
 import math
@@ -16,12 +16,12 @@ from torchvision.transforms import RandomResizedCrop
 from maskfeat.batch import Batch
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
-from maskfeat.data import cached_loader as resident
-from maskfeat.data.bad_samples import BadSampleLedger, TooManyBadSamples, UnreadableSample
-from maskfeat.data.cached_loader import CachedLoader, crop_resized, draw_boxes
+from maskfeat.data import cached_loader
+from maskfeat.data.bad_samples import BadSampleLog, TooManyBadSamples, UnreadableSample
+from maskfeat.data.cached_loader import CachedLoader, crop_and_resize, random_crop_boxes
 from maskfeat.data.datasets.imagenet import ImageFolder, ImageList
-from maskfeat.data.device_transforms import Pixels
 from maskfeat.data.loader import BatchLoader, Loader
+from maskfeat.data.sample import Sample
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 from maskfeat.distributed.world import World
@@ -35,11 +35,11 @@ SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
 
 @pytest.fixture(autouse=True)
 def _few_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resident, "MASKS", 64)
+    monkeypatch.setattr(cached_loader, "NUM_MASKS", 64)
 
 
 def noise(root: Path, sizes: list[tuple[int, int]]) -> ImageList:
-    """One PNG of noise a size (height, width); the first half is class 0, the rest class 1."""
+    """One PNG of noise per size (height, width); the first half is class 0, the rest class 1."""
     rng = np.random.default_rng(0)
     listed = []
     for number, size in enumerate(sizes):
@@ -55,7 +55,7 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
 
 
 def folder(listed: ImageList, seed: int = 3, **changes: object) -> ImageFolder:
-    """As in training: crops to 16 x 16, mirrored, with masks."""
+    """A training set: random crops of 16 x 16, flips and masks."""
     options = {"crop": 16, "scale": SCALE, "ratio": RATIO, "mean": MEAN, "std": STD, **changes}
     return ImageFolder(listed, ImageTrainTransform(**options), seed, draw_hidden=mask_sampler((6, 6), 0.4))
 
@@ -65,7 +65,7 @@ def trainer(listed: ImageList, batch_size: int = 4, rank: int = 0, world: int = 
 
 
 def equal(found: Batch, expected: Batch) -> bool:
-    """Pixels, labels, masks, places and bad samples, to the bit."""
+    """Whether pixels, labels, masks, indices and bad samples are equal to the bit."""
     assert found.clip.dtype == torch.float32 and found.label is not None and found.label.dtype == torch.int64
     pairs = [(found.clip, expected.clip), (found.label, expected.label), (found.index, expected.index)]
     pairs.append((found.hidden, expected.hidden))
@@ -77,31 +77,31 @@ def equal(found: Batch, expected: Batch) -> bool:
 
 
 @pytest.mark.parametrize(("damaged", "workers"), [((), 0), ((0, 6, 7, 10), 0), ((3, 10), 2)])
-def test_evaluation_shows_what_loader_shows(tmp_path: Path, damaged: tuple[int, ...], workers: int) -> None:
+def test_evaluation_equals_loader(tmp_path: Path, damaged: tuple[int, ...], workers: int) -> None:
     samples = noise(tmp_path, [(20 + n, 40 - n) for n in range(11)])
-    for place in damaged:
-        Path(samples[place][0]).write_bytes(b"")
+    for index in damaged:
+        Path(samples[index][0]).write_bytes(b"")
     for size, short_side, interpolation in ((24, None, "bicubic"), (16, 16, "bilinear"))[bool(workers) :]:
         transform = ImageEvalTransform(size, MEAN, STD, short_side, interpolation)
         dataset = ImageFolder(samples, transform, seed=5, draw_hidden=draw, replace_bad=False)
         for rank in range(2):
             loaders: list[BatchLoader] = []
-            ledgers = [BadSampleLedger(None, 11, 1.0, "val") for _ in range(2)]
-            for kind, ledger in zip((Loader, CachedLoader), ledgers, strict=True):
+            logs = [BadSampleLog(None, 11, 1.0, "val") for _ in range(2)]
+            for kind, log in zip((Loader, CachedLoader), logs, strict=True):
                 sampler = EpochSampler(11, 2, rank, 2, shuffle=False, drop_last=False, seed=5)
-                loaders.append(kind(dataset, sampler, ledger, num_workers=workers))
+                loaders.append(kind(dataset, sampler, log, num_workers=workers))
             expected, found = (list(loader) for loader in loaders)
             assert len(found) == len(expected) == len(loaders[1]) == 3
             assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
             for batch in found:
                 assert batch.max_hidden is not None and batch.max_hidden >= batch.hidden.flatten(1).sum(1).max()
             assert sum(len(batch.bad) for batch in found) == sum(len(batch.bad) for batch in expected)
-            assert ledgers[1].indices == frozenset(damaged)
-    assert all(equal(a, b) for a, b in zip(*(loader.some([3, 0, 6, 8]) for loader in loaders), strict=True))
+            assert logs[1].indices == frozenset(damaged)
+    assert all(equal(a, b) for a, b in zip(*(loader.iter_samples([3, 0, 6, 8]) for loader in loaders), strict=True))
     assert all(equal(a, b) for a, b in zip(list(loaders[1]), expected, strict=True)), "a second pass shows the same"
 
 
-def test_an_unreadable_file_shows_zeros_and_keeps_its_label(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_zeros_with_its_label(tmp_path: Path) -> None:
     samples = noise(tmp_path, [(20, 20)] * 6)
     Path(samples[4][0]).write_bytes(b"text")
     dataset = ImageFolder(samples, ImageEvalTransform(16, MEAN, STD), seed=0, replace_bad=False)
@@ -123,21 +123,21 @@ def random_boxes(number: int, height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("height", "width", "side"), [(32, 32, 32), (20, 30, 16), (7, 5, 24), (1, 1, 4), (96, 64, 32)])
-def test_crops_are_interpolated_from_their_own_pixels(height: int, width: int, side: int) -> None:
-    pictures, boxes = torch.rand(60, 3, height, width), random_boxes(60, height, width)
+def test_crops_are_interpolated_from_pixels_inside_the_box(height: int, width: int, side: int) -> None:
+    images, boxes = torch.rand(60, 3, height, width), random_boxes(60, height, width)
     boxes[0] = torch.tensor([0.0, 0.0, height, width])
-    mirror = torch.arange(60) % 2 == 1
-    found = crop_resized(pictures, boxes, mirror, side)
+    flip = torch.arange(60) % 2 == 1
+    found = crop_and_resize(images, boxes, flip, side)
     assert found.shape == (60, 3, side, side) and found.dtype == torch.float32
     for row, (top, left, tall, wide) in enumerate(boxes.int().tolist()):
-        crop = pictures[row : row + 1, :, top : top + tall, left : left + wide]
+        crop = images[row : row + 1, :, top : top + tall, left : left + wide]
         expected = F.interpolate(crop, (side, side), mode="bilinear", align_corners=False, antialias=False)[0]
-        expected = expected.flip(-1) if mirror[row] else expected
+        expected = expected.flip(-1) if flip[row] else expected
         torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=0)
 
 
 def slow_box(uniform: np.ndarray, height: int, width: int, scale: tuple, ratio: tuple) -> tuple[list[int], bool]:
-    """torchvision's get_params, with draws that are handed in; and whether a try fitted."""
+    """torchvision's get_params with given random numbers; and whether one of the tries fits."""
     for share, turn, down, right in uniform.tolist():
         area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
         aspect = math.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * turn)
@@ -161,11 +161,11 @@ BOXES = [
 
 
 @pytest.mark.parametrize(("height", "width", "scale", "ratio"), BOXES)
-def test_boxes_lie_inside_with_the_share_and_aspect_that_were_asked_for(
+def test_boxes_are_inside_with_area_and_aspect_ratio_in_range(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> None:
     uniform = np.random.default_rng(2).random((3000, 10, 4))
-    found = draw_boxes(uniform, height, width, scale, ratio)
+    found = random_crop_boxes(uniform, height, width, scale, ratio)
     assert found.shape == (3000, 4) and np.array_equal(found, np.rint(found))
     slow = [slow_box(row, height, width, scale, ratio) for row in uniform]
     assert np.array_equal(found, [box for box, _ in slow])
@@ -181,15 +181,15 @@ def test_boxes_lie_inside_with_the_share_and_aspect_that_were_asked_for(
 
 
 def torchvisions(height: int, width: int, scale: tuple, ratio: tuple, number: int) -> np.ndarray:
-    picture = torch.empty(1, height, width, device="meta")
-    return np.array([RandomResizedCrop.get_params(picture, list(scale), list(ratio)) for _ in range(number)])
+    image = torch.empty(1, height, width, device="meta")
+    return np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(number)])
 
 
 @pytest.mark.parametrize(("height", "width", "scale", "ratio"), BOXES)
 def test_boxes_are_distributed_as_torchvisions(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> None:
-    ours = draw_boxes(np.random.default_rng(0).random((4000, 10, 4), np.float32), height, width, scale, ratio)
+    ours = random_crop_boxes(np.random.default_rng(0).random((4000, 10, 4), np.float32), height, width, scale, ratio)
     theirs = torchvisions(height, width, scale, ratio, 4000)
     shares = [boxes[:, 2] * boxes[:, 3] / (height * width) for boxes in (ours, theirs)]
     aspects = [np.log(boxes[:, 3] / boxes[:, 2]) for boxes in (ours, theirs)]
@@ -201,8 +201,8 @@ def test_boxes_are_distributed_as_torchvisions(
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 100), (100, 10), (9, 9), (10, 13), (7, 31)])
-def test_where_no_try_fits_the_largest_central_box_is_taken(height: int, width: int) -> None:
-    found = draw_boxes(np.full((2, 10, 4), 0.9), height, width, (4.0, 5.0), RATIO)
+def test_largest_central_box_if_no_try_fits(height: int, width: int) -> None:
+    found = random_crop_boxes(np.full((2, 10, 4), 0.9), height, width, (4.0, 5.0), RATIO)
     assert np.array_equal(found, np.repeat(torchvisions(height, width, (4.0, 5.0), RATIO, 1), 2, axis=0))
 
 
@@ -210,7 +210,7 @@ def test_where_no_try_fits_the_largest_central_box_is_taken(height: int, width: 
 
 
 def shown(loader: BatchLoader, epoch: int | None = None) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """Pixels, mask and label by the place in the data set."""
+    """Pixels, mask and label by the index in the data set."""
     if epoch is not None:
         loader.set_epoch(epoch)
     seen = {}
@@ -226,7 +226,7 @@ def same(a: dict[int, tuple[Tensor, ...]], b: dict[int, tuple[Tensor, ...]]) -> 
     )
 
 
-def test_draws_depend_on_seed_epoch_and_sample_alone(listed: ImageList) -> None:
+def test_draws_depend_on_seed_epoch_and_sample_only(listed: ImageList) -> None:
     whole = trainer(listed)
     expected = [shown(whole, epoch) for epoch in (0, 1)]
     assert all(len(seen) == 16 for seen in expected)
@@ -259,7 +259,7 @@ def test_order_is_that_of_the_sampler(listed: ImageList) -> None:
         assert found == [[key.index for key in keys] for keys in plain] and len(found) == len(loader) == 4
 
 
-def test_every_place_shows_its_own_image_and_label(tmp_path: Path) -> None:
+def test_every_index_has_its_own_image_and_label(tmp_path: Path) -> None:
     samples = []
     for number in range(12):
         path = tmp_path / f"{number}.png"
@@ -275,25 +275,25 @@ def test_every_place_shows_its_own_image_and_label(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_whole_images_are_resized_and_half_of_them_mirrored(tmp_path: Path, flip: bool) -> None:
+def test_whole_images_are_resized_and_half_of_them_flipped(tmp_path: Path, flip: bool) -> None:
     samples = noise(tmp_path, [(20, 20)] * 10) * 20
     dataset = folder(samples, crop=16, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=flip)
-    mirrored = []
+    fliped = []
     for batch in CachedLoader(dataset, EpochSampler(200, 50, seed=3)):
         for row, index in enumerate(batch.index.tolist()):
             pixels = torch.from_numpy(np.asarray(Image.open(samples[index][0])).copy()).permute(2, 0, 1)[None].float()
             resized = F.interpolate(pixels, (16, 16), mode="bilinear", align_corners=False)[0] / 255
-            picture = (resized - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-            difference = [(batch.clip[row] - side).abs().max().item() for side in (picture, picture.flip(-1))]
+            expected = (resized - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+            difference = [(batch.clip[row] - side).abs().max().item() for side in (expected, expected.flip(-1))]
             assert min(difference) < 1e-4 < max(difference)
-            mirrored.append(difference[1] < difference[0])
-    assert 70 < sum(mirrored) < 130 if flip else not any(mirrored)
+            fliped.append(difference[1] < difference[0])
+    assert 70 < sum(fliped) < 130 if flip else not any(fliped)
 
 
-def test_masks_stay_below_their_aim_and_look_like_the_samplers(
+def test_masks_are_distributed_as_the_samplers_and_hide_no_more_than_requested(
     listed: ImageList, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resident, "MASKS", 1000)
+    monkeypatch.setattr(cached_loader, "NUM_MASKS", 1000)
     sampler = mask_sampler((6, 6), 0.4)
     loader = CachedLoader(folder(listed * 100), EpochSampler(1600, 100, seed=3))
     batches = list(loader)
@@ -315,7 +315,7 @@ def test_without_a_sampler_there_are_no_masks(listed: ImageList) -> None:
     assert batch.hidden is None and batch.max_hidden is None
 
 
-def test_the_models_own_draws_are_left_alone(listed: ImageList) -> None:
+def test_loading_does_not_change_the_global_generator(listed: ImageList) -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     for workers in (0, 1):
@@ -325,41 +325,41 @@ def test_the_models_own_draws_are_left_alone(listed: ImageList) -> None:
         assert torch.equal(torch.rand(3), expected), workers
 
 
-def test_workers_change_nothing(listed: ImageList) -> None:
+def test_batches_do_not_depend_on_the_number_of_workers(listed: ImageList) -> None:
     there = CachedLoader(folder(listed), EpochSampler(16, 4, seed=3), num_workers=2)
     assert same(shown(there, 1), shown(trainer(listed), 1))
 
 
-def test_batches_come_on_the_device_and_nothing_waits_for_it(listed: ImageList) -> None:
+def test_batches_are_made_on_the_device_without_synchronising(listed: ImageList) -> None:
     loader = CachedLoader(folder(listed), EpochSampler(16, 4), device=torch.device("meta"))
     for batch in loader:
         assert {t.device.type for t in (batch.clip, batch.label, batch.hidden, batch.index)} == {"meta"}
         assert batch.max_hidden is not None
 
 
-# ------------------------------------------------------------------ what is refused, and what is bad
+# ------------------------------------------------------------------ errors and bad samples
 
 
-def test_images_of_several_sizes_are_refused_in_training(tmp_path: Path) -> None:
+def test_images_of_several_sizes_are_an_error_in_training(tmp_path: Path) -> None:
     samples = noise(tmp_path, [(20, 30), (20, 30), (30, 20)])
     with pytest.raises(ValueError, match="02.png.*30x20 and 20x30.*DATA_LOADER.RESIDENT.*False"):
         trainer(samples, 1)
     dataset = ImageFolder(samples, ImageEvalTransform(16, MEAN, STD), seed=0)
     (batch,) = CachedLoader(dataset, EpochSampler(3, 3, shuffle=False, drop_last=False))
-    assert batch.clip.shape == (3, 3, 16, 16), "evaluation makes them of one size"
+    assert batch.clip.shape == (3, 3, 16, 16), "evaluation crops them to one size"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_training_samples_are_replaced_and_named_once(
+def test_bad_training_samples_are_replaced_and_logged_once(
     tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     samples = noise(tmp_path, [(20, 30)] * 12)
     Path(samples[4][0]).write_bytes(b"")
-    Path(samples[5][0]).unlink()  # the last of class 0: the image that takes its place is of class 1
-    ledger = BadSampleLedger(tmp_path / "out", 12, 0.5, "train")
-    dataset = folder(samples, scale=(1.0, 1.0), ratio=(1.5, 1.5), flip=False)  # whole pictures
+    Path(samples[5][0]).unlink()  # the last of class 0: its replacement is of class 1
+    log = BadSampleLog(tmp_path / "out", 12, 0.5, "train")
+    dataset = folder(samples, scale=(1.0, 1.0), ratio=(1.5, 1.5), flip=False)  # whole images
     with caplog.at_level(logging.WARNING):
-        loader = CachedLoader(dataset, EpochSampler(12, 12, shuffle=False), ledger, num_workers=workers)
+        loader = CachedLoader(dataset, EpochSampler(12, 12, shuffle=False), log, num_workers=workers)
         for epoch in range(2):
             loader.set_epoch(epoch)
             (batch,) = loader
@@ -368,20 +368,20 @@ def test_bad_training_samples_are_replaced_and_named_once(
             for row in (4, 5):
                 torch.testing.assert_close(batch.clip[row], batch.clip[6])
             assert not torch.equal(batch.clip[3], batch.clip[4])
-    assert ledger.indices == {4, 5}
+    assert log.indices == {4, 5}
     assert len((tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()) == 2
     assert sum("bad sample" in record.message for record in caplog.records) == 2
     ordinary = Loader(dataset, EpochSampler(12, 12, shuffle=False))
-    places = [[batch.index.item() for batch in kind.some([3, 4, 5, 6])] for kind in (ordinary, loader)]
+    places = [[batch.index.item() for batch in kind.iter_samples([3, 4, 5, 6])] for kind in (ordinary, loader)]
     assert places[0] == places[1] == [3, 6]
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     samples = noise(tmp_path, [(20, 30)] * 8)
     Path(samples[1][0]).write_bytes(b"")
-    ledger = BadSampleLedger(None, 8, 0.1, "train")
+    log = BadSampleLog(None, 8, 0.1, "train")
     with pytest.raises(TooManyBadSamples, match="DATA.MAX_BAD_FRACTION"):
-        CachedLoader(folder(samples), EpochSampler(8, 4), ledger)
+        CachedLoader(folder(samples), EpochSampler(8, 4), log)
     for path, _ in samples:
         Path(path).write_bytes(b"")
     with pytest.raises(UnreadableSample, match="nor can any of the 7 samples after it"):
@@ -389,7 +389,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
 
 
 class Failing(ImageEvalTransform):
-    def __call__(self, image: object, rng: object = None) -> Pixels:
+    def __call__(self, image: object, rng: object = None) -> Sample:
         raise IndexError("a bug")
 
 

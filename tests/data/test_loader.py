@@ -1,8 +1,9 @@
-"""The order of samples, and that neither workers nor ranks nor resuming change what is seen."""
+"""The order of samples, and batches that do not depend on workers, ranks and resuming."""
 
 import gc
 import logging
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from maskfeat.batch import BadSample, Batch, SampleKey
-from maskfeat.data.bad_samples import BadSampleLedger, TooManyBadSamples
-from maskfeat.data.collate import Sample, collate
+from maskfeat.data.bad_samples import BadSampleLog, TooManyBadSamples
+from maskfeat.data.collate import collate
 from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder
-from maskfeat.data.device_transforms import Pixels, Plan
+from maskfeat.data.device_transforms import DeferredTransform
 from maskfeat.data.loader import Loader
+from maskfeat.data.sample import Sample, unreadable_sample
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 from maskfeat.data.video.decoder import decode_frames
@@ -146,14 +148,14 @@ def same(a: dict[int, tuple[Tensor, Tensor]], b: dict[int, tuple[Tensor, Tensor]
     )
 
 
-def test_workers_ranks_and_resuming_change_nothing(samples: list[tuple[str, int]]) -> None:
+def test_samples_do_not_depend_on_workers_ranks_and_resuming(samples: list[tuple[str, int]]) -> None:
     data = dataset(samples)
     here = Loader(data, EpochSampler(16, 4, seed=3))
     there = Loader(data, EpochSampler(16, 4, seed=3), num_workers=2)
     expected = {}
     for epoch in (0, 1):
         here.set_epoch(epoch)
-        there.set_epoch(epoch)  # the workers stay alive in between
+        there.set_epoch(epoch)  # the workers are kept in between
         np.random.rand(), torch.rand(3)
         expected[epoch] = by_index(here)
         assert len(expected[epoch]) == 16
@@ -173,7 +175,7 @@ def test_workers_ranks_and_resuming_change_nothing(samples: list[tuple[str, int]
     assert len(rest) == 8 and same(rest, {index: expected[1][index] for index in rest})
 
 
-def test_the_models_own_draws_are_left_alone(samples: list[tuple[str, int]]) -> None:
+def test_loading_does_not_change_the_global_generator(samples: list[tuple[str, int]]) -> None:
     for workers in (0, 1):
         loader = Loader(dataset(samples), EpochSampler(16, 8), num_workers=workers)
         torch.manual_seed(1)
@@ -194,22 +196,22 @@ def test_batches(samples: list[tuple[str, int]]) -> None:
     assert batch.index is not None and batch.index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert batch.bad == () and isinstance(batch, Batch)
     assert batch.max_hidden == batch.hidden.flatten(1).sum(1).max()
-    (alone,) = loader.some([1])
+    (alone,) = loader.iter_samples([1])
     assert torch.equal(alone.clip, batch.clip[2:4]) and alone.max_hidden is not None
 
 
 def test_batches_come_on_the_device_of_the_loader(samples: list[tuple[str, int]]) -> None:
     loader = Loader(dataset(samples), EpochSampler(16, 4), pin_memory=True, device=torch.device("meta"))
-    for batch in (next(iter(loader)), next(loader.some([3]))):
+    for batch in (next(iter(loader)), next(loader.iter_samples([3]))):
         assert {t.device.type for t in (batch.clip, batch.label, batch.hidden, batch.index)} == {"meta"}  # type: ignore[union-attr]
         assert batch.max_hidden is not None
 
 
-def test_collate_names_each_bad_sample_once() -> None:
+def test_collate_lists_each_bad_sample_once() -> None:
     bad = BadSample(1, "p", "c")
-    pixels = Pixels(torch.zeros(2, 2, 3, dtype=torch.uint8), Plan((3, 2, 2)))
-    views = [Sample(pixels, 0, None, 2, (bad,)) for _ in range(2)]
-    batch = collate([views, [Sample(pixels, 5, None, 3)]]).finish(torch.device("cpu"))
+    pixels, transform = torch.zeros(2, 2, 3, dtype=torch.uint8), DeferredTransform((3, 2, 2))
+    views = [Sample(pixels, transform, 0, None, 2, (bad,)) for _ in range(2)]
+    batch = collate([views, [Sample(pixels, transform, 5, None, 3)]]).to_batch(torch.device("cpu"))
     assert batch.max_hidden is None and batch.bad == (bad,) and batch.hidden is None and batch.label is not None
     assert batch.label.tolist() == [0, 0, 5]
 
@@ -219,7 +221,7 @@ def test_datasets_can_be_sent_to_fresh_processes(samples: list[tuple[str, int]])
 
 
 class Failing(ImageEvalTransform):
-    def __call__(self, image: object, rng: object = None) -> Pixels:
+    def __call__(self, image: object, rng: object = None) -> Sample:
         raise IndexError("a bug")
 
 
@@ -232,37 +234,37 @@ def test_an_error_in_a_worker_names_the_sample(samples: list[tuple[str, int]], w
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_samples_reach_the_ledger(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_samples_are_logged(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
     listed, _ = list_image_folder(make_folder(tmp_path / "images", {"a": 8, "b": 8}))
     Path(listed[3][0]).write_bytes(b"")
     Path(listed[9][0]).write_bytes(b"text")
-    ledger = BadSampleLedger(tmp_path / "out", 16, 0.2, "train")
-    loader = Loader(dataset(listed), EpochSampler(16, 4), ledger, num_workers=workers)
+    log = BadSampleLog(tmp_path / "out", 16, 0.2, "train")
+    loader = Loader(dataset(listed), EpochSampler(16, 4), log, num_workers=workers)
     with caplog.at_level(logging.WARNING):
         for epoch in range(2):
             loader.set_epoch(epoch)
             shown = [index for batch in loader for index in batch.index.tolist()]  # type: ignore[union-attr]
             assert len(shown) == 16 and 3 not in shown and 9 not in shown
-    assert ledger.indices == {3, 9}
+    assert log.indices == {3, 9}
     assert len((tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()) == 2
     assert sum("bad sample" in record.message for record in caplog.records) == 2
-    strict = Loader(dataset(listed), EpochSampler(16, 4), BadSampleLedger(None, 16, 0.01, "train"), num_workers=workers)
+    strict = Loader(dataset(listed), EpochSampler(16, 4), BadSampleLog(None, 16, 0.01, "train"), num_workers=workers)
     with pytest.raises(TooManyBadSamples, match="DATA.MAX_BAD_FRACTION"):
         list(strict)
 
 
 class CollectsGarbage(Dataset[list[Sample]]):
-    """Clears away whatever its process has left over."""
+    """Collects the garbage of its process."""
 
     labels = [0] * 4
 
     def __getitem__(self, key: object) -> list[Sample]:
         gc.collect()
-        return [Sample(Pixels.unreadable((3, 1, 1)), 0, None, SampleKey(*key).index)]  # type: ignore[misc]
+        return [replace(unreadable_sample((3, 1, 1)), index=SampleKey(*key).index)]  # type: ignore[misc]
 
 
 def test_workers_do_not_hang_on_videos_that_the_parent_decoded(tmp_path: Path) -> None:
-    """A converter with threads of its own hangs a forked process that clears it away."""
+    """A converter with threads of its own hangs a forked process that garbage-collects it."""
     path = tmp_path / "video.mp4"
     write_video(path, np.zeros((4, 720, 1280, 3), np.uint8), fps=30)
     gc.disable()

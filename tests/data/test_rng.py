@@ -1,4 +1,4 @@
-"""Draws are a pure function of (seed, epoch, index, view)."""
+"""Random draws are a function of (seed, epoch, index, view) only."""
 
 import random
 
@@ -25,8 +25,8 @@ def test_same_key_same_draws_and_every_part_of_the_key_matters() -> None:
         draws(1, 2, 3, 0),
         draws(2, 1, 3, 4),
     ]
-    for place in range(4):  # every one of the four generators
-        assert len({values[place] for values in seen}) == len(seen)
+    for generator in range(4):
+        assert len({values[generator] for values in seen}) == len(seen)
 
 
 def test_streams_differ() -> None:
@@ -34,7 +34,7 @@ def test_streams_differ() -> None:
     assert len(set(first.values())) == 3
 
 
-def test_global_states_come_back_even_after_an_error() -> None:
+def test_global_states_are_restored_even_after_an_error() -> None:
     def state() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 

@@ -1,5 +1,4 @@
-"""Augmentation: exact where it is deterministic, the right distribution where it draws, one draw for a
-whole clip."""
+"""Augmentation: exact where it is deterministic, else of the right distribution; the same for all frames of a clip."""
 
 import random
 from pathlib import Path
@@ -10,19 +9,21 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandAugment, v2
 
-from maskfeat.data.device_transforms import Pixels, Plan, erase
+from maskfeat.data.device_transforms import DeferredTransform
 from maskfeat.data.rand_augment import augment_frames, make_rand_augment
+from maskfeat.data.random_erasing import draw_erasing, make_random_erasing
 from maskfeat.data.rng import seeded
+from maskfeat.data.sample import Sample
 from maskfeat.data.transforms import (
     ClipTestTransform,
     ClipTrainTransform,
     ImageEvalTransform,
     ImageTrainTransform,
-    make_erasing,
-    random_area_box,
+    random_resized_crop_box,
     short_side_size,
 )
 from tests.data.oracle import normalise, resize, to_float, uniform_crop
+from tests.data.samples import clip_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GOLDEN = Path(__file__).parents[1] / "golden" / "spatial_test_crops_small.npz"
@@ -32,7 +33,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def picture(height: int, width: int) -> np.ndarray:
+def make_image(height: int, width: int) -> np.ndarray:
     """Smooth, without any symmetry."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / 9 + y / 17 + k) * np.cos(y / 13 - k) for k in range(3)]
@@ -45,8 +46,9 @@ def plain(pixels: np.ndarray) -> torch.Tensor:
 
 def erased(shape: tuple[int, ...], probability: float, mode: str, grey: int = 0) -> torch.Tensor:
     """A grey view of that shape, (3, [T,] H, W), after random erasing; grey pixels keep their value."""
-    pixels = Pixels(torch.full((*shape[1:], 3), grey, dtype=torch.uint8), Plan(shape, std=(1 / 255,) * 3))
-    return erase(pixels, make_erasing(probability, mode, 1)).finish()
+    erase = draw_erasing(make_random_erasing(probability, mode, 1), shape)
+    pixels = torch.full((*shape[1:], 3), grey, dtype=torch.uint8)
+    return clip_of(Sample(pixels, DeferredTransform(shape, std=(1 / 255,) * 3, erase=erase)))
 
 
 def check_crops(golden: dict[str, np.ndarray]) -> None:
@@ -72,9 +74,9 @@ def test_resize_of_the_short_side_floors_the_long_one() -> None:
 
 
 def resized(frames: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
-    """What is left to do to frames, done: resized, 0 to 255."""
-    plan = Plan((3, len(frames), *size), std=(1 / 255,) * 3, size=size)
-    return Pixels(torch.from_numpy(frames), plan).finish()
+    """Frames resized by their deferred transform, 0 to 255."""
+    transform = DeferredTransform((3, len(frames), *size), std=(1 / 255,) * 3, resize=size)
+    return clip_of(Sample(torch.from_numpy(frames), transform))
 
 
 def test_frames_are_resized_as_a_clip_would_be() -> None:
@@ -83,62 +85,62 @@ def test_frames_are_resized_as_a_clip_would_be() -> None:
         torch.testing.assert_close(resized(frames, size), resize(to_float(frames), size), atol=2e-3, rtol=0)  # of 255
 
 
-def test_frames_of_a_video_that_is_upside_down() -> None:
+def test_frames_of_a_rotated_video() -> None:
     frames = noise(3, 50, 70, 3)
     transform = ClipTestTransform(32, 36, 3, MEAN, STD)
     turned, copied = transform(frames[:, ::-1, ::-1]), transform(frames[:, ::-1, ::-1].copy())
-    assert torch.equal(turned.finish(), copied.finish())
+    assert torch.equal(clip_of(turned), clip_of(copied))
 
 
 def test_normalise() -> None:
     pixels = noise(4, 5, 6, 3)
     expected = (torch.from_numpy(pixels).double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
-    result = Pixels(torch.from_numpy(pixels), Plan((3, 4, 5, 6), MEAN, STD)).finish()
+    result = clip_of(Sample(torch.from_numpy(pixels), DeferredTransform((3, 4, 5, 6), MEAN, STD)))
     assert result.dtype == torch.float32 and result.shape == (3, 4, 5, 6) and result.is_contiguous()
     torch.testing.assert_close(result, expected.permute(3, 0, 1, 2).float(), atol=1e-6, rtol=0)
     torch.testing.assert_close(plain(pixels), result, atol=1e-6, rtol=0)
 
 
-def same_pixels(pixels: Pixels, image: Image.Image) -> None:
-    """Bit by bit before, and within rounding after normalisation."""
-    assert np.array_equal(pixels.data.numpy(), np.asarray(image))
-    torch.testing.assert_close(pixels.finish(), plain(np.asarray(image)), atol=1e-6, rtol=0)
+def same_pixels(sample: Sample, image: Image.Image) -> None:
+    """Equal before normalisation, and within rounding after it."""
+    assert np.array_equal(sample.pixels.numpy(), np.asarray(image))
+    torch.testing.assert_close(clip_of(sample), plain(np.asarray(image)), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(300, 400), (400, 300), (90, 90), (256, 257), (37, 250)])
 @pytest.mark.parametrize("crop", [224, 96])
 def test_image_evaluation_equals_resize_and_centre_crop(size: tuple[int, int], crop: int) -> None:
-    image = Image.fromarray(picture(*size))
+    image = Image.fromarray(make_image(*size))
     reference = v2.Compose([v2.Resize(int(256 / 224 * crop), Image.BICUBIC), v2.CenterCrop(crop)])(image)
     same_pixels(ImageEvalTransform(crop, MEAN, STD)(image), reference)
 
 
-def test_image_evaluation_of_slivers_shows_the_same() -> None:
-    image = Image.fromarray(picture(20, 400))
+def test_image_evaluation_of_extreme_aspect_ratios() -> None:
+    image = Image.fromarray(make_image(20, 400))
     reference = v2.Compose([v2.Resize(36, Image.BICUBIC), v2.CenterCrop(32)])(image)
-    difference = ImageEvalTransform(32, MEAN, STD, short_side=36)(image).finish() - plain(np.asarray(reference))
+    difference = clip_of(ImageEvalTransform(32, MEAN, STD, short_side=36)(image)) - plain(np.asarray(reference))
     assert difference.abs().mean() < 0.5 / 255 / min(STD)
 
 
 def test_image_evaluation_of_extreme_shapes() -> None:
     for size in ((1, 1), (2000, 4), (4, 2000)):
-        assert ImageEvalTransform(224, MEAN, STD)(Image.new("RGB", size)).finish().shape == (3, 224, 224)
+        assert clip_of(ImageEvalTransform(224, MEAN, STD)(Image.new("RGB", size))).shape == (3, 224, 224)
 
 
-def test_random_area_box_of_slivers_is_central() -> None:
-    assert random_area_box(4, 2000, (0.9, 1.0), (3 / 4, 4 / 3)) == (0, 997, 4, 5)
-    assert random_area_box(2000, 4, (0.9, 1.0), (3 / 4, 4 / 3)) == (997, 0, 5, 4)
-    assert random_area_box(1, 1, (0.5, 1.0), (3 / 4, 4 / 3)) == (0, 0, 1, 1)
+def test_random_resized_crop_box_of_slivers_is_central() -> None:
+    assert random_resized_crop_box(4, 2000, (0.9, 1.0), (3 / 4, 4 / 3)) == (0, 997, 4, 5)
+    assert random_resized_crop_box(2000, 4, (0.9, 1.0), (3 / 4, 4 / 3)) == (997, 0, 5, 4)
+    assert random_resized_crop_box(1, 1, (0.5, 1.0), (3 / 4, 4 / 3)) == (0, 0, 1, 1)
 
 
 def test_image_training_without_randomness_is_a_resize() -> None:
-    image = Image.fromarray(picture(100, 100))
+    image = Image.fromarray(make_image(100, 100))
     transform = ImageTrainTransform(64, (1.0, 1.0), (1.0, 1.0), MEAN, STD, flip=False)
-    pixels = transform(image, np.random.default_rng(0))
-    same_pixels(pixels, image.resize((64, 64), Image.BICUBIC))
-    result = pixels.finish()
+    sample = transform(image, np.random.default_rng(0))
+    same_pixels(sample, image.resize((64, 64), Image.BICUBIC))
+    result = clip_of(sample)
     mirrored = ImageTrainTransform(64, (1.0, 1.0), (1.0, 1.0), MEAN, STD)
-    flips = [torch.equal(mirrored(image, np.random.default_rng(i)).finish(), result.flip(-1)) for i in range(60)]
+    flips = [torch.equal(clip_of(mirrored(image, np.random.default_rng(i))), result.flip(-1)) for i in range(60)]
     assert 15 < sum(flips) < 45
 
 
@@ -160,19 +162,19 @@ def test_erasing_takes_the_same_box_in_all_frames(mode: str) -> None:
     assert 0.005 < min(shares) < 0.1 and 0.2 < max(shares) < 0.36
 
 
-def test_erasing_happens_as_often_as_asked() -> None:
+def test_erasing_happens_with_the_given_probability() -> None:
     with seeded(0, 0, 0, 0):
         hits = sum(bool(erased((3, 1, 16, 16), 0.25, "pixel").any()) for _ in range(800))
     assert 150 < hits < 250
     assert not erased((3, 16, 16), 0.0, "pixel").any()
     for probability, mode in ((1.5, "pixel"), (0.5, "black")):
         with pytest.raises(ValueError, match="AUG.RE_"):
-            make_erasing(probability, mode, 1)
+            make_random_erasing(probability, mode, 1)
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m7-n4-mstd0.5-inc1", "ra_6_10"])
 def test_rand_augment_is_the_same_for_all_frames_and_differs_between_clips(policy: str) -> None:
-    frames = np.repeat(picture(48, 64)[None], 4, axis=0)
+    frames = np.repeat(make_image(48, 64)[None], 4, axis=0)
     results = []
     for index in range(12):
         with seeded(0, 0, index, 0):
@@ -180,7 +182,7 @@ def test_rand_augment_is_the_same_for_all_frames_and_differs_between_clips(polic
         assert all(np.array_equal(result[0], frame) for frame in result), index
         results.append(result[0])
     assert len({r.tobytes() for r in results}) > 6
-    moving = np.stack([picture(48, 64), noise(48, 64, 3)])
+    moving = np.stack([make_image(48, 64), noise(48, 64, 3)])
     with seeded(0, 0, 3, 0):
         together = augment_frames(moving, policy, "bicubic")
     with seeded(0, 0, 3, 0):
@@ -190,14 +192,14 @@ def test_rand_augment_is_the_same_for_all_frames_and_differs_between_clips(polic
 
 def test_rand_augment_at_full_strength() -> None:
     augment = make_rand_augment("rand-m10-n15-p1-inc1", 32, "bilinear")
-    image = Image.fromarray(picture(32, 32))
+    image = Image.fromarray(make_image(32, 32))
     for op in augment.ops:
         with seeded(0, 0, 0, 0):
             assert op(image).size == (32, 32), op.name
 
 
-def test_torchvisions_rand_augment() -> None:
-    image = Image.fromarray(picture(48, 48))
+def test_torchvision_rand_augment() -> None:
+    image = Image.fromarray(make_image(48, 48))
     ours = make_rand_augment("ra_6_10", 48, "bilinear")
     theirs = RandAugment(num_ops=2, magnitude=6, num_magnitude_bins=10, interpolation=InterpolationMode.BILINEAR)
     seen = set()
@@ -212,12 +214,12 @@ def test_torchvisions_rand_augment() -> None:
     views = []
     for view in (0, 0, 1):
         with seeded(0, 0, 0, view) as rng:
-            views.append(transform(image, rng).finish())
+            views.append(clip_of(transform(image, rng)))
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
 
 
 def test_image_evaluation_at_another_size() -> None:
-    image = Image.fromarray(picture(300, 400))
+    image = Image.fromarray(make_image(300, 400))
     reference = v2.Compose([v2.Resize(235, Image.BILINEAR), v2.CenterCrop(224)])(image)
     transform = ImageEvalTransform(224, MEAN, STD, short_side=235, interpolation="bilinear")
     same_pixels(transform(image), reference)
@@ -230,28 +232,28 @@ def test_unknown_policy_names_the_key(policy: str) -> None:
 
 
 def test_clip_training_is_a_crop_and_a_resize() -> None:
-    frames = np.stack([picture(90, 120), noise(90, 120, 3)])
+    frames = np.stack([make_image(90, 120), noise(90, 120, 3)])
     transform = ClipTrainTransform(64, (0.3, 0.5), (3 / 4, 4 / 3), MEAN, STD, flip=False)
     with seeded(0, 0, 1, 0) as rng:
-        result = transform(frames, rng).finish()
+        result = clip_of(transform(frames, rng))
     with seeded(0, 0, 1, 0):
-        top, left, height, width = random_area_box(90, 120, (0.3, 0.5), (3 / 4, 4 / 3))
+        top, left, height, width = random_resized_crop_box(90, 120, (0.3, 0.5), (3 / 4, 4 / 3))
     region = plain(frames)[..., top : top + height, left : left + width]
     expected = torch.nn.functional.interpolate(region, size=(64, 64), mode="bilinear")
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_clip_training_by_short_side() -> None:
-    frames = np.repeat(picture(90, 120)[None], 2, axis=0)
+    frames = np.repeat(make_image(90, 120)[None], 2, axis=0)
     transform = ClipTrainTransform(64, (), (), MEAN, STD, short_sides=(64, 80))
     for seed in range(5):
-        assert transform(frames, np.random.default_rng(seed)).finish().shape == (3, 2, 64, 64)
+        assert clip_of(transform(frames, np.random.default_rng(seed))).shape == (3, 2, 64, 64)
     with pytest.raises(ValueError, match="DATA.TRAIN_JITTER_SCALES"):
         ClipTrainTransform(64, (), (), MEAN, STD, short_sides=(40, 80))
 
 
-def test_clip_training_shows_every_frame_the_same_way() -> None:
-    frames = np.repeat(picture(90, 120)[None], 3, axis=0)
+def test_clip_training_augments_all_frames_alike() -> None:
+    frames = np.repeat(make_image(90, 120)[None], 3, axis=0)
     transform = ClipTrainTransform(
         64,
         (0.08, 1.0),
@@ -264,25 +266,25 @@ def test_clip_training_shows_every_frame_the_same_way() -> None:
     )
     for index in range(6):
         with seeded(0, 0, index, 0) as rng:
-            clip = transform(frames, rng).finish()
+            clip = clip_of(transform(frames, rng))
         assert clip.shape == (3, 3, 64, 64) and clip.dtype == torch.float32 and clip.is_contiguous()
         assert torch.equal(clip[:, :1].expand_as(clip), clip)
 
 
 def test_clip_testing() -> None:
-    frames = np.stack([picture(60, 100)] * 2)
+    frames = np.stack([make_image(60, 100)] * 2)
     three = ClipTestTransform(32, 36, 3, MEAN, STD)
-    crops = [three(frames, position=position).finish() for position in range(3)]
+    crops = [clip_of(three(frames, position=position)) for position in range(3)]
     for position, crop in enumerate(crops):
         torch.testing.assert_close(crop, uniform_crop(plain(frames), 32, 36, position), atol=1e-5, rtol=1e-5)
     assert not torch.equal(crops[0], crops[2])
-    torch.testing.assert_close(ClipTestTransform(32, 36, 1, MEAN, STD)(frames).finish(), crops[1])
+    torch.testing.assert_close(clip_of(ClipTestTransform(32, 36, 1, MEAN, STD)(frames)), crops[1])
     with pytest.raises(ValueError, match="TEST.NUM_SPATIAL_CROPS"):
         ClipTestTransform(32, 36, 2, MEAN, STD)
 
 
 def test_transforms_are_a_function_of_the_seed_alone() -> None:
-    image = Image.fromarray(picture(80, 100))
+    image = Image.fromarray(make_image(80, 100))
     transform = ImageTrainTransform(
         48, (0.08, 1.0), (3 / 4, 4 / 3), MEAN, STD, auto_augment="rand-m9-mstd0.5-inc1", erase_prob=0.5
     )
@@ -290,9 +292,9 @@ def test_transforms_are_a_function_of_the_seed_alone() -> None:
     for maker in (transform, jitter):
         outcomes = []
         for _ in range(2):
-            random.random(), np.random.rand(), torch.rand(3)  # whatever happened before
+            random.random(), np.random.rand(), torch.rand(3)  # the global state before must not matter
             with seeded(7, 1, 5, 0) as rng:
-                outcomes.append(maker(image, rng).finish())
+                outcomes.append(clip_of(maker(image, rng)))
         assert torch.equal(*outcomes)
         with seeded(7, 1, 6, 0) as rng:
-            assert not torch.equal(maker(image, rng).finish(), outcomes[0])
+            assert not torch.equal(clip_of(maker(image, rng)), outcomes[0])

@@ -149,9 +149,9 @@ def read(case: dict[str, Any]) -> Any:
     if reader == "pyav":
         return colours(decode_frames(path, [0, 2, 5])[0])
     if reader == "torchcodec":
-        from maskfeat.data.video import torchcodec_decoder as decode_torchcodec
+        from maskfeat.data.video import torchcodec_decoder
 
-        return colours(decode_torchcodec.decode_frames(path, [0, 2, 5])[0])
+        return colours(torchcodec_decoder.decode_frames(path, [0, 2, 5])[0])
     assert reader == "run"
     from maskfeat.engine.run import main as run_net  # what tools/run_net.py calls
 

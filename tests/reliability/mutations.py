@@ -104,18 +104,18 @@ def mutated(sources: list[Path], seed: int, number: int) -> tuple[Path, bytes]:
 def readers(path: Path) -> dict[str, Any]:
     """What reads a file, by name; each gives an array."""
     from maskfeat.data.image_reader import READERS
-    from maskfeat.data.video import torchcodec_decoder as decode_torchcodec
+    from maskfeat.data.video import torchcodec_decoder
     from maskfeat.data.video.decoder import decode_frames
 
     if path.suffix.lower() in PICTURES:
         return {name: lambda path, read=read: np.asarray(read(path)) for name, read in READERS.items()}
     found = {"pyav": lambda path: decode_frames(path, lambda info: [0, info.frames // 2, info.frames - 1])[0]}
     try:
-        decode_torchcodec.load_decoder()
+        torchcodec_decoder.load_decoder()
     except ValueError:
         return found
     wanted = lambda info: [0, info.frames // 2, info.frames - 1]  # noqa: E731
-    return {**found, "torchcodec": lambda path: decode_torchcodec.decode_frames(path, wanted)[0]}
+    return {**found, "torchcodec": lambda path: torchcodec_decoder.decode_frames(path, wanted)[0]}
 
 
 def right(array: np.ndarray, is_picture: bool) -> bool:

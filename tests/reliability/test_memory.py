@@ -67,7 +67,7 @@ def test_each_kind_is_told_apart() -> None:
     for other in (
         RuntimeError("shape mismatch"), ValueError("out of memory"), OSError(2, "No such file"),
         RuntimeError("DataLoader worker (pid 41) is killed by signal: Segmentation fault. "),
-        RuntimeError("while /dev/shm/a.jpg was made ready: IndexError: 3"), ConnectionResetError(104, "reset by peer"),
+        RuntimeError("while loading /dev/shm/a.jpg: IndexError: 3"), ConnectionResetError(104, "reset by peer"),
     ):  # fmt: skip
         assert explain_oom(other, cfg) is None, other
 

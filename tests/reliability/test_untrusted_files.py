@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from maskfeat.data.video import torchcodec_decoder as decode_torchcodec
+from maskfeat.data.video import torchcodec_decoder
 from tests.data.media import write_video
 from tests.reliability import malice, malice_media
 from tests.reliability.guarded import MEMORY, SECONDS
@@ -56,7 +56,7 @@ def counter() -> Iterator[Counter]:
 
 def torchcodec_is_there() -> bool:
     try:
-        decode_torchcodec.load_decoder()
+        torchcodec_decoder.load_decoder()
     except ValueError:
         return False
     return True

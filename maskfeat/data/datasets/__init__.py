@@ -1,1 +1,1 @@
-"""Data sets: one file each."""
+"""Data sets, one file each."""

@@ -1,20 +1,21 @@
-"""ImageNet layout: one folder per class."""
+"""Image data sets in the layout of ImageNet: one folder per class."""
 
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from maskfeat.batch import BadSample, SampleKey
-from maskfeat.data.bad_samples import naming_sample
-from maskfeat.data.collate import DrawHidden, Sample, draw_mask, first_readable
-from maskfeat.data.device_transforms import Pixels
+from maskfeat.data.bad_samples import error_context, read_with_fallback
 from maskfeat.data.image_reader import READERS, SUFFIXES
-from maskfeat.data.rng import seeded
-from maskfeat.data.transforms import ImageTransform, Picture
+from maskfeat.data.rng import draw_mask, seeded
+from maskfeat.data.sample import Sample, unreadable_sample
+from maskfeat.data.transforms import ImageTransform, RGBImage
+from maskfeat.masking import MaskSampler
 
 logger = logging.getLogger(__name__)
 
@@ -23,25 +24,25 @@ ImageList = list[tuple[str, int]]
 
 
 def class_folders(root: str | os.PathLike[str]) -> list[str]:
-    """The class names of a split: its folders sorted by name; hidden ones, as some tools leave, are no classes."""
+    """Return the class names of a split: the names of its folders, sorted, without hidden folders."""
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def list_image_folder(
     root: str | os.PathLike[str], classes: Sequence[str] | None = None
 ) -> tuple[ImageList, list[str]]:
-    """Lists `root/<class>/<image>`.
+    """List the images of `root/<class>/<image>`.
 
     Args:
-        root: a split's folder, such as DATA.PATH_TO_DATA_DIR/train.
-        classes: the class names in the order of their numbers; None takes the folders of `root`, sorted by
-            name. A validation set that lacks some classes needs the training set's names here.
+        root: the folder of a split, such as DATA.PATH_TO_DATA_DIR/train.
+        classes: class names in the order of their indices; None = the folders of `root`, sorted by name. Pass the names
+            of the training set for a validation set that lacks some classes.
 
     Returns:
-        [(path, class number)] sorted by class and name, and the class names.
+        [(path, class index)] sorted by class and name, and the class names.
 
     Raises:
-        ValueError: no such folder, no image in it, or a folder that `classes` does not know.
+        ValueError: the folder does not exist, contains no image, or contains a class that is not in `classes`.
     """
     root = Path(root)
     layout = "DATA.PATH_TO_DATA_DIR must hold train/ and val/ with one folder a class: train/<class>/<image>.JPEG"
@@ -54,12 +55,12 @@ def list_image_folder(
         raise ValueError(
             f"{root} has {len(unknown)} class folders that the training set lacks ({', '.join(unknown[:5])}): {layout}"
         )
-    number = {name: place for place, name in enumerate(names)}
+    class_index = {name: index for index, name in enumerate(names)}
     samples: ImageList = []
     empty = []
     for folder in folders:
         files = sorted(entry.path for entry in os.scandir(root / folder) if entry.name.lower().endswith(SUFFIXES))
-        samples += [(path, number[folder]) for path in files]
+        samples += [(path, class_index[folder]) for path in files]
         if not files:
             empty.append(folder)
     if not samples:
@@ -70,17 +71,17 @@ def list_image_folder(
 
 
 class ImageFolder(Dataset[list[Sample]]):
-    """Images with their classes, augmented.
+    """Images with class labels. A SampleKey maps to `num_views` augmented views of one image.
 
     Args:
-        samples: [(path, class number)], see `list_image_folder`.
-        transform: an image and a generator into pixels that end as (3, crop, crop).
-        seed: of all draws.
-        draw_hidden: draws a mask for every view; None where the method hides nothing here.
-        replace_bad: True shows the next readable image in place of one that cannot be read (training);
-            False shows zeros.
-        num_views: how many augmentations of each image a key asks for (repeated augmentation).
-        backend: what decodes and resizes, a key of `READERS`.
+        samples: [(path, class index)], see `list_image_folder`.
+        transform: the augmentation, see `ImageTransform`.
+        seed: of all random draws.
+        draw_hidden: draws a mask for every view; None = no masks.
+        replace_bad: True replaces an image that cannot be read by the next readable one (training); False replaces it
+            by zeros.
+        num_views: number of augmented views per key (repeated augmentation).
+        backend: of decoding and resizing, a key of `READERS`.
     """
 
     def __init__(
@@ -88,13 +89,14 @@ class ImageFolder(Dataset[list[Sample]]):
         samples: Sequence[tuple[str, int]],
         transform: ImageTransform,
         seed: int,
-        draw_hidden: DrawHidden | None = None,
+        draw_hidden: MaskSampler | None = None,
         replace_bad: bool = True,
         num_views: int = 1,
         backend: str = "pil",
     ) -> None:
         self.read = READERS[backend]
         self.samples = list(samples)
+        self.labels = [label for _, label in self.samples]
         self.transform = transform
         self.seed = seed
         self.draw_hidden = draw_hidden
@@ -104,28 +106,24 @@ class ImageFolder(Dataset[list[Sample]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
-    def labels(self) -> list[int]:
-        """The class of every sample."""
-        return [label for _, label in self.samples]
-
     def path(self, index: int) -> str:
-        """The file of a sample."""
+        """Return the file of a sample."""
         return self.samples[index][0]
 
     def __getitem__(self, key: Any) -> list[Sample]:
-        """All views of the sample that `key` (a SampleKey) names: `num_views` of them, from view `key.view`
-        on."""
+        """Return `num_views` views of the sample of `key` (a SampleKey), from view `key.view` on."""
         key = SampleKey(*key)
-        image, index, bad = first_readable(self, lambda place: self.read(self.path(place)), key.index)
-        with naming_sample(self.path(index)):
+        image, index, bad = read_with_fallback(self, lambda index: self.read(self.path(index)), key.index)
+        with error_context(self.path(index)):
             return [self._view(image, key, key.view + i, index, bad) for i in range(self.num_views)]
 
-    def _view(self, image: Picture | None, key: SampleKey, view: int, index: int, bad: tuple[BadSample, ...]) -> Sample:
-        with seeded(self.seed, key.epoch, key.index, view) as rng:
-            clip = self._unreadable() if image is None else self.transform(image, rng)
+    def _view(
+        self, image: RGBImage | None, key: SampleKey, view: int, index: int, bad: tuple[BadSample, ...]
+    ) -> Sample:
+        if image is None:
+            sample = unreadable_sample((3, self.transform.crop, self.transform.crop))
+        else:
+            with seeded(self.seed, key.epoch, key.index, view) as rng:
+                sample = self.transform(image, rng)
         hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
-        return Sample(clip, self.samples[index][1], hidden, index, bad)
-
-    def _unreadable(self) -> Pixels:
-        return Pixels.unreadable((3, self.transform.crop, self.transform.crop))
+        return replace(sample, label=self.labels[index], hidden=hidden, index=index, bad=bad)

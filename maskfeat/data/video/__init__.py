@@ -1,1 +1,1 @@
-"""Video: decoding, presentation timestamps, temporal sampling."""
+"""Video decoding, presentation timestamps and temporal sampling."""

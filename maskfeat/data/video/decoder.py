@@ -1,18 +1,17 @@
-"""Video files into frames, with FFmpeg through PyAV.
+"""Video decoding with FFmpeg through PyAV.
 
-Frames are numbered from 0 in the order in which they are shown. A quick pass over the packets, which
-decodes nothing (about 1 % of the time that decoding takes), collects the time stamps of all frames. Thus
-frame counts that the container does not know, variable frame rates, streams that start late, edit lists and
-files that end early need no special case: a frame is found by its time stamp, and only frames whose data is
-there are counted. Then one seek to the key frame before the first frame wanted, decoding up to the last one,
-and conversion of those that are used. Of H.264 and HEVC, frames that are neither wanted nor referred to are not
-even decoded; where anything about that looks odd, the span is decoded again in full.
+Frames are numbered from 0 in presentation order. A pass over the packets, which decodes nothing and takes about 1 % of
+the time of decoding, collects the timestamps of all frames. Unknown frame counts, variable frame rates, streams that
+start late, edit lists and truncated files therefore need no special case: a frame is found by its timestamp, and only
+frames whose data is in the file are counted. The decoder then seeks to the key frame before the first requested frame,
+decodes up to the last one, and converts the requested ones to RGB. In H.264 and HEVC, frames that are neither requested
+nor used as references are not decoded; if that leads to any inconsistency, the range is decoded again in full.
 
-Damage: a packet that does not decode is skipped, and a frame that is missing for it is replaced by the one
-shown before it (or the first one after it). Only if no frame at all comes out is the sample unreadable.
+Damaged files: a packet that cannot be decoded is skipped, and its frame is replaced by the preceding one (or the first
+one that follows). A sample is unreadable only if no frame can be decoded.
 
-Files are opened from Python file objects, with FFmpeg's demuxers and decoders on allow-lists: a playlist or a
-stream that refers to other files or to the network opens nothing.
+Files are opened as Python file objects, with allow-lists of FFmpeg's demuxers and decoders, so that a playlist or
+stream that refers to other files or to the network cannot open them.
 """
 
 import contextlib
@@ -34,27 +33,27 @@ DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,flv"
 DECODERS = ("h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "libaom-av1", "mpeg4")
 MAX_SIDE = 8192
 MAX_PIXELS = 8192 * 4352
-"""Of one frame: 8K. Checked by the decoder as well, before it allocates."""
+"""Of one frame: 8K. The decoder checks it too, before it allocates memory."""
 MAX_BITS = MAX_PIXELS * 12
-"""Of one frame as it is coded: 8K in 4:2:0 of 8 bits. A stream may have a decoder keep 16 of them and more."""
+"""Of one coded frame: 8K in 4:2:0 with 8 bits. A stream may require the decoder to keep 16 frames and more."""
 MAX_BYTES = 1 << 30
-"""Of the frames that one call returns."""
+"""Of the frames returned by one call."""
 
 _ATTACHED_PICTURE = 0x0400
-_SKIPPING = ("h264", "hevc")
-"""Decoders that can leave out a frame to which no other refers, with no effect on the bits of the others."""
+_CAN_SKIP_FRAMES = ("h264", "hevc")
+"""Decoders that can skip a frame that is not a reference, without changing the other frames by a bit."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a video before it is decoded.
+    """Properties of a video that are known before decoding.
 
     Attributes:
         path: the file.
-        frames: how many frames it has, counted.
-        fps: frames a second, on average.
+        frames: number of frames, counted from the packets.
+        fps: average frame rate, in frames per second.
         width, height: of a coded frame in pixels, before rotation.
-        codec: the decoder's name.
+        codec: name of the decoder.
     """
 
     path: str
@@ -66,7 +65,7 @@ class VideoInfo:
 
 
 class Video:
-    """A video file that is open for one reading. Use as a context manager, see `open_video`."""
+    """An open video file, for decoding frames once. Use it as a context manager, see `open_video`."""
 
     def __init__(self, path: str | os.PathLike[str], threads: int = 1) -> None:
         self.path = os.fspath(path)
@@ -89,7 +88,7 @@ class Video:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Close the file."""
         if self._container is not None:
             self._container.close()
             self._container = None
@@ -98,28 +97,27 @@ class Video:
             self._file = None
 
     def frames(self, indices: Sequence[int]) -> np.ndarray:
-        """Decodes the frames with these numbers, in this order; repeats are fine, numbers out of range are
-        clamped.
+        """Decode frames by number, in the order given. Numbers may repeat; those out of range are clamped.
 
         Returns:
-            (T, H, W, 3) uint8 RGB, turned as the file says it is to be shown.
+            (T, H, W, 3) uint8 RGB, rotated and mirrored by the display matrix of the file.
 
         Raises:
-            UnreadableSample: nothing decodes, or the frames are too large.
+            UnreadableSample: no frame can be decoded, or the frames are too large.
         """
         if not len(indices):
-            raise ValueError(f"{self.path}: no frame was asked for")
+            raise ValueError(f"{self.path}: no frame was requested")
         numbers = np.clip(np.asarray(indices, dtype=np.int64), 0, self.info.frames - 1)
         wanted = sorted(set(numbers.tolist()))
         images = None
-        can_skip = self._threads == 1 and self._stream.codec_context.name in _SKIPPING
-        ways = (True, False) if can_skip else (False,)
-        for timestamp, skip in itertools.product(self._packets.entries(wanted[0]), ways):
+        can_skip = self._threads == 1 and self._stream.codec_context.name in _CAN_SKIP_FRAMES
+        skip_options = (True, False) if can_skip else (False,)
+        for timestamp, skip in itertools.product(self._packets.seek_timestamps(wanted[0]), skip_options):
             if self._seek(timestamp):
                 images = self._collect(wanted, from_start=False, skip=skip)
             if images is not None:
                 break
-        if images is None:  # no time stamps to go by, or every seek went astray: from the beginning, then
+        if images is None:  # no usable timestamps, or every seek ended too late: decode from the beginning
             self.close()
             self._open()
             images = self._collect(wanted, from_start=True)
@@ -129,17 +127,17 @@ class Video:
 
     @property
     def stream_index(self) -> int:
-        """The place of the video stream among all streams of the file."""
+        """Index of the video stream among all streams of the file."""
         return int(self._stream.index)
 
     @property
-    def is_alone(self) -> bool:
-        """Whether no stream but sound and timing is beside it: a reader without lists would decode others too."""
+    def is_only_visual_stream(self) -> bool:
+        """Whether all other streams are audio or data: a decoder without allow-lists would decode others too."""
         others = [s for s in self._container.streams if s.index != self._stream.index]
         return all(s.type in ("audio", "data") for s in others)
 
     def seconds(self, numbers: Sequence[int]) -> list[float] | None:
-        """When these frames are shown, as the container counts; None where time stamps do not tell frames apart."""
+        """Return the presentation times of frames in seconds; None if timestamps do not identify frames."""
         times = self._packets.times
         return None if times is None else [float(times[number] * self._stream.time_base) for number in numbers]
 
@@ -159,10 +157,10 @@ class Video:
             self.close()
             if isinstance(error, UnreadableSample):
                 raise
-            raise UnreadableSample(self.path, f"not a video that can be read ({_words(error)})") from error
+            raise UnreadableSample(self.path, f"not a video that can be read ({_describe_error(error)})") from error
 
     def _choose_stream(self) -> Any:
-        """The stream that a player would show: cover pictures do not count."""
+        """Return the stream that a player would show, which is not an attached cover image."""
         streams = self._container.streams
         videos = [s for s in streams.video if not int(s.disposition) & _ATTACHED_PICTURE]
         if not videos:
@@ -181,7 +179,7 @@ class Video:
         return stream
 
     def _check_size(self, coded: Any) -> None:
-        """Of a frame, or of the decoder's context before there is one."""
+        """Check the size of a frame, or of the codec context before any frame is decoded."""
         width, height = coded.width, coded.height
         bits = coded.format.padded_bits_per_pixel if coded.format is not None else 12
         if width > MAX_SIDE or height > MAX_SIDE or width * height > MAX_PIXELS or width * height * bits > MAX_BITS:
@@ -191,7 +189,7 @@ class Video:
         packets = PtsIndex()
         for packet in self._demux():
             packets.add(packet, self._stream.codec_context.name)
-        # AVI keeps no time of display: what FFmpeg makes up for it is wrong where frames are reordered.
+        # AVI stores no presentation times, and FFmpeg's guess is wrong if frames are reordered.
         reordered = bool(self._stream.codec_context.has_b_frames)
         packets.finish(trusted=not (reordered and self._container.format.name == "avi"))
         if not packets.count:
@@ -199,8 +197,7 @@ class Video:
         return packets
 
     def _demux(self) -> Iterator[Any]:
-        """Packets of the stream up to the end or to where the file is damaged, without the empty one that
-        flushes."""
+        """Yield the packets of the stream up to its end or to damage in the file, without the empty flush packet."""
         packets = self._container.demux(self._stream)
         while True:
             try:
@@ -222,12 +219,12 @@ class Video:
         )
 
     def _frame_rate(self) -> float:
-        """The container's average rate, unless the time stamps belie it."""
-        promised = float(self._stream.average_rate or self._stream.guessed_rate or 0)
+        """The container's average frame rate, unless the timestamps contradict it."""
+        declared = float(self._stream.average_rate or self._stream.guessed_rate or 0)
         measured = self._packets.rate(self._stream.time_base)
-        if measured and abs(promised - measured) > 0.05 * measured:
+        if measured and abs(declared - measured) > 0.05 * measured:
             return measured
-        return promised if promised > 0 else 30.0
+        return declared if declared > 0 else 30.0
 
     def _seek(self, timestamp: int) -> bool:
         try:
@@ -237,11 +234,11 @@ class Video:
         return True
 
     def _decode(self, only: Sequence[int] | None = None) -> Iterator[Any]:
-        """Frames in display order; packets that do not decode are skipped.
+        """Yield frames in presentation order, skipping packets that cannot be decoded.
 
         Args:
-            only: the numbers of frames, ascending: others before the last of them are left out where no frame refers
-                to them, and the first packet that does not decode is the end.
+            only: frame numbers, ascending. Other frames before the last of them are skipped if they are not references,
+                and decoding ends at the first packet that cannot be decoded. None = all frames.
         """
         context = self._stream.codec_context
         context.skip_frame = "DEFAULT"
@@ -262,10 +259,10 @@ class Video:
             return
 
     def _collect(self, wanted: list[int], from_start: bool, skip: bool = False) -> dict[int, np.ndarray] | None:
-        """The wanted frames by number; {} if nothing decodes; None if decoding began behind the first one.
+        """Return the wanted frames by number; {} if no frame can be decoded; None if decoding began after the first.
 
-        With `skip`, frames that are not needed are left out, and None also says that a wanted one did not come out
-        or is marked as damaged: what is shown in its stead then depends on frames that were left out.
+        With `skip`, frames that are not needed are skipped. None is then also returned if a wanted frame is missing or
+        marked as corrupt, because the frame to replace it with may have been skipped.
         """
         images: dict[int, np.ndarray] = {}
         pending = iter(wanted)
@@ -281,8 +278,7 @@ class Video:
             while target is not None and target <= number:
                 if skip and (target != number or frame.is_corrupt):
                     return None
-                # A frame that did not decode is replaced by the one before it, the first ones by the one
-                # after.
+                # A frame that could not be decoded is replaced by the one before, the first ones by the one after.
                 source = frame if previous is None or target == number else previous
                 images[target] = self._to_rgb(source, wanted, images)
                 target = next(pending, None)
@@ -302,11 +298,13 @@ class Video:
         if frame.width * frame.height * 3 * len(wanted) > MAX_BYTES:
             raise UnreadableSample(self.path, f"{len(wanted)} frames of {frame.width}x{frame.height} are too large")
         try:
-            # One thread: workers are the parallelism, and a converter with threads of its own, left over in a
-            # process that forks, would hang the child that clears it away.
+            # One thread: workers run in parallel already, and a converter with threads of its own in a process that
+            # forks would make the child hang when it is garbage-collected there.
             image = _upright(frame.to_ndarray(format="rgb24", threads=1), frame)
         except (av.FFmpegError, ValueError) as error:
-            raise UnreadableSample(self.path, f"a frame cannot be turned into RGB ({_words(error)})") from error
+            raise UnreadableSample(
+                self.path, f"a frame cannot be turned into RGB ({_describe_error(error)})"
+            ) from error
         first = next(iter(images.values()), image)
         if image.shape != first.shape:  # the size may change in the middle of a stream
             height, width = first.shape[:2]
@@ -315,16 +313,14 @@ class Video:
 
 
 def open_video(path: str | os.PathLike[str], threads: int = 1) -> Video:
-    """Opens a video file: `with open_video(path) as video: video.frames([0, 4, 8])`.
+    """Open a video file: `with open_video(path) as video: video.frames([0, 4, 8])`.
 
     Args:
         path: a local, regular file.
-        threads: for the decoder. The workers of a loader are the parallelism; more than one is for single
-            videos.
+        threads: of the decoder. Use one in data workers, which run in parallel already.
 
     Raises:
-        UnreadableSample: missing, empty, not a video, no video stream, a codec that is not allowed, too
-        large.
+        UnreadableSample: missing, empty, not a video, no video stream, a codec that is not allowed, or too large.
     """
     return Video(path, threads)
 
@@ -334,18 +330,18 @@ def decode_frames(
     wanted: Callable[[VideoInfo], Sequence[int]] | Sequence[int],
     threads: int = 1,
 ) -> tuple[np.ndarray, VideoInfo]:
-    """Decodes some frames of a video.
+    """Decode some frames of a video.
 
     Args:
         path: a local, regular file.
-        wanted: the frames' numbers, or what computes them once the length and frame rate are known.
-        threads: for the decoder.
+        wanted: frame numbers, or a function that computes them from the properties of the video.
+        threads: of the decoder.
 
     Returns:
-        (T, H, W, 3) uint8 RGB, upright, and what is known of the video.
+        (T, H, W, 3) uint8 RGB, upright, and the properties of the video.
 
     Raises:
-        UnreadableSample: with the cause, whenever no frame can be had.
+        UnreadableSample: the file cannot be opened or no frame can be decoded, with the cause.
     """
     with open_video(path, threads) as video:
         indices = wanted(video.info) if callable(wanted) else wanted
@@ -353,10 +349,9 @@ def decode_frames(
 
 
 def _upright(image: np.ndarray, frame: Any) -> np.ndarray:
-    """Turns and mirrors (H, W, 3) as the frame's display matrix says, in quarter turns.
+    """Rotate by multiples of 90 degrees and mirror (H, W, 3) by the frame's display matrix.
 
-    The matrix [a b u; c d v; x y w] maps a coded point (x, y) to (a x + c y, b x + d y), in 16.16 fixed
-    point.
+    The matrix [a b u; c d v; x y w] maps a coded point (x, y) to (a x + c y, b x + d y), in 16.16 fixed point.
     """
     matrix = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
     if matrix is None or matrix.buffer_size < 36:
@@ -374,6 +369,6 @@ def _refuse_other_files(url: str, flags: int, options: dict[str, str]) -> Binary
     raise PermissionError(f"a video may not open another file or address ({url})")
 
 
-def _words(error: Exception) -> str:
-    """FFmpeg's or Python's description of an error, without numbers and file names."""
+def _describe_error(error: Exception) -> str:
+    """Return FFmpeg's or Python's description of an error, without error numbers and file names."""
     return str(getattr(error, "strerror", None) or error) or type(error).__name__

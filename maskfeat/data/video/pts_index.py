@@ -1,4 +1,4 @@
-"""The time stamps of a video stream, from its packets, without decoding."""
+"""Presentation timestamps (PTS) of a video stream, read from its packets without decoding."""
 
 from bisect import bisect_right
 from fractions import Fraction
@@ -6,21 +6,20 @@ from typing import Any
 
 
 class PtsIndex:
-    """The time stamps of a stream: which frames there are, when each is shown, and where decoding can
-    begin."""
+    """Index of the presentation timestamps of a stream: its frames, their times, and where decoding can start."""
 
     def __init__(self) -> None:
         self.count = 0
         self._times: list[int] | None = []
-        self._keys: list[tuple[int, int]] = []
+        self._key_frames: list[tuple[int, int]] = []
 
     def add(self, packet: Any, codec: str) -> None:
-        """Takes note of one packet, in file order."""
+        """Add one packet, in file order."""
         pts, dts = packet.pts, packet.dts
         if packet.is_keyframe and pts is not None:
-            self._keys.append((pts, pts if dts is None else min(pts, dts)))
+            self._key_frames.append((pts, pts if dts is None else min(pts, dts)))
         if packet.is_discard or (codec in ("vp8", "libvpx") and not bytes(packet)[0] & 0x10):
-            return  # cut away by an edit list, or a reference picture of VP8 that is never shown
+            return  # removed by an edit list, or a reference frame of VP8 that is not displayed
         self.count += 1
         if pts is None:
             self._times = None
@@ -28,9 +27,15 @@ class PtsIndex:
             self._times.append(pts)
 
     def finish(self, trusted: bool) -> None:
-        """After the last packet. Time stamps that are not trusted, not there or not distinct are of no use:
-        then frames are counted from the beginning."""
-        self._keys.sort()
+        """Complete the index after the last packet.
+
+        Timestamps that are missing, not distinct or not trusted are discarded; frames are then identified by counting
+        from the beginning.
+
+        Args:
+            trusted: whether the container stores presentation times.
+        """
+        self._key_frames.sort()
         if self._times is not None:
             self._times.sort()
             distinct = all(a < b for a, b in zip(self._times, self._times[1:], strict=False))
@@ -39,27 +44,27 @@ class PtsIndex:
 
     @property
     def times(self) -> list[int] | None:
-        """When each frame is shown, ascending, in units of the stream; None where time stamps are of no use."""
+        """Timestamps of the frames, ascending, in the time base of the stream; None if they were discarded."""
         return self._times
 
     def number(self, pts: int | None) -> int | None:
-        """The number of the frame that is on screen at `pts`; None where only counting helps."""
+        """Return the number of the frame displayed at `pts`; None if frames have to be counted."""
         if self._times is None or pts is None:
             return None
         return max(bisect_right(self._times, pts) - 1, 0)
 
-    def entries(self, number: int) -> list[int]:
-        """Time stamps to seek to in order to decode frame `number`, the best first."""
+    def seek_timestamps(self, number: int) -> list[int]:
+        """Return the timestamps to seek to in order to decode frame `number`, the best first."""
         if self._times is None:
             return []
-        place = bisect_right(self._keys, (self._times[number], 1 << 62)) - 1
-        if place < 0:
+        position = bisect_right(self._key_frames, (self._times[number], 1 << 62)) - 1
+        if position < 0:
             return []
-        # Some demuxers seek by the time of display, some by the time of decoding.
-        return list(dict.fromkeys(self._keys[place]))
+        # Some demuxers seek by presentation time (PTS), some by decoding time (DTS).
+        return list(dict.fromkeys(self._key_frames[position]))
 
     def rate(self, time_base: Fraction) -> float:
-        """Frames a second by the time stamps; 0 where they do not tell."""
+        """Return the frame rate in frames per second according to the timestamps; 0 if they do not determine it."""
         if self._times is None or len(self._times) < 2:
             return 0.0
         return float((len(self._times) - 1) / ((self._times[-1] - self._times[0]) * time_base))

@@ -1,16 +1,16 @@
-"""Video files into frames, with FFmpeg through torchcodec: the same frames as `decode` gives.
+"""Video decoding with FFmpeg through torchcodec; returns the same frames as `decoder`.
 
-torchcodec is an optional package (`pip install '.[torchcodec]'`) and takes the FFmpeg libraries of the system. Every
-file is opened and scanned by `decode` first, so that its allow-lists, sizes and frame numbers hold, and goes to
-torchcodec only where
+torchcodec is an optional package (`pip install '.[torchcodec]'`) and uses the FFmpeg libraries of the system. Every
+file is first opened and scanned by `decoder`, so that its allow-lists, size limits and frame numbers apply. torchcodec
+then decodes it only if
 
-- it is an MP4 or Matroska file by its first bytes, so that no other FFmpeg can take it for a playlist;
-- it holds no other pictures, subtitles or attachments, for which torchcodec has no list of decoders;
-- its time stamps are distinct, and torchcodec counts the same frames;
-- every frame comes out with the time stamp of its number.
+- its first bytes are those of MP4 or Matroska, so that another version of FFmpeg cannot take it for a playlist;
+- it contains no other images, subtitles or attachments, because torchcodec has no allow-list of decoders;
+- its timestamps are distinct, and torchcodec counts the same number of frames;
+- every decoded frame has the timestamp that belongs to its number.
 
-Anything else (damaged files, cut ones, other containers) is decoded by `decode`. One limit is weaker: a stream that
-grows in its middle is not held to the largest size.
+All others (damaged or truncated files, other containers) are decoded by `decoder`. One check is weaker: the size limit
+does not apply to a stream whose frames become larger in its middle.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from maskfeat.data.bad_samples import open_regular_file
 from maskfeat.data.video.decoder import MAX_BYTES, Video, VideoInfo, open_video
 
 _TOLERANCE = 1e-4
-"""Seconds that a time stamp may lose on its way through float64."""
+"""Largest difference of timestamps in seconds, for rounding to float64."""
 
 
 def load_decoder() -> Any:
-    """torchcodec's VideoDecoder.
+    """Import and return torchcodec's VideoDecoder.
 
     Raises:
-        ValueError: torchcodec is not installed, or finds no FFmpeg libraries.
+        ValueError: torchcodec is not installed, or does not find the FFmpeg libraries.
     """
     try:
         from torchcodec.decoders import VideoDecoder
@@ -49,27 +49,27 @@ def decode_frames(
     wanted: Callable[[VideoInfo], Sequence[int]] | Sequence[int],
     threads: int = 1,
 ) -> tuple[np.ndarray, VideoInfo]:
-    """Decodes some frames of a video; arguments, results and errors are those of `decode.decode_frames`."""
+    """Decode some frames of a video. Arguments, results and errors are those of `decoder.decode_frames`."""
     with open_video(path, threads) as video:
         indices = wanted(video.info) if callable(wanted) else wanted
-        frames = _by_torchcodec(video, indices, threads)
+        frames = _decode_with_torchcodec(video, indices, threads)
         return video.frames(indices) if frames is None else frames, video.info
 
 
-def _by_torchcodec(video: Video, indices: Sequence[int], threads: int) -> np.ndarray | None:
-    """(T, H, W, 3) uint8 RGB; None where torchcodec is not to be asked or does not give the frames that are meant."""
+def _decode_with_torchcodec(video: Video, indices: Sequence[int], threads: int) -> np.ndarray | None:
+    """Return (T, H, W, 3) uint8 RGB; None if torchcodec must not be used or does not return the right frames."""
     info = video.info
     numbers = np.clip(np.asarray(indices, dtype=np.int64), 0, info.frames - 1)
-    distinct, places = np.unique(numbers, return_inverse=True)
+    distinct, positions = np.unique(numbers, return_inverse=True)
     times = video.seconds(distinct.tolist())
     if (
         times is None
-        or not video.is_alone
-        or not _is_plain(video.path)
+        or not video.is_only_visual_stream
+        or not _is_mp4_or_matroska(video.path)
         or info.width * info.height * 3 * len(distinct) > MAX_BYTES
     ):
         return None
-    # RuntimeError and ValueError: what torchcodec raises on damage; what is to be shown then, PyAV's side knows.
+    # torchcodec raises RuntimeError and ValueError for damaged files, which are then decoded with PyAV.
     with open_regular_file(video.path) as file, contextlib.suppress(RuntimeError, ValueError, IndexError):
         decoder = load_decoder()(
             file,
@@ -83,11 +83,11 @@ def _by_torchcodec(video: Video, indices: Sequence[int], threads: int) -> np.nda
         batch = decoder.get_frames_at(distinct.tolist())
         if np.abs(batch.pts_seconds.numpy() - times).max() > _TOLERANCE:
             return None
-        return batch.data.numpy()[places]
+        return batch.data.numpy()[positions]
     return None
 
 
-def _is_plain(path: str) -> bool:
+def _is_mp4_or_matroska(path: str) -> bool:
     """Whether the first bytes are those of MP4 or Matroska."""
     with open_regular_file(path) as file:
         start = file.read(8)

@@ -1,4 +1,4 @@
-"""Reading images as real data sets contain them, and the folder data set."""
+"""Reading images of the kinds found in real data sets, and the folder data set."""
 
 import io
 import logging
@@ -15,15 +15,16 @@ from PIL import Image
 from maskfeat.batch import SampleKey
 from maskfeat.data.bad_samples import UnreadableSample
 from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder
-from maskfeat.data.device_transforms import Pixels
 from maskfeat.data.image_reader import MAX_PIXELS, read_image, read_tensor
+from maskfeat.data.sample import Sample
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
+from tests.data.samples import clip_of
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 def colours(height: int = 40, width: int = 60) -> np.ndarray:
-    """A smooth picture whose four corners differ."""
+    """A smooth image whose four corners differ."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([255 * x / width, 255 * y / height, np.full_like(x, 90.0)], -1).astype(np.uint8)
 
@@ -33,7 +34,7 @@ def close(image: Image.Image, expected: np.ndarray, tolerance: float = 4) -> boo
     return np.abs(np.asarray(image).astype(float) - expected).mean() < tolerance
 
 
-def test_jpeg_png_and_webp_are_told_by_content(tmp_path: Path) -> None:
+def test_jpeg_png_and_webp_are_recognised_by_content(tmp_path: Path) -> None:
     for kind in ("JPEG", "PNG", "WEBP"):
         path = tmp_path / f"{kind}_named.JPEG"
         Image.fromarray(colours()).save(path, kind)
@@ -65,7 +66,7 @@ def test_modes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
     upright = colours()
-    # What a camera stores so that turning it as the tag says gives the upright picture.
+    # What a camera stores so that rotating it by the tag gives the upright image.
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -83,7 +84,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_broken_exif_does_not_spoil_the_picture(tmp_path: Path) -> None:
+def test_image_with_broken_exif_is_read(tmp_path: Path) -> None:
     file = io.BytesIO()
     Image.fromarray(colours()).save(file, "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\0" * 20)
     (tmp_path / "a.jpg").write_bytes(file.getvalue())
@@ -109,9 +110,9 @@ def test_causes(tmp_path: Path) -> None:
     Image.fromarray(colours()).save(gif, "GIF")
     cases = {
         "empty.jpg": (b"", "the file is empty"),
-        "text.jpg": (b"no picture " * 30, "not a JPEG, PNG, WEBP picture"),
-        "gif.jpg": (gif.getvalue(), "not a JPEG, PNG, WEBP picture"),
-        "header.jpg": (jpeg[:200], "damaged picture|not a JPEG"),
+        "text.jpg": (b"not an image " * 30, "not a JPEG, PNG, WEBP image"),
+        "gif.jpg": (gif.getvalue(), "not a JPEG, PNG, WEBP image"),
+        "header.jpg": (jpeg[:200], "damaged image|not a JPEG"),
         "truncated.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "huge.png": (bomb(60_000), "more than 80 million"),
         "large.png": (bomb(9_500), "more than 80 million"),
@@ -136,8 +137,8 @@ def test_mutated_files_never_raise_anything_else(tmp_path: Path) -> None:
     outcomes = set()
     for turn in range(300):
         data = bytearray(originals[turn % 3])
-        for place in rng.integers(0, len(data), rng.integers(1, 12)):
-            data[place] = rng.integers(256)
+        for position in rng.integers(0, len(data), rng.integers(1, 12)):
+            data[position] = rng.integers(256)
         (tmp_path / "a.jpg").write_bytes(data[: rng.integers(1, len(data) + 1)] if turn % 2 else data)
         try:
             outcomes.add(read_image(tmp_path / "a.jpg").mode)
@@ -160,8 +161,8 @@ def test_shared_damaged_images(shared: Path) -> None:
     for name, size in sizes.items():
         image = read_image(folder / name)
         assert (image.mode, image.size) == ("RGB", size), name
-        assert ImageEvalTransform(64, MEAN, STD)(image).finish().shape == (3, 64, 64)
-    # Five copies of one photograph: its colours must come out alike.
+        assert clip_of(ImageEvalTransform(64, MEAN, STD)(image)).shape == (3, 64, 64)
+    # Five copies of one photograph must have the same colours.
     means = [np.asarray(read_image(folder / n)).mean((0, 1)) for n in sizes if n not in ("gray.JPEG", "one_pixel.JPEG")]
     assert np.ptp(np.stack(means), axis=0).max() < 3
     for name in ("empty.JPEG", "header_only.JPEG", "text.JPEG", "truncated.JPEG", "bomb_60000x60000.png"):
@@ -170,7 +171,7 @@ def test_shared_damaged_images(shared: Path) -> None:
 
 
 def both(path: Path) -> np.ndarray | str:
-    """What both readers read, or the cause that both give; fails where they differ by a bit."""
+    """The pixels that both readers read, or the cause that both give; fails if they differ by a bit."""
     try:
         read = np.asarray(read_image(path))
     except UnreadableSample as error:
@@ -183,7 +184,7 @@ def both(path: Path) -> np.ndarray | str:
     return read
 
 
-def test_torchvisions_decoder_shows_the_same_bits(tmp_path: Path) -> None:
+def test_torchvision_decoder_reads_the_same_bits(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(24):
         size = tuple(rng.integers(1, 90, 2))
@@ -203,8 +204,8 @@ def test_torchvisions_decoder_shows_the_same_bits(tmp_path: Path) -> None:
         both(tmp_path / "a.jpg")
 
 
-def test_torchvisions_decoder_on_mutated_files(tmp_path: Path) -> None:
-    """What one reader refuses the other refuses, and what is shown of damaged files is the same."""
+def test_torchvision_decoder_on_mutated_files(tmp_path: Path) -> None:
+    """Both readers reject the same files, and read the same pixels of damaged ones."""
     rng = np.random.default_rng(1)
     originals = []
     for number, mode in enumerate(("RGB", "RGB", "L", "CMYK")):
@@ -214,14 +215,14 @@ def test_torchvisions_decoder_on_mutated_files(tmp_path: Path) -> None:
     outcomes = set()
     for turn in range(400):
         data = bytearray(originals[turn % 4])
-        for place in rng.integers(0, len(data), rng.integers(1, 12)):
-            data[place] = rng.integers(256)
+        for position in rng.integers(0, len(data), rng.integers(1, 12)):
+            data[position] = rng.integers(256)
         (tmp_path / "a.jpg").write_bytes(data[: rng.integers(1, len(data) + 1)] if turn % 3 else data)
         outcomes.add(isinstance(both(tmp_path / "a.jpg"), str))
     assert outcomes == {True, False}
 
 
-def test_torchvisions_decoder_on_shared_images(shared: Path) -> None:
+def test_torchvision_decoder_on_shared_images(shared: Path) -> None:
     for path in sorted((shared / "data" / "imagenet_samples").rglob("*.JPEG")):
         assert isinstance(both(path), np.ndarray), path
     for path in sorted((shared / "data" / "damaged" / "images").iterdir()):
@@ -229,18 +230,18 @@ def test_torchvisions_decoder_on_shared_images(shared: Path) -> None:
 
 
 def make_folder(root: Path, classes: dict[str, int]) -> Path:
-    for number, (name, count) in enumerate(classes.items()):
+    for label, (name, count) in enumerate(classes.items()):
         (root / name).mkdir(parents=True)
-        for place in range(count):
-            image = np.roll(colours(), 7 * place, axis=1).copy()
-            image[..., 2] = 40 * number
-            Image.fromarray(image).save(root / name / f"{place}.JPEG")
+        for number in range(count):
+            image = np.roll(colours(), 7 * number, axis=1).copy()
+            image[..., 2] = 40 * label
+            Image.fromarray(image).save(root / name / f"{number}.JPEG")
     return root
 
 
 def test_listing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train = make_folder(tmp_path / "train", {"b": 2, "a": 1, "d": 1, "c": 0})
-    (train / "a" / "notes.txt").write_text("not a picture")
+    (train / "a" / "notes.txt").write_text("not an image")
     (train / "readme.txt").write_text("not a class")
     with caplog.at_level(logging.WARNING):
         samples, classes = list_image_folder(train)
@@ -272,20 +273,20 @@ def test_samples(tmp_path: Path) -> None:
     dataset = ImageFolder(samples, transform, seed=1, draw_hidden=draw, num_views=2)
     first, second = dataset[SampleKey(0, 4, 0)]
     assert (first.label, first.index, first.bad) == (1, 4, ())
-    assert first.clip.finish().shape == (3, 32, 32) and first.clip.data.dtype == torch.uint8
+    assert clip_of(first).shape == (3, 32, 32) and first.pixels.dtype == torch.uint8
     assert first.hidden is not None and first.hidden.shape == (4, 4) and first.hidden.dtype == torch.bool
-    assert not torch.equal(first.clip.finish(), second.clip.finish()) and not torch.equal(first.hidden, second.hidden)
+    assert not torch.equal(clip_of(first), clip_of(second)) and not torch.equal(first.hidden, second.hidden)
     again = dataset[SampleKey(0, 4, 0)]
-    assert torch.equal(again[1].clip.finish(), second.clip.finish()) and torch.equal(again[1].hidden, second.hidden)
-    assert not torch.equal(dataset[SampleKey(1, 4, 0)][0].clip.finish(), first.clip.finish())
+    assert torch.equal(clip_of(again[1]), clip_of(second)) and torch.equal(again[1].hidden, second.hidden)
+    assert not torch.equal(clip_of(dataset[SampleKey(1, 4, 0)][0]), clip_of(first))
     other_seed = ImageFolder(samples, transform, seed=2, draw_hidden=draw)
-    assert not torch.equal(other_seed[SampleKey(0, 4, 0)][0].clip.finish(), first.clip.finish())
+    assert not torch.equal(clip_of(other_seed[SampleKey(0, 4, 0)][0]), clip_of(first))
     # The mask does not depend on the augmentation.
     plainer = ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=1, draw_hidden=draw)
     assert torch.equal(plainer[SampleKey(0, 4, 0)][0].hidden, first.hidden)
 
 
-def test_bad_samples_are_replaced_by_the_next_and_disturb_no_other(tmp_path: Path) -> None:
+def test_bad_samples_are_replaced_by_the_next_and_others_do_not_change(tmp_path: Path) -> None:
     samples, _ = list_image_folder(make_folder(tmp_path, {"a": 3, "b": 3}))
     transform = ImageTrainTransform(32, (0.3, 1.0), (3 / 4, 4 / 3), MEAN, STD)
     dataset = ImageFolder(samples, transform, seed=1)
@@ -294,14 +295,14 @@ def test_bad_samples_are_replaced_by_the_next_and_disturb_no_other(tmp_path: Pat
     Path(samples[2][0]).unlink()
     after = [dataset[SampleKey(0, index)][0] for index in range(6)]
     for index in (0, 3, 4, 5):
-        assert torch.equal(before[index].clip.finish(), after[index].clip.finish()) and after[index].bad == ()
+        assert torch.equal(clip_of(before[index]), clip_of(after[index])) and after[index].bad == ()
     assert [sample.index for sample in after] == [0, 3, 3, 3, 4, 5]
     assert [sample.label for sample in after] == [0, 1, 1, 1, 1, 1]
     assert [(bad.index, bad.cause) for bad in after[1].bad] == [(1, "the file is empty"), (2, "no such file")]
     assert after[1].bad[0].path == samples[1][0]
-    # The place of sample 1 keeps the draws of sample 1.
-    assert not torch.equal(after[1].clip.finish(), after[3].clip.finish())
-    assert torch.equal(after[1].clip.finish(), dataset[SampleKey(0, 1)][0].clip.finish())
+    # The replacement of sample 1 uses the random numbers of sample 1.
+    assert not torch.equal(clip_of(after[1]), clip_of(after[3]))
+    assert torch.equal(clip_of(after[1]), clip_of(dataset[SampleKey(0, 1)][0]))
 
 
 def test_the_last_sample_is_replaced_by_the_first(tmp_path: Path) -> None:
@@ -310,40 +311,40 @@ def test_the_last_sample_is_replaced_by_the_first(tmp_path: Path) -> None:
     assert ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=0)[SampleKey(0, 2)][0].index == 0
 
 
-def test_when_nothing_can_be_read(tmp_path: Path) -> None:
+def test_error_if_no_sample_can_be_read(tmp_path: Path) -> None:
     samples = [(str(tmp_path / f"{i}.jpg"), 0) for i in range(3)]
     with pytest.raises(UnreadableSample, match="1.jpg.*no such file; nor can any of the 2 samples after it"):
         ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=0)[SampleKey(0, 1)]
 
 
-def test_testing_shows_zeros_and_keeps_the_label(tmp_path: Path) -> None:
+def test_an_unreadable_image_in_testing_is_zeros_with_its_label(tmp_path: Path) -> None:
     samples, _ = list_image_folder(make_folder(tmp_path, {"a": 2, "b": 2}))
     Path(samples[2][0]).write_bytes(b"?")
     dataset = ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=0, replace_bad=False)
     (sample,) = dataset[SampleKey(0, 2)]
     assert (sample.label, sample.index, len(sample.bad)) == (1, 2, 1)
-    assert sample.clip.finish().shape == (3, 32, 32) and not sample.clip.finish().any()
+    assert clip_of(sample).shape == (3, 32, 32) and not clip_of(sample).any()
 
 
 def test_other_errors_name_the_file(tmp_path: Path) -> None:
     samples, _ = list_image_folder(make_folder(tmp_path, {"a": 1}))
 
     class Broken(ImageEvalTransform):
-        def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Pixels:
+        def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Sample:
             raise IndexError("a bug")
 
     with pytest.raises(RuntimeError, match="0.JPEG.*IndexError: a bug"):
         ImageFolder(samples, Broken(32, MEAN, STD), seed=0)[SampleKey(0, 0)]
 
 
-def test_without_a_decoder_in_torchvision_pillow_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pillow_reads_if_torchvision_has_no_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(colours()).save(tmp_path / "a.jpg")
     monkeypatch.delattr(torchvision.io, "decode_jpeg")
     both(tmp_path / "a.jpg")
 
 
 def test_the_torchvision_backend_differs_by_little(shared: Path) -> None:
-    """Mean absolute difference in grey levels, 0 to 255, from what Pillow makes of the same draws."""
+    """Mean absolute difference in grey levels, 0 to 255, from Pillow with the same random numbers."""
     listed, _ = list_image_folder(shared / "data" / "imagenet_samples" / "train")
     for transform, bound in (
         (ImageTrainTransform(224, (0.5, 1.0), (3 / 4, 4 / 3), MEAN, STD), 0.05),
@@ -355,8 +356,8 @@ def test_the_torchvision_backend_differs_by_little(shared: Path) -> None:
         differences = []
         for index in range(0, len(listed), 4):
             (plain,), (fast,) = pil[SampleKey(0, index)], torchvision[SampleKey(0, index)]
-            assert fast.clip.plan == plain.clip.plan
-            differences.append((fast.clip.data.float() - plain.clip.data.float()).abs().mean())
+            assert fast.transform == plain.transform
+            differences.append((fast.pixels.float() - plain.pixels.float()).abs().mean())
         assert torch.stack(differences).mean() <= bound, (torch.stack(differences).mean(), max(differences))
 
 
@@ -367,9 +368,9 @@ def test_the_torchvision_backend_augments(tmp_path: Path, augment: dict) -> None
     listed, _ = list_image_folder(make_folder(tmp_path, {"a": 3}))
     transform = ImageTrainTransform(32, (1.0, 1.0), (1.0, 1.0), MEAN, STD, **augment)
     views = [ImageFolder(listed, transform, 1, backend=name)[SampleKey(0, 1)][0] for name in ("pil", "torchvision")]
-    first, second = (view.clip.finish() for view in views)
+    first, second = (clip_of(view) for view in views)
     assert (first - second).abs().mean() < 0.03 and first.std() > 0.1
 
 
-def test_limit_lies_below_pillows() -> None:
+def test_size_limit_is_below_pillows() -> None:
     assert Image.MAX_IMAGE_PIXELS is not None and MAX_PIXELS < Image.MAX_IMAGE_PIXELS

@@ -1,4 +1,4 @@
-"""Lists of videos and the clips made of them."""
+"""Lists of videos, and clips sampled from them."""
 
 from pathlib import Path
 
@@ -9,18 +9,20 @@ import torch
 from maskfeat.batch import SampleKey
 from maskfeat.data.datasets import kinetics
 from maskfeat.data.datasets.kinetics import VideoClips, read_video_list
-from maskfeat.data.device_transforms import Pixels, Plan
+from maskfeat.data.device_transforms import DeferredTransform
 from maskfeat.data.loader import Loader
+from maskfeat.data.sample import Sample
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform
 from maskfeat.data.video.temporal_sampling import clip_span, frame_indices
 from tests.data.media import read_numbers, write_video
+from tests.data.samples import clip_of
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 class Raw:
-    """Keeps the frames as they are, so that their numbers stay legible."""
+    """Records the frames it is given, so that tests can read their numbers."""
 
     crop = 8
 
@@ -28,11 +30,11 @@ class Raw:
         self.seen: list[np.ndarray] = []
         self.positions: list[int] = []
 
-    def __call__(self, frames: np.ndarray, rng: np.random.Generator, position: int = 1) -> Pixels:
+    def __call__(self, frames: np.ndarray, rng: np.random.Generator, position: int = 1) -> Sample:
         self.seen.append(frames)
         self.positions.append(position)
         grey = torch.from_numpy(rng.integers(0, 256, (len(frames), 8, 8, 3), dtype=np.uint8))
-        return Pixels(grey, Plan((3, len(frames), 8, 8), MEAN, STD))
+        return Sample(grey, DeferredTransform((3, len(frames), 8, 8), MEAN, STD))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_missing_and_empty_lists(tmp_path: Path) -> None:
         read_video_list(tmp_path / "train.csv")
 
 
-def test_training_draws_a_span_that_all_views_share(videos: list[tuple[str, int]]) -> None:
+def test_training_draws_one_clip_that_all_views_share(videos: list[tuple[str, int]]) -> None:
     raw = Raw()
     dataset = VideoClips(videos, raw, 4, 4, 30, seed=0, num_views=2)
     starts = []
@@ -92,7 +94,7 @@ def test_training_draws_a_span_that_all_views_share(videos: list[tuple[str, int]
         views = dataset[SampleKey(epoch, 0)]
         assert len(views) == 2 and [v.label for v in views] == [0, 0]
         assert raw.seen[-1] is raw.seen[-2]  # decoded once
-        assert not torch.equal(views[0].clip.finish(), views[1].clip.finish())  # augmented twice
+        assert not torch.equal(clip_of(views[0]), clip_of(views[1]))  # augmented twice
         numbers = read_numbers(raw.seen[-1])
         starts.append(numbers[0])
         assert numbers == frame_indices(numbers[0], numbers[0] + 15, 4, 100) or np.diff(numbers).tolist() in (
@@ -109,7 +111,7 @@ def test_training_draws_a_span_that_all_views_share(videos: list[tuple[str, int]
     assert read_numbers(again.transform.seen[0])[0] == starts[39]  # whatever the number of views
 
 
-def test_target_rate_is_scaled_by_the_videos_own(videos: list[tuple[str, int]], tmp_path: Path) -> None:
+def test_target_fps_is_scaled_by_the_frame_rate_of_the_video(videos: list[tuple[str, int]], tmp_path: Path) -> None:
     raw = Raw()
     dataset = VideoClips(videos, raw, 4, 4, target_fps=15, seed=0, mode="test")
     dataset[SampleKey(0, 0, 0)]
@@ -120,7 +122,7 @@ def test_target_rate_is_scaled_by_the_videos_own(videos: list[tuple[str, int]], 
 
 
 @pytest.mark.parametrize("use_offset", [False, True])
-def test_testing_lays_clips_and_crops(
+def test_clips_and_crops_of_testing(
     videos: list[tuple[str, int]], use_offset: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = []
@@ -146,12 +148,12 @@ def test_testing_lays_clips_and_crops(
         assert read_numbers(raw.seen[-1]) == frame_indices(start, end, 4, 100)
         assert raw.positions[-1] == view % 3
         assert (sample.index, sample.label) == (0, 0)
-    assert len(decoded) == 5  # once a clip, not once a crop
+    assert len(decoded) == 5  # once per clip, not per crop
     dataset[SampleKey(0, 1, 14)]
     assert read_numbers(raw.seen[-1])[0] == int(clip_span(60, 16, 4, 5, use_offset)[0])
 
 
-def test_validation_shows_the_centre(videos: list[tuple[str, int]]) -> None:
+def test_validation_takes_the_centre_clip(videos: list[tuple[str, int]]) -> None:
     raw = Raw()
     (sample,) = VideoClips(videos, raw, 4, 4, 30, seed=0, mode="val")[SampleKey(3, 0)]
     assert read_numbers(raw.seen[0]) == [42, 47, 52, 57]
@@ -168,18 +170,16 @@ def test_with_real_transforms(videos: list[tuple[str, int]]) -> None:
     train = ClipTrainTransform(32, (0.5, 1.0), (3 / 4, 4 / 3), MEAN, STD)
     draw = lambda rng: rng.random((2, 4, 4)) < 0.4  # noqa: E731
     (sample,) = VideoClips(videos, train, 4, 4, 30, seed=0, draw_hidden=draw)[SampleKey(0, 1)]
-    assert (
-        sample.clip.finish().shape == (3, 4, 32, 32) and sample.hidden is not None and sample.hidden.shape == (2, 4, 4)
-    )
+    assert clip_of(sample).shape == (3, 4, 32, 32) and sample.hidden is not None and sample.hidden.shape == (2, 4, 4)
     test = ClipTestTransform(32, 36, 3, MEAN, STD)
     dataset = VideoClips(videos, test, 4, 4, 30, seed=0, mode="test", num_clips=2, num_crops=3)
-    clips = [dataset[SampleKey(0, 0, view)][0].clip.finish() for view in range(6)]
+    clips = [clip_of(dataset[SampleKey(0, 0, view)][0]) for view in range(6)]
     assert len({clip.numpy().tobytes() for clip in clips}) == 6
-    assert torch.equal(dataset[SampleKey(0, 0, 2)][0].clip.finish(), clips[2])
+    assert torch.equal(clip_of(dataset[SampleKey(0, 0, 2)][0]), clips[2])
 
 
-def test_workers_change_nothing_in_clips(videos: list[tuple[str, int]], tmp_path: Path) -> None:
-    """Clips of crops of many sizes, an unreadable one among them."""
+def test_clips_do_not_depend_on_the_number_of_workers(videos: list[tuple[str, int]], tmp_path: Path) -> None:
+    """Crops of many sizes, and an unreadable video."""
     (tmp_path / "text.mp4").write_text("not a video " * 50)
     listed = [*videos, (str(tmp_path / "text.mp4"), 7)]
     train = ClipTrainTransform(32, (0.3, 1.0), (3 / 4, 4 / 3), MEAN, STD, erase_prob=0.5)
@@ -202,7 +202,7 @@ def test_bad_videos(videos: list[tuple[str, int]], tmp_path: Path) -> None:
     assert [(s.index, s.label, s.bad[0].index) for s in replaced] == [(2, 1, 1)] * 2
     tested = VideoClips(listed, Raw(), 4, 4, 30, seed=0, mode="test", replace_bad=False)[SampleKey(0, 1)]
     assert (tested[0].index, tested[0].label, tested[0].bad[0].path) == (1, 7, str(tmp_path / "text.mp4"))
-    zeros = tested[0].clip.finish()
+    zeros = clip_of(tested[0])
     assert zeros.shape == (3, 4, 8, 8) and not zeros.any()
 
 
@@ -215,4 +215,4 @@ def test_shared_videos(shared: Path) -> None:
         if "juggle" in path:
             continue  # 720p: slow
         (sample,) = dataset[SampleKey(0, index)]
-        assert sample.bad == () and sample.label == label and sample.clip.finish().std() > 0.05, path
+        assert sample.bad == () and sample.label == label and clip_of(sample).std() > 0.05, path

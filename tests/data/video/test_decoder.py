@@ -1,4 +1,4 @@
-"""Decoding: the right frames of every kind of file, and a cause for every file that has none."""
+"""Decoding: the right frames of every kind of file, and a cause for every file that cannot be decoded."""
 
 import os
 from fractions import Fraction
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maskfeat.data.bad_samples import UnreadableSample
-from maskfeat.data.video import decoder as decode
+from maskfeat.data.video import decoder
 from maskfeat.data.video.decoder import decode_frames, open_video
 from tests.data.media import HEIGHT, WIDTH, paint, read_numbers, write_video
 
@@ -57,7 +57,7 @@ def make(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gives_the_frames_asked_for(tmp_path: Path, kind: str) -> None:
+def test_every_kind_gives_the_requested_frames(tmp_path: Path, kind: str) -> None:
     path = make(tmp_path, kind)
     with open_video(path) as video:
         assert video.info.frames == 40
@@ -84,7 +84,7 @@ def test_wanted_may_depend_on_the_video(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])
-def test_rotation_is_honoured(tmp_path: Path, rotation: int) -> None:
+def test_frames_are_rotated(tmp_path: Path, rotation: int) -> None:
     plain = decode_frames(write_video(tmp_path / "plain.mp4", frames=5), [0, 4])[0]
     turned = decode_frames(write_video(tmp_path / "turned.mp4", frames=5, rotation=rotation), [0, 4])[0]
     expected = np.rot90(plain, rotation // 90, axes=(1, 2))
@@ -117,7 +117,7 @@ def test_variable_frame_rate_goes_by_presentation_order(tmp_path: Path, suffix: 
 
 
 def test_file_without_the_first_frames(tmp_path: Path) -> None:
-    """A cut in the middle of a group: an edit list in mp4 tells players to leave out what precedes it."""
+    """A cut in the middle of a group of pictures: an edit list in mp4 makes players skip what precedes it."""
     whole = write_video(tmp_path / "whole.mp4", options={"g": "12", "bf": "0"})
     with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -137,29 +137,29 @@ def test_file_without_the_first_frames(tmp_path: Path) -> None:
         assert numbers == [shown[place] for place in places]
 
 
-def test_sound_is_left_alone(tmp_path: Path) -> None:
+def test_video_with_sound(tmp_path: Path) -> None:
     path = write_video(tmp_path / "sound.mp4", audio=True)
     assert read_numbers(decode_frames(path, [3, 30])[0]) == [3, 30]
 
 
-def test_only_the_span_is_decoded_and_each_frame_converted_once(
+def test_only_the_range_is_decoded_and_each_frame_converted_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_video(tmp_path / "long.mp4", frames=120, options={"g": "10", "bf": "0"})
     decoded, converted = [], []
-    plain_decode, plain_convert = decode.Video._decode, decode.Video._to_rgb
+    plain_decode, plain_convert = decoder.Video._decode, decoder.Video._to_rgb
 
-    def counting_decode(self: decode.Video, *args: object):  # type: ignore[no-untyped-def]
+    def counting_decode(self: decoder.Video, *args: object):  # type: ignore[no-untyped-def]
         for frame in plain_decode(self, *args):  # type: ignore[arg-type]
             decoded.append(frame.pts)
             yield frame
 
-    def counting_convert(self: decode.Video, *args: object) -> np.ndarray:
+    def counting_convert(self: decoder.Video, *args: object) -> np.ndarray:
         converted.append(args)
         return plain_convert(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(decode.Video, "_decode", counting_decode)
-    monkeypatch.setattr(decode.Video, "_to_rgb", counting_convert)
+    monkeypatch.setattr(decoder.Video, "_decode", counting_decode)
+    monkeypatch.setattr(decoder.Video, "_to_rgb", counting_convert)
     assert read_numbers(decode_frames(path, [101, 101, 105, 109, 109])[0]) == [101, 101, 105, 109, 109]
     assert len(decoded) <= 12
     assert len(converted) == 3
@@ -169,26 +169,24 @@ SKIPPED = ["h264_b_frames", "h264_one_gop", "h264_open_gop", "h264_mkv", "h264_t
 
 
 def in_full(path: Path, wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """The same frames where nothing is left out."""
+    """The same frames decoded without skipping any."""
     with monkeypatch.context() as context:
-        context.setattr(decode, "_SKIPPING", ())
+        context.setattr(decoder, "_CAN_SKIP_FRAMES", ())
         return decode_frames(path, wanted)[0]
 
 
 @pytest.mark.parametrize("kind", SKIPPED)
-def test_frames_that_are_left_out_change_no_bit_of_the_others(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skipping_frames_does_not_change_the_others(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(tmp_path, kind)
     decoded = []
-    plain_decode = decode.Video._decode
+    plain_decode = decoder.Video._decode
 
-    def counting_decode(self: decode.Video, *args: object):  # type: ignore[no-untyped-def]
+    def counting_decode(self: decoder.Video, *args: object):  # type: ignore[no-untyped-def]
         for frame in plain_decode(self, *args):  # type: ignore[arg-type]
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(decode.Video, "_decode", counting_decode)
+    monkeypatch.setattr(decoder.Video, "_decode", counting_decode)
     counts = {True: 0, False: 0}
     for step in (1, 3, 4, 7):
         for first in (0, 5, 14, 39):
@@ -204,8 +202,8 @@ def test_frames_that_are_left_out_change_no_bit_of_the_others(
     assert counts[True] < 0.9 * counts[False]
 
 
-def test_of_damaged_files_nothing_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes the place of a frame that does not decode is what it would be if all had been decoded."""
+def test_no_frames_are_skipped_in_damaged_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame that cannot be decoded has the same replacement as if all frames had been decoded."""
     whole = make(tmp_path, "h264_b_frames").read_bytes()
     with av.open(str(tmp_path / "h264_b_frames.mp4")) as container:
         packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
@@ -220,23 +218,23 @@ def test_of_damaged_files_nothing_is_left_out(tmp_path: Path, monkeypatch: pytes
         assert np.array_equal(decode_frames(path, wanted)[0], in_full(path, wanted, monkeypatch)), wanted
 
 
-def test_a_seek_that_goes_astray_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovery_from_a_seek_that_ends_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(tmp_path, "h264_b_frames")
-    plain_seek = decode.Video._seek
+    plain_seek = decoder.Video._seek
     calls = []
 
-    def late_seek(self: decode.Video, timestamp: int) -> bool:
+    def late_seek(self: decoder.Video, timestamp: int) -> bool:
         calls.append(timestamp)
         return plain_seek(self, timestamp + 12 * 512)  # one group too far
 
-    monkeypatch.setattr(decode.Video, "_seek", late_seek)
+    monkeypatch.setattr(decoder.Video, "_seek", late_seek)
     assert read_numbers(decode_frames(path, [14, 20])[0]) == [14, 20]
-    monkeypatch.setattr(decode.Video, "_seek", lambda self, timestamp: False)
+    monkeypatch.setattr(decoder.Video, "_seek", lambda self, timestamp: False)
     assert read_numbers(decode_frames(path, [14, 20])[0]) == [14, 20]
     assert calls
 
 
-def test_truncated_matroska_gives_what_is_there(tmp_path: Path) -> None:
+def test_truncated_matroska_gives_the_frames_in_the_file(tmp_path: Path) -> None:
     path = make(tmp_path, "h264_mkv")
     whole = path.read_bytes()
     cut = tmp_path / "cut.mkv"
@@ -253,7 +251,7 @@ def test_frames_that_do_not_decode_are_replaced_by_those_before(tmp_path: Path) 
     data = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
         packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
-    for position, size in packets[10:20]:  # of the second group of pictures nothing is left
+    for position, size in packets[10:20]:  # all of the second group of pictures is damaged
         data[position : position + size] = (size - 4).to_bytes(4, "big") + bytes(size - 4)
     path.write_bytes(data)
     with open_video(path) as video:
@@ -274,7 +272,7 @@ def test_truncated_mp4_with_its_index_in_front(tmp_path: Path, share: float, rea
             decode_frames(path, [0])
         return
     with open_video(path) as video:
-        assert 8 < video.info.frames < 38  # what is there, not what is promised
+        assert 8 < video.info.frames < 38  # the frames in the file, not the number in its header
         assert read_numbers(video.frames([0, 5, video.info.frames - 2])) == [0, 5, video.info.frames - 2]
 
 
@@ -314,7 +312,7 @@ def test_causes(tmp_path: Path) -> None:
         assert str(tmp_path / name) not in caught.value.cause
 
 
-def test_refused_codec(tmp_path: Path) -> None:
+def test_codec_that_is_not_allowed(tmp_path: Path) -> None:
     path = write_video(tmp_path / "old.mkv", codec="mpeg2video")
     with pytest.raises(UnreadableSample, match="mpeg2video"):
         open_video(path)
@@ -331,7 +329,7 @@ def test_refused_codec(tmp_path: Path) -> None:
 def test_playlists_open_nothing(tmp_path: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = write_video(tmp_path / "secret.mp4", frames=3)
     opened = []
-    monkeypatch.setattr(decode, "_refuse_other_files", lambda *args: opened.append(args))
+    monkeypatch.setattr(decoder, "_refuse_other_files", lambda *args: opened.append(args))
     for target in (name, name.rsplit(".", 1)[0] + ".mp4"):
         (tmp_path / target).write_text(text.format(url=secret))
         with pytest.raises(UnreadableSample):
@@ -344,9 +342,9 @@ def test_a_url_is_a_file_that_does_not_exist() -> None:
         decode_frames("http://127.0.0.1:9/video.mp4", [0])
 
 
-def test_large_frames_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_frames_are_rejected_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(tmp_path, "mpeg4")
-    monkeypatch.setattr(decode, "MAX_SIDE", 100)
+    monkeypatch.setattr(decoder, "MAX_SIDE", 100)
     with pytest.raises(UnreadableSample, match="128x64 are too large"):
         decode_frames(path, [0])
 
@@ -381,10 +379,10 @@ def test_shared_damaged_videos(shared: Path) -> None:
 
 
 def test_shared_videos_against_a_plain_decoder(shared: Path) -> None:
-    """Random access equals decoding from the start; turning is left to the rotation tests."""
+    """Random access equals decoding from the start."""
     for path in sorted((shared / "data" / "kinetics_samples" / "videos").iterdir()):
         if path.stem in ("juggle", "test_h264", "nasa"):
-            continue  # long to decode, and nothing of their own to show
+            continue  # slow to decode, and no special case
         with open_video(path) as video:
             count = video.info.frames
             places = sorted({0, 1, count // 2, count - 2, count - 1})

@@ -1,4 +1,4 @@
-"""Which frames make a clip."""
+"""Temporal sampling: which frames of a video form a clip."""
 
 import gzip
 import json
@@ -31,13 +31,13 @@ def test_published_cases_in_full(shared: Path) -> None:
     check(json.loads((shared / "goldens" / "temporal_sampling.json").read_text()))
 
 
-def test_clip_length_follows_the_videos_own_rate() -> None:
+def test_clip_length_scales_with_the_frame_rate_of_the_video() -> None:
     assert clip_length(16, 4, 30, 30) == 64
     assert clip_length(16, 4, 30, 15) == 32
     assert clip_length(16, 4, 30, 30000 / 1001) == pytest.approx(63.936, abs=1e-3)
 
 
-def test_random_start_is_uniform_over_the_room() -> None:
+def test_random_start_is_uniform() -> None:
     rng = np.random.default_rng(0)
     starts = np.array([clip_span(300, 64, -1, 1, rng=rng)[0] for _ in range(4000)])
     assert starts.min() >= 0 and starts.max() <= 236
@@ -46,6 +46,6 @@ def test_random_start_is_uniform_over_the_room() -> None:
     assert clip_span(10, 64, -1, 1, rng=rng) == (0.0, 63.0)
 
 
-def test_clips_of_one_use_the_centre_with_offset_only() -> None:
+def test_a_single_clip_is_central_with_offset_only() -> None:
     assert clip_span(100, 16, 0, 1, use_offset=True)[0] == 42
     assert clip_span(100, 16, 0, 1, use_offset=False)[0] == 0
