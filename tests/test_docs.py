@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from maskfeat.config import get_defaults, load_config
-from maskfeat.config.merge import full_keys, is_inert
+from maskfeat.config.schema import full_keys, is_inert
 from maskfeat.demos.evidence.suites import SUITES
 from maskfeat.engine.run import parse_args
 from tests.documents import DOCUMENTS, REPO, fenced_blocks, read, recorded_commands

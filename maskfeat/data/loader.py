@@ -16,10 +16,20 @@ from maskfeat.distributed.processes import leave_signals_to_parent, signals_bloc
 
 
 class LabelledSamples(Protocol):
-    """A data set: a SampleKey into the views of one sample."""
+    """A data set: a SampleKey into the views of one sample.
+
+    Attributes:
+        views: how many views of each sample are shown in turn, 1 but in testing.
+        labels: the class of every sample.
+    """
+
+    @property
+    def views(self) -> int: ...
 
     @property
     def labels(self) -> list[int]: ...
+
+    def __len__(self) -> int: ...
 
     def __getitem__(self, key: Any, /) -> list[Sample]: ...
 
