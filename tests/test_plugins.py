@@ -207,7 +207,7 @@ def test_modules_that_are_no_plugins(module: Write, name: str, text: str | None,
         module(name, text)
     before = dict(registry._specs)
     for _ in range(2):  # the second time as the first
-        with pytest.raises(ValueError, match=f"PLUGINS: the module {name} .*{words}") as caught:
+        with pytest.raises(ValueError, match=f"command line: PLUGINS: the module {name} .*{words}") as caught:
             load_config(None, ["PLUGINS", f"[{name}]"])
         assert "\n" not in str(caught.value) and registry._specs == before
 

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 from maskfeat.config.coerce import coerce
 from maskfeat.config.defaults import KINDS
 from maskfeat.config.merge import merge_entries, override_entries
-from maskfeat.config.schema import get_defaults, schema
+from maskfeat.config.schema import Schema, get_defaults, schema
 from maskfeat.config.validate import validate
 from maskfeat.config.yaml_io import Entry, read_chain
 
@@ -41,7 +41,7 @@ def load_config(
     """
     layers = [] if path is None else read_chain(Path(path))
     overrides = override_entries(opts)
-    allowed = schema(_plugins([*layers, overrides]))
+    allowed = _schema([*layers, overrides])
     cfg = allowed.defaults
     inert: dict[str, None] = {}
     for entries in layers:
@@ -56,12 +56,17 @@ def load_config(
     return cfg
 
 
-def _plugins(layers: Sequence[Mapping[str, Entry]]) -> list[str]:
-    """Return the modules that PLUGINS names in the last of these layers that has it."""
+def _schema(layers: Sequence[Mapping[str, Entry]]) -> Schema:
+    """Return the keys that may be given, with those of PLUGINS in the last of these layers that has it."""
     given = [entries["PLUGINS"] for entries in layers if "PLUGINS" in entries]
-    names = coerce("PLUGINS", given[-1], KINDS["PLUGINS"], []) if given else []
+    if not given:
+        return schema()
+    names = coerce("PLUGINS", given[-1], KINDS["PLUGINS"], [])
     assert isinstance(names, list)
-    return names
+    try:
+        return schema(names)
+    except ValueError as error:
+        raise ValueError(f"{given[-1].where}: {error}") from error
 
 
 def dump_config(cfg: CfgNode) -> str:
