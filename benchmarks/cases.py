@@ -18,6 +18,7 @@ from maskfeat.config.yaml_io import CONFIG_ROOT
 from maskfeat.data.rng import draw_mask
 from maskfeat.demos.scenes import MOTIONS, SHAPES
 from maskfeat.demos.synthetic import make_clips, make_images
+from maskfeat.registry import dataset_spec
 
 CONFIGS = CONFIG_ROOT
 VIT_B = "masked_ssl/in1k_VIT_B_MaskFeat_PT.yaml"
@@ -96,7 +97,7 @@ def clip_data(options: Options, files: int) -> list[str]:
 
 def data_for(cfg: CfgNode, options: Options, images: int, clips: int) -> list[str]:
     """One of the two, as the recipe has it."""
-    if cfg.TRAIN.DATASET.lower() == "imagenet":
+    if dataset_spec(cfg, "TRAIN").media == "image":
         return image_data(options, images)
     return clip_data(options, clips)
 
@@ -104,7 +105,7 @@ def data_for(cfg: CfgNode, options: Options, images: int, clips: int) -> list[st
 def clip_shape(cfg: CfgNode) -> tuple[int, ...]:
     """(3, [T,] H, W) of what goes into the model."""
     side = cfg.DATA.TRAIN_CROP_SIZE
-    frames = () if cfg.TRAIN.DATASET.lower() == "imagenet" else (cfg.DATA.NUM_FRAMES,)
+    frames = () if dataset_spec(cfg, "TRAIN").media == "image" else (cfg.DATA.NUM_FRAMES,)
     return (3, *frames, side, side)
 
 

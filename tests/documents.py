@@ -37,9 +37,9 @@ def fenced_blocks(text: str, language: str = "bash") -> list[tuple[str, str]]:
     return [(mark, body) for mark, body, found in blocks if found == language]
 
 
-def marked_block(text: str, mark: str) -> str:
-    """The text of the one block with this mark."""
-    (body,) = [body for found, body in fenced_blocks(text) if found == mark]
+def marked_block(text: str, mark: str, language: str = "bash") -> str:
+    """The text of the one block in a language that has this mark."""
+    (body,) = [body for found, body in fenced_blocks(text, language) if found == mark]
     return body
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from maskfeat.config.defaults import get_defaults
-from maskfeat.config.merge import full_keys, merge_entries, override_entries
-from maskfeat.config.ranges import lookup
+from maskfeat.config.coerce import coerce
+from maskfeat.config.defaults import KINDS
+from maskfeat.config.merge import merge_entries, override_entries
+from maskfeat.config.schema import Schema, get_defaults, schema
 from maskfeat.config.validate import validate
 from maskfeat.config.yaml_io import Entry, read_chain
 
@@ -38,20 +39,34 @@ def load_config(
         ValueError: a file, key or value that cannot be used, or values that do not go together. The message
             says what was given, what was expected, and which key mends it.
     """
-    cfg = get_defaults()
-    known = {key: lookup(cfg, key) for key in full_keys(cfg)}
     layers = [] if path is None else read_chain(Path(path))
+    overrides = override_entries(opts)
+    allowed = _schema([*layers, overrides])
+    cfg = allowed.defaults
     inert: dict[str, None] = {}
     for entries in layers:
-        inert.update(dict.fromkeys(merge_entries(cfg, entries, known)))
+        inert.update(dict.fromkeys(merge_entries(cfg, entries, allowed)))
     counted = {key: Entry(value, None, "launch") for key, value in (started or {}).items() if cfg[key]}
-    for entries in (counted, override_entries(opts)):
-        inert.update(dict.fromkeys(merge_entries(cfg, entries, known)))
+    for entries in (counted, overrides):
+        inert.update(dict.fromkeys(merge_entries(cfg, entries, allowed)))
     if inert:
         logger.warning("Keys of other models, accepted and without effect here: %s", ", ".join(inert))
     validate(cfg)
     cfg.freeze()
     return cfg
+
+
+def _schema(layers: Sequence[Mapping[str, Entry]]) -> Schema:
+    """Return the keys that may be given, with those of PLUGINS in the last of these layers that has it."""
+    given = [entries["PLUGINS"] for entries in layers if "PLUGINS" in entries]
+    if not given:
+        return schema()
+    names = coerce("PLUGINS", given[-1], KINDS["PLUGINS"], [])
+    assert isinstance(names, list)
+    try:
+        return schema(names)
+    except ValueError as error:
+        raise ValueError(f"{given[-1].where}: {error}") from error
 
 
 def dump_config(cfg: CfgNode) -> str:

@@ -4,7 +4,6 @@ import math
 from ast import literal_eval
 from collections.abc import Callable, Mapping
 
-from maskfeat.config.defaults import KINDS
 from maskfeat.config.yaml_io import Entry
 
 _MAX_LITERAL = 20_000
@@ -24,22 +23,31 @@ class _Mismatch(Exception):
     """A value that is not of the kind asked for; `coerce` turns it into a message."""
 
 
-def kind_of(key: str, default: object) -> str:
-    """The kind of an effective key, e.g. "float", "list[int]", "list[int] or None"."""
-    return KINDS.get(key, type(default).__name__)
+def is_kind(kind: str) -> bool:
+    """Return whether values can be read as this kind."""
+    kind = kind.removesuffix(" or None")
+    while kind.startswith("list[") and kind.endswith("]"):
+        kind = kind.removeprefix("list[").removesuffix("]")
+    return kind in _SCALARS
 
 
-def coerce(key: str, entry: Entry, default: object) -> object:
+def coerce(key: str, entry: Entry, kind: str, default: object) -> object:
     """The entry's value in the type of its key.
 
     Text that is a Python literal is decoded ("(3, 7, 7)", "None", "1e-8"), a whole number may stand for a
     float, and lists and tuples for one another. A float is never cut to an int, and a number never taken for
     True or False. A key that holds text keeps the characters that were written, be they a number or a date.
 
+    Args:
+        key: its full name.
+        entry: the value as it was given.
+        kind: such as "float", "list[int]", "list[int] or None".
+        default: of the key; where it is a tuple, so is the result.
+
     Raises:
         ValueError: the value is not of that type; names the key, the value and what was expected.
     """
-    kind = kind_of(key, default)
+    of_key = kind
     try:
         if kind == "str":
             return _text(entry)
@@ -50,9 +58,7 @@ def coerce(key: str, entry: Entry, default: object) -> object:
             kind = kind.removesuffix(" or None")
         result = _convert(value, kind)
     except _Mismatch as error:
-        raise ValueError(
-            f"{entry.where}: {key} must be {_describe(kind_of(key, default))}; given {entry.value!r}{error}"
-        ) from None
+        raise ValueError(f"{entry.where}: {key} must be {_describe(of_key)}; given {entry.value!r}{error}") from None
     return tuple(result) if isinstance(default, tuple) and isinstance(result, list) else result
 
 

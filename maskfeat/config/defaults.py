@@ -1,4 +1,8 @@
-"""Every key of the config with its default: one flat list of sections, read from top to bottom.
+"""The keys of the config that belong to no single objective, backbone or data set, with their defaults.
+
+One flat list of sections, read from top to bottom. The other keys stand beside what they configure, in the function
+that its spec names as `keys` (see `maskfeat.registry`): MVIT in models/mvit_config.py, RESNET in models/resnet.py,
+MASK in objectives/maskfeat.py, MFM in objectives/mfm.py, MIXUP in objectives/classification.py.
 
 Names and defaults are PySlowFast's, so that YAML files written for it mean the same here. Three of its
 defaults name models that this project does not have (MODEL.ARCH, MODEL.MODEL_NAME, DATA.INPUT_CHANNEL_NUM):
@@ -9,25 +13,21 @@ stands in `KINDS`.
 from yacs.config import CfgNode
 
 
-def get_defaults() -> CfgNode:
-    """A fresh config that holds every effective key at its default, not frozen."""
+def shared_defaults() -> CfgNode:
+    """Return a fresh config that holds the keys of this file, not frozen."""
     cfg = CfgNode()
     _run(cfg)
     _train(cfg)
     _test(cfg)
     _data(cfg)
     _aug(cfg)
-    _mixup(cfg)
     _model(cfg)
-    _mvit(cfg)
-    _resnet(cfg)
-    _mask(cfg)
-    _mfm(cfg)
     _solver(cfg)
     return cfg
 
 
 def _run(cfg: CfgNode) -> None:
+    cfg.PLUGINS = []  # ours: modules, by dotted name, that register further objectives, backbones and data sets
     cfg.TASK = ""  # a name for the run, put before checkpoint names: [TASK_]checkpoint_epoch_00010.pyth
     cfg.OUTPUT_DIR = "."  # folder for checkpoints, logs and the saved config
     cfg.RNG_SEED = 1  # seed of every random draw
@@ -55,7 +55,7 @@ def _run(cfg: CfgNode) -> None:
 def _train(cfg: CfgNode) -> None:
     cfg.TRAIN = CfgNode()
     cfg.TRAIN.ENABLE = True  # train (or not: test only)
-    cfg.TRAIN.DATASET = "kinetics"  # "imagenet" | "kinetics"
+    cfg.TRAIN.DATASET = "kinetics"  # "imagenet" | "kinetics", or one of PLUGINS
     cfg.TRAIN.BATCH_SIZE = 64  # samples per optimisation step and machine, split over its GPUs
     cfg.TRAIN.MICRO_BATCH_SIZE = 0  # ours: samples per process and forward pass; 0 = all at once
     cfg.TRAIN.MIXED_PRECISION = False  # False ("off") | True ("fp16") | "bf16" | "fp16"
@@ -82,7 +82,7 @@ def _train(cfg: CfgNode) -> None:
 def _test(cfg: CfgNode) -> None:
     cfg.TEST = CfgNode()
     cfg.TEST.ENABLE = True  # test after training, or alone
-    cfg.TEST.DATASET = "kinetics"  # "imagenet" | "kinetics"
+    cfg.TEST.DATASET = "kinetics"  # "imagenet" | "kinetics", or one of PLUGINS
     cfg.TEST.BATCH_SIZE = 8  # views per step and machine, split over its GPUs
     cfg.TEST.CHECKPOINT_FILE_PATH = ""  # weights to test; "" = the newest in OUTPUT_DIR
     cfg.TEST.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"
@@ -139,21 +139,12 @@ def _aug(cfg: CfgNode) -> None:
     cfg.AUG.MAX_MASK_PATCHES_PER_BLOCK = None  # image masks: patches per block at most; None = no limit
 
 
-def _mixup(cfg: CfgNode) -> None:
-    cfg.MIXUP = CfgNode()
-    cfg.MIXUP.ENABLE = False  # mixup, cutmix and label smoothing
-    cfg.MIXUP.ALPHA = 0.8  # Beta parameter of mixup; 0 = no mixup
-    cfg.MIXUP.CUTMIX_ALPHA = 1.0  # Beta parameter of cutmix; 0 = no cutmix
-    cfg.MIXUP.PROB = 1.0  # probability of either, 0 .. 1
-    cfg.MIXUP.SWITCH_PROB = 0.5  # probability of cutmix where both are on, 0 .. 1
-    cfg.MIXUP.LABEL_SMOOTH_VALUE = 0.1  # 0 .. 1
-    cfg.MIXUP.LABEL_SMOOTH_OTHERS = False  # ours: spread it over the other classes alone, not over all
-
-
 def _model(cfg: CfgNode) -> None:
     cfg.MODEL = CfgNode()
-    cfg.MODEL.ARCH = "mvit"  # "mvit", "maskmvit": ViT or MViTv2, as MVIT says | "resnet": see RESNET
-    # "MViT", "ResNet" classify; "MaskMViT" is pre-trained by masked feature prediction, "MFM" by masked frequencies
+    # "mvit", "maskmvit": ViT or MViTv2, as MVIT says | "resnet": see RESNET | one of PLUGINS
+    cfg.MODEL.ARCH = "mvit"
+    # "MViT", "ResNet" and, on any backbone, "Classification" classify; "MaskMViT" is pre-trained by masked feature
+    # prediction, "MFM" by masked frequencies
     cfg.MODEL.MODEL_NAME = "MViT"
     cfg.MODEL.NUM_CLASSES = 400
     # "cross_entropy" | "soft_cross_entropy" | "bce_logit"; in pre-training "multi_mse" (MaskMViT), "frequency" (MFM)
@@ -163,79 +154,6 @@ def _model(cfg: CfgNode) -> None:
     # Compute activations again in the backward pass: True = whole blocks (least memory, a third more time) | "light" =
     # ours: only what costs next to nothing | False
     cfg.MODEL.ACT_CHECKPOINT = False
-
-
-def _mvit(cfg: CfgNode) -> None:
-    """ViT and MViTv2; without effect for MODEL.ARCH resnet."""
-    cfg.MVIT = CfgNode()
-    cfg.MVIT.MODE = "conv"  # how queries, keys and values are pooled: only "conv"
-    cfg.MVIT.POOL_FIRST = False  # only False
-    cfg.MVIT.CLS_EMBED_ON = True  # a class token
-    cfg.MVIT.PATCH_2D = False  # True: images, and two numbers in each PATCH_* key; False: clips, and three
-    cfg.MVIT.PATCH_KERNEL = [3, 7, 7]  # frames, pixels, pixels
-    cfg.MVIT.PATCH_STRIDE = [2, 4, 4]
-    cfg.MVIT.PATCH_PADDING = [2, 4, 4]
-    cfg.MVIT.EMBED_DIM = 96  # width of the first block
-    cfg.MVIT.NUM_HEADS = 1  # attention heads of the first block
-    cfg.MVIT.MLP_RATIO = 4.0  # hidden width of an MLP over the width of its block
-    cfg.MVIT.QKV_BIAS = True
-    cfg.MVIT.DROPOUT_RATE = 0.0  # after attention and in MLPs, 0 .. 1
-    cfg.MVIT.DROPPATH_RATE = 0.1  # of the last block, 0 .. 1; grows linearly from 0
-    cfg.MVIT.LAYER_SCALE_INIT_VALUE = 0.0  # only 0.0: no layer scale
-    cfg.MVIT.DEPTH = 16  # blocks
-    cfg.MVIT.NORM = "layernorm"  # only "layernorm"
-    cfg.MVIT.NORM_STEM = False  # only False
-    cfg.MVIT.DIM_MUL = []  # [[block, factor], ...]: the width grows on the way into that block
-    cfg.MVIT.DIM_MUL_IN_ATT = False  # only False: the MLP of the block before widens
-    cfg.MVIT.HEAD_MUL = []  # [[block, factor], ...]: heads
-    cfg.MVIT.POOL_Q_STRIDE = []  # [[block, t, h, w], ...]: stride of the query pooling
-    cfg.MVIT.POOL_KV_STRIDE = []  # the same for keys and values; [] where the next key is given
-    cfg.MVIT.POOL_KV_STRIDE_ADAPTIVE = None  # [t, h, w], divided by each query stride as it happens
-    cfg.MVIT.POOL_KVQ_KERNEL = None  # [t, h, w]: pooling kernel; None = stride + 1 where there is a stride
-    cfg.MVIT.RESIDUAL_POOLING = False  # add the pooled query to the attention's output
-    cfg.MVIT.SEPARATE_QKV = False  # only False: one linear layer for q, k and v
-    cfg.MVIT.USE_ABS_POS = True  # absolute positions
-    cfg.MVIT.SEP_POS_EMBED = False  # absolute positions in space and in time apart
-    cfg.MVIT.REL_POS_SPATIAL = False  # relative positions in space
-    cfg.MVIT.REL_POS_TEMPORAL = False  # relative positions in time
-    cfg.MVIT.REL_POS_ZERO_INIT = False  # start relative positions at zero
-    cfg.MVIT.ZERO_DECAY_POS_CLS = True  # no weight decay on positions and the class token
-    cfg.MVIT.USE_MEAN_POOLING = False  # classify the mean of the tokens, not the class token
-    cfg.MVIT.HEAD_INIT_SCALE = 1.0  # factor on the classifier's first weights
-
-
-def _resnet(cfg: CfgNode) -> None:
-    cfg.RESNET = CfgNode()
-    cfg.RESNET.DEPTH = 50  # 18 | 34 | 50 | 101 | 152, torchvision's; 10 for trials on small machines
-
-
-def _mask(cfg: CfgNode) -> None:
-    cfg.MASK = CfgNode()
-    cfg.MASK.ENABLE = False  # masked pre-training
-    cfg.MASK.PRETRAIN_DEPTH = [15]  # the block whose output is predicted from: only [MVIT.DEPTH - 1]
-    cfg.MASK.HEAD_TYPE = "separate"  # only "separate": a linear head
-    cfg.MASK.PRED_HOG = False  # predict histograms of oriented gradients
-    cfg.MASK.HOG_BINS = 9  # ours: orientations
-    cfg.MASK.HOG_CELL = 8  # ours: side of a histogram's cell in pixels
-    cfg.MASK.HOG_GAUSSIAN_WINDOW = 0  # ours: side in pixels of a Gaussian weight on gradients; 0 = none
-    # ours, a control: in training each image is to predict the targets of another one of its (micro-)batch
-    cfg.MASK.SHUFFLE_TARGETS = False
-    cfg.MASK.MAE_ON = False  # only False
-    cfg.MASK.MAE_RND_MASK = False  # only False
-    cfg.MASK.PER_FRAME_MASKING = False  # only False
-
-
-def _mfm(cfg: CfgNode) -> None:
-    """All ours. The defaults are the ResNet-50 recipe's; the other published variant is in1k_R50_MFM_paper_PT."""
-    cfg.MFM = CfgNode()
-    cfg.MFM.RADIUS = 16.0  # of the disc of low frequencies around frequency 0, in frequencies
-    cfg.MFM.LOW_PASS_PROB = 0.5  # probability, 0 .. 1, that the disc stays and the rest is removed; or the reverse
-    cfg.MFM.FILTER_NORMALISED = True  # filter the normalised image; False: that in [0, 1], then clamp and normalise it
-    cfg.MFM.INVERSE = "modulus"  # what is taken of the inverse FFT: | "real"
-    cfg.MFM.TARGET_CHANNELS = 1  # spectrum of the grey image; 3 = of the three normalised channels
-    cfg.MFM.GAMMA = 1.0  # exponent of the distance of two frequencies
-    cfg.MFM.EPS = 1e-7  # below the square root of that distance
-    cfg.MFM.MEAN_PER_IMAGE = True  # average over each image's removed frequencies first; False: over all at once
 
 
 def _solver(cfg: CfgNode) -> None:
@@ -266,6 +184,7 @@ def _solver(cfg: CfgNode) -> None:
 
 # The type of keys whose default does not show it. The others have the type of their default.
 KINDS: dict[str, str] = {
+    "PLUGINS": "list[str]",
     "TRAIN.MIXED_PRECISION": "precision",
     "TRAIN.CHECKPOINT_INFLATE": "inflation",
     "MODEL.ACT_CHECKPOINT": "recomputation",
@@ -281,16 +200,6 @@ KINDS: dict[str, str] = {
     "AUG.COLOR_JITTER": "float or None",
     "AUG.MASK_WINDOW_SIZE": "list[int]",
     "AUG.MAX_MASK_PATCHES_PER_BLOCK": "int or None",
-    "MVIT.PATCH_KERNEL": "list[int]",
-    "MVIT.PATCH_STRIDE": "list[int]",
-    "MVIT.PATCH_PADDING": "list[int]",
-    "MVIT.DIM_MUL": "list[list[number]]",
-    "MVIT.HEAD_MUL": "list[list[number]]",
-    "MVIT.POOL_Q_STRIDE": "list[list[int]]",
-    "MVIT.POOL_KV_STRIDE": "list[list[int]]",
-    "MVIT.POOL_KV_STRIDE_ADAPTIVE": "list[int] or None",
-    "MVIT.POOL_KVQ_KERNEL": "list[int] or None",
-    "MASK.PRETRAIN_DEPTH": "list[int]",
     "SOLVER.STEPS": "list[number]",
     "SOLVER.LRS": "list[float]",
     "SOLVER.BETAS": "list[float]",

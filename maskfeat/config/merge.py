@@ -2,47 +2,33 @@
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 
 from yacs.config import CfgNode
 
 from maskfeat.config.coerce import coerce, plain
 from maskfeat.config.defaults import INERT_KEYS, INERT_SECTIONS
+from maskfeat.config.schema import Schema, is_inert
 from maskfeat.config.yaml_io import Entry
 
 
-def full_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    """The full names of all values in a config: "TRAIN.BATCH_SIZE", ..."""
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from full_keys(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
-
-
-def is_inert(key: str) -> bool:
-    """Whether a key belongs to PySlowFast's other models or tools: accepted, kept, without effect."""
-    in_section = any(key.startswith(f"{section}.") for section in INERT_SECTIONS)
-    return in_section or any(fnmatchcase(key, pattern) for pattern in INERT_KEYS)
-
-
-def merge_entries(cfg: CfgNode, entries: Mapping[str, Entry], known: Mapping[str, object]) -> list[str]:
+def merge_entries(cfg: CfgNode, entries: Mapping[str, Entry], schema: Schema) -> list[str]:
     """Writes entries into `cfg`, and returns the inert keys among them that do not stand in a shipped recipe.
 
     Args:
         cfg: changed in place.
         entries: full key -> value as given.
-        known: every effective key and its default.
+        schema: every effective key, its kind and its default.
 
     Raises:
         ValueError: an unknown key (names the nearest known one), or a value of the wrong type.
     """
+    known, kinds = schema.known, schema.rules.kinds
     sections = {key.rsplit(".", 1)[0] for key in known if "." in key} | set(INERT_SECTIONS)
     inert = []
     for key, entry in entries.items():
         if key in known:
-            _set(cfg, key, coerce(key, entry, known[key]), entry)
+            _set(cfg, key, coerce(key, entry, kinds[key], known[key]), entry)
         elif key in sections:
             if entry.value is not None:  # a section with nothing below it (all commented out) is fine
                 raise ValueError(f"{entry.where}: {key} is a section and takes keys below it; given {entry.value!r}")

@@ -1,12 +1,16 @@
-"""What a single key may hold: choices, ranges, lengths. Checks between keys stand in `validate`."""
+"""What a single key may hold: choices, ranges, lengths. Checks between keys stand in `validate`.
+
+The tables are those of the keys in `defaults`; what objectives, backbones and data sets add stands in their specs.
+"""
 
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 from yacs.config import CfgNode
 
-DATASETS = ("imagenet", "kinetics")
+from maskfeat.registry import ABOVE_0_TO_1, AT_LEAST_0, AT_LEAST_1, BELOW_1, POSITIVE, SHARE, Range, Rules, load
+
 _RANDAUGMENT = re.compile(r"rand(-[a-z]+[0-9.]*)*|ra_\d+_\d+")
 _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
 
@@ -23,87 +27,42 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "AUG.INTERPOLATION": _INTERPOLATIONS,
     "AUG.RE_MODE": ("pixel", "rand", "const"),
     "AUG.RE_SPLIT": (False,),
-    "MODEL.ARCH": ("mvit", "maskmvit", "resnet"),
-    "MODEL.MODEL_NAME": ("MViT", "ResNet", "MaskMViT", "MFM"),
-    "MODEL.LOSS_FUNC": ("cross_entropy", "soft_cross_entropy", "bce_logit", "multi_mse", "frequency"),
     "MODEL.HEAD_ACT": ("softmax",),
     "SOLVER.OPTIMIZING_METHOD": ("sgd", "adamw"),
     "SOLVER.LR_POLICY": ("cosine", "steps_with_relative_lrs"),
-    "RESNET.DEPTH": (50, 10, 18, 34, 101, 152),
-    "MFM.INVERSE": ("modulus", "real"),
-    "MFM.TARGET_CHANNELS": (1, 3),
-    "MVIT.MODE": ("conv",),
-    "MVIT.NORM": ("layernorm",),
-    "MVIT.LAYER_SCALE_INIT_VALUE": (0.0,),
-    "MVIT.POOL_FIRST": (False,),
-    "MVIT.NORM_STEM": (False,),
-    "MVIT.DIM_MUL_IN_ATT": (False,),
-    "MVIT.SEPARATE_QKV": (False,),
-    "MASK.HEAD_TYPE": ("separate",),
-    "MASK.MAE_ON": (False,),
-    "MASK.MAE_RND_MASK": (False,),
-    "MASK.PER_FRAME_MASKING": (False,),
     # Without effect here, but the same YAML would train another model elsewhere if they were True.
-    "MVIT.REV.ENABLE": (False,),
-    "MVIT.USE_FIXED_SINCOS_POS": (False,),
     "SOLVER.LARS_ON": (False,),
 }
 """The values that a key may have. A choice of one is a feature of PySlowFast that is not supported here."""
 
 
-class Range(NamedTuple):
-    """A range in words, and its test."""
-
-    words: str
-    holds: Callable[[float], bool]
-
-
-_AT_LEAST_0 = Range("at least 0", lambda v: v >= 0)
-_AT_LEAST_1 = Range("at least 1", lambda v: v >= 1)
-_POSITIVE = Range("above 0", lambda v: v > 0)
-_SHARE = Range("between 0 and 1", lambda v: 0 <= v <= 1)
-_BELOW_1 = Range("at least 0 and below 1", lambda v: 0 <= v < 1)
-_DECAY = Range("above 0 and at most 1", lambda v: 0 < v <= 1)
 _POSITIVE_OR_NONE = Range("above 0 (None = no clipping)", lambda v: v > 0)
 
 RANGES: dict[str, Range] = {
-    **dict.fromkeys(("RNG_SEED", "NUM_GPUS", "SHARD_ID", "DATA_LOADER.NUM_WORKERS"), _AT_LEAST_0),
-    **dict.fromkeys(("NUM_SHARDS", "LOG_PERIOD", "TRAIN.MAX_SKIPPED_STEPS"), _AT_LEAST_1),
-    **dict.fromkeys(("TRAIN.EVAL_PERIOD", "TRAIN.MICRO_BATCH_SIZE", "DATA.TEST_SHORT_SIDE"), _AT_LEAST_0),
-    **dict.fromkeys(("HANG_MINUTES", "TRAIN.CHECKPOINT_MINUTES", "TRAIN.KEEP_CHECKPOINTS"), _AT_LEAST_0),
-    "TRAIN.EMA": _BELOW_1,
-    **dict.fromkeys(("TRAIN.BATCH_SIZE", "TEST.BATCH_SIZE", "TRAIN.CHECKPOINT_PERIOD"), _AT_LEAST_1),
-    **dict.fromkeys(("TEST.NUM_ENSEMBLE_VIEWS", "TEST.NUM_TEMPORAL_CLIPS"), _AT_LEAST_1),
-    **dict.fromkeys(("DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TARGET_FPS"), _AT_LEAST_1),
-    **dict.fromkeys(("DATA.TRAIN_CROP_SIZE", "DATA.TEST_CROP_SIZE", "DATA.TRAIN_JITTER_SCALES"), _AT_LEAST_1),
-    **dict.fromkeys(("DATA.STD", "DATA.TRAIN_JITTER_ASPECT_RELATIVE"), _POSITIVE),
-    "DATA.TRAIN_JITTER_SCALES_RELATIVE": _DECAY,
-    "DATA.MAX_BAD_FRACTION": _SHARE,
-    **dict.fromkeys(("AUG.NUM_SAMPLE", "AUG.REPEATS", "AUG.RE_COUNT", "AUG.MASK_WINDOW_SIZE"), _AT_LEAST_1),
-    **dict.fromkeys(("AUG.RE_PROB", "AUG.MASK_RATIO"), _SHARE),
-    "AUG.COLOR_JITTER": _AT_LEAST_0,
-    "AUG.MAX_MASK_PATCHES_PER_BLOCK": _AT_LEAST_1,
-    **dict.fromkeys(("MIXUP.ALPHA", "MIXUP.CUTMIX_ALPHA"), _AT_LEAST_0),
-    **dict.fromkeys(("MIXUP.PROB", "MIXUP.SWITCH_PROB"), _SHARE),
-    **dict.fromkeys(("MIXUP.LABEL_SMOOTH_VALUE", "MODEL.DROPOUT_RATE"), _BELOW_1),
-    "MODEL.NUM_CLASSES": _AT_LEAST_1,
-    **dict.fromkeys(("MVIT.DROPOUT_RATE", "MVIT.DROPPATH_RATE"), _BELOW_1),
-    **dict.fromkeys(("MVIT.EMBED_DIM", "MVIT.NUM_HEADS"), _AT_LEAST_1),
-    "MVIT.DEPTH": Range("between 1 and 1000", lambda v: 1 <= v <= 1000),
-    **dict.fromkeys(("MVIT.PATCH_KERNEL", "MVIT.PATCH_STRIDE"), _AT_LEAST_1),
-    **dict.fromkeys(("MVIT.POOL_KV_STRIDE_ADAPTIVE", "MVIT.POOL_KVQ_KERNEL"), _AT_LEAST_1),
-    **dict.fromkeys(("MVIT.PATCH_PADDING", "MVIT.HEAD_INIT_SCALE"), _AT_LEAST_0),
-    "MVIT.MLP_RATIO": _POSITIVE,
-    **dict.fromkeys(("MASK.HOG_BINS", "MASK.HOG_CELL"), _AT_LEAST_1),
-    "MASK.HOG_GAUSSIAN_WINDOW": _AT_LEAST_0,
-    **dict.fromkeys(("MFM.RADIUS", "MFM.GAMMA", "MFM.EPS"), _POSITIVE),
-    "MFM.LOW_PASS_PROB": _SHARE,
-    **dict.fromkeys(("SOLVER.BASE_LR", "SOLVER.COSINE_END_LR", "SOLVER.WARMUP_START_LR"), _AT_LEAST_0),
-    **dict.fromkeys(("SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY", "SOLVER.LRS", "SOLVER.STEPS"), _AT_LEAST_0),
-    **dict.fromkeys(("SOLVER.MOMENTUM", "SOLVER.BETAS"), _BELOW_1),
-    "SOLVER.DAMPENING": _SHARE,
-    "SOLVER.LAYER_DECAY": _DECAY,
-    "SOLVER.MAX_EPOCH": _AT_LEAST_1,
+    **dict.fromkeys(("RNG_SEED", "NUM_GPUS", "SHARD_ID", "DATA_LOADER.NUM_WORKERS"), AT_LEAST_0),
+    **dict.fromkeys(("NUM_SHARDS", "LOG_PERIOD", "TRAIN.MAX_SKIPPED_STEPS"), AT_LEAST_1),
+    **dict.fromkeys(("TRAIN.EVAL_PERIOD", "TRAIN.MICRO_BATCH_SIZE", "DATA.TEST_SHORT_SIDE"), AT_LEAST_0),
+    **dict.fromkeys(("HANG_MINUTES", "TRAIN.CHECKPOINT_MINUTES", "TRAIN.KEEP_CHECKPOINTS"), AT_LEAST_0),
+    "TRAIN.EMA": BELOW_1,
+    **dict.fromkeys(("TRAIN.BATCH_SIZE", "TEST.BATCH_SIZE", "TRAIN.CHECKPOINT_PERIOD"), AT_LEAST_1),
+    **dict.fromkeys(("TEST.NUM_ENSEMBLE_VIEWS", "TEST.NUM_TEMPORAL_CLIPS"), AT_LEAST_1),
+    **dict.fromkeys(("DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TARGET_FPS"), AT_LEAST_1),
+    **dict.fromkeys(("DATA.TRAIN_CROP_SIZE", "DATA.TEST_CROP_SIZE", "DATA.TRAIN_JITTER_SCALES"), AT_LEAST_1),
+    **dict.fromkeys(("DATA.STD", "DATA.TRAIN_JITTER_ASPECT_RELATIVE"), POSITIVE),
+    "DATA.TRAIN_JITTER_SCALES_RELATIVE": ABOVE_0_TO_1,
+    "DATA.MAX_BAD_FRACTION": SHARE,
+    **dict.fromkeys(("AUG.NUM_SAMPLE", "AUG.REPEATS", "AUG.RE_COUNT", "AUG.MASK_WINDOW_SIZE"), AT_LEAST_1),
+    **dict.fromkeys(("AUG.RE_PROB", "AUG.MASK_RATIO"), SHARE),
+    "AUG.COLOR_JITTER": AT_LEAST_0,
+    "AUG.MAX_MASK_PATCHES_PER_BLOCK": AT_LEAST_1,
+    "MODEL.DROPOUT_RATE": BELOW_1,
+    "MODEL.NUM_CLASSES": AT_LEAST_1,
+    **dict.fromkeys(("SOLVER.BASE_LR", "SOLVER.COSINE_END_LR", "SOLVER.WARMUP_START_LR"), AT_LEAST_0),
+    **dict.fromkeys(("SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY", "SOLVER.LRS", "SOLVER.STEPS"), AT_LEAST_0),
+    **dict.fromkeys(("SOLVER.MOMENTUM", "SOLVER.BETAS"), BELOW_1),
+    "SOLVER.DAMPENING": SHARE,
+    "SOLVER.LAYER_DECAY": ABOVE_0_TO_1,
+    "SOLVER.MAX_EPOCH": AT_LEAST_1,
     **dict.fromkeys(("SOLVER.CLIP_GRAD_VAL", "SOLVER.CLIP_GRAD_L2NORM"), _POSITIVE_OR_NONE),
 }
 """The range of a number, or of every number of a list."""
@@ -115,8 +74,6 @@ LENGTHS: dict[str, tuple[int, ...]] = {
     "DATA.TRAIN_JITTER_SCALES_RELATIVE": (0, 2),
     "DATA.TRAIN_JITTER_ASPECT_RELATIVE": (0, 2),
     "AUG.MASK_WINDOW_SIZE": (3,),
-    "MVIT.POOL_KV_STRIDE_ADAPTIVE": (3,),
-    "MVIT.POOL_KVQ_KERNEL": (3,),
     "SOLVER.BETAS": (2,),
 }
 
@@ -137,15 +94,15 @@ def lookup(cfg: CfgNode, key: str) -> Any:
     return node
 
 
-def check_single_keys(cfg: CfgNode) -> Iterator[str]:
-    """What is wrong with single values, one message each: key, value given, what was expected."""
-    yield from _choices(cfg)
-    for key, length in LENGTHS.items():
+def check_single_keys(cfg: CfgNode, rules: Rules) -> Iterator[str]:
+    """Yield what is wrong with single values, one message each: key, value given, what was expected."""
+    yield from _choices(cfg, rules)
+    for key, length in rules.lengths.items():
         value = lookup(cfg, key)
         if isinstance(value, list | tuple) and len(value) not in length:
             expected = " or ".join(str(n) for n in length)
             yield f"{key} must have {expected} numbers; given {value!r}"
-    for key, bounds in RANGES.items():
+    for key, bounds in rules.ranges.items():
         value = lookup(cfg, key)
         numbers = value if isinstance(value, list | tuple) else [] if value is None else [value]
         if not all(bounds.holds(number) for number in numbers):
@@ -156,8 +113,8 @@ def check_single_keys(cfg: CfgNode) -> Iterator[str]:
             yield f"{key} must be [low, high]; given {value!r}"
 
 
-def _choices(cfg: CfgNode) -> Iterator[str]:
-    for key, allowed in CHOICES.items():
+def _choices(cfg: CfgNode, rules: Rules) -> Iterator[str]:
+    for key, allowed in rules.choices.items():
         value = lookup(cfg, key)
         if value is None or (value in allowed and isinstance(value, bool) == isinstance(allowed[0], bool)):
             continue
@@ -165,9 +122,10 @@ def _choices(cfg: CfgNode) -> Iterator[str]:
             yield f"{key} {value!r} is not supported here; the only value is {allowed[0]!r}"
         else:
             yield f"{key} must be one of {', '.join(repr(a) for a in allowed)}; given {value!r}"
+    datasets = load(cfg.PLUGINS).datasets
     for section in ("TRAIN", "TEST"):
-        if cfg[section].DATASET.lower() not in DATASETS:
-            yield f"{section}.DATASET must be one of {', '.join(DATASETS)}; given {cfg[section].DATASET!r}"
+        if cfg[section].DATASET.lower() not in datasets:
+            yield f"{section}.DATASET must be one of {', '.join(datasets)}; given {cfg[section].DATASET!r}"
     if cfg.DATA.INPUT_CHANNEL_NUM != [3]:
         yield f"DATA.INPUT_CHANNEL_NUM must be [3] (one pathway, RGB); given {cfg.DATA.INPUT_CHANNEL_NUM!r}"
     if cfg.AUG.AA_TYPE and not _RANDAUGMENT.fullmatch(cfg.AUG.AA_TYPE):

@@ -17,9 +17,19 @@ from maskfeat.distributed.processes import leave_signals_to_parent, signals_bloc
 
 
 class LabelledSamples(Protocol):
-    """A data set: maps a SampleKey to the views of one sample."""
+    """A data set: maps a SampleKey to the views of one sample.
+
+    Attributes:
+        views: views of each sample that are shown in turn; 1 except in testing.
+        labels: the class of every sample.
+    """
+
+    @property
+    def views(self) -> int: ...
 
     labels: list[int]
+
+    def __len__(self) -> int: ...
 
     def __getitem__(self, key: Any, /) -> list[Sample]: ...
 

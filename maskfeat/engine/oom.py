@@ -9,6 +9,7 @@ import torch
 from yacs.config import CfgNode
 
 from maskfeat.engine.batch_arithmetic import StepSize, step_size
+from maskfeat.registry import backbone_spec
 
 _QUOTED = 400  # characters of the original message
 _DEVICE = re.compile(r"out of memory|ALLOC_FAILED", re.I)
@@ -68,7 +69,7 @@ def _compute(cfg: CfgNode, step: StepSize) -> list[str]:
     """Return the keys that reduce the memory of a step and are not set yet; those that change no number come first."""
     tries = []
     recomputes = cfg.MODEL.ACT_CHECKPOINT
-    if cfg.MODEL.ARCH != "resnet" and recomputes is not True:
+    if backbone_spec(cfg).act_checkpoint and recomputes is not True:
         values = "True" if recomputes == "light" else "light, then True"
         tries.append(f"MODEL.ACT_CHECKPOINT {values} (now {recomputes})")
     if step.forward > 1:

@@ -21,17 +21,15 @@ from maskfeat.engine.setup import CommandLine, prepare_training
 from maskfeat.engine.trainer import precision_of
 from maskfeat.engine.validation import objectives_to_evaluate
 from maskfeat.objectives.base import Objective
+from maskfeat.registry import dataset_spec
 
 logger = logging.getLogger(__name__)
 
 
 def _test_loaders(cfg: CfgNode, world: World, device: torch.device) -> dict[str, BatchLoader]:
-    """A loader for each number of views, by its name: TEST.NUM_TEMPORAL_CLIPS (or TEST.NUM_ENSEMBLE_VIEWS) x crops."""
-    if cfg.TEST.DATASET.lower() == "imagenet":
-        return {"1x1": build_loader(cfg, "test", world, device=device)}
-    counts = cfg.TEST.NUM_TEMPORAL_CLIPS or [cfg.TEST.NUM_ENSEMBLE_VIEWS]
-    crops = cfg.TEST.NUM_SPATIAL_CROPS
-    return {f"{count}x{crops}": build_loader(cfg, "test", world, count, device) for count in counts}
+    """A loader for each number of views that the data set is tested with, by its name: clips x crops."""
+    views = dataset_spec(cfg, "TEST").test_views(cfg)
+    return {f"{clips}x{crops}": build_loader(cfg, "test", world, clips, device) for clips, crops in views}
 
 
 def _results_path(cfg: CfgNode, what: str) -> Path:

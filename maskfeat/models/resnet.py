@@ -1,13 +1,15 @@
 """torchvision's ResNet (He et al., CVPR 2016) behind the backbone protocol, with torchvision's parameter names."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
+from yacs.config import CfgNode
 
 from maskfeat.models.base import Tokens
+from maskfeat.registry import BackboneSpec, register
 
 STAGES: dict[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     10: (BasicBlock, [1, 1, 1, 1]),
@@ -76,3 +78,38 @@ class ResNet(TorchvisionResNet):
             return self.num_blocks + 1
         stage, block = name.split(".")[:2]
         return sum(self._blocks[: int(stage.removeprefix("layer")) - 1]) + int(block) + 1
+
+
+def _keys(cfg: CfgNode) -> None:
+    cfg.RESNET = CfgNode()
+    cfg.RESNET.DEPTH = 50  # 18 | 34 | 50 | 101 | 152, torchvision's; 10 for trials on small machines
+
+
+def _check(cfg: CfgNode) -> Iterator[str]:
+    if cfg.MODEL.ACT_CHECKPOINT:
+        yield (
+            "MODEL.ACT_CHECKPOINT must be False for MODEL.ARCH 'resnet' (its batch norms would count a batch twice); "
+            "given True; TRAIN.MIXED_PRECISION and TRAIN.MICRO_BATCH_SIZE save memory, too"
+        )
+
+
+def build_resnet(cfg: CfgNode, maskable: bool = False) -> ResNet:
+    """Return the ResNet of RESNET.DEPTH."""
+    assert not maskable, "a ResNet has no mask token"
+    return ResNet(depth=cfg.RESNET.DEPTH, image_size=(cfg.DATA.TRAIN_CROP_SIZE,) * 2)
+
+
+register(
+    BackboneSpec(
+        name="resnet",
+        title="torchvision's ResNet",
+        build=build_resnet,
+        keys=_keys,
+        choices={"RESNET.DEPTH": (50, 10, 18, 34, 101, 152)},
+        check=_check,
+        media=("image",),
+        any_size=True,
+        act_checkpoint=False,
+        token_pixels=STRIDE,
+    )
+)

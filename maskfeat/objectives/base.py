@@ -3,10 +3,14 @@
 Shape legend: B samples, K classes.
 """
 
+from collections.abc import Iterator
+
 from torch import Tensor
+from yacs.config import CfgNode
 
 from maskfeat.batch import Batch, StepOutput
 from maskfeat.checkpoint.weights import ReleasedModule
+from maskfeat.masking import MaskSampler, mask_sampler
 from maskfeat.models.base import Backbone
 
 BACKBONE = "backbone."
@@ -48,3 +52,26 @@ class Objective(ReleasedModule):
     def layer_id(self, released_name: str) -> int:
         """Layer for layer-wise learning rate decay; what is not the backbone's is the last layer."""
         return self.backbone.layer_id(released_name)
+
+
+def sample_patches(cfg: CfgNode, grid: tuple[int, ...]) -> MaskSampler:
+    """Return the sampler of hidden patches that the AUG.MASK_* keys describe, on a grid ([T,] H, W).
+
+    It is the `mask_sampler` of objectives that hide patches.
+    """
+    aug = cfg.AUG
+    return mask_sampler(
+        grid,
+        aug.MASK_RATIO,
+        tube=aug.MASK_TUBE,
+        frames=aug.MASK_FRAMES,
+        max_block=aug.MAX_MASK_PATCHES_PER_BLOCK,
+    )
+
+
+def check_patch_masks(cfg: CfgNode) -> Iterator[str]:
+    """Yield the problems of the keys that `sample_patches` reads, for the `check` of objectives that use it."""
+    if not 0 <= cfg.AUG.MASK_RATIO < 1:
+        yield f"AUG.MASK_RATIO must be at least 0 and below 1 for pre-training; given {cfg.AUG.MASK_RATIO:g}"
+    if cfg.AUG.MASK_TUBE and cfg.AUG.MASK_FRAMES:
+        yield "AUG.MASK_TUBE and AUG.MASK_FRAMES exclude each other; both are True"

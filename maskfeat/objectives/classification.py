@@ -3,12 +3,13 @@
 Shape legend: B samples, K classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from yacs.config import CfgNode
 
 from maskfeat.batch import Batch, StepOutput
 from maskfeat.checkpoint.weights import LoadRules
@@ -16,6 +17,7 @@ from maskfeat.models.base import Backbone
 from maskfeat.models.heads import ClassifierHead, pool_tokens, token_norm
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.mixup import Mixup
+from maskfeat.registry import AT_LEAST_0, BELOW_1, SHARE, ObjectiveSpec, backbone_spec, register
 
 # What pre-training files carry and a classifier has no use for.
 _PRETRAINING = ("pred_head.*", "mask_token", "hogs.*", "decoder.*")
@@ -117,3 +119,72 @@ class Classification(Objective):
         if not any(name.startswith(_MARKS) for name in state):
             return LoadRules()
         return LoadRules(fresh=("norm.*", f"{self.backbone.classifier}*"), dropped=_PRETRAINING)
+
+
+def _keys(cfg: CfgNode) -> None:
+    cfg.MIXUP = CfgNode()
+    cfg.MIXUP.ENABLE = False  # mixup, cutmix and label smoothing
+    cfg.MIXUP.ALPHA = 0.8  # Beta parameter of mixup; 0 = no mixup
+    cfg.MIXUP.CUTMIX_ALPHA = 1.0  # Beta parameter of cutmix; 0 = no cutmix
+    cfg.MIXUP.PROB = 1.0  # probability of either, 0 .. 1
+    cfg.MIXUP.SWITCH_PROB = 0.5  # probability of cutmix where both are on, 0 .. 1
+    cfg.MIXUP.LABEL_SMOOTH_VALUE = 0.1  # 0 .. 1
+    cfg.MIXUP.LABEL_SMOOTH_OTHERS = False  # ours: spread it over the other classes alone, not over all
+
+
+def _check(cfg: CfgNode) -> Iterator[str]:
+    if cfg.MIXUP.ENABLE and cfg.MODEL.LOSS_FUNC == "cross_entropy":
+        yield (
+            "MODEL.LOSS_FUNC must be 'soft_cross_entropy' or 'bce_logit' where MIXUP.ENABLE is True; "
+            f"given {cfg.MODEL.LOSS_FUNC!r}"
+        )
+
+
+def build_classification(cfg: CfgNode, backbone: Backbone) -> Classification:
+    """Return a classifier of MODEL.NUM_CLASSES on top of a backbone."""
+    mixup = None
+    if cfg.MIXUP.ENABLE:
+        mixup = Mixup(
+            alpha=cfg.MIXUP.ALPHA,
+            cutmix_alpha=cfg.MIXUP.CUTMIX_ALPHA,
+            prob=cfg.MIXUP.PROB,
+            switch_prob=cfg.MIXUP.SWITCH_PROB,
+            smoothing=cfg.MIXUP.LABEL_SMOOTH_VALUE,
+            num_classes=cfg.MODEL.NUM_CLASSES,
+            smooth_others=cfg.MIXUP.LABEL_SMOOTH_OTHERS,
+        )
+    return Classification(
+        backbone,
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        dropout=cfg.MODEL.DROPOUT_RATE,
+        mixup=mixup,
+        binary=cfg.MODEL.LOSS_FUNC == "bce_logit",
+        **backbone_spec(cfg).classifier(cfg),
+    )
+
+
+def _register(name: str, backbones: tuple[str, ...], hint: str) -> None:
+    register(
+        ObjectiveSpec(
+            name=name,
+            title="classification",
+            build=build_classification,
+            classifies=True,
+            losses=("cross_entropy", "soft_cross_entropy", "bce_logit"),
+            backbones=backbones,
+            backbone_hint=hint,
+            requires={"MASK.ENABLE": False, "MASK.PRED_HOG": False},
+            keys=_keys,
+            ranges={
+                **dict.fromkeys(("MIXUP.ALPHA", "MIXUP.CUTMIX_ALPHA"), AT_LEAST_0),
+                **dict.fromkeys(("MIXUP.PROB", "MIXUP.SWITCH_PROB"), SHARE),
+                "MIXUP.LABEL_SMOOTH_VALUE": BELOW_1,
+            },
+            check=_check,
+        )
+    )
+
+
+_register("MViT", ("mvit",), "a ResNet classifies with MODEL.MODEL_NAME 'ResNet', any backbone with 'Classification'")
+_register("ResNet", ("resnet",), "a ViT or an MViTv2 classifies with MODEL.MODEL_NAME 'MViT'")
+_register("Classification", (), "")

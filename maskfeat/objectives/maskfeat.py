@@ -5,18 +5,21 @@ in the order of the flattened (B, *grid); F = 3 channels x bins x cells^2 number
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from maskfeat.batch import Batch, StepOutput
 from maskfeat.checkpoint.weights import LoadRules
 from maskfeat.masking import resize_mask
 from maskfeat.models.base import Backbone
 from maskfeat.models.layers import full_precision, layer_norm
-from maskfeat.objectives.base import Objective
+from maskfeat.models.mvit_config import TRANSFORMER
+from maskfeat.objectives.base import Objective, check_patch_masks, sample_patches
 from maskfeat.objectives.hog import cut_patches, hog, hog_tokens, pad_border, patch_features, pixel_weights
+from maskfeat.registry import AT_LEAST_0, AT_LEAST_1, ObjectiveSpec, backbone_spec, register
 
 
 class _SobelBuffers(nn.Module):
@@ -173,3 +176,109 @@ class MaskFeat(Objective):
 
     def load_rules(self, state: Mapping[str, Tensor]) -> LoadRules:
         return LoadRules(fresh=("hogs.*",))
+
+
+def _keys(cfg: CfgNode) -> None:
+    cfg.MASK = CfgNode()
+    cfg.MASK.ENABLE = False  # masked pre-training
+    cfg.MASK.PRETRAIN_DEPTH = [15]  # the block whose output is predicted from: only [MVIT.DEPTH - 1]
+    cfg.MASK.HEAD_TYPE = "separate"  # only "separate": a linear head
+    cfg.MASK.PRED_HOG = False  # predict histograms of oriented gradients
+    cfg.MASK.HOG_BINS = 9  # ours: orientations
+    cfg.MASK.HOG_CELL = 8  # ours: side of a histogram's cell in pixels
+    cfg.MASK.HOG_GAUSSIAN_WINDOW = 0  # ours: side in pixels of a Gaussian weight on gradients; 0 = none
+    # ours, a control: in training each image is to predict the targets of another one of its (micro-)batch
+    cfg.MASK.SHUFFLE_TARGETS = False
+    cfg.MASK.MAE_ON = False  # only False
+    cfg.MASK.MAE_RND_MASK = False  # only False
+    cfg.MASK.PER_FRAME_MASKING = False  # only False
+
+
+def _check(cfg: CfgNode) -> Iterator[str]:
+    yield from check_patch_masks(cfg)
+    if cfg.MASK.SHUFFLE_TARGETS and max(cfg.AUG.NUM_SAMPLE, cfg.AUG.REPEATS) > 1:
+        yield (
+            "AUG.NUM_SAMPLE and AUG.REPEATS must be 1 where MASK.SHUFFLE_TARGETS is True (the next image of a batch "
+            f"would be the same one); given {cfg.AUG.NUM_SAMPLE} and {cfg.AUG.REPEATS}"
+        )
+    if backbone_spec(cfg) is not TRANSFORMER:
+        return  # what other backbones make of a clip is known once they are built
+    last = cfg.MVIT.DEPTH - 1
+    if list(cfg.MASK.PRETRAIN_DEPTH) != [last]:
+        yield (
+            f"MASK.PRETRAIN_DEPTH must be [{last}], the last block of MVIT.DEPTH {cfg.MVIT.DEPTH}; "
+            f"given {cfg.MASK.PRETRAIN_DEPTH}; set MASK.PRETRAIN_DEPTH or MVIT.DEPTH"
+        )
+    yield from _targets(cfg)
+
+
+def _targets(cfg: CfgNode) -> Iterator[str]:
+    """HOG cells and masks on the token grids (t, h, w): of the stem, and of the last block."""
+    mvit = cfg.MVIT
+    stride = (1, *mvit.PATCH_STRIDE)[-3:]
+    frames, crop = cfg.DATA.NUM_FRAMES, cfg.DATA.TRAIN_CROP_SIZE
+    pooled = [math.prod(entry[axis] for entry in mvit.POOL_Q_STRIDE) for axis in (1, 2, 3)]
+    if pooled[0] != 1:
+        yield (
+            f"MVIT.POOL_Q_STRIDE must not pool time in pre-training: every frame of the stem has a target; "
+            f"given a stride of {pooled[0]} in all"
+        )
+    for side in {s * q for s, q in zip(stride[1:], pooled[1:], strict=True)}:
+        if side % cfg.MASK.HOG_CELL or crop % side:
+            yield (
+                f"a token of the last block covers {side} pixels (MVIT.PATCH_STRIDE x MVIT.POOL_Q_STRIDE): "
+                f"it must be a multiple of MASK.HOG_CELL ({cfg.MASK.HOG_CELL}), and DATA.TRAIN_CROP_SIZE "
+                f"({crop}) a multiple of it"
+            )
+    if mvit.PATCH_2D:
+        return
+    stem = [frames // stride[0], crop // stride[1], crop // stride[2]]
+    tokens = [size // q for size, q in zip(stem, pooled, strict=True)]
+    window = cfg.AUG.MASK_WINDOW_SIZE
+    fits = all(s % w == 0 for s, w in zip(stem, window, strict=True))
+    meets = all(t and (t % w == 0 or w % t == 0) for t, w in zip(tokens, window, strict=True))
+    if not (fits and meets):
+        yield (
+            f"AUG.MASK_WINDOW_SIZE must divide the stem's grid {stem} (DATA.NUM_FRAMES and "
+            f"DATA.TRAIN_CROP_SIZE over MVIT.PATCH_STRIDE) and be a whole multiple or part of the last "
+            f"block's {tokens}; given {window}; {tokens} would do"
+        )
+
+
+def build_maskfeat(cfg: CfgNode, backbone: Backbone) -> MaskFeat:
+    """Return MaskFeat as the section MASK describes it."""
+    mask = cfg.MASK
+    return MaskFeat(
+        backbone,
+        bins=mask.HOG_BINS,
+        cell=mask.HOG_CELL,
+        window=mask.HOG_GAUSSIAN_WINDOW,
+        shuffle=mask.SHUFFLE_TARGETS,
+    )
+
+
+register(
+    ObjectiveSpec(
+        name="MaskMViT",
+        title="masked feature prediction",
+        build=build_maskfeat,
+        losses=("multi_mse",),
+        hides_patches=True,
+        backbone_hint="MaskFeat hides patches of a ViT or an MViTv2; to pre-train a ResNet, MODEL.MODEL_NAME 'MFM'",
+        mask_sampler=sample_patches,
+        requires={"MASK.ENABLE": True, "MASK.PRED_HOG": True},
+        keys=_keys,
+        kinds={"MASK.PRETRAIN_DEPTH": "list[int]"},
+        choices={
+            "MASK.HEAD_TYPE": ("separate",),
+            "MASK.MAE_ON": (False,),
+            "MASK.MAE_RND_MASK": (False,),
+            "MASK.PER_FRAME_MASKING": (False,),
+        },
+        ranges={
+            **dict.fromkeys(("MASK.HOG_BINS", "MASK.HOG_CELL"), AT_LEAST_1),
+            "MASK.HOG_GAUSSIAN_WINDOW": AT_LEAST_0,
+        },
+        check=_check,
+    )
+)

@@ -5,19 +5,22 @@ The two published variants differ in values alone, see `MFM`.
 Shape legend: B images, H x W pixels and frequencies, C target channels (1 or 3).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from yacs.config import CfgNode
 
 from maskfeat.batch import Batch, StepOutput
 from maskfeat.checkpoint.weights import LoadRules
+from maskfeat.masking import MaskSampler, band_sampler
 from maskfeat.models.base import Backbone, check_clip_size
 from maskfeat.models.heads import token_norm
 from maskfeat.models.layers import full_precision
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.spectrum import Frequencies, disc, half_of, magnitude
+from maskfeat.registry import POSITIVE, SHARE, ObjectiveSpec, backbone_spec, register
 
 LUMA = (0.299, 0.587, 0.114)
 """Grey of red, green and blue (ITU-R BT.601)."""
@@ -167,3 +170,74 @@ class MFM(Objective):
             return LoadRules()
         # Pre-training may start from a classifier: it has no decoder, and its head is of no use.
         return LoadRules(fresh=("decoder.*",), dropped=(f"{self.backbone.classifier}*",))
+
+
+def _keys(cfg: CfgNode) -> None:
+    """All ours. The defaults are the ResNet-50 recipe's; the other published variant is in1k_R50_MFM_paper_PT."""
+    cfg.MFM = CfgNode()
+    cfg.MFM.RADIUS = 16.0  # of the disc of low frequencies around frequency 0, in frequencies
+    cfg.MFM.LOW_PASS_PROB = 0.5  # probability, 0 .. 1, that the disc stays and the rest is removed; or the reverse
+    cfg.MFM.FILTER_NORMALISED = True  # filter the normalised image; False: that in [0, 1], then clamp and normalise it
+    cfg.MFM.INVERSE = "modulus"  # what is taken of the inverse FFT: | "real"
+    cfg.MFM.TARGET_CHANNELS = 1  # spectrum of the grey image; 3 = of the three normalised channels
+    cfg.MFM.GAMMA = 1.0  # exponent of the distance of two frequencies
+    cfg.MFM.EPS = 1e-7  # below the square root of that distance
+    cfg.MFM.MEAN_PER_IMAGE = True  # average over each image's removed frequencies first; False: over all at once
+
+
+def _check(cfg: CfgNode) -> Iterator[str]:
+    crop, backbone = cfg.DATA.TRAIN_CROP_SIZE, backbone_spec(cfg)
+    if backbone.token_pixels and crop % backbone.token_pixels:
+        side = backbone.token_pixels
+        yield (
+            f"DATA.TRAIN_CROP_SIZE must be a multiple of {side} to pre-train MODEL.ARCH {cfg.MODEL.ARCH!r}, which "
+            f"makes one token of {side} x {side} pixels; given {crop}"
+        )
+    if crop / 2 < cfg.MFM.RADIUS:
+        yield (
+            f"MFM.RADIUS must be at most half of DATA.TRAIN_CROP_SIZE ({crop}), or little is left outside of the disc; "
+            f"given {cfg.MFM.RADIUS:g}"
+        )
+
+
+def _sample_bands(cfg: CfgNode, grid: tuple[int, ...]) -> MaskSampler:
+    """Return the sampler of the band of frequencies that is removed."""
+    return band_sampler(cfg.MFM.LOW_PASS_PROB)
+
+
+def build_mfm(cfg: CfgNode, backbone: Backbone) -> MFM:
+    """Return MFM as the sections MFM and DATA describe it."""
+    mfm = cfg.MFM
+    return MFM(
+        backbone,
+        mean=cfg.DATA.MEAN,
+        std=cfg.DATA.STD,
+        radius=mfm.RADIUS,
+        low_pass=mfm.LOW_PASS_PROB,
+        target_channels=mfm.TARGET_CHANNELS,
+        filter_normalised=mfm.FILTER_NORMALISED,
+        modulus=mfm.INVERSE == "modulus",
+        gamma=mfm.GAMMA,
+        eps=mfm.EPS,
+        mean_per_image=mfm.MEAN_PER_IMAGE,
+    )
+
+
+register(
+    ObjectiveSpec(
+        name="MFM",
+        title="masked frequency modelling",
+        build=build_mfm,
+        losses=("frequency",),
+        media=("image",),
+        mask_sampler=_sample_bands,
+        requires={"MASK.ENABLE": False, "MASK.PRED_HOG": False},
+        keys=_keys,
+        choices={"MFM.INVERSE": ("modulus", "real"), "MFM.TARGET_CHANNELS": (1, 3)},
+        ranges={
+            **dict.fromkeys(("MFM.RADIUS", "MFM.GAMMA", "MFM.EPS"), POSITIVE),
+            "MFM.LOW_PASS_PROB": SHARE,
+        },
+        check=_check,
+    )
+)

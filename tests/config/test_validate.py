@@ -5,9 +5,10 @@ import re
 import pytest
 
 from maskfeat.config import load_config
-from maskfeat.config.ranges import CHOICES, LENGTHS, RANGES
+from maskfeat.config.schema import schema
 from tests.config.helpers import MFM_PT, MFM_VIT_PT, MVIT_FT, MVIT_PT, R50_FT, VIT_FT, VIT_PT
 
+RULES = schema().rules
 STEPS = ["SOLVER.LR_POLICY", "steps_with_relative_lrs", "SOLVER.LRS", "[1, 0.1]"]
 
 KEPT = [
@@ -189,13 +190,13 @@ def test_unsupported_values(key, given):
 
 
 def test_every_choice_is_tested():
-    assert {key for key, _ in UNSUPPORTED} == set(CHOICES)
+    assert {key for key, _ in UNSUPPORTED} == set(RULES.choices)
 
 
 LISTS = {"DATA.STD": "[{0}, {0}, {0}]", "AUG.MASK_WINDOW_SIZE": "[8, 7, {0}]", "SOLVER.BETAS": "(0.9, {0})"}
 
 
-@pytest.mark.parametrize("key", RANGES)
+@pytest.mark.parametrize("key", RULES.ranges)
 def test_every_range_refuses(key):
     """-1 is outside of every range."""
     pair = {"DATA.TRAIN_JITTER": "[{0}, {0}]", "MVIT.POOL_KV": "[1, 1, {0}]", "MVIT.PATCH_": "[1, {0}]"}
@@ -204,10 +205,10 @@ def test_every_range_refuses(key):
         shape = "[{0}]"
     with pytest.raises(ValueError) as caught:
         load_config(VIT_FT, [key, shape.format(-1)])
-    assert f"{key} must be {RANGES[key].words}" in str(caught.value)
+    assert f"{key} must be {RULES.ranges[key].words}" in str(caught.value)
 
 
-@pytest.mark.parametrize("key", LENGTHS)
+@pytest.mark.parametrize("key", RULES.lengths)
 def test_every_length_refuses(key):
     with pytest.raises(ValueError, match=f"{key} must have"):
         load_config(VIT_FT, [key, "(1, 1, 1, 1)" if key != "SOLVER.BETAS" else "(0.5,)"])

@@ -392,6 +392,21 @@ def config_texts(place: Place) -> Iterator[tuple[str, str | bytes]]:
         "long": "a/" * 3000 + "a.yaml",
     }.items():
         yield f"base_{name}", f"_BASE_: {base}\n"
+    for name, plugin in {
+        "path": str(place.folder / "cfg" / "plugin.py"),
+        "relative": "../cfg/plugin",
+        "beside": "plugin",  # the folder of the YAML is not searched
+        "url": place.url,
+        "nul": '"os\\0"',
+        "dots": "..os",
+        "call": f"os.system('{ran}')",
+        "missing": "no_such_module_anywhere",
+        "nothing": "json",
+        "package": "maskfeat.config",
+        "main": "[json, [os]]",
+        "long": "a." * 2000 + "a",
+    }.items():
+        yield f"plugin_{name}", f"PLUGINS: {plugin if plugin.startswith('[') else f'[{plugin}]'}\n"
     yield "laughs", "BN:\n  a: &a [x,x,x,x,x,x,x,x,x]\n" + _chain("abcdefghi", "[{}]")
     yield "merges", "BN:\n  a: &a {x: 1}\n" + _chain("abcdefghi", "{{<<: [{}]}}")
     yield "cycle", "BN: &a [*a]\n"
@@ -422,6 +437,7 @@ def configs(place: Place) -> Iterator[Case]:
     (folder / "link.yaml").symlink_to(place.folder / "secret.yaml")
     (folder / "linked").symlink_to(place.folder)
     os.mkfifo(folder / "fifo.yaml")
+    place.write("cfg/plugin.py", f"import pathlib\npathlib.Path({str(place.sentinel / 'ran')!r}).touch()\n")
     for name, content in config_texts(place):
         yield Case(f"config_{name}", "config", place.write(f"cfg/{name}.yaml", content))
     yield Case("config_fifo", "config", str(folder / "fifo.yaml"))

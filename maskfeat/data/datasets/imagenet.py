@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
+from yacs.config import CfgNode
 
 from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.bad_samples import error_context, read_with_fallback
+from maskfeat.data.datasets.base import DatasetRequest, augmentation, num_views
 from maskfeat.data.image_reader import READERS, SUFFIXES
 from maskfeat.data.rng import draw_mask, seeded
 from maskfeat.data.sample import Sample, unreadable_sample
-from maskfeat.data.transforms import ImageTransform, RGBImage
+from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, ImageTransform, RGBImage
 from maskfeat.masking import MaskSampler
+from maskfeat.registry import DatasetSpec, register
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +87,8 @@ class ImageFolder(Dataset[list[Sample]]):
         backend: of decoding and resizing, a key of `READERS`.
     """
 
+    views = 1
+
     def __init__(
         self,
         samples: Sequence[tuple[str, int]],
@@ -127,3 +132,46 @@ class ImageFolder(Dataset[list[Sample]]):
                 sample = self.transform(image, rng)
         hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
         return replace(sample, label=self.labels[index], hidden=hidden, index=index, bad=bad)
+
+
+def build_image_folder(cfg: CfgNode, request: DatasetRequest, samples: Sequence[tuple[str, int]]) -> ImageFolder:
+    """Return images [(path, class number)] with the transforms that the config describes."""
+    data = cfg.DATA
+    if request.augmented:
+        transform: ImageTrainTransform | ImageEvalTransform = ImageTrainTransform(
+            scale=data.TRAIN_JITTER_SCALES_RELATIVE or (0.08, 1.0),
+            ratio=data.TRAIN_JITTER_ASPECT_RELATIVE or (3 / 4, 4 / 3),
+            color_jitter=cfg.AUG.COLOR_JITTER if cfg.AUG.ENABLE else None,
+            **augmentation(cfg),
+        )
+    else:
+        transform = ImageEvalTransform(
+            data.TEST_CROP_SIZE,
+            data.MEAN,
+            data.STD,
+            short_side=data.TEST_SHORT_SIDE or None,
+            interpolation=data.TEST_INTERPOLATION,
+        )
+    return ImageFolder(
+        samples,
+        transform,
+        seed=cfg.RNG_SEED,
+        draw_hidden=request.draw_hidden,
+        replace_bad=request.augmented,
+        num_views=num_views(cfg, request),
+        backend=cfg.DATA_LOADER.IMAGE_BACKEND,
+    )
+
+
+def build_imagenet(cfg: CfgNode, request: DatasetRequest) -> ImageFolder:
+    """Return a split of DATA.PATH_TO_DATA_DIR; "test" reads val/.
+
+    The folders of train/ number the classes, where there is one.
+    """
+    root, split = Path(cfg.DATA.PATH_TO_DATA_DIR), request.split
+    classes = class_folders(root / "train") if split != "train" and (root / "train").is_dir() else None
+    samples, _ = list_image_folder(root / ("train" if split == "train" else "val"), classes)
+    return build_image_folder(cfg, request, samples)
+
+
+register(DatasetSpec(name="imagenet", media="image", build=build_imagenet))

@@ -4,21 +4,25 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
+from yacs.config import CfgNode
 
 from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.bad_samples import error_context, read_with_fallback
+from maskfeat.data.datasets.base import DatasetRequest, augmentation, num_views
 from maskfeat.data.rng import SPAN_STREAM, draw_mask, sample_generator, seeded
 from maskfeat.data.sample import Sample, unreadable_sample
-from maskfeat.data.transforms import ClipTransform
+from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform, ClipTransform
 from maskfeat.data.video import torchcodec_decoder
 from maskfeat.data.video.decoder import VideoInfo, decode_frames
 from maskfeat.data.video.temporal_sampling import clip_length, clip_span, frame_indices
 from maskfeat.file_io import NotReadable, open_regular_file
 from maskfeat.masking import MaskSampler
+from maskfeat.registry import DatasetSpec, register
 
 VideoList = list[tuple[str, int]]
 
@@ -143,6 +147,7 @@ class VideoClips(Dataset[list[Sample]]):
         self.mode = mode
         self.use_offset = use_offset
         self.num_clips, self.num_crops = num_clips, num_crops
+        self.views = num_clips * num_crops if mode == "test" else 1
         self.num_views = num_views
         self.draw_hidden = draw_hidden
         self.replace_bad = replace_bad
@@ -196,3 +201,65 @@ class VideoClips(Dataset[list[Sample]]):
                 sample = self.transform(frames, rng, view % self.num_crops)
         hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
         return replace(sample, label=self.labels[index], hidden=hidden, index=index, bad=bad)
+
+
+def check_clips(cfg: CfgNode) -> Iterator[str]:
+    """Yield the problems of keys that `build_video_clips` reads."""
+    data = cfg.DATA
+    jitters = cfg.TRAIN.ENABLE and not data.TRAIN_JITTER_SCALES_RELATIVE
+    if jitters and data.TRAIN_JITTER_SCALES[0] < data.TRAIN_CROP_SIZE:
+        yield (
+            f"DATA.TRAIN_JITTER_SCALES must start at DATA.TRAIN_CROP_SIZE ({data.TRAIN_CROP_SIZE}) or above, "
+            f"or the crop does not fit; given {data.TRAIN_JITTER_SCALES}"
+        )
+
+
+def views_in_testing(cfg: CfgNode) -> list[tuple[int, int]]:
+    """Return (clips, crops) for each of TEST.NUM_TEMPORAL_CLIPS, or for TEST.NUM_ENSEMBLE_VIEWS alone."""
+    counts = cfg.TEST.NUM_TEMPORAL_CLIPS or [cfg.TEST.NUM_ENSEMBLE_VIEWS]
+    return [(count, cfg.TEST.NUM_SPATIAL_CROPS) for count in counts]
+
+
+def build_video_clips(cfg: CfgNode, request: DatasetRequest, videos: Sequence[tuple[str, int]]) -> VideoClips:
+    """Return clips of videos [(path, label)] with the transforms that the config describes."""
+    data, split = cfg.DATA, request.split
+    num_crops = cfg.TEST.NUM_SPATIAL_CROPS if split == "test" else 1
+    if request.augmented:
+        transform: ClipTrainTransform | ClipTestTransform = ClipTrainTransform(
+            scale=data.TRAIN_JITTER_SCALES_RELATIVE,
+            ratio=data.TRAIN_JITTER_ASPECT_RELATIVE,
+            short_sides=data.TRAIN_JITTER_SCALES,
+            **augmentation(cfg),
+        )
+    else:
+        # One crop is cut from the centre of a larger frame; several cover one whose short side is the crop.
+        short_side = max(data.TRAIN_JITTER_SCALES[0], data.TEST_CROP_SIZE) if num_crops == 1 else data.TEST_CROP_SIZE
+        transform = ClipTestTransform(data.TEST_CROP_SIZE, short_side, num_crops, data.MEAN, data.STD)
+    return VideoClips(
+        videos,
+        transform,
+        num_frames=data.NUM_FRAMES,
+        sampling_rate=data.SAMPLING_RATE,
+        target_fps=data.TARGET_FPS,
+        seed=cfg.RNG_SEED,
+        mode="val" if split == "train" and not request.augmented else split,
+        use_offset=data.USE_OFFSET_SAMPLING,
+        num_clips=request.num_clips or cfg.TEST.NUM_ENSEMBLE_VIEWS,
+        num_crops=num_crops,
+        num_views=num_views(cfg, request),
+        draw_hidden=request.draw_hidden,
+        replace_bad=request.augmented,
+        torchcodec=data.DECODING_BACKEND == "torchcodec",
+    )
+
+
+def build_kinetics(cfg: CfgNode, request: DatasetRequest) -> VideoClips:
+    """Return a split of DATA.PATH_TO_DATA_DIR, which holds train.csv, val.csv and test.csv."""
+    data = cfg.DATA
+    path = Path(data.PATH_TO_DATA_DIR) / f"{request.split}.csv"
+    return build_video_clips(cfg, request, read_video_list(path, data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX))
+
+
+register(
+    DatasetSpec(name="kinetics", media="clip", build=build_kinetics, check=check_clips, test_views=views_in_testing)
+)

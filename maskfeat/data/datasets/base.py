@@ -1,0 +1,48 @@
+"""What a data set is asked for, and what image and video data sets share."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from yacs.config import CfgNode
+
+from maskfeat.masking import MaskSampler
+
+
+@dataclass(frozen=True)
+class DatasetRequest:
+    """What the `build` of a `DatasetSpec` receives beside the config.
+
+    Attributes:
+        split: "train", "val" or "test".
+        augmented: whether samples are augmented, and unreadable ones replaced. False for the split "train" shows its
+            samples as "val" does.
+        draw_hidden: samples the mask of a view; None = no masks.
+        num_clips: clips of each video in testing; None = TEST.NUM_ENSEMBLE_VIEWS.
+    """
+
+    split: str
+    augmented: bool
+    draw_hidden: MaskSampler | None = None
+    num_clips: int | None = None
+
+
+def augmentation(cfg: CfgNode) -> dict[str, Any]:
+    """Return the arguments that image and clip transforms share in training; AUG.ENABLE False leaves crop and flip."""
+    aug, data = cfg.AUG, cfg.DATA
+    on = aug.ENABLE
+    return {
+        "crop": data.TRAIN_CROP_SIZE,
+        "mean": data.MEAN,
+        "std": data.STD,
+        "flip": data.RANDOM_FLIP,
+        "auto_augment": aug.AA_TYPE if on else "",
+        "interpolation": aug.INTERPOLATION,
+        "erase_prob": aug.RE_PROB if on else 0.0,
+        "erase_mode": aug.RE_MODE,
+        "erase_count": aug.RE_COUNT,
+    }
+
+
+def num_views(cfg: CfgNode, request: DatasetRequest) -> int:
+    """Return how many augmentations of each sample stand in a batch."""
+    return int(cfg.AUG.NUM_SAMPLE) if request.augmented and cfg.AUG.ENABLE else 1

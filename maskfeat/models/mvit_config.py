@@ -1,0 +1,262 @@
+"""The config of ViT and MViTv2: the MVIT section, its checks, and how both are built from it."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from yacs.config import CfgNode
+
+from maskfeat.models.mvit import MViT
+from maskfeat.models.vit import ViT
+from maskfeat.registry import AT_LEAST_0, AT_LEAST_1, BELOW_1, POSITIVE, BackboneSpec, Range, datasets_in_use, register
+
+_MUL_KEYS = ("DIM_MUL", "HEAD_MUL")
+_STRIDE_KEYS = ("POOL_Q_STRIDE", "POOL_KV_STRIDE")
+
+
+def _keys(cfg: CfgNode) -> None:
+    """ViT and MViTv2; without effect for other values of MODEL.ARCH."""
+    cfg.MVIT = CfgNode()
+    cfg.MVIT.MODE = "conv"  # how queries, keys and values are pooled: only "conv"
+    cfg.MVIT.POOL_FIRST = False  # only False
+    cfg.MVIT.CLS_EMBED_ON = True  # a class token
+    cfg.MVIT.PATCH_2D = False  # True: images, and two numbers in each PATCH_* key; False: clips, and three
+    cfg.MVIT.PATCH_KERNEL = [3, 7, 7]  # frames, pixels, pixels
+    cfg.MVIT.PATCH_STRIDE = [2, 4, 4]
+    cfg.MVIT.PATCH_PADDING = [2, 4, 4]
+    cfg.MVIT.EMBED_DIM = 96  # width of the first block
+    cfg.MVIT.NUM_HEADS = 1  # attention heads of the first block
+    cfg.MVIT.MLP_RATIO = 4.0  # hidden width of an MLP over the width of its block
+    cfg.MVIT.QKV_BIAS = True
+    cfg.MVIT.DROPOUT_RATE = 0.0  # after attention and in MLPs, 0 .. 1
+    cfg.MVIT.DROPPATH_RATE = 0.1  # of the last block, 0 .. 1; grows linearly from 0
+    cfg.MVIT.LAYER_SCALE_INIT_VALUE = 0.0  # only 0.0: no layer scale
+    cfg.MVIT.DEPTH = 16  # blocks
+    cfg.MVIT.NORM = "layernorm"  # only "layernorm"
+    cfg.MVIT.NORM_STEM = False  # only False
+    cfg.MVIT.DIM_MUL = []  # [[block, factor], ...]: the width grows on the way into that block
+    cfg.MVIT.DIM_MUL_IN_ATT = False  # only False: the MLP of the block before widens
+    cfg.MVIT.HEAD_MUL = []  # [[block, factor], ...]: heads
+    cfg.MVIT.POOL_Q_STRIDE = []  # [[block, t, h, w], ...]: stride of the query pooling
+    cfg.MVIT.POOL_KV_STRIDE = []  # the same for keys and values; [] where the next key is given
+    cfg.MVIT.POOL_KV_STRIDE_ADAPTIVE = None  # [t, h, w], divided by each query stride as it happens
+    cfg.MVIT.POOL_KVQ_KERNEL = None  # [t, h, w]: pooling kernel; None = stride + 1 where there is a stride
+    cfg.MVIT.RESIDUAL_POOLING = False  # add the pooled query to the attention's output
+    cfg.MVIT.SEPARATE_QKV = False  # only False: one linear layer for q, k and v
+    cfg.MVIT.USE_ABS_POS = True  # absolute positions
+    cfg.MVIT.SEP_POS_EMBED = False  # absolute positions in space and in time apart
+    cfg.MVIT.REL_POS_SPATIAL = False  # relative positions in space
+    cfg.MVIT.REL_POS_TEMPORAL = False  # relative positions in time
+    cfg.MVIT.REL_POS_ZERO_INIT = False  # start relative positions at zero
+    cfg.MVIT.ZERO_DECAY_POS_CLS = True  # no weight decay on positions and the class token
+    cfg.MVIT.USE_MEAN_POOLING = False  # classify the mean of the tokens, not the class token
+    cfg.MVIT.HEAD_INIT_SCALE = 1.0  # factor on the classifier's first weights
+
+
+KINDS = {
+    "MVIT.PATCH_KERNEL": "list[int]",
+    "MVIT.PATCH_STRIDE": "list[int]",
+    "MVIT.PATCH_PADDING": "list[int]",
+    "MVIT.DIM_MUL": "list[list[number]]",
+    "MVIT.HEAD_MUL": "list[list[number]]",
+    "MVIT.POOL_Q_STRIDE": "list[list[int]]",
+    "MVIT.POOL_KV_STRIDE": "list[list[int]]",
+    "MVIT.POOL_KV_STRIDE_ADAPTIVE": "list[int] or None",
+    "MVIT.POOL_KVQ_KERNEL": "list[int] or None",
+}
+CHOICES: dict[str, tuple[object, ...]] = {
+    "MVIT.MODE": ("conv",),
+    "MVIT.NORM": ("layernorm",),
+    "MVIT.LAYER_SCALE_INIT_VALUE": (0.0,),
+    "MVIT.POOL_FIRST": (False,),
+    "MVIT.NORM_STEM": (False,),
+    "MVIT.DIM_MUL_IN_ATT": (False,),
+    "MVIT.SEPARATE_QKV": (False,),
+    # Without effect here, but the same YAML would train another model elsewhere if they were True.
+    "MVIT.REV.ENABLE": (False,),
+    "MVIT.USE_FIXED_SINCOS_POS": (False,),
+}
+RANGES = {
+    **dict.fromkeys(("MVIT.DROPOUT_RATE", "MVIT.DROPPATH_RATE"), BELOW_1),
+    **dict.fromkeys(("MVIT.EMBED_DIM", "MVIT.NUM_HEADS"), AT_LEAST_1),
+    "MVIT.DEPTH": Range("between 1 and 1000", lambda v: 1 <= v <= 1000),
+    **dict.fromkeys(("MVIT.PATCH_KERNEL", "MVIT.PATCH_STRIDE"), AT_LEAST_1),
+    **dict.fromkeys(("MVIT.POOL_KV_STRIDE_ADAPTIVE", "MVIT.POOL_KVQ_KERNEL"), AT_LEAST_1),
+    **dict.fromkeys(("MVIT.PATCH_PADDING", "MVIT.HEAD_INIT_SCALE"), AT_LEAST_0),
+    "MVIT.MLP_RATIO": POSITIVE,
+}
+LENGTHS = {"MVIT.POOL_KV_STRIDE_ADAPTIVE": (3,), "MVIT.POOL_KVQ_KERNEL": (3,)}
+
+
+def _check_lists(cfg: CfgNode) -> Iterator[str]:
+    """Shapes that later checks rely on."""
+    mvit = cfg.MVIT
+    axes = 2 if mvit.PATCH_2D else 3
+    for key in ("PATCH_KERNEL", "PATCH_STRIDE", "PATCH_PADDING"):
+        if len(mvit[key]) != axes:
+            yield (
+                f"MVIT.{key} must have {axes} numbers where MVIT.PATCH_2D is {mvit.PATCH_2D}; "
+                f"given {mvit[key]!r}; set MVIT.{key} or MVIT.PATCH_2D"
+            )
+    for key in _MUL_KEYS:
+        for entry in mvit[key]:
+            if len(entry) != 2 or not isinstance(entry[0], int) or entry[1] <= 0:
+                yield f"MVIT.{key} must be a list of [block, factor above 0]; given {entry!r}"
+    for key in _STRIDE_KEYS:
+        for entry in mvit[key]:
+            if len(entry) != 4 or min(entry[1:]) < 1:
+                yield f"MVIT.{key} must be a list of [block, t, h, w] with strides of at least 1; given {entry!r}"
+    for key in (*_MUL_KEYS, *_STRIDE_KEYS):
+        first = 1 if key == "DIM_MUL" else 0  # the width can only change after block 0
+        outside = [str(entry[0]) for entry in mvit[key] if entry and not first <= entry[0] < mvit.DEPTH]
+        if outside:
+            yield (
+                f"MVIT.{key} names block {', '.join(outside)}, but with MVIT.DEPTH {mvit.DEPTH} it may name "
+                f"blocks {first} to {mvit.DEPTH - 1}; set MVIT.{key} or MVIT.DEPTH"
+            )
+
+
+def _check(cfg: CfgNode) -> Iterator[str]:
+    for key, dataset in datasets_in_use(cfg):
+        images = dataset.media == "image"
+        if images != cfg.MVIT.PATCH_2D:
+            yield f"MVIT.PATCH_2D must be {images} for {key} {dataset.name}; given {cfg.MVIT.PATCH_2D}"
+            break  # TRAIN.DATASET and TEST.DATASET are the same
+    yield from _grids(cfg)
+    yield from _widths(cfg)
+
+
+def _grids(cfg: CfgNode) -> Iterator[str]:
+    stride = cfg.MVIT.PATCH_STRIDE
+    for key in ("TRAIN_CROP_SIZE", "TEST_CROP_SIZE"):
+        if any(cfg.DATA[key] % s for s in stride[-2:]):
+            yield (
+                f"DATA.{key} must be a multiple of MVIT.PATCH_STRIDE {stride}; given {cfg.DATA[key]}; "
+                f"set DATA.{key} or MVIT.PATCH_STRIDE"
+            )
+    if len(stride) == 3 and cfg.DATA.NUM_FRAMES % stride[0]:
+        yield (
+            f"DATA.NUM_FRAMES must be a multiple of the first number of MVIT.PATCH_STRIDE {stride}; "
+            f"given {cfg.DATA.NUM_FRAMES}"
+        )
+    if cfg.MVIT.POOL_KV_STRIDE and cfg.MVIT.POOL_KV_STRIDE_ADAPTIVE is not None:
+        yield "MVIT.POOL_KV_STRIDE must be [] where MVIT.POOL_KV_STRIDE_ADAPTIVE is given; both are given"
+
+
+def _widths(cfg: CfgNode) -> Iterator[str]:
+    mvit = cfg.MVIT
+    for block in range(mvit.DEPTH):
+        width = mvit.EMBED_DIM * math.prod(factor for at, factor in mvit.DIM_MUL if at <= block)
+        heads = mvit.NUM_HEADS * math.prod(factor for at, factor in mvit.HEAD_MUL if at <= block)
+        if width % 1 or heads % 1 or width < 1 or heads < 1 or width % heads:
+            yield (
+                f"block {block} would be {width:g} wide with {heads:g} attention heads, and must be a "
+                f"multiple of them; set MVIT.EMBED_DIM, MVIT.NUM_HEADS, MVIT.DIM_MUL or MVIT.HEAD_MUL"
+            )
+            return
+
+
+def _mask_grid(cfg: CfgNode) -> tuple[int, ...]:
+    """Images: the grid of patches. Clips: AUG.MASK_WINDOW_SIZE."""
+    if not cfg.MVIT.PATCH_2D:
+        return tuple(cfg.AUG.MASK_WINDOW_SIZE)
+    side = cfg.DATA.TRAIN_CROP_SIZE
+    grid = tuple(side // stride for stride in cfg.MVIT.PATCH_STRIDE)
+    if math.prod(grid) == 0:
+        raise ValueError(f"DATA.TRAIN_CROP_SIZE {side} is smaller than a patch, MVIT.PATCH_STRIDE")
+    return grid
+
+
+def _by_block(rows: Sequence[Sequence[float]]) -> dict[int, list[float]]:
+    """[[block, value, ...], ...] as the YAMLs write it -> {block: [value, ...]}."""
+    return {int(block): list(values) for block, *values in rows}
+
+
+def _pools(cfg: CfgNode) -> bool:
+    mvit = cfg.MVIT
+    return bool(mvit.POOL_Q_STRIDE or mvit.POOL_KV_STRIDE or mvit.POOL_KV_STRIDE_ADAPTIVE)
+
+
+def _build_vit(cfg: CfgNode, maskable: bool) -> ViT:
+    mvit = cfg.MVIT
+    return ViT(
+        image_size=(cfg.DATA.TRAIN_CROP_SIZE,) * 2,
+        patch=mvit.PATCH_STRIDE,
+        width=mvit.EMBED_DIM,
+        depth=mvit.DEPTH,
+        num_heads=mvit.NUM_HEADS,
+        mlp_ratio=mvit.MLP_RATIO,
+        qkv_bias=mvit.QKV_BIAS,
+        drop_path=mvit.DROPPATH_RATE,
+        dropout=mvit.DROPOUT_RATE,
+        class_token=mvit.CLS_EMBED_ON,
+        position=mvit.USE_ABS_POS,
+        maskable=maskable,
+    )
+
+
+def _build_mvit(cfg: CfgNode, maskable: bool) -> MViT:
+    mvit = cfg.MVIT
+    frames = () if mvit.PATCH_2D else (cfg.DATA.NUM_FRAMES,)
+    axes = len(mvit.PATCH_KERNEL)  # images leave the first of (t, h, w) out
+    if mvit.POOL_KVQ_KERNEL is None and _pools(cfg):
+        raise ValueError("MVIT.POOL_KVQ_KERNEL is None, expected a kernel such as [3, 3, 3] where queries are pooled")
+    position = "none"
+    if mvit.USE_ABS_POS:
+        position = "separate" if mvit.SEP_POS_EMBED and not mvit.PATCH_2D else "joint"
+    return MViT(
+        clip_size=(*frames, cfg.DATA.TRAIN_CROP_SIZE, cfg.DATA.TRAIN_CROP_SIZE),
+        kernel=mvit.PATCH_KERNEL,
+        stride=mvit.PATCH_STRIDE,
+        padding=mvit.PATCH_PADDING,
+        width=mvit.EMBED_DIM,
+        depth=mvit.DEPTH,
+        num_heads=mvit.NUM_HEADS,
+        width_mul={block: factor[0] for block, factor in _by_block(mvit.DIM_MUL).items()},
+        head_mul={block: factor[0] for block, factor in _by_block(mvit.HEAD_MUL).items()},
+        stride_q={block: [int(s) for s in stride][-axes:] for block, stride in _by_block(mvit.POOL_Q_STRIDE).items()},
+        stride_kv={block: [int(s) for s in stride][-axes:] for block, stride in _by_block(mvit.POOL_KV_STRIDE).items()},
+        stride_kv_adaptive=mvit.POOL_KV_STRIDE_ADAPTIVE and mvit.POOL_KV_STRIDE_ADAPTIVE[-axes:],
+        pool_kernel=(mvit.POOL_KVQ_KERNEL or [1, 1, 1])[-axes:],
+        mlp_ratio=mvit.MLP_RATIO,
+        qkv_bias=mvit.QKV_BIAS,
+        drop_path=mvit.DROPPATH_RATE,
+        dropout=mvit.DROPOUT_RATE,
+        class_token=mvit.CLS_EMBED_ON,
+        position=position,
+        relative_space=mvit.REL_POS_SPATIAL,
+        relative_time=mvit.REL_POS_TEMPORAL and not mvit.PATCH_2D,
+        relative_zero_init=mvit.REL_POS_ZERO_INIT,
+        residual_pooling=mvit.RESIDUAL_POOLING,
+        maskable=maskable,
+    )
+
+
+def build_transformer(cfg: CfgNode, maskable: bool = False) -> ViT | MViT:
+    """Return a plain ViT where patches are 2-D, do not overlap and nothing is pooled; otherwise an MViTv2."""
+    mvit = cfg.MVIT
+    plain = list(mvit.PATCH_KERNEL) == list(mvit.PATCH_STRIDE) and not any(mvit.PATCH_PADDING)
+    if mvit.PATCH_2D and plain and not _pools(cfg) and not mvit.REL_POS_SPATIAL:
+        return _build_vit(cfg, maskable)
+    return _build_mvit(cfg, maskable)
+
+
+TRANSFORMER = register(
+    BackboneSpec(
+        name="mvit",
+        aliases=("maskmvit",),
+        title="ViT and MViTv2",
+        build=build_transformer,
+        keys=_keys,
+        kinds=KINDS,
+        choices=CHOICES,
+        ranges=RANGES,
+        lengths=LENGTHS,
+        check_lists=_check_lists,
+        check=_check,
+        mask_grid=_mask_grid,
+        classifier=lambda cfg: {
+            "mean_pooling": cfg.MVIT.USE_MEAN_POOLING,
+            "head_init_scale": cfg.MVIT.HEAD_INIT_SCALE,
+        },
+    )
+)

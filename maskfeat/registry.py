@@ -1,0 +1,300 @@
+"""The registry of objectives, backbones and data sets: each is one file that registers itself under a name.
+
+A spec says under which name of the config it is found, how it is built, which keys it adds to the config, and what it
+checks. The built-in ones are registered like those of other packages, which a config names in PLUGINS; they are
+imported when they are first asked for. This module is below all of them, and below the config.
+"""
+
+import importlib
+import re
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+from yacs.config import CfgNode
+
+BUILT_IN = (
+    "maskfeat.models.mvit_config",
+    "maskfeat.models.resnet",
+    "maskfeat.objectives.classification",
+    "maskfeat.objectives.maskfeat",
+    "maskfeat.objectives.mfm",
+    "maskfeat.data.datasets.imagenet",
+    "maskfeat.data.datasets.kinetics",
+)
+"""Modules that register what the package itself has, in the order in which messages list the names."""
+
+MEDIA = ("image", "clip")
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+
+Check = Callable[[CfgNode], Iterable[str]]
+"""Takes a config and yields one message for each problem: what was given, what was expected, which key fixes it."""
+
+
+class Range(NamedTuple):
+    """A range in words, and its test."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+AT_LEAST_0 = Range("at least 0", lambda v: v >= 0)
+AT_LEAST_1 = Range("at least 1", lambda v: v >= 1)
+POSITIVE = Range("above 0", lambda v: v > 0)
+SHARE = Range("between 0 and 1", lambda v: 0 <= v <= 1)
+BELOW_1 = Range("at least 0 and below 1", lambda v: 0 <= v < 1)
+ABOVE_0_TO_1 = Range("above 0 and at most 1", lambda v: 0 < v <= 1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rules:
+    """What single keys of the config may hold.
+
+    Attributes:
+        kinds: the type of keys whose default does not show it, such as "list[int]" or "float or None".
+        choices: the values that a key may have.
+        ranges: the range of a number, or of every number of a list.
+        lengths: how many numbers a list may have.
+    """
+
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    choices: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    lengths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Spec(Rules):
+    """What objectives, backbones and data sets have in common.
+
+    Attributes:
+        name: by which the config chooses it.
+        build: makes the object; its arguments depend on the kind of spec.
+        keys: adds keys with their defaults to a config, as `config/defaults.py` does; None = it has none of its own.
+        check_lists: problems of lists that `check` relies on; they are reported before `check` is called.
+        check: problems of keys that do not go together. Called only where the spec is in use.
+    """
+
+    name: str
+    build: Callable[..., Any]
+    keys: Callable[[CfgNode], None] | None = None
+    check_lists: Check = lambda cfg: ()
+    check: Check = lambda cfg: ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name by which it is found."""
+        return (self.name,)
+
+    @property
+    def module(self) -> str:
+        """The module that holds it."""
+        return str(self.build.__module__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BackboneSpec(Spec):
+    """A backbone, chosen by MODEL.ARCH.
+
+    Attributes:
+        build: `build(cfg, maskable)` -> Backbone; `maskable` = with a mask token, so that `hidden` may be given.
+        aliases: other values of MODEL.ARCH that mean it.
+        title: what it is called in messages.
+        media: what it can take: "image", "clip".
+        mask_grid: the grid on which patches are hidden, ([T,] H, W); None = it cannot hide patches.
+        classifier: `mean_pooling` and `head_init_scale` of `Classification` on top of it.
+        any_size: whether it can be tested on images of another size than it was trained on.
+        act_checkpoint: whether MODEL.ACT_CHECKPOINT may be set.
+        token_pixels: side in pixels of what a token stands for, where it is the same for every config; 0 = it is not.
+    """
+
+    aliases: tuple[str, ...] = ()
+    title: str = ""
+    media: tuple[str, ...] = MEDIA
+    mask_grid: Callable[[CfgNode], tuple[int, ...]] | None = None
+    classifier: Callable[[CfgNode], Mapping[str, Any]] = lambda cfg: {"mean_pooling": True, "head_init_scale": None}
+    any_size: bool = False
+    act_checkpoint: bool = True
+    token_pixels: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ObjectiveSpec(Spec):
+    """An objective, chosen by MODEL.MODEL_NAME.
+
+    Attributes:
+        build: `build(cfg, backbone)` -> Objective.
+        losses: values of MODEL.LOSS_FUNC that it knows.
+        title: what it is called in messages.
+        classifies: whether it has classes, and can be tested.
+        hides_patches: whether its backbone must be able to hide patches.
+        backbones: names of the backbones that it supports; () = all, or all that can hide patches.
+        backbone_hint: added to the message on a backbone that it does not support.
+        media: what it can take: "image", "clip".
+        mask_sampler: `mask_sampler(cfg, grid)` -> MaskSampler, see `maskfeat.masking`; `grid` is the backbone's
+            `mask_grid`, or (). None = nothing is hidden. It needs AUG.GEN_MASK_LOADER True.
+        requires: values that other keys must have.
+    """
+
+    losses: tuple[str, ...]
+    title: str = ""
+    classifies: bool = False
+    hides_patches: bool = False
+    backbones: tuple[str, ...] = ()
+    backbone_hint: str = ""
+    media: tuple[str, ...] = MEDIA
+    mask_sampler: Callable[[CfgNode, tuple[int, ...]], Any] | None = None
+    requires: Mapping[str, object] = field(default_factory=dict)
+
+    def supports(self, backbone: BackboneSpec) -> bool:
+        """Whether it goes with a backbone."""
+        if self.backbones and backbone.name not in self.backbones:
+            return False
+        return backbone.mask_grid is not None or not self.hides_patches
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DatasetSpec(Spec):
+    """A data set, chosen by TRAIN.DATASET and TEST.DATASET. Its name is in lower case.
+
+    Attributes:
+        build: `build(cfg, request)` -> data set, see `maskfeat.data.datasets.base`.
+        media: what it holds: "image" or "clip".
+        test_views: how often each sample is tested: (clips, crops) for every test that is run in turn.
+    """
+
+    media: str
+    test_views: Callable[[CfgNode], Sequence[tuple[int, int]]] = lambda cfg: [(1, 1)]
+
+
+S = TypeVar("S", bound=Spec)
+_WORDS = {ObjectiveSpec: "objective", BackboneSpec: "backbone", DatasetSpec: "data set"}
+
+_specs: dict[tuple[type[Spec], str], Spec] = {}
+_plugins: dict[str, list[Spec]] = {}
+
+
+def register(spec: S) -> S:
+    """Make a spec known under its names, and return it.
+
+    Raises:
+        ValueError: a name is taken.
+    """
+    for name in spec.names:
+        taken = _specs.get((type(spec), name))
+        if taken is not None:
+            raise ValueError(
+                f"the {_WORDS[type(spec)]} {name!r} is already registered by {taken.module}; choose another name"
+            )
+    if isinstance(spec, DatasetSpec) and spec.name != spec.name.lower():
+        raise ValueError(f"the name of a data set must be in lower case; given {spec.name!r}")
+    _specs.update({(type(spec), name): spec for name in spec.names})
+    return spec
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The specs that a config can choose from, by name.
+
+    Attributes:
+        objectives: by MODEL.MODEL_NAME.
+        backbones: by MODEL.ARCH.
+        datasets: by TRAIN.DATASET and TEST.DATASET, in lower case.
+    """
+
+    objectives: Mapping[str, ObjectiveSpec]
+    backbones: Mapping[str, BackboneSpec]
+    datasets: Mapping[str, DatasetSpec]
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """All of them, each once."""
+        return tuple(dict.fromkeys([*self.objectives.values(), *self.backbones.values(), *self.datasets.values()]))
+
+
+def load(plugins: Sequence[str] = ()) -> Registered:
+    """Return the built-in specs and those of PLUGINS; import what has not been imported yet.
+
+    Args:
+        plugins: dotted names of modules.
+
+    Raises:
+        ValueError: a plugin's name is not a dotted name, or the module cannot be imported, registers nothing, or
+            registers a name that is taken. The message names PLUGINS and the module.
+    """
+    for module in BUILT_IN:
+        importlib.import_module(module)
+    for name in plugins:
+        if name not in _plugins:
+            _plugins[name] = _import_plugin(name)
+    ours = sorted((s for s in _specs.values() if s.module in BUILT_IN), key=lambda s: BUILT_IN.index(s.module))
+    specs = list(dict.fromkeys([*ours, *(spec for name in plugins for spec in _plugins[name])]))
+    return Registered(_by_name(specs, ObjectiveSpec), _by_name(specs, BackboneSpec), _by_name(specs, DatasetSpec))
+
+
+def _by_name(specs: Iterable[Spec], kind: type[S]) -> dict[str, S]:
+    return {name: spec for spec in specs if isinstance(spec, kind) for name in spec.names}
+
+
+def _import_plugin(name: str) -> list[Spec]:
+    """Import a module and return the specs that it registers."""
+    if not _DOTTED.fullmatch(name):
+        raise ValueError(
+            "PLUGINS must hold dotted names of modules that Python can import, such as my_package.my_module; "
+            f"given {name[:200]!r}"
+        )
+    before = dict(_specs)
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a module may raise anything while it is imported
+        _specs.clear()
+        _specs.update(before)
+        raise ValueError(f"PLUGINS: the module {name} cannot be imported: {_in_one_line(error)}") from error
+    # A module that was imported before PLUGINS named it has registered its specs already.
+    added = [
+        spec
+        for key, spec in _specs.items()
+        if key not in before or spec.module == name or spec.module.startswith(f"{name}.")
+    ]
+    if not added:
+        raise ValueError(
+            f"PLUGINS: the module {name} registers no objective, backbone or data set; it must call "
+            "maskfeat.registry.register"
+        )
+    return list(dict.fromkeys(added))
+
+
+def _in_one_line(error: Exception) -> str:
+    """Return the error, and the file and line that raised it."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        return f"{text}; install it, or put its folder on PYTHONPATH"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({frame.filename}, line {frame.lineno})"
+
+
+def objective_spec(cfg: CfgNode) -> ObjectiveSpec:
+    """Return the spec of MODEL.MODEL_NAME."""
+    return load(cfg.PLUGINS).objectives[cfg.MODEL.MODEL_NAME]
+
+
+def backbone_spec(cfg: CfgNode) -> BackboneSpec:
+    """Return the spec of MODEL.ARCH."""
+    return load(cfg.PLUGINS).backbones[cfg.MODEL.ARCH]
+
+
+def dataset_spec(cfg: CfgNode, section: str) -> DatasetSpec:
+    """Return the spec of TRAIN.DATASET or TEST.DATASET."""
+    return load(cfg.PLUGINS).datasets[cfg[section].DATASET.lower()]
+
+
+def datasets_in_use(cfg: CfgNode) -> Iterator[tuple[str, DatasetSpec]]:
+    """Yield "TRAIN.DATASET" and "TEST.DATASET" with their specs, where training or testing is enabled."""
+    for section in ("TRAIN", "TEST"):
+        if cfg[section].ENABLE:
+            yield f"{section}.DATASET", dataset_spec(cfg, section)
