@@ -93,7 +93,14 @@ class MaskFeat(Objective):
         return resize_mask(batch.hidden, self.backbone.grid).flatten(1)
 
     def target(self, clip: Tensor) -> Tensor:
-        """HOG of every token: clip (B, 3, [T,] H, W), normalised and unmasked -> (B, prod(grid), F) float32."""
+        """Compute the HOG features of every token.
+
+        Args:
+            clip: (B, 3, [T,] H, W), normalised and unmasked.
+
+        Returns:
+            (B, prod(grid), F) float32
+        """
         with full_precision(clip):
             images = clip.float()
             if images.dim() == 5:
@@ -103,13 +110,19 @@ class MaskFeat(Objective):
         return features.reshape(len(clip), math.prod(self.backbone.grid), -1)
 
     def features(self, patches: Tensor, weight: Tensor | None) -> Tensor:
-        """HOG of patches with their border: (n, 3, S + 2, S + 2) -> (n, F), see `patch_features`."""
+        """Compute the features of patches with their border, see `patch_features`: (n, 3, S + 2, S + 2) -> (n, F)."""
         return patch_features(patches, self.bins, self.cell, weight)
 
     @torch.no_grad()
     def target_at(self, clip: Tensor, tokens: Tensor) -> Tensor:
-        """HOG of some tokens: clip (B, 3, [T,] H, W), tokens (B, K) int64 places in the flattened grid -> (B, K, F)
-        float32, the same as those of `target` there.
+        """Compute the HOG features of selected tokens, equal to those of `target`.
+
+        Args:
+            clip: (B, 3, [T,] H, W), normalised and unmasked.
+            tokens: (B, K) int64, indices into the flattened grid.
+
+        Returns:
+            (B, K, F) float32
         """
         if is_reference(self.impl):
             target = self.target(clip)
