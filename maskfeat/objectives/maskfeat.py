@@ -132,8 +132,8 @@ class MaskFeat(Objective):
             images = clip.float() if clip.dim() == 5 else clip.float().unsqueeze(2)
             padded = pad_border(images[:, :, :: self.backbone.frame_stride])
             sample = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1])
-            place = tokens.flatten()
-            frame, row, column = place // (rows * columns), place // columns % rows, place % columns
+            index = tokens.flatten()
+            frame, row, column = index // (rows * columns), index // columns % rows, index % columns
             side = self.backbone.token_pixels[0]
             patches = cut_patches(padded, (sample, frame, row, column), side)
             weight = pixel_weights(clip, self.cell, self.window)
@@ -142,7 +142,7 @@ class MaskFeat(Objective):
             return self.features(patches, weight).view(*tokens.shape, -1)
 
     def chosen(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Which tokens are predicted: (B, K) int64 places in the flattened grid, hidden ones first and in order, and
+        """Which tokens are predicted: (B, K) int64 indices into the flattened grid, hidden ones first and in order, and
         (B, K) bool, which of them are hidden; the rest fills up the rows of samples with fewer hidden tokens.
 
         K comes from `batch.max_hidden`, so that nothing waits for the device to count the mask. A batch without it
