@@ -1,5 +1,6 @@
 """HOG targets, pooling attention and whole steps of pre-training, each against its plain formulation."""
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,13 +12,13 @@ from yacs.config import CfgNode
 
 from benchmarks.cases import MVIT_S, VIT_B, Options, normalised, random_batch
 from benchmarks.measure import NotTheSame, Row, check_same, compare, in_float32
-from benchmarks.reference_hog import sobel
-from benchmarks.reference_mvit import reference_forward
 from benchmarks.reference_step import frames_of, reference_target
 from maskfeat.batch import Batch
 from maskfeat.build import build_backbone, build_objective
 from maskfeat.engine.parallelize import apply_compile
 from maskfeat.models.attention import PoolingAttention
+from maskfeat.models.layers import set_impl
+from maskfeat.objectives.hog import sobel
 from maskfeat.objectives.maskfeat import MaskFeat
 
 HOG_TOLERANCE = 1e-6
@@ -163,13 +164,15 @@ def measure_attention(options: Options) -> Iterator[Row]:
 def _attention(name: str, module: PoolingAttention, batch: int, options: Options) -> Row:
     shape = (batch, module.prefix + math.prod(module.grid), module.num_heads * module.head_width)
     x = torch.randn(shape, device=options.device, requires_grad=True)
-    leaves = [x, *module.parameters()]
     upstream = torch.randn_like(module(x))
+    plain = copy.deepcopy(module)
+    set_impl(plain, "reference")
 
-    def passes(out: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return out.detach(), torch.autograd.grad(out, leaves, upstream)
+    def passes(side: PoolingAttention) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out = side(x)
+        return out.detach(), torch.autograd.grad(out, [x, *side.parameters()], upstream)
 
-    sides = {"reference": lambda: passes(reference_forward(module, x)), "ours": lambda: passes(module(x))}
+    sides = {"reference": lambda: passes(plain), "ours": lambda: passes(module)}
     what = f"attention {name}: {_times(module.q_grid)} q, {_times(module.kv_grid)} kv, {module.num_heads} heads"
     if options.compile:
         module.compile()

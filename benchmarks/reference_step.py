@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.reference_hog import reference_targets
 from maskfeat.batch import Batch
 from maskfeat.engine.parallelize import autocast
+from maskfeat.objectives.hog import hog, hog_tokens
 from maskfeat.objectives.maskfeat import MaskFeat
 
 
@@ -22,10 +22,11 @@ def frames_of(objective: MaskFeat, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def reference_target(objective: MaskFeat, batch: Batch) -> Tensor:
-    """HOG of the hidden tokens of a batch: (n_hidden, F) float32."""
+    """HOG of the hidden tokens of a batch, computed for all tokens and then selected: (n_hidden, F) float32."""
     hidden = objective.hidden_tokens(batch)
     images = frames_of(objective, batch)
-    return reference_targets(images, hidden, objective.bins, objective.cell, objective.cells, objective.window)
+    features = hog(images, objective.bins, objective.cell, objective.window, impl="reference")
+    return hog_tokens(features, objective.cells).flatten(0, 2)[hidden.flatten()]
 
 
 def reference_loss(objective: MaskFeat, batch: Batch) -> Tensor:

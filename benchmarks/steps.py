@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from benchmarks.cases import MVIT_S, VIT_B, Options, random_batch
 from benchmarks.compute import maskfeat_objective, size_of
 from benchmarks.measure import GRADIENT_TOLERANCE, Row, check_same, in_float32, in_turn, peak_mib
-from benchmarks.reference_mvit import use_reference_attention
 from benchmarks.reference_step import reference_loss, reference_optimizer, reference_step
 from maskfeat.batch import Batch
 from maskfeat.engine.parallelize import autocast
 from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.trainer import build_trainer
+from maskfeat.models.layers import set_impl
 from maskfeat.objectives.maskfeat import MaskFeat
 
 FLOAT32_TOLERANCE = 2e-4
@@ -54,8 +54,8 @@ def ours_of(objective: MaskFeat, model: nn.Module | None = None) -> Side:
 
 
 def reference_of(objective: MaskFeat) -> Side:
-    """The reference's way on the weights of an objective, which computes that way from now on."""
-    use_reference_attention(objective)
+    """The reference's way on the weights of an objective, which is switched to the reference forms."""
+    set_impl(objective, "reference")
     return Side(objective, lambda batch: reference_loss(objective, batch))
 
 

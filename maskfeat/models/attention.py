@@ -1,14 +1,17 @@
 """Pooling attention with decomposed relative positions (MViTv2, Li et al., CVPR 2022, section 4.1).
 
-The relative positions are folded into queries and keys, so that plain scaled-dot-product kernels apply:
+`reference_attention` stores every score and adds the relative positions to them, as the paper writes it.
+`fast_attention` folds the relative positions into the queries and keys, so that PyTorch's fused kernels for scaled
+dot-product attention apply:
 
     (q s) . k + q . R_t[dt] + q . R_h[dh] + q . R_w[dw]  =  [q s, q.R_t, q.R_h, q.R_w] . [k, 1_t, 1_h, 1_w]
 
-where q . R_t has one number for every time step of the keys and 1_t marks the time step at which a key stands.
-Exact, and nothing of the size of the scores is ever stored (the idea of FlashBias, arXiv 2505.12044).
+where q . R_t holds one score for every time step of the key grid, and 1_t is the one-hot vector of the time step of a
+key. This is exact, and no tensor of the size of the scores is ever stored (the idea of FlashBias, arXiv 2505.12044).
 
-Shape legend: B samples, N tokens (class token first where there is one), G heads, C channels of one head,
-grid = ([T,] H, W), L rows of a table of relative positions. Heads stand side by side, as the linear layers write them.
+Shape legend: B samples, N queries, Nk keys (the first `prefix` of each, such as a class token, are not on the grid), G
+heads, C channels per head, D = G C, grid = ([T,] H, W), L rows of a table of relative positions. Heads stay side by
+side, (B, N, G, C), as the linear layers write them.
 """
 
 import math
@@ -20,17 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskfeat.models.base import conv_grid, token_parameter
-from maskfeat.models.layers import CONV, layer_norm
-from maskfeat.models.pooling import pool_tokens
+from maskfeat.models.layers import is_reference, layer_norm
+from maskfeat.models.pooling import POOL_CONV
 
 AXES = ("t", "h", "w")
-_ALIGN = 8  # head widths that fast kernels take
+_ALIGN = 8  # fused kernels take head widths that are multiples of this
 
 
 def relative_index(queries: int, keys: int) -> Tensor:
-    """(queries, keys) int64: row of the table for each pair along one axis.
+    """Return the row of the table of relative positions for each query and key along one axis.
 
-    Where the two lengths differ, the coarser one is stretched to the finer (MViTv2's published code).
+    If the two lengths differ, positions on the coarser grid are scaled to the finer one (MViTv2's published code).
+
+    Returns:
+        (queries, keys) int64.
     """
     q_step, k_step = max(keys / queries, 1.0), max(queries / keys, 1.0)
     q_at = torch.arange(queries, dtype=torch.float64)[:, None] * q_step
@@ -39,23 +45,60 @@ def relative_index(queries: int, keys: int) -> Tensor:
 
 
 def table_rows(queries: int, keys: int) -> int:
-    """Rows of a table of relative positions along one axis."""
+    """Return L, the number of rows of a table of relative positions along one axis."""
     return 2 * max(queries, keys) - 1
 
 
-def key_places(grid: Sequence[int], prefix: int, axes: Sequence[int]) -> Tensor:
-    """(prefix + N, R) float32: for each key a 1 at its place along each of `axes`; rows of the prefix are zero."""
-    places = []
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Sequence[Tensor],
+    grid: Sequence[int],
+    key_grid: Sequence[int],
+    axes: Sequence[int],
+) -> Tensor:
+    """Attention with relative positions as the paper writes it: softmax(q k^T / sqrt(C) + E) v, with
+    E = q . (R_t + R_h + R_w) between tokens on the grids and 0 for the prefix.
+
+    Args:
+        q: (B, prefix + prod(grid), G, C).
+        k, v: (B, prefix + prod(key_grid), G, C).
+        tables: for each of `axes` (queries, keys, C), see `relative_index`.
+        grid, key_grid: ([T,] H, W) of the queries and of the keys.
+        axes: axes of the grids that have relative positions.
+
+    Returns:
+        (B, prefix + prod(grid), G, C)
+    """
+    prefix, letters = q.shape[1] - math.prod(grid), "xyz"[: len(grid)]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, G, N, C)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    q_on_grid = q[:, :, prefix:].unflatten(2, grid)
+    by_axis = scores[:, :, prefix:, prefix:].unflatten(3, key_grid).unflatten(2, grid)  # (B, G, *grid, *key_grid)
+    for axis, table in zip(axes, tables, strict=True):
+        relative = torch.einsum(f"bg{letters}c,{letters[axis]}kc->bg{letters}k", q_on_grid, table)
+        by_axis = by_axis + relative.unflatten(-1, [n if i == axis else 1 for i, n in enumerate(key_grid)])
+    scores[:, :, prefix:, prefix:] = by_axis.flatten(-len(grid)).flatten(2, -2)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+
+
+def key_one_hots(grid: Sequence[int], prefix: int, axes: Sequence[int]) -> Tensor:
+    """Return the one-hot position of every key along each of `axes`, side by side; rows of the prefix are zero.
+
+    Returns:
+        (prefix + prod(grid), sum of the lengths of `axes`) float32.
+    """
+    one_hots = []
     for axis in axes:
-        one_hot = torch.eye(grid[axis])
         shape = [1] * len(grid) + [grid[axis]]
         shape[axis] = grid[axis]
-        places.append(one_hot.reshape(shape).expand(*grid, -1).reshape(math.prod(grid), -1))
-    return F.pad(torch.cat(places, dim=-1), (0, 0, prefix, 0))
+        one_hots.append(torch.eye(grid[axis]).reshape(shape).expand(*grid, -1).reshape(math.prod(grid), -1))
+    return F.pad(torch.cat(one_hots, dim=-1), (0, 0, prefix, 0))
 
 
 class _WideQueries(torch.autograd.Function):
-    """See `wide_queries`. Nothing but its output is kept for the gradients: the queries stand in it."""
+    """See `wide_queries`. Only the output is saved for the backward pass: the queries are its first channels."""
 
     @staticmethod
     def forward(
@@ -64,15 +107,15 @@ class _WideQueries(torch.autograd.Function):
         prefix = q.shape[1] - math.prod(grid)
         sizes = [q.shape[-1], *(table.shape[1] for table in tables)]
         wide = q.new_empty(*q.shape[:-1], width)
-        places = wide.split([*sizes, width - sum(sizes)], dim=-1)
-        places[0].copy_(q)
+        columns = wide.split([*sizes, width - sum(sizes)], dim=-1)
+        columns[0].copy_(q)
         on_grid = q[:, prefix:].unflatten(1, grid)
-        for axis, table, place in zip(axes, tables, places[1:-1], strict=True):
-            place[:, :prefix] = 0
-            place[:, prefix:] = torch.einsum(_per_axis("cs", axis, grid), on_grid, table.to(q.dtype)).flatten(
+        for axis, table, scores in zip(axes, tables, columns[1:-1], strict=True):
+            scores[:, :prefix] = 0
+            scores[:, prefix:] = torch.einsum(_per_axis("cs", axis, grid), on_grid, table.to(q.dtype)).flatten(
                 1, len(grid)
             )
-        places[-1].zero_()
+        columns[-1].zero_()
         ctx.save_for_backward(wide, *tables)
         ctx.settings = grid, axes, prefix, sizes
         return wide
@@ -81,38 +124,42 @@ class _WideQueries(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wide, *tables = ctx.saved_tensors
         grid, axes, prefix, sizes = ctx.settings
-        of_q, *of_scores = grad[..., : sum(sizes)].split(sizes, dim=-1)
-        of_q = of_q.clone(memory_format=torch.contiguous_format)
+        grad_q, *grad_scores = grad[..., : sum(sizes)].split(sizes, dim=-1)
+        grad_q = grad_q.clone(memory_format=torch.contiguous_format)
         q = wide[:, prefix:, :, : sizes[0]].unflatten(1, grid)
-        of_tables = []
-        for axis, table, of_score in zip(axes, tables, of_scores, strict=True):
-            on_grid = of_score[:, prefix:].unflatten(1, grid)
-            of_q[:, prefix:] += torch.einsum(_per_axis("sc", axis, grid), on_grid, table.to(grad.dtype)).flatten(
+        grad_tables = []
+        for axis, table, grad_score in zip(axes, tables, grad_scores, strict=True):
+            on_grid = grad_score[:, prefix:].unflatten(1, grid)
+            grad_q[:, prefix:] += torch.einsum(_per_axis("sc", axis, grid), on_grid, table.to(grad.dtype)).flatten(
                 1, len(grid)
             )
-            of_tables.append(torch.einsum(_of_table(axis, grid), on_grid, q).to(table.dtype))
-        return of_q, None, None, None, *of_tables
+            grad_tables.append(torch.einsum(_of_table(axis, grid), on_grid, q).to(table.dtype))
+        return grad_q, None, None, None, *grad_tables
 
 
 def _per_axis(change: str, axis: int, grid: Sequence[int]) -> str:
-    """Einsum of (B, *grid, G, C or S) with a table (queries, S, C), S = keys: "cs" makes C into S, "sc" S into C."""
+    """Return the einsum of (B, *grid, G, C or S) with a table (queries, S, C) along `axis`; S is the number of keys.
+
+    Args:
+        change: "cs" contracts C and returns S; "sc" contracts S and returns C.
+    """
     letters = "xyz"[: len(grid)]
     return f"b{letters}g{change[0]},{letters[axis]}sc->b{letters}g{change[1]}"
 
 
 def _of_table(axis: int, grid: Sequence[int]) -> str:
-    """Einsum of (B, *grid, G, S) with (B, *grid, G, C) for the gradient of a table (queries, S, C)."""
+    """Return the einsum of (B, *grid, G, S) with (B, *grid, G, C) for the gradient of a table (queries, S, C)."""
     letters = "xyz"[: len(grid)]
     return f"b{letters}gs,b{letters}gc->{letters[axis]}sc"
 
 
 def wide_queries(q: Tensor, tables: Sequence[Tensor], grid: Sequence[int], axes: Sequence[int], width: int) -> Tensor:
-    """Queries with their relative scores q . R along each of `axes` beside them.
+    """Concatenate the queries with their relative scores q . R along each of `axes`.
 
     Args:
         q: (B, prefix + prod(grid), G, C).
-        tables: for each axis (queries, keys, C), see `relative_index`.
-        width: of the result; what is left over is zero, and so are the scores of the prefix.
+        tables: for each of `axes` (queries, keys, C), see `relative_index`.
+        width: number of channels of the result; the remaining channels, and the scores of the prefix, are zero.
 
     Returns:
         (B, prefix + prod(grid), G, width)
@@ -121,57 +168,58 @@ def wide_queries(q: Tensor, tables: Sequence[Tensor], grid: Sequence[int], axes:
 
 
 class _AddQueries(torch.autograd.Function):
-    """The attention's output and the queries of places: residual pooling (MViTv2, section 4.1)."""
+    """Residual pooling (MViTv2, section 4.1): add the queries on the grid to the output of the attention."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, q: Tensor, prefix: int, channels: int) -> Tensor:
-        """out, q (B, prefix + N, G, C or more), of which the first `channels` count -> (B, prefix + N, G, C)."""
+        """out, q (B, prefix + N, G, C or more), of which the first `channels` are used -> (B, prefix + N, G, C)."""
         ctx.prefix, ctx.padding = prefix, [x.shape[-1] - channels for x in (out, q)]
-        total = out[..., :channels].contiguous()
+        # A copy even where `out` has no other channels: the attention's backward pass needs its output unchanged.
+        total = out[..., :channels].clone(memory_format=torch.contiguous_format)
         total[:, prefix:] += q[:, prefix:, :, :channels]
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        of_out, of_q = (F.pad(grad, (0, padding)) for padding in ctx.padding)
-        of_q = of_q.clone() if ctx.padding[1] == 0 else of_q
-        of_q[:, : ctx.prefix] = 0
-        return of_out, of_q, None, None
+        grad_out, grad_q = (F.pad(grad, (0, padding)) for padding in ctx.padding)
+        grad_q = grad_q.clone() if ctx.padding[1] == 0 else grad_q
+        grad_q[:, : ctx.prefix] = 0
+        return grad_out, grad_q, None, None
 
 
-def folded_attention(
+def fast_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     tables: Sequence[Tensor],
-    places: Tensor,
+    one_hots: Tensor,
     grid: Sequence[int],
     axes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Attention with relative positions along `axes` of the query grid.
+    """Compute the same as `reference_attention` without storing the scores.
 
     Args:
         q: (B, prefix + prod(grid), G, C), unscaled.
         k, v: (B, Nk, G, C).
-        tables: for each axis (queries, keys, C), see `relative_index`.
-        places: (Nk, sum of keys), see `key_places`.
+        tables: for each of `axes`, at least one, (queries, keys, C), see `relative_index`.
+        one_hots: (Nk, sum of keys), see `key_one_hots`.
 
     Returns:
-        the output and the queries, both (B, prefix + prod(grid), G, C or more): what follows the first C channels of
-        either is of no use to the caller, and costs less to pass on than to cut off.
+        The output and the queries, both (B, prefix + prod(grid), G, C or more). The caller must ignore everything after
+        the first C channels of either; it is cheaper to pass on than to cut off.
     """
-    channels, keys = q.shape[-1], places.shape[-1]
+    channels, keys = q.shape[-1], one_hots.shape[-1]
     padding = -(channels + keys) % _ALIGN
     q_wide = wide_queries(q, tables, grid, axes, channels + keys + padding)
-    # Keys are few: they are what is scaled and spread.
-    marks = F.pad(places.to(k.dtype), (0, padding))[:, None].expand(len(k), -1, k.shape[2], -1)
-    k_wide = torch.cat([k * channels**-0.5, marks], dim=-1)
+    # There are fewer keys than queries, so the keys are the ones to be scaled and widened by a copy.
+    one_hots = F.pad(one_hots.to(k.dtype), (0, padding))[:, None].expand(len(k), -1, k.shape[2], -1)
+    k_wide = torch.cat([k * channels**-0.5, one_hots], dim=-1)
     v_wide = F.pad(v, (0, keys + padding))
-    return _attention(q_wide, k_wide, v_wide, scale=1.0), q_wide
+    return _fused_attention(q_wide, k_wide, v_wide, scale=1.0), q_wide
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """q (B, N, G, C), k, v (B, Nk, G, C) -> (B, N, G, C)."""
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Attention by PyTorch's fused kernels: q (B, N, G, C), k, v (B, Nk, G, C) -> (B, N, G, C)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
@@ -180,14 +228,17 @@ class PoolingAttention(nn.Module):
     """Multi-head pooling attention of one MViTv2 block.
 
     Args:
-        width: D in and out.
+        width: D of the input and the output.
         num_heads: G.
-        grid: tokens along ([T,] H, W) that come in.
-        kernel: pooling kernel along the axes of `grid`.
-        stride_q, stride_kv: pooling strides of queries, and of keys and values.
-        class_token: whether token 0 stands for no place; it skips pooling and relative positions.
-        relative_space, relative_time: which axes carry relative positions.
-        residual_pooling: whether the pooled query is added to the output (MViTv2, section 4.1).
+        grid: ([T,] H, W) of the input tokens.
+        kernel: pooling kernel along each axis of `grid`.
+        stride_q, stride_kv: pooling stride of the queries, and of the keys and values.
+        class_token: whether token 0 is a class token, which skips pooling and relative positions.
+        relative_space, relative_time: which axes have relative positions.
+        relative_zero_init: initialise the relative positions to zero.
+        residual_pooling: whether to add the pooled queries to the output (MViTv2, section 4.1).
+        dropout: rate on the output.
+        impl: "fast" or "reference": the form of pooling and attention.
     """
 
     recomputable = ("project", "pooled", "joined")
@@ -198,7 +249,7 @@ class PoolingAttention(nn.Module):
     norm_q: nn.Module | None
     norm_k: nn.Module | None
     norm_v: nn.Module | None
-    _key_places: Tensor
+    _key_one_hots: Tensor
 
     def __init__(
         self,
@@ -216,8 +267,10 @@ class PoolingAttention(nn.Module):
         relative_zero_init: bool = False,
         residual_pooling: bool = True,
         dropout: float = 0.0,
+        impl: str = "fast",
     ) -> None:
         super().__init__()
+        self.impl = impl
         self.num_heads, self.head_width = num_heads, width // num_heads
         self.grid, self.prefix = tuple(grid), int(class_token)
         self.residual_pooling = residual_pooling
@@ -227,7 +280,7 @@ class PoolingAttention(nn.Module):
         names = AXES[-len(grid) :]
         wanted = {"t": relative_time, "h": relative_space, "w": relative_space}
         self.axes = tuple(i for i, name in enumerate(names) if wanted[name])
-        # Released order of the names: h, w, t.
+        # The order of the names in released files: h, w, t.
         for name in sorted((names[i] for i in self.axes), key="hwt".index):
             axis = names.index(name)
             table = token_parameter(table_rows(self.q_grid[axis], self.kv_grid[axis]), self.head_width)
@@ -238,8 +291,8 @@ class PoolingAttention(nn.Module):
             index = relative_index(self.q_grid[axis], self.kv_grid[axis])
             self.register_buffer(f"_index_{names[axis]}", index, persistent=False)
         if self.axes:
-            places = key_places(self.kv_grid, self.prefix, self.axes)
-            self.register_buffer("_key_places", places, persistent=False)
+            one_hots = key_one_hots(self.kv_grid, self.prefix, self.axes)
+            self.register_buffer("_key_one_hots", one_hots, persistent=False)
         self._names = names
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
@@ -248,35 +301,34 @@ class PoolingAttention(nn.Module):
                 self.register_module(f"pool_{which}", None)
                 self.register_module(f"norm_{which}", None)
                 continue
-            channels = self.head_width
-            pool = CONV[len(grid)](
-                channels, channels, tuple(kernel), tuple(stride), padding, groups=channels, bias=False
-            )
+            pool = POOL_CONV[len(grid)](self.head_width, kernel, stride, grid, self.prefix, impl)
             self.register_module(f"pool_{which}", pool)
-            self.register_module(f"norm_{which}", layer_norm(channels))
+            self.register_module(f"norm_{which}", layer_norm(self.head_width))
         self.dropout = nn.Dropout(dropout)
 
     def project(self, x: Tensor, norm: nn.Module | None) -> Tensor:
-        """x (B, N, D) -> queries, keys and values side by side (B, N, 3 D)."""
+        """Return queries, keys and values side by side, (B, N, 3 D), for x (B, N, D), normalised by `norm` first."""
         return self.qkv(x if norm is None else norm(x))
 
     def pooled(self, x: Tensor) -> list[Tensor]:
-        """x (B, N, 3 D) -> queries, keys and values (B, N', G, C): pooled over the grid, then LayerNorm over C."""
-        pools = [self.pool_q, self.pool_k, self.pool_v]
-        shares = list(x.chunk(3, dim=-1))
-        used = [i for i, pool in enumerate(pools) if pool is not None]
-        if used:
-            convs = [pool for pool in pools if isinstance(pool, nn.Conv2d | nn.Conv3d)]
-            tokens = x if len(used) == 3 else torch.cat([shares[i] for i in used], dim=-1)
-            pooled = pool_tokens(tokens, self.prefix, self.grid, [c.stride for c in convs], [c.weight for c in convs])
-            for i, share in zip(used, pooled, strict=True):
-                shares[i] = share
-        by_head = [share.unflatten(-1, (self.num_heads, self.head_width)) for share in shares]
-        norms = [self.norm_q, self.norm_k, self.norm_v]
-        return [share if norm is None else norm(share).to(x.dtype) for share, norm in zip(by_head, norms, strict=True)]
+        """Pool queries, keys and values over the grid and normalise them over C.
+
+        Args:
+            x: (B, N, 3 D), as `project` returns it.
+
+        Returns:
+            queries, keys and values, each (B, N', G, C), of the dtype of `x`.
+        """
+        pooled = []
+        layers = ((self.pool_q, self.norm_q), (self.pool_k, self.norm_k), (self.pool_v, self.norm_v))
+        for share, (pool, norm) in zip(x.chunk(3, dim=-1), layers, strict=True):
+            tokens = share if pool is None else pool(share)
+            by_head = tokens.unflatten(-1, (self.num_heads, self.head_width))
+            pooled.append(by_head if norm is None else norm(by_head).to(x.dtype))
+        return pooled
 
     def _tables(self) -> list[Tensor]:
-        """For each axis with relative positions its table spread to (queries, keys, C)."""
+        """Return, for each axis with relative positions, the row of every query and key: (queries, keys, C)."""
         tables = []
         for axis in self.axes:
             name = self._names[axis]
@@ -284,16 +336,33 @@ class PoolingAttention(nn.Module):
         return tables
 
     def joined(self, out: Tensor, q: Tensor) -> Tensor:
-        """out, q (B, N', G, C or more) -> (B, N', D): residual pooling, and the heads mixed."""
+        """Add the queries (residual pooling) and mix the heads: out, q (B, N', G, C or more) -> (B, N', D)."""
         channels = self.head_width
         out = _AddQueries.apply(out, q, self.prefix, channels) if self.residual_pooling else out[..., :channels]
         return self.dropout(self.proj(out.flatten(2)))
 
+    def _reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention, residual pooling and projection in the reference form: (B, N', G, C) each -> (B, N', D)."""
+        out = reference_attention(q, k, v, self._tables(), self.q_grid, self.kv_grid, self.axes)
+        if self.residual_pooling:
+            out[:, self.prefix :] += q[:, self.prefix :]
+        return self.dropout(self.proj(out.flatten(2)))
+
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-        """x (B, prefix + prod(grid), D), to which `norm` is applied first -> (B, prefix + prod(q_grid), D)."""
+        """Attend from the pooled queries to the pooled keys.
+
+        Args:
+            x: (B, prefix + prod(grid), D).
+            norm: applied to `x` first, if given.
+
+        Returns:
+            (B, prefix + prod(q_grid), D)
+        """
         q, k, v = self.pooled(self.project(x, norm))
+        if is_reference(self.impl):
+            return self._reference(q, k, v)
         if self.axes:
-            out, q = folded_attention(q, k, v, self._tables(), self._key_places, self.q_grid, self.axes)
+            out, q = fast_attention(q, k, v, self._tables(), self._key_one_hots, self.q_grid, self.axes)
         else:
-            out = _attention(q, k, v)
+            out = _fused_attention(q, k, v)
         return self.joined(out, q)

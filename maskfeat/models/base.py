@@ -1,7 +1,7 @@
-"""The protocol between objectives and backbones.
+"""The interface between objectives and backbones.
 
-Shape legend: B samples, C channels, D token width, N tokens (a class token, where there is one, stands first),
-grid = ([T,] H, W) tokens along each axis.
+Shape legend: B samples, C channels, D token width, N tokens (the class token, if there is one, comes first), grid =
+([T,] H, W) tokens along each axis.
 """
 
 import math
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 CLASSIFIER = "head.projection."
-"""Where released transformers keep their linear classifier."""
+"""Prefix of the linear classifier's parameters in released transformers."""
 
 
 class Tokens(NamedTuple):
-    """What a backbone makes of a clip.
+    """The output of a backbone.
 
     Attributes:
-        x: (B, N, D) tokens; N is the product of `grid`, plus one where a class token stands first.
-        grid: tokens along ([T,] H, W).
+        x: (B, N, D) tokens; N is the product of `grid`, plus one if there is a class token, which comes first.
+        grid: number of tokens along ([T,] H, W).
     """
 
     x: Tensor
@@ -28,26 +28,27 @@ class Tokens(NamedTuple):
 
     @property
     def patches(self) -> Tensor:
-        """(B, prod(grid), D): the tokens that stand for places in the clip."""
+        """Return the tokens on the grid, without the class token: (B, prod(grid), D)."""
         return self.x[:, self.x.shape[1] - math.prod(self.grid) :]
 
     @property
     def has_class_token(self) -> bool:
+        """Return whether the first token is a class token."""
         return self.x.shape[1] > math.prod(self.grid)
 
 
 class Backbone(Protocol):
-    """What an objective may ask of a backbone.
+    """The interface of every backbone.
 
     Attributes:
-        clip_size: ([T,] H, W) frames and pixels that go in.
-        width: D of the tokens that come out.
-        grid: the output grid for the clip size that the backbone was built for.
-        token_pixels: pixels (H, W) that an output token stands for; frames are left out.
-        frame_stride: frames that an output token stands for (1 for images).
-        supports_hidden: whether `hidden` may be given.
-        needs_norm: whether tokens come without the LayerNorm that whoever reads them has to apply.
-        classifier: how released files of this architecture begin the names of the linear classifier.
+        clip_size: ([T,] H, W) of the input, in frames and pixels.
+        width: D of the output tokens.
+        grid: output grid for an input of `clip_size`.
+        token_pixels: (H, W) of the image area of an output token, in pixels.
+        frame_stride: number of frames per output token (1 for images).
+        supports_hidden: whether `forward_tokens` takes `hidden`.
+        needs_norm: whether the caller has to apply the final LayerNorm to the output tokens.
+        classifier: prefix of the linear classifier's parameters in released files of this architecture.
         num_blocks: depth, for layer-wise learning rate decay.
     """
 
@@ -62,28 +63,36 @@ class Backbone(Protocol):
     num_blocks: int
 
     def forward_tokens(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
-        """Tokens of clip (B, C, [T,] H, W); `hidden` (B, *mask_grid) bool, True = replaced by the mask token."""
+        """Compute the tokens of a clip.
+
+        Args:
+            clip: (B, C, [T,] H, W) float.
+            hidden: (B, *mask_grid) bool, True = replaced by the mask token; None = nothing is hidden.
+        """
         ...
 
     def eval(self) -> object:
-        """Evaluation mode, as of every `nn.Module`."""
+        """Switch to evaluation mode, as `nn.Module.eval` does."""
         ...
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters (of this backbone) that published recipes exempt where ZERO_DECAY_POS_CLS is set."""
+        """Return the names of this backbone's parameters that MVIT.ZERO_DECAY_POS_CLS exempts from weight decay."""
         ...
 
     def repeated_blocks(self) -> list[nn.Module]:
-        """The blocks that are compiled, or whose activations are computed again, one by one."""
+        """Return the blocks to which compilation, activation checkpointing and sharding are applied one by one."""
         ...
 
     def layer_id(self, name: str) -> int:
-        """0 for embeddings, i + 1 for block i, `num_blocks` + 1 for the rest."""
+        """Return the layer of a parameter: 0 for embeddings, i + 1 for block i, `num_blocks` + 1 for the rest."""
         ...
 
 
 def layer_id(name: str, num_blocks: int) -> int:
-    """Layer of a released parameter name for layer-wise decay (BEiT, appendix; REFERENCE: embeddings are layer 0)."""
+    """Return the layer of a released parameter name for layer-wise learning rate decay (BEiT, appendix).
+
+    Embeddings are layer 0, block i is layer i + 1, everything else is layer `num_blocks` + 1.
+    """
     embeddings = ("cls_token", "mask_token", "pos_embed", "patch_embed")
     if name.startswith(embeddings):
         return 0
@@ -93,7 +102,7 @@ def layer_id(name: str, num_blocks: int) -> int:
 
 
 def init_weights(module: nn.Module) -> None:
-    """The published initialisation: truncated normal (std 0.02) weights, biases 0.02, LayerNorm weight 1."""
+    """Initialise a layer as published: truncated normal weights of std 0.02, biases 0.02, LayerNorm weights 1."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -104,19 +113,27 @@ def init_weights(module: nn.Module) -> None:
 
 
 def token_parameter(*shape: int) -> nn.Parameter:
-    """A learned token or position table, truncated normal with std 0.02."""
+    """Return a learned token or position table, drawn from a truncated normal distribution of std 0.02."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02))
 
 
 def conv_grid(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[int, ...]:
-    """Output size of a convolution or pooling along each axis."""
+    """Return the output size of a convolution or pooling along each axis."""
     return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in zip(size, kernel, stride, padding, strict=True))
 
 
 def check_clip_size(clip: Tensor, expected: Sequence[int]) -> None:
-    """ValueError where a clip (B, C, [T,] H, W) has not the size ([T,] H, W) that a backbone was built for."""
+    """Check the size of an input clip.
+
+    Args:
+        clip: (B, C, [T,] H, W).
+        expected: ([T,] H, W) that the backbone was built for.
+
+    Raises:
+        ValueError: if the sizes differ.
+    """
     given = tuple(clip.shape[2:])
     if given != tuple(expected):
         raise ValueError(

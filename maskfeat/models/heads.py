@@ -1,4 +1,4 @@
-"""Heads that read tokens."""
+"""Heads on top of the output tokens of a backbone."""
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +8,14 @@ from maskfeat.models.layers import layer_norm
 
 
 class ClassifierHead(nn.Module):
-    """Dropout and one linear layer, `projection`.
+    """Dropout and a linear layer.
 
     Args:
-        init_scale: factor on the initial weights of the published transformers; None = PyTorch's own initial weights,
-            as torchvision's ResNets start with.
+        width: D of the input.
+        num_classes: K.
+        dropout: rate before the linear layer.
+        init_scale: factor on the weights and biases of the published initialisation of transformers; None = PyTorch's
+            default initialisation, which torchvision's ResNets use.
     """
 
     def __init__(self, width: int, num_classes: int, dropout: float, init_scale: float | None) -> None:
@@ -27,11 +30,12 @@ class ClassifierHead(nn.Module):
             self.projection.bias.mul_(init_scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits: (B, D) -> (B, K)."""
         return self.projection(self.dropout(x))
 
 
 def token_norm(backbone: Backbone) -> nn.Module:
-    """The final LayerNorm that a backbone's tokens need, initialised as published, or nothing."""
+    """Return the final LayerNorm for a backbone's tokens, initialised as published; identity if it needs none."""
     if not backbone.needs_norm:
         return nn.Identity()
     norm = layer_norm(backbone.width)
@@ -40,10 +44,16 @@ def token_norm(backbone: Backbone) -> nn.Module:
 
 
 def pool_tokens(tokens: Tokens, norm: nn.Module, mean: bool) -> Tensor:
-    """(B, D) for the head.
+    """Reduce the tokens of a sample to one vector for the head.
 
-    `mean`: average over patches (the class token left out), then norm. Otherwise: norm, then the class token, or the
-    average where there is none.
+    Args:
+        tokens: output of a backbone.
+        norm: the final LayerNorm, see `token_norm`.
+        mean: average the tokens without the class token, then apply `norm`. Otherwise apply `norm`, then take the class
+            token, or the average if there is none.
+
+    Returns:
+        (B, D)
     """
     if mean:
         return norm(tokens.patches.mean(dim=1))

@@ -1,6 +1,6 @@
-"""MViTv2 (Li et al., CVPR 2022) for clips and images, with released parameter names.
+"""MViTv2 (Li et al., CVPR 2022) for clips and images, with the parameter names of released files.
 
-The number of axes follows from the patch: a (t, h, w) patch makes a video model, an (h, w) patch an image model.
+The size of the input decides between a video model, with ([T,] H, W) = (T, H, W), and an image model, with (H, W).
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from maskfeat.models.layers import CONV, MAX_POOL, Mlp, drop_path_rates, hide_to
 
 
 class PatchStem(nn.Module):
-    """Overlapping patches by one convolution: (B, C, [T,] H, W) -> (B, N, D)."""
+    """Patch embedding by a convolution whose patches may overlap."""
 
     def __init__(
         self, channels: int, width: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
@@ -33,12 +33,19 @@ class PatchStem(nn.Module):
         self.proj = CONV[len(kernel)](channels, width, tuple(kernel), tuple(stride), tuple(padding))
 
     def forward(self, clip: Tensor) -> Tensor:
+        """Embed the patches of a clip: (B, C, [T,] H, W) -> (B, N, D)."""
         return self.proj(clip).flatten(2).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What one block does to width, heads and grid; see `plan_blocks`."""
+    """Width, heads and strides of one block; see `plan_blocks`.
+
+    Attributes:
+        width, width_out: D of the input and of the output.
+        num_heads: heads of the attention.
+        stride_q, stride_kv: pooling stride of the queries, and of the keys and values, along each axis.
+    """
 
     width: int
     width_out: int
@@ -58,11 +65,17 @@ def plan_blocks(
     stride_kv_adaptive: Sequence[int] | None,
     axes: int,
 ) -> list[BlockPlan]:
-    """Width, heads and strides of every block.
+    """Return the width, heads and strides of every block.
 
-    Width and heads grow at the blocks named in `width_mul` and `head_mul`; the width grows in the MLP of the block
-    before. With `stride_kv_adaptive` the key/value stride is that at block 0, divided by every query stride as it
-    happens, so that keys and values keep one size.
+    Args:
+        depth: number of blocks.
+        width, num_heads: of block 0.
+        width_mul, head_mul: factors by which width and heads grow, by block. The width grows in the MLP of the previous
+            block.
+        stride_q, stride_kv: query and key/value strides by block; 1 where a block is missing.
+        stride_kv_adaptive: key/value stride of block 0, which is divided by the query stride of every block on the way,
+            so that the grid of keys and values stays the same. Replaces `stride_kv` if given.
+        axes: number of axes of the grid, 2 or 3.
     """
     ones = (1,) * axes
     adaptive = tuple(stride_kv_adaptive) if stride_kv_adaptive else None
@@ -83,7 +96,17 @@ def plan_blocks(
 
 
 class MultiScaleBlock(nn.Module):
-    """One MViTv2 block; its grid in and out are fixed when it is built."""
+    """One MViTv2 block, built for a fixed input grid.
+
+    Args:
+        plan: width, heads and strides.
+        grid: ([T,] H, W) of the input tokens.
+        kernel: pooling kernel of the attention along each axis of `grid`.
+        mlp_ratio: width of the hidden layer of the MLP over `plan.width`.
+        drop_path, dropout: rates.
+
+    The other arguments are those of `PoolingAttention`.
+    """
 
     def __init__(
         self,
@@ -126,13 +149,13 @@ class MultiScaleBlock(nn.Module):
         self.proj = nn.Linear(plan.width, plan.width_out) if plan.width != plan.width_out else None
         self.pool_skip: nn.Module | None = None
         if any(s > 1 for s in plan.stride_q):
-            # Frames that are not pooled together are pooled as images: those have a kernel for channels that come last.
+            # Without a stride in time, frames are pooled as images: MaxPool2d is fast for channels-last input.
             stride = plan.stride_q[1:] if len(grid) == 3 and plan.stride_q[0] == 1 else plan.stride_q
             skip_kernel = tuple(s + 1 if s > 1 else s for s in stride)
             self.pool_skip = MAX_POOL[len(stride)](skip_kernel, stride, tuple(k // 2 for k in skip_kernel))
 
     def _skip(self, x: Tensor) -> Tensor:
-        """The residual path: max-pooled on the grid where the queries are strided; the class token as it is."""
+        """Return the residual input, max-pooled over the grid if the queries are strided; not so the class token."""
         if self.pool_skip is None:
             return x
         on_grid = x[:, self.prefix :].unflatten(1, self.grid)
@@ -142,24 +165,29 @@ class MultiScaleBlock(nn.Module):
         return torch.cat([x[:, : self.prefix], pooled], dim=1) if self.prefix else pooled
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, prefix + prod(grid), D) -> (B, prefix + prod(grid_out), D_out)."""
+        """Apply the block: (B, prefix + prod(grid), D) -> (B, prefix + prod(grid_out), D_out)."""
         x = self._skip(x) + self.drop_path(self.attn(x, self.norm1))
         skip = x if self.proj is None else self.proj(self.norm2(x))
         return skip + self.drop_path(self.mlp(x, self.norm2))
 
 
 class MViT(nn.Module):
-    """MViTv2 without a final norm: that belongs to whoever reads the tokens.
+    """MViTv2 without the final norm, which the head applies.
 
     Args:
-        clip_size: ([T,] H, W) frames and pixels.
-        kernel, stride, padding: of the patch convolution, along the axes of `clip_size`.
-        width, num_heads: of block 0; `width_mul`, `head_mul` say at which block they grow by what factor.
-        stride_q, stride_kv: query and key/value pooling strides by block; `stride_kv_adaptive`: see `plan_blocks`.
-        pool_kernel: of the pooling convolutions.
+        clip_size: ([T,] H, W) of the input, in frames and pixels.
+        kernel, stride, padding: of the patch convolution, along each axis of `clip_size`.
+        in_channels: C of the input.
+        width, depth, num_heads: width and heads are those of block 0.
+        width_mul, head_mul, stride_q, stride_kv, stride_kv_adaptive: by block, see `plan_blocks`.
+        pool_kernel: kernel of the pooling convolutions along each axis.
+        mlp_ratio: width of the hidden layer of the MLP over the width of the block.
         drop_path: rate of the last block; it grows linearly from 0 over the blocks.
-        position: "none", "joint" (one table) or "separate" (space and time).
-        maskable: whether to carry a mask token, so that `hidden` may be given.
+        dropout: rate on the outputs of attention and MLP.
+        position: absolute positions: "none", "joint" (one table) or "separate" (a table for space and one for time).
+        maskable: whether to have a mask token, so that `forward_tokens` takes `hidden`.
+
+    The other arguments are those of `PoolingAttention`.
     """
 
     needs_norm = True
@@ -260,7 +288,15 @@ class MViT(nn.Module):
         return torch.cat([self.pos_embed_class, table], dim=1) if self.cls_token is not None else table
 
     def forward_tokens(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
-        """clip (B, C, [T,] H, W) float, hidden (B, *mask_grid) bool or None -> Tokens on the output grid."""
+        """Compute the tokens of a clip.
+
+        Args:
+            clip: (B, C, [T,] H, W) float, of the size that the model was built for.
+            hidden: (B, *mask_grid) bool, True = replaced by the mask token after the patch embedding; None = nothing.
+
+        Returns:
+            tokens (B, [1 +] prod(grid), D) on the output grid.
+        """
         check_clip_size(clip, self.clip_size)
         x = self.patch_embed(clip)
         if hidden is not None:
@@ -274,7 +310,7 @@ class MViT(nn.Module):
         return Tokens(x, self.grid)
 
     def no_weight_decay(self) -> set[str]:
-        """Class token, positions, and tables of relative positions."""
+        """Return the names of the class token, the positions and the tables of relative positions."""
         positions = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal", "pos_embed_class")
         names = {name for name in positions if hasattr(self, name)}
         if self.cls_token is not None:
@@ -285,7 +321,9 @@ class MViT(nn.Module):
         return names
 
     def repeated_blocks(self) -> list[nn.Module]:
+        """Return the transformer blocks."""
         return list(self.blocks)
 
     def layer_id(self, name: str) -> int:
+        """Return the layer of a parameter for layer-wise learning rate decay."""
         return layer_id(name, self.num_blocks)

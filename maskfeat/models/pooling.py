@@ -1,12 +1,14 @@
-"""Depthwise pooling of queries, keys and values with their heads side by side (MViTv2, Li et al., CVPR 2022).
+"""Depthwise convolutions over a grid of tokens: the pooling of queries, keys and values (MViTv2, Li et al., CVPR 2022).
 
-Tokens stay where the linear layer wrote them: nothing is transposed to channels first and back. On CPUs PyTorch is fast
-at depthwise convolutions whose channels come last forwards in 3-D, and at their weights' gradients in 2-D. So gradients
-of inputs are convolutions forwards, and those of weights are taken frame by frame, for each time step of the kernel.
-On CUDA, `pooling_triton` has kernels of its own.
+`pool_tokens` has two forms. The reference form moves heads to the batch axis and channels to the front, and calls
+PyTorch's convolution. The fast form keeps the tokens in the layout in which the linear layer wrote them, heads side by
+side and channels last, and has its own backward pass. On CPUs PyTorch's channels-last depthwise convolution is fast in
+3-D for the forward pass and in 2-D for the gradient of the weight. The gradient of the input is therefore computed as a
+forward convolution, and that of the weight frame by frame, once for each time step of the kernel. On CUDA,
+MASKFEAT_TRITON=1 in the environment selects the Triton kernels of `pooling_triton`; they have not run on a GPU yet.
 
-Shape legend: B samples, N tokens (`prefix` of them stand for no place and come first), grid = ([T,] H, W) tokens along
-each axis, G heads, C channels of one head, D = G C.
+Shape legend: B samples, N tokens (the first `prefix` of them, such as a class token, are not on the grid), grid = ([T,]
+H, W) tokens along each axis, N' tokens after pooling, G heads, C channels per head, D = G C.
 """
 
 import math
@@ -18,41 +20,164 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskfeat.models.base import conv_grid
-from maskfeat.models.layers import full_precision
+from maskfeat.models.layers import full_precision, is_reference
 
 Triple = tuple[int, int, int]
 
 _convolution_backward = torch.ops.aten.convolution_backward
 
 
+def pool_tokens(
+    tokens: Tensor, prefix: int, grid: Sequence[int], stride: Sequence[int], weight: Tensor, impl: str = "fast"
+) -> Tensor:
+    """Apply a depthwise convolution over the grid. All heads share one kernel.
+
+    Args:
+        tokens: (B, prefix + prod(grid), D); may be a slice of a wider tensor, as the queries of a fused projection are.
+        prefix: number of leading tokens that are passed through unchanged.
+        grid: ([T,] H, W) tokens along each axis.
+        stride: stride along each axis of `grid`.
+        weight: (C, 1, *kernel); each axis is padded by half the size of the kernel.
+        impl: "fast" or "reference".
+
+    Returns:
+        (B, prefix + N', D), of the dtype of `tokens`.
+    """
+    if is_reference(impl):
+        return reference_pool(tokens, prefix, grid, stride, weight)
+    if len(grid) == 2:
+        weight = weight.unsqueeze(2)
+    return _PoolTokens.apply(tokens, prefix, _three(grid), _three(stride), weight)
+
+
+def reference_pool(tokens: Tensor, prefix: int, grid: Sequence[int], stride: Sequence[int], weight: Tensor) -> Tensor:
+    """The reference form of `pool_tokens`."""
+    channels, conv = len(weight), F.conv2d if len(grid) == 2 else F.conv3d
+    by_head = tokens[:, prefix:].unflatten(-1, (-1, channels))  # (B, N, G, C)
+    batch, _, heads, _ = by_head.shape
+    images = by_head.permute(0, 2, 3, 1).reshape(batch * heads, channels, *grid)
+    padding = [size // 2 for size in weight.shape[2:]]
+    pooled = conv(images, weight, None, tuple(stride), padding, groups=channels)
+    patches = pooled.reshape(batch, heads, channels, -1).permute(0, 3, 1, 2).flatten(2)  # (B, N', D)
+    return torch.cat([tokens[:, :prefix], patches], dim=1)
+
+
+class _PoolConv(nn.Module):
+    """A depthwise convolution, with the weight of an ordinary convolution layer, that takes and returns tokens.
+
+    Args:
+        channels: C, channels per head.
+        kernel, stride: along each axis of `grid`; the padding is half the kernel.
+        grid: ([T,] H, W) tokens along each axis of the input.
+        prefix: number of leading tokens that are passed through unchanged.
+        impl: "fast" or "reference", see `pool_tokens`.
+    """
+
+    weight: Tensor
+    stride: tuple[int, ...]
+
+    def __init__(
+        self,
+        channels: int,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        grid: Sequence[int],
+        prefix: int,
+        impl: str = "fast",
+    ) -> None:
+        padding = tuple(size // 2 for size in kernel)
+        super().__init__(channels, channels, tuple(kernel), tuple(stride), padding, groups=channels, bias=False)
+        self.grid, self.prefix, self.impl = tuple(grid), prefix, impl
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pool tokens: (B, prefix + prod(grid), D) -> (B, prefix + N', D), where D is a multiple of C."""
+        return pool_tokens(input, self.prefix, self.grid, self.stride, self.weight, self.impl)
+
+
+class PoolConv2d(_PoolConv, nn.Conv2d):
+    """Pooling of the tokens of images."""
+
+
+class PoolConv3d(_PoolConv, nn.Conv3d):
+    """Pooling of the tokens of clips."""
+
+
+POOL_CONV: dict[int, type[PoolConv2d | PoolConv3d]] = {2: PoolConv2d, 3: PoolConv3d}
+"""The pooling layer by the number of axes of the grid."""
+
+
+def _three(values: Sequence[int]) -> Triple:
+    """Return a size or stride with three axes; an image is a clip of one frame: (h, w) -> (1, h, w)."""
+    t, h, w = (1, *values) if len(values) == 2 else values
+    return t, h, w
+
+
+class _PoolTokens(torch.autograd.Function):
+    """The fast form of `pool_tokens`; grid, stride and kernel have three axes here."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, prefix: int, grid: Triple, stride: Triple, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        ctx.settings = prefix, grid, stride
+        with full_precision(tokens):
+            patches = _forward(tokens[:, prefix:].unflatten(1, grid), weight, stride).flatten(1, 3)
+        return torch.cat([tokens[:, :prefix], patches], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, weight = ctx.saved_tensors
+        prefix, grid, stride = ctx.settings
+        patches = tokens[:, prefix:].unflatten(1, grid)
+        if not patches.is_cuda:
+            patches = patches.contiguous()  # otherwise every time step of the kernel would copy it
+        pooled_grid = conv_grid(grid, weight.shape[2:], stride, _padding(weight))
+        grad = grad.contiguous()
+        grad_patches = grad[:, prefix:].unflatten(1, pooled_grid)
+        grad_input = _grad_input(grad_patches, weight, stride, grid).flatten(1, 3)
+        grad_weight = _grad_weight(patches, grad_patches, weight, stride).to(weight.dtype)
+        return torch.cat([grad[:, :prefix], grad_input], dim=1), None, None, None, grad_weight
+
+
 @cache
-def _kernels() -> ModuleType | None:
-    """The Triton kernels, where Triton is installed and MASKFEAT_TRITON is not 0."""
-    if os.environ.get("MASKFEAT_TRITON") == "0":
+def _triton_kernels() -> ModuleType | None:
+    """Return the module of the Triton kernels if MASKFEAT_TRITON is 1, otherwise None.
+
+    Raises:
+        ValueError: if they are asked for and Triton is not installed.
+    """
+    if os.environ.get("MASKFEAT_TRITON") != "1":
         return None
     try:
         from maskfeat.models import pooling_triton
-    except ImportError:
-        return None
+    except ImportError as error:
+        raise ValueError(
+            f"MASKFEAT_TRITON is 1, but the Triton kernels cannot be imported ({error}): install triton, or unset "
+            "MASKFEAT_TRITON to pool with PyTorch's convolutions"
+        ) from error
     return pooling_triton
 
 
-def _on_gpu(x: Tensor, weight: Tensor) -> ModuleType | None:
-    """The kernels for CUDA, where they can do it: odd kernels, and not in float64."""
-    odd = all(side % 2 for side in weight.shape[2:])
-    return _kernels() if x.is_cuda and odd and x.dtype != torch.float64 else None
+def _kernels_for(x: Tensor, weight: Tensor) -> ModuleType | None:
+    """Return the Triton kernels if they apply: on CUDA, with kernels of odd sizes, and not in float64."""
+    odd = all(size % 2 for size in weight.shape[2:])
+    return _triton_kernels() if x.is_cuda and odd and x.dtype != torch.float64 else None
 
 
 def _padding(weight: Tensor) -> list[int]:
     return [size // 2 for size in weight.shape[2:]]
 
 
+def _working_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype to convolve in: PyTorch has no fast depthwise convolution for half precision on CPUs."""
+    return x.dtype if x.is_cuda or x.dtype == torch.float64 else torch.float32
+
+
 def _forward(x: Tensor, weight: Tensor, stride: Triple) -> Tensor:
-    """x (B, T, H, W, D), weight (C, 1, kt, kh, kw) -> (B, T', H', W', D) of the dtype of x."""
-    kernels = _on_gpu(x, weight)
+    """Convolve x (B, T, H, W, D) with weight (C, 1, kt, kh, kw): (B, T', H', W', D), of the dtype of x."""
+    kernels = _kernels_for(x, weight)
     if kernels is not None:
         return kernels.forward(x, weight, stride)
     dtype = _working_dtype(x)
@@ -62,43 +187,42 @@ def _forward(x: Tensor, weight: Tensor, stride: Triple) -> Tensor:
     return F.conv3d(clip, weight, None, stride, _padding(weight), groups=x.shape[-1]).movedim(1, -1).to(x.dtype)
 
 
-def _working_dtype(x: Tensor) -> torch.dtype:
-    """What PyTorch convolves in: CPUs have no fast depthwise convolution for halves."""
-    return x.dtype if x.is_cuda or x.dtype == torch.float64 else torch.float32
-
-
-def _frames(x: Tensor) -> Tensor:
-    """(B, T, H, W, D) -> (B T, D, H, W), channels last in memory."""
-    return x.flatten(0, 1).movedim(-1, 1)
-
-
 def _grad_input(grad: Tensor, weight: Tensor, stride: Triple, size: Triple) -> Tensor:
-    """grad (B, T', H', W', D) -> (B, T, H, W, D) with `size` = (T, H, W)."""
-    kernels = _on_gpu(grad, weight)
+    """Return the gradient of `_forward` with respect to x.
+
+    Args:
+        grad: (B, T', H', W', D), the gradient of the output.
+        weight: (C, 1, kt, kh, kw).
+        size: (T, H, W) of x.
+
+    Returns:
+        (B, T, H, W, D), of the dtype of `grad`.
+    """
+    kernels = _kernels_for(grad, weight)
     if kernels is not None:
         return kernels.grad_input(grad, weight, stride, size)
     if any(side % 2 == 0 for side in weight.shape[2:]):
-        return _grad_in_3d(grad, weight, stride, size)
+        return _grad_input_even(grad, weight, stride, size)
     if stride != (1, 1, 1):
-        # With zeros between its places, as far apart as the stride, it is the gradient of a convolution of stride 1.
+        # The gradient of a strided convolution is that of a convolution of stride 1 with zeros between the positions.
         spread = grad.new_zeros(len(grad), *size, grad.shape[-1])
         spread[:, :: stride[0], :: stride[1], :: stride[2]] = grad
         grad = spread
     return _forward(grad, weight.flip(2, 3, 4), (1, 1, 1))
 
 
-def _grad_in_3d(grad: Tensor, weight: Tensor, stride: Triple, size: Triple) -> Tensor:
-    """`_grad_input` for even kernels, which no published model has."""
+def _grad_input_even(grad: Tensor, weight: Tensor, stride: Triple, size: Triple) -> Tensor:
+    """Compute `_grad_input` for kernels of even sizes, which no published model has."""
     dtype, groups = _working_dtype(grad), grad.shape[-1]
-    whole = weight.to(dtype).repeat(groups // len(weight), 1, 1, 1, 1)
+    repeated = weight.to(dtype).repeat(groups // len(weight), 1, 1, 1, 1)
     clip = grad.new_empty(len(grad), groups, *size, dtype=dtype)
     grads = _convolution_backward(
         grad.to(dtype).movedim(-1, 1),
         clip,
-        whole,
+        repeated,
         None,
         stride,
-        _padding(whole),
+        _padding(repeated),
         (1, 1, 1),
         False,
         (0, 0, 0),
@@ -108,9 +232,23 @@ def _grad_in_3d(grad: Tensor, weight: Tensor, stride: Triple, size: Triple) -> T
     return grads[0].movedim(1, -1).to(grad.dtype)
 
 
+def _frames(x: Tensor) -> Tensor:
+    """Return (B, T, H, W, D) as (B T, D, H, W), channels last in memory."""
+    return x.flatten(0, 1).movedim(-1, 1)
+
+
 def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor, stride: Triple) -> Tensor:
-    """x (B, T, H, W, D), grad (B, T', H', W', D) -> float32 (or float64) of the shape of weight (C, 1, kt, kh, kw)."""
-    kernels = _on_gpu(x, weight)
+    """Return the gradient of `_forward` with respect to the weight.
+
+    Args:
+        x: (B, T, H, W, D), the input.
+        grad: (B, T', H', W', D), the gradient of the output.
+        weight: (C, 1, kt, kh, kw).
+
+    Returns:
+        float32 (float64 for a float64 input), of the shape of `weight`.
+    """
+    kernels = _kernels_for(x, weight)
     if kernels is not None:
         return kernels.grad_weight(x, grad, tuple(weight.shape), stride)
     dtype, groups = _working_dtype(x), x.shape[-1]
@@ -118,7 +256,7 @@ def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor, stride: Triple) -> Ten
     like = weight.to(dtype)[:, :, 0].repeat(groups // len(weight), 1, 1, 1)
     parts, middle = [], weight.shape[2] // 2
     for step in range(weight.shape[2]):
-        # Output place t has seen input place stride x t + step - middle: those of them that exist.
+        # Output frame t reads input frame t * stride + step - middle; only the frames that exist contribute.
         first = math.ceil(max(middle - step, 0) / stride[0])
         last = min((x.shape[1] - 1 - step + middle) // stride[0], grad.shape[1] - 1)
         if last < first:
@@ -141,65 +279,3 @@ def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor, stride: Triple) -> Ten
         )
         parts.append(grads[1])
     return torch.stack(parts, dim=2).unflatten(0, (-1, len(weight))).sum(0)
-
-
-class _PoolTokens(torch.autograd.Function):
-    """See `pool_tokens`; strides and weights have three axes here, and so has the grid."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, tokens: Tensor, prefix: int, grid: Triple, strides: tuple[Triple, ...], *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(tokens, *weights)
-        ctx.settings = prefix, grid, strides
-        width = tokens.shape[-1] // len(weights)
-        pooled = []
-        with full_precision(tokens):
-            for part, weight, stride in zip(tokens.split(width, dim=-1), weights, strides, strict=True):
-                patches = _forward(part[:, prefix:].unflatten(1, grid), weight, stride).flatten(1, 3)
-                pooled.append(torch.cat([part[:, :prefix], patches], dim=1))
-        return tuple(pooled)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, *weights = ctx.saved_tensors
-        prefix, grid, strides = ctx.settings
-        width = tokens.shape[-1] // len(weights)
-        of_tokens = torch.empty_like(tokens)
-        of_weights = []
-        columns = zip(tokens.split(width, dim=-1), of_tokens.split(width, dim=-1), strict=True)
-        for (part, into), weight, stride, grad in zip(columns, weights, strides, grads, strict=True):
-            into[:, :prefix] = grad[:, :prefix]
-            seen = part[:, prefix:].unflatten(1, grid)
-            if not seen.is_cuda:
-                seen = seen.contiguous()  # or every step of the kernel would copy it
-            small = conv_grid(grid, weight.shape[2:], stride, _padding(weight))
-            grad = grad.contiguous()[:, prefix:].unflatten(1, small)
-            into[:, prefix:] = _grad_input(grad, weight, stride, grid).flatten(1, 3)
-            of_weights.append(_grad_weight(seen, grad, weight, stride).to(weight.dtype))
-        return of_tokens, None, None, None, *of_weights
-
-
-def _three(values: Sequence[int]) -> Triple:
-    """Images are clips of one frame: (h, w) -> (1, h, w)."""
-    t, h, w = (1, *values) if len(values) == 2 else values
-    return t, h, w
-
-
-def pool_tokens(
-    tokens: Tensor, prefix: int, grid: Sequence[int], strides: Sequence[Sequence[int]], weights: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """Depthwise convolutions over the grid, each on its own share of the channels; heads share a kernel.
-
-    Args:
-        tokens: (B, prefix + prod(grid), len(weights) x D), such as queries, keys and values of one linear layer.
-        prefix: tokens in front that are left as they are.
-        strides: for each share, along the axes of `grid`.
-        weights: for each share (C, 1, *kernel), kernels of odd sizes, padded by half of them.
-
-    Returns:
-        for each share (B, prefix + prod(its pooled grid), D), of the dtype of `tokens`.
-    """
-    if len(grid) == 2:
-        weights = [weight.unsqueeze(2) for weight in weights]
-    return _PoolTokens.apply(tokens, prefix, _three(grid), tuple(_three(stride) for stride in strides), *weights)

@@ -1,14 +1,12 @@
-"""The Triton kernels of `pooling_triton`.
+"""The Triton kernels of `pooling_triton`; see there for the shape legend.
 
-Shape legend: see there.
-
-How the work is cut: a strip is a few neighbouring places along W, held in registers; a program takes BLOCK_P strips
-times BLOCK_D channels. All strips, over samples, T and H too, stand in one line. Which taps meet which places of a
-strip is known when a kernel is compiled, for strips start at multiples of the stride.
+How the work is divided: a strip is a few neighbouring positions along W whose sums are held in registers; a program
+handles BLOCK_P strips and BLOCK_D channels. The strips of all samples, frames and rows are numbered consecutively.
+Strips start at multiples of the stride, so that it is known at compile time which taps contribute to which positions.
 """
 
 # mypy: disable-error-code="import-untyped, no-untyped-def, assignment"
-# (Triton has no types: what the kernels take is its own business, and so is a tuple of sums that grows.)
+# (Triton has no type annotations.)
 
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def _program(pid, width, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Strips (BLOCK_P, 1) and channels (1, BLOCK_D) of one program, past the last ones too."""
+    """Return the strips (BLOCK_P, 1) and channels (1, BLOCK_D) of a program; they may exceed the last ones."""
     blocks_d = tl.cdiv(width, BLOCK_D)
     place = pid // blocks_d * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     d = pid % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
@@ -25,7 +23,7 @@ def _program(pid, width, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _coordinates(place, t, h, w, STRIP: tl.constexpr, WIDE: tl.constexpr):
-    """Sample, t, h and the first w of each strip of a (t, h, w) grid; int64 where offsets need it (WIDE)."""
+    """Return sample, t, h and the first w of each strip of a (t, h, w) grid; int64 if offsets need it (WIDE)."""
     across = tl.cdiv(w, STRIP)
     at_w = place % across * STRIP
     row = place // across
@@ -40,7 +38,7 @@ def _coordinates(place, t, h, w, STRIP: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _zeros(COUNT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """COUNT sums, each (BLOCK_P, BLOCK_D) float32, all 0: a tuple, so that each lives in registers of its own."""
+    """Return COUNT sums (BLOCK_P, BLOCK_D) float32 of zeros, as a tuple so that each has its own registers."""
     sums = ()
     for _ in tl.static_range(COUNT):
         sums = sums + (tl.zeros([BLOCK_P, BLOCK_D], tl.float32),)
@@ -49,7 +47,7 @@ def _zeros(COUNT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _taps(ptr, channels, mask, KW: tl.constexpr):
-    """One row of taps: KW tensors of what `ptr` and `mask` broadcast to, float32; `ptr` (kw, C) at the row's start."""
+    """Load a row of KW taps, float32; `ptr` points to the start of the row in a table (kw, C)."""
     taps = ()
     for k in tl.static_range(KW):
         taps = taps + (tl.load(ptr + k * channels, mask=mask, other=0.0),)
@@ -83,10 +81,10 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """y[p] = sum over taps k of x[p * stride + k - K // 2] * weight[k]; a strip holds STRIP places of y.
+    """Compute y[p] = sum over taps k of x[p * stride + k - K // 2] * weight[k]; a strip has STRIP positions of y.
 
-    The loop over rows of taps stays a loop, for small code and few registers, but for strips of one place: those have
-    little else to do while they wait for memory.
+    The loop over rows of taps is not unrolled, for small code and few registers, except with strips of one position,
+    which have little else to do while they wait for memory.
     """
     place, d = _program(tl.program_id(0), width, BLOCK_P, BLOCK_D)
     sample, t, h, w = _coordinates(place, t_out, h_out, w_out, STRIP, WIDE)
@@ -142,12 +140,13 @@ def grad_input_kernel(
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dx[p] = sum of grad[q] * weight[k] over all q, k with q * stride + k - K // 2 = p; STRIP places of dx.
+    """Compute dx[p] = sum of grad[q] * weight[k] over all q, k with q * stride + k - K // 2 = p.
 
-    Along T and H only the taps that can meet a place are visited: k = (p + K // 2) % stride and every stride-th
-    after it. Along W the strip starts at a multiple of the stride, and so the same is known in advance.
+    A strip has STRIP positions of dx. Along T and H only the taps that can contribute to a position are visited: k = (p
+    + K // 2) % stride and every stride-th one after it. Along W the strip starts at a multiple of the stride, so that
+    these taps are known at compile time.
     """
-    FIRST: tl.constexpr = -(KW // 2 // SW)  # columns of grad that a strip sees, from the one below its start
+    FIRST: tl.constexpr = -(KW // 2 // SW)  # columns of grad that a strip reads, relative to its start
     LAST: tl.constexpr = (STRIP - 1 + KW // 2) // SW
     place, d = _program(tl.program_id(0), width, BLOCK_P, BLOCK_D)
     sample, t, h, w = _coordinates(place, t_in, h_in, w_in, STRIP, WIDE)
@@ -210,9 +209,9 @@ def grad_weight_kernel(
     BLOCK_D: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """partial[program, k] = sum over the program's places p of grad[p] * x[p * stride + k - K // 2].
+    """Compute partial[program, k] = sum over the program's positions p of grad[p] * x[p * stride + k - K // 2].
 
-    A program goes through `chunk` strips of grad (a multiple of BLOCK_P), BLOCK_P at a time, with one sum for each tap.
+    A program iterates over `chunk` strips of grad (a multiple of BLOCK_P), BLOCK_P at a time, with one sum per tap.
     """
     blocks_d = tl.cdiv(width, BLOCK_D)
     program = tl.program_id(0) // blocks_d
@@ -242,7 +241,7 @@ def grad_weight_kernel(
                 for n in tl.static_range(row * KW, row * KW + KW):  # taps of the row
                     if j >= n - row * KW and (j - n + row * KW) % SW == 0 and (j - n + row * KW) // SW < STRIP:
                         sums = sums[:n] + (tl.fma(value, grads[(j - n + row * KW) // SW], sums[n]),) + sums[n + 1 :]
-    flat_d = first_d + tl.arange(0, BLOCK_D)  # the program's channels again, on one axis
+    flat_d = first_d + tl.arange(0, BLOCK_D)  # the channels of the program as a vector
     for n in tl.static_range(KT * KH * KW):
         to = partial_ptr + (program * KT * KH * KW + n) * width + flat_d
         tl.store(to, tl.sum(sums[n], axis=0), mask=flat_d < width)

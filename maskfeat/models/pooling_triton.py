@@ -1,17 +1,20 @@
-"""Depthwise convolution of tokens (MViTv2's pooling) as Triton kernels, for CUDA devices.
+"""Depthwise convolution of tokens (the pooling of MViTv2) as Triton kernels, for CUDA devices.
 
-PyTorch's depthwise conv3d wants the channels before the places and stands far off what the memory allows. Here the
-channels stay last, as the linear layers leave them, and each kernel reads and writes a token once from memory: what
-the taps of a kernel share comes from registers (along W) and from the caches (along T and H). Sums are float32.
+PyTorch's depthwise conv3d expects channels first and stays far below the memory bandwidth. Here channels stay last, as
+the linear layers leave them, and each kernel reads and writes every token once: values that several taps use come from
+registers (along W) and from the caches (along T and H). Sums are accumulated in float32.
 
-Shape legend: B samples, T x H x W places that come in, T' x H' x W' places that go out, D = G * C channels of all
+The kernels are opt-in (MASKFEAT_TRITON=1, see `pooling`): they are tested under Triton's interpreter and compiled for
+compute capability 9.0, but have not run on a GPU yet.
+
+Shape legend: B samples, T x H x W positions of the input, T' x H' x W' positions of the output, D = G C channels of all
 heads side by side (channel d is filtered by weight[d % C]), kt x kh x kw taps. Images have T = T' = kt = 1.
 
-The launches go to the current CUDA device, which has to be the one that holds the tensors.
+Kernels are launched on the current CUDA device, which must be the device of the tensors.
 """
 
 # mypy: disable-error-code="import-untyped, no-untyped-def, assignment"
-# (Triton has no types: what the kernels take is its own business, and so is a tuple of sums that grows.)
+# (Triton has no type annotations.)
 
 import math
 from collections.abc import Sequence
@@ -26,16 +29,17 @@ from maskfeat.models.pooling_kernels import forward_kernel, grad_input_kernel, g
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_THREADS = 128  # of a program: Triton's own choice of four warps
-# One thread's load: 16 bytes would save instructions, but twice the sums halve the warps that a multiprocessor holds.
+_THREADS = 128  # per program: Triton's default of four warps
+# Bytes that a thread loads at once. 16 would save instructions, but with twice the sums in registers half as many warps
+# fit on a multiprocessor.
 _LOAD_BYTES = 8
-_STRIPS = (8, 7, 6, 5, 4)  # places of a strip
-_PROGRAMS = 1024  # of `grad_weight`: a few for each multiprocessor, and partial sums of a few megabytes
+_STRIPS = (8, 7, 6, 5, 4)  # possible lengths of a strip
+_PROGRAMS = 1024  # for `grad_weight`: a few per multiprocessor, with partial sums of a few megabytes
 _INT32 = 2**31
 
 
 def _token_stride(x: Tensor) -> int:
-    """Elements from one token of x (B, T, H, W, D) to the next; the grid must lie regularly in memory."""
+    """Return the stride in elements between the tokens of x (B, T, H, W, D), which must be the same everywhere."""
     _, _, height, width, depth = x.shape
     steps = {x.stride(axis) // inner for axis, inner in ((3, 1), (2, width), (1, height * width)) if x.shape[axis] > 1}
     assert x.dtype in DTYPES and x.stride(4) == 1 and len(steps) <= 1, (x.dtype, x.shape, x.stride())
@@ -46,50 +50,50 @@ def _token_stride(x: Tensor) -> int:
 
 
 def _wide(*tensors: Tensor) -> bool:
-    """Whether an offset into one of the tensors needs int64."""
+    """Return whether an offset into one of the tensors needs int64."""
     return any(sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) >= _INT32 for x in tensors)
 
 
 def _table(weight: Tensor) -> Tensor:
-    """weight (C, 1, kt, kh, kw) -> (kt * kh * kw, C) float32 contiguous, so that neighbours read neighbours."""
+    """Return weight (C, 1, kt, kh, kw) as (kt kh kw, C) float32 contiguous, for coalesced loads."""
     flat = weight.flatten(1).t()
     return torch.empty(flat.shape, dtype=torch.float32, device=weight.device).copy_(flat)
 
 
 def _strip(size: int, multiple: int) -> int:
-    """Places of a strip along an axis of `size`: a multiple of `multiple`, with the least standing past the end."""
+    """Return the length of a strip along an axis of `size`: a multiple of `multiple` that wastes least at the end."""
     lengths = [n for n in _STRIPS if n % multiple == 0] or [multiple]
     return min(lengths, key=lambda n: (-(-size // n) * n, -n))
 
 
 def _block(width: int, elements: int) -> tuple[int, int]:
-    """(BLOCK_P, BLOCK_D) of a program with `elements` in each of its tensors."""
+    """Return (BLOCK_P, BLOCK_D) of a program whose tensors have `elements` elements each."""
     channels = 64 if width % 64 == 0 else 32
     return elements // channels, channels
 
 
 def _forward_strip(size: int, stride: int, taps: int) -> int:
-    """Places of a strip of T', H', W' places; 1 where neighbours share no taps, for more programs at once."""
+    """Return the length of a strip of output positions: 1 if neighbours share no input, for more programs at once."""
     return _strip(size, 1) if stride < taps else 1
 
 
 def pooled_size(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
-    """(T, H, W) -> (T', H', W') with padding k // 2."""
+    """Return the output size (T', H', W') for an input (T, H, W) with padding k // 2."""
     return conv_grid(size, kernel, stride, [k // 2 for k in kernel])
 
 
 @triton_op("maskfeat::pooling_forward", mutates_args=())
 def forward(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
-    """Depthwise convolution with padding k // 2, without bias.
+    """Compute a depthwise convolution with padding k // 2, without bias.
 
     Args:
-        x: (B, T, H, W, D) float32, bfloat16 or float16. Tokens may lie apart (a slice of a fused projection) and
-            samples too (a class token in front), but evenly.
-        weight: (C, 1, kt, kh, kw) of any dtype; k odd; D = G * C.
+        x: (B, T, H, W, D) float32, bfloat16 or float16. Tokens (a slice of a fused projection) and samples (behind a
+            class token) may have gaps between them, if all gaps are equal.
+        weight: (C, 1, kt, kh, kw) of any dtype; k odd; D = G C.
         stride: (st, sh, sw).
 
     Returns:
-        (B, T', H', W', D) contiguous, of x's dtype; summed in float32.
+        (B, T', H', W', D) contiguous, of the dtype of `x`; summed in float32.
     """
     batch, *size, width = x.shape
     channels, _, *kernel = weight.shape
@@ -123,16 +127,18 @@ def forward(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
 
 @triton_op("maskfeat::pooling_grad_input", mutates_args=())
 def grad_input(grad: Tensor, weight: Tensor, stride: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Gradient of `forward` with respect to x; every place gathers, so that runs repeat bit for bit.
+    """Compute the gradient of `forward` with respect to x.
+
+    Every position gathers its own sum, without atomics, so that results are deterministic.
 
     Args:
-        grad: (B, T', H', W', D), laid out as `forward`'s x may be.
+        grad: (B, T', H', W', D), with strides as `forward` allows for x.
         weight: (C, 1, kt, kh, kw), as given to `forward`.
         stride: (st, sh, sw).
         size: (T, H, W) of x.
 
     Returns:
-        (B, T, H, W, D) contiguous, of grad's dtype; summed in float32.
+        (B, T, H, W, D) contiguous, of the dtype of `grad`; summed in float32.
     """
     batch, *out, width = grad.shape
     channels, _, *kernel = weight.shape
@@ -165,11 +171,13 @@ def grad_input(grad: Tensor, weight: Tensor, stride: Sequence[int], size: Sequen
 
 @triton_op("maskfeat::pooling_grad_weight", mutates_args=())
 def grad_weight(x: Tensor, grad: Tensor, weight_shape: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Gradient of `forward` with respect to the weight; sums in a fixed order, so that runs repeat bit for bit.
+    """Compute the gradient of `forward` with respect to the weight.
+
+    Sums are in a fixed order, so that results are deterministic.
 
     Args:
         x: (B, T, H, W, D), as given to `forward`.
-        grad: (B, T', H', W', D), laid out as x may be.
+        grad: (B, T', H', W', D), with strides as `forward` allows for x.
         weight_shape: (C, 1, kt, kh, kw).
         stride: (st, sh, sw).
 
@@ -181,7 +189,8 @@ def grad_weight(x: Tensor, grad: Tensor, weight_shape: Sequence[int], stride: Se
     out = tuple(grad.shape[1:4])
     assert pooled_size(size, kernel, stride) == out, (x.shape, grad.shape, weight_shape, stride)
     strip = _forward_strip(out[2], stride[2], kernel[2])
-    block_p, block_d = _block(width, _THREADS * 4 // x.element_size())  # few channels a thread: each has all its sums
+    # Few channels per thread: each thread holds the sums of all taps.
+    block_p, block_d = _block(width, _THREADS * 4 // x.element_size())
     strips = batch * out[0] * out[1] * triton.cdiv(out[2], strip)
     blocks_d = triton.cdiv(width, block_d)
     chunk = max(triton.cdiv(strips, max(_PROGRAMS // blocks_d, 1) * block_p), 1) * block_p

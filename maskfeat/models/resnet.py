@@ -1,4 +1,4 @@
-"""torchvision's ResNet (He et al., CVPR 2016) behind the backbone protocol, with torchvision's parameter names."""
+"""torchvision's ResNet (He et al., CVPR 2016) as a backbone, with torchvision's parameter names."""
 
 from collections.abc import Iterator, Sequence
 
@@ -19,20 +19,20 @@ STAGES: dict[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     101: (Bottleneck, [3, 4, 23, 3]),
     152: (Bottleneck, [3, 8, 36, 3]),
 }
-"""RESNET.DEPTH -> kind of block, blocks a stage. Those of torchvision, and one for trials on small machines."""
+"""RESNET.DEPTH -> type of block, blocks in each stage: torchvision's, and depth 10 for quick experiments."""
 
 STRIDE = 32
-"""Pixels along one axis that a value of the last feature map stands for."""
+"""Total stride: pixels of the image along each axis for one position of the last feature map."""
 
 
 class ResNet(TorchvisionResNet):
-    """A ResNet without pooling and classifier: its last feature map as tokens. Images of any size go in.
+    """A ResNet without pooling and classifier that returns its last feature map as tokens, for images of any size.
 
-    On CUDA it runs in channels-last layout, for which cuDNN's tensor cores are made; on CPUs that gains nothing.
+    On CUDA it runs in channels-last layout, which cuDNN's kernels for tensor cores expect; on CPUs that gains nothing.
 
     Args:
         depth: a key of `STAGES`.
-        image_size: (H, W) pixels for which `grid` is told.
+        image_size: (H, W) in pixels for which `grid` is reported.
     """
 
     supports_hidden = False
@@ -52,12 +52,20 @@ class ResNet(TorchvisionResNet):
         self._blocks = blocks
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the tokens (B, H/32 W/32, D)."""
+        """Return the tokens of images: (B, 3, H, W) -> (B, H/32 W/32, D)."""
         return self.forward_tokens(x).x
 
     def forward_tokens(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
-        """clip (B, 3, H, W) float -> Tokens(x (B, H/32 W/32, D), (H/32, W/32)), rounded up; `hidden` must be None."""
-        assert hidden is None, "a ResNet has no tokens that could be hidden on its way in"
+        """Compute the tokens of an image.
+
+        Args:
+            clip: (B, 3, H, W) float.
+            hidden: must be None.
+
+        Returns:
+            tokens (B, H/32 W/32, D) on the grid (H/32, W/32), rounded up.
+        """
+        assert hidden is None, "a ResNet has no input tokens that could be hidden"
         if clip.is_cuda:
             clip = clip.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(self.relu(self.bn1(self.conv1(clip))))
@@ -65,13 +73,18 @@ class ResNet(TorchvisionResNet):
         return Tokens(x.flatten(2).transpose(1, 2), tuple(x.shape[2:]))
 
     def no_weight_decay(self) -> set[str]:
+        """Return no names: nothing is exempt from weight decay by name."""
         return set()
 
     def repeated_blocks(self) -> list[nn.Module]:
+        """Return the residual blocks of all stages."""
         return [block for stage in (self.layer1, self.layer2, self.layer3, self.layer4) for block in stage]
 
     def layer_id(self, name: str) -> int:
-        """0 for the stem, i + 1 for residual block i, counted through all stages; `num_blocks` + 1 for the rest."""
+        """Return the layer of a parameter for layer-wise learning rate decay.
+
+        The stem is layer 0, residual block i, counted over all stages, is layer i + 1, the rest is `num_blocks` + 1.
+        """
         if name.startswith(("conv1.", "bn1.")):
             return 0
         if not name.startswith("layer"):

@@ -1,4 +1,4 @@
-"""Vision Transformer (Dosovitskiy et al., ICLR 2021) on timm's layers, with released parameter names."""
+"""Vision Transformer (Dosovitskiy et al., ICLR 2021) of timm's layers, with the parameter names of released files."""
 
 from collections.abc import Sequence
 
@@ -12,16 +12,18 @@ from maskfeat.models.layers import Mlp, drop_path_rates, hide_tokens, layer_norm
 
 
 class ViT(nn.Module):
-    """A plain ViT without a final norm: that belongs to whoever reads the tokens.
+    """A plain ViT without the final norm, which the head applies.
 
     Args:
-        image_size: (H, W) pixels.
-        patch: (h, w) pixels of a patch.
-        width, depth, num_heads, mlp_ratio, qkv_bias: as usual.
+        image_size: (H, W) of the input in pixels.
+        patch: (h, w) of a patch in pixels.
+        in_channels: C of the input.
+        width, depth, num_heads, mlp_ratio, qkv_bias: of the blocks, as in timm.
         drop_path: rate of the last block; it grows linearly from 0 over the blocks.
         dropout: rate on the outputs of attention and MLP.
-        class_token, position: whether to add them.
-        maskable: whether to carry a mask token, so that `hidden` may be given.
+        class_token: whether to prepend a class token.
+        position: whether to add learned absolute positions.
+        maskable: whether to have a mask token, so that `forward_tokens` takes `hidden`.
     """
 
     needs_norm = True
@@ -73,7 +75,15 @@ class ViT(nn.Module):
         self.apply(init_weights)
 
     def forward_tokens(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
-        """clip (B, C, H, W) float, hidden (B, *mask_grid) bool or None -> Tokens(x (B, [1 +] H W, D), (H, W))."""
+        """Compute the tokens of an image.
+
+        Args:
+            clip: (B, C, H, W) float, of the size that the model was built for.
+            hidden: (B, *mask_grid) bool, True = replaced by the mask token after the patch embedding; None = nothing.
+
+        Returns:
+            tokens (B, [1 +] prod(grid), D) on the grid of patches.
+        """
         check_clip_size(clip, self.clip_size)
         x = self.patch_embed(clip)
         if hidden is not None:
@@ -87,11 +97,14 @@ class ViT(nn.Module):
         return Tokens(x, self.grid)
 
     def no_weight_decay(self) -> set[str]:
+        """Return the names of the class token and the positions."""
         names = {"cls_token": self.cls_token, "pos_embed": self.pos_embed}
         return {name for name, parameter in names.items() if parameter is not None}
 
     def repeated_blocks(self) -> list[nn.Module]:
+        """Return the transformer blocks."""
         return list(self.blocks)
 
     def layer_id(self, name: str) -> int:
+        """Return the layer of a parameter for layer-wise learning rate decay."""
         return layer_id(name, self.num_blocks)

@@ -15,7 +15,7 @@ from maskfeat.batch import Batch, StepOutput
 from maskfeat.checkpoint.weights import LoadRules
 from maskfeat.masking import resize_mask
 from maskfeat.models.base import Backbone
-from maskfeat.models.layers import full_precision, layer_norm
+from maskfeat.models.layers import full_precision, is_reference, layer_norm
 from maskfeat.models.mvit_config import TRANSFORMER
 from maskfeat.objectives.base import Objective, check_patch_masks, sample_patches
 from maskfeat.objectives.hog import cut_patches, hog, hog_tokens, pad_border, patch_features, pixel_weights
@@ -54,14 +54,22 @@ class MaskFeat(Objective):
     Args:
         backbone: built with a mask token.
         bins, cell, window: of the HOG target, see `hog`.
-        shuffle: in training, each image is to predict the targets of another one of its batch: a control, which can
-            teach no more than how targets are distributed.
+        shuffle: in training, each image predicts the targets of another image of its batch: a control experiment,
+            which can learn nothing but the distribution of the targets.
+        impl: "fast" or "reference": the form in which HOG targets are computed. `set_impl` selects the form of the
+            backbone as well.
     """
 
     compilable = ("features",)
 
     def __init__(
-        self, backbone: Backbone, bins: int = 9, cell: int = 8, window: int = 0, shuffle: bool = False
+        self,
+        backbone: Backbone,
+        bins: int = 9,
+        cell: int = 8,
+        window: int = 0,
+        shuffle: bool = False,
+        impl: str = "fast",
     ) -> None:
         super().__init__()
         if not backbone.supports_hidden:
@@ -76,7 +84,7 @@ class MaskFeat(Objective):
                 "into whole cells of a square: change MASK.HOG_CELL or the crop and patch sizes"
             )
         self.backbone = backbone
-        self.bins, self.cell, self.window, self.shuffle = bins, cell, window, shuffle
+        self.bins, self.cell, self.window, self.shuffle, self.impl = bins, cell, window, shuffle, impl
         self.cells = height // cell
         self.hogs = nn.ModuleList([_SobelBuffers()])
         self.pred_head = _PredictionHead(backbone.width, 3 * bins * self.cells**2)
@@ -88,31 +96,47 @@ class MaskFeat(Objective):
         return resize_mask(batch.hidden, self.backbone.grid).flatten(1)
 
     def target(self, clip: Tensor) -> Tensor:
-        """HOG of every token: clip (B, 3, [T,] H, W), normalised and unmasked -> (B, prod(grid), F) float32."""
+        """Compute the HOG features of every token.
+
+        Args:
+            clip: (B, 3, [T,] H, W), normalised and unmasked.
+
+        Returns:
+            (B, prod(grid), F) float32
+        """
         with full_precision(clip):
             images = clip.float()
             if images.dim() == 5:
                 # Every frame_stride-th frame, as many as the output grid has: (B T', 3, H, W).
                 images = images[:, :, :: self.backbone.frame_stride].transpose(1, 2).flatten(0, 1)
-            features = hog_tokens(hog(images, self.bins, self.cell, self.window), self.cells)
+            features = hog_tokens(hog(images, self.bins, self.cell, self.window, self.impl), self.cells)
         return features.reshape(len(clip), math.prod(self.backbone.grid), -1)
 
     def features(self, patches: Tensor, weight: Tensor | None) -> Tensor:
-        """HOG of patches with their border: (n, 3, S + 2, S + 2) -> (n, F), see `patch_features`."""
+        """Compute the features of patches with their border, see `patch_features`: (n, 3, S + 2, S + 2) -> (n, F)."""
         return patch_features(patches, self.bins, self.cell, weight)
 
     @torch.no_grad()
     def target_at(self, clip: Tensor, tokens: Tensor) -> Tensor:
-        """HOG of some tokens: clip (B, 3, [T,] H, W), tokens (B, K) int64 places in the flattened grid -> (B, K, F)
-        float32, the same as those of `target` there.
+        """Compute the HOG features of selected tokens, equal to those of `target`.
+
+        Args:
+            clip: (B, 3, [T,] H, W), normalised and unmasked.
+            tokens: (B, K) int64, indices into the flattened grid.
+
+        Returns:
+            (B, K, F) float32
         """
+        if is_reference(self.impl):
+            target = self.target(clip)
+            return target.gather(1, tokens.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
         frames, rows, columns = self.backbone.grid if clip.dim() == 5 else (1, *self.backbone.grid)
         with full_precision(clip):
             images = clip.float() if clip.dim() == 5 else clip.float().unsqueeze(2)
             padded = pad_border(images[:, :, :: self.backbone.frame_stride])
             sample = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens.shape[1])
-            place = tokens.flatten()
-            frame, row, column = place // (rows * columns), place // columns % rows, place % columns
+            index = tokens.flatten()
+            frame, row, column = index // (rows * columns), index // columns % rows, index % columns
             side = self.backbone.token_pixels[0]
             patches = cut_patches(padded, (sample, frame, row, column), side)
             weight = pixel_weights(clip, self.cell, self.window)
@@ -121,7 +145,7 @@ class MaskFeat(Objective):
             return self.features(patches, weight).view(*tokens.shape, -1)
 
     def chosen(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Which tokens are predicted: (B, K) int64 places in the flattened grid, hidden ones first and in order, and
+        """Which tokens are predicted: (B, K) int64 indices into the flattened grid, hidden ones first and in order, and
         (B, K) bool, which of them are hidden; the rest fills up the rows of samples with fewer hidden tokens.
 
         K comes from `batch.max_hidden`, so that nothing waits for the device to count the mask. A batch without it

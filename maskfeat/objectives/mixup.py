@@ -1,4 +1,4 @@
-"""Mixup (Zhang et al., ICLR 2018) and CutMix (Yun et al., ICCV 2019) for images and clips, on timm's arithmetic."""
+"""Mixup (Zhang et al., ICLR 2018) and CutMix (Yun et al., ICCV 2019) for images and clips, with timm's formulas."""
 
 import numpy as np
 import torch
@@ -7,17 +7,21 @@ from torch import Tensor
 
 
 class Mixup:
-    """One draw a batch; the partner of a sample is its mirror in the reversed batch; a box spans all frames.
+    """Mix every sample of a batch with the sample at the same position of the reversed batch.
 
-    Draws come from numpy's global generator, which the training loop seeds for every step.
+    The mixing ratio, and the box of CutMix, are drawn once per batch; the box spans all frames. Random numbers come
+    from numpy's global generator, which the training loop seeds for every step.
 
     Args:
-        alpha, cutmix_alpha: of the Beta distributions; 0 switches one off.
+        alpha, cutmix_alpha: parameters of the Beta distributions of Mixup and CutMix; 0 disables one of them.
         prob: probability that a batch is mixed at all.
-        switch_prob: probability of CutMix where both are on.
-        smoothing: label smoothing eps: 1 - eps + eps/K on, eps/K off.
+        switch_prob: probability of CutMix if both are enabled.
+        smoothing: label smoothing eps: targets are 1 - eps + eps/K for the class and eps/K for the others.
         num_classes: K.
-        smooth_others: spread eps over the other classes alone: 1 - eps on, eps/(K - 1) off.
+        smooth_others: distribute eps over the other classes alone: 1 - eps for the class, eps/(K - 1) for the others.
+
+    Raises:
+        ValueError: if both are disabled.
     """
 
     def __init__(
@@ -37,12 +41,20 @@ class Mixup:
             )
         self.alpha, self.cutmix_alpha = alpha, cutmix_alpha
         self.prob, self.switch_prob = prob, switch_prob
-        # The share eps of the class itself, eps/K, is given to it: a larger eps spreads that over the others as well.
+        # timm leaves eps/K to the class itself; with this larger eps the other classes get eps/(K - 1) each.
         self.smoothing = smoothing * num_classes / (num_classes - 1) if smooth_others and num_classes > 1 else smoothing
         self.num_classes = num_classes
 
     def __call__(self, clip: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """clip (B, C, [T,] H, W), label (B,) int64 -> mixed clip of the same shape, soft targets (B, K) float32."""
+        """Mix a batch.
+
+        Args:
+            clip: (B, C, [T,] H, W).
+            label: (B,) int64.
+
+        Returns:
+            the mixed clip, of the same shape, and soft targets (B, K) float32.
+        """
         lam = 1.0
         if np.random.rand() < self.prob:
             cut = self.alpha <= 0 or (self.cutmix_alpha > 0 and np.random.rand() < self.switch_prob)

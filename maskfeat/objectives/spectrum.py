@@ -1,7 +1,7 @@
-"""Spectra of images: sets of frequencies, removing them, and the distance of two spectra (Xie et al., ICLR 2023).
+"""Spectra of images: sets of frequencies, their removal, and the distance between two spectra (Xie et al., ICLR 2023).
 
-Spectra are orthonormal (Parseval: an image and its spectrum have the same energy). Shifted ones have frequency zero
-at (H // 2, W // 2).
+Fourier transforms are orthonormal, so that an image and its spectrum have the same energy (Parseval). In a shifted
+spectrum frequency zero is at (H // 2, W // 2).
 
 Shape legend: B images, C channels, H x W pixels, which is also the number of frequencies.
 """
@@ -13,9 +13,12 @@ from torch import Tensor
 
 
 def disc(height: int, width: int, radius: float) -> Tensor:
-    """(H, W) bool, shifted: the low frequencies, at a distance below `radius` from (H / 2, W / 2).
+    """Return the set of low frequencies: those at a distance below `radius` from (H / 2, W / 2) in a shifted spectrum.
 
-    There are 793 for radius 16 (section 3.2; REFERENCE: points with d^2 < 256).
+    With radius 16 there are 793 (section 3.2; points with d^2 < 256).
+
+    Returns:
+        (H, W) bool, shifted.
     """
     y = torch.arange(height).unsqueeze(1) - height / 2
     x = torch.arange(width).unsqueeze(0) - width / 2
@@ -23,27 +26,35 @@ def disc(height: int, width: int, radius: float) -> Tensor:
 
 
 def spectrum(images: Tensor) -> Tensor:
-    """images (..., H, W) float -> (..., H, W) complex, shifted."""
+    """Return the shifted spectrum of images: (..., H, W) float -> (..., H, W) complex."""
     return torch.fft.fftshift(torch.fft.fft2(images, norm="ortho"), dim=(-2, -1))
 
 
 def inverse_spectrum(shifted: Tensor) -> Tensor:
-    """The inverse of `spectrum`: (..., H, W) complex -> (..., H, W) complex."""
+    """Invert `spectrum`: (..., H, W) complex -> (..., H, W) complex."""
     return torch.fft.ifft2(torch.fft.ifftshift(shifted, dim=(-2, -1)), norm="ortho")
 
 
 def half_of(shifted: Tensor) -> Tensor:
-    """The part of a symmetric set (..., H, W) that tells the rest: (..., H, W // 2 + 1), not shifted.
+    """Return the half of a symmetric set of frequencies that determines the other half.
 
-    A set is symmetric where it holds every frequency together with its mirror: what is left of a real image without it
-    is real. Discs are, and so is what lies outside of one, where H and W are even: (H / 2, W / 2) is frequency zero.
+    A set is symmetric if it contains the negative of each of its frequencies; a real image stays real without them. If
+    H and W are even, so that (H / 2, W / 2) is frequency zero, a disc and its complement are symmetric.
+
+    Args:
+        shifted: (..., H, W) bool.
+
+    Returns:
+        (..., H, W // 2 + 1) bool, not shifted.
     """
     return torch.fft.ifftshift(shifted, dim=(-2, -1))[..., : shifted.shape[-1] // 2 + 1]
 
 
 def magnitude(values: Tensor, gamma: float, eps: float) -> Tensor:
-    """(re^2 + im^2 + eps)^(gamma / 2) of complex values: the distance of two frequencies whose difference they are
-    (equation 3; eps keeps the gradient finite where they agree).
+    """Return (re^2 + im^2 + eps)^(gamma / 2) of complex values.
+
+    For the difference of two spectra this is their distance at each frequency (equation 3). `eps` keeps the gradient
+    finite where they are equal.
     """
     return (values.real.square() + values.imag.square() + eps).pow(gamma / 2)
 
@@ -53,27 +64,30 @@ class Frequencies:
     """A set of frequencies for each image of a batch.
 
     Attributes:
-        mask: bool; (B, 1, H, W), shifted. Where `width` is given, (B, 1, H, width // 2 + 1), not shifted: the half of a
-            symmetric set that a real-input FFT computes, at half the work.
-        width: W of a half set; 0 = the set is whole.
+        mask: bool. (B, 1, H, W), shifted; or, if `width` is not 0, (B, 1, H, width // 2 + 1), not shifted: the half of
+            a symmetric set that the FFT of a real image computes, at half the cost.
+        width: W of the full spectrum if `mask` is a half; 0 = `mask` is the full set.
     """
 
     mask: Tensor
     width: int = 0
 
     def whole(self) -> Tensor:
-        """(B, 1, H, W) bool, shifted."""
+        """Return the full set: (B, 1, H, W) bool, shifted."""
         if not self.width:
             return self.mask
         mirrored = self.mask[..., 1 : (self.width + 1) // 2].flip(-2, -1).roll(1, dims=-2)
         return torch.fft.fftshift(torch.cat([self.mask, mirrored], dim=-1), dim=(-2, -1))
 
     def transform(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) float -> their spectra in the layout of `mask`, complex."""
+        """Return the spectra of images (B, C, H, W) float in the layout of `mask`, complex."""
         return torch.fft.rfft2(images, norm="ortho") if self.width else spectrum(images)
 
     def _copies(self) -> Tensor | None:
-        """(width // 2 + 1,) float: how many columns of the whole spectrum each column of the half stands for."""
+        """Return how many columns of the full spectrum each column of the half represents: (width // 2 + 1,) float.
+
+        None if the set is full.
+        """
         if not self.width:
             return None
         copies = torch.full((self.mask.shape[-1],), 2.0, device=self.mask.device)
@@ -83,22 +97,31 @@ class Frequencies:
         return copies
 
     def sum(self, values: Tensor) -> Tensor:
-        """values (B, C, ...) float in the layout of `mask` -> (B, C): the sum over each image's set, in the whole
-        spectrum.
+        """Sum values over the set of each image, counted in the full spectrum.
+
+        Args:
+            values: (B, C, ...) float, in the layout of `mask`.
+
+        Returns:
+            (B, C)
         """
         chosen = values.masked_fill(~self.mask, 0.0)
         copies = self._copies()
         return (chosen if copies is None else chosen * copies).sum(dim=(-2, -1))
 
     def count(self) -> Tensor:
-        """(B, 1) float32: how many frequencies of the whole spectrum are in each image's set."""
+        """Return the number of frequencies in the set of each image, counted in the full spectrum: (B, 1) float32."""
         return self.sum(torch.ones_like(self.mask, dtype=torch.float32))
 
     def remove(self, images: Tensor, modulus: bool) -> Tensor:
-        """images (B, C, H, W) float32 without these frequencies.
+        """Remove these frequencies from images.
 
         Args:
-            modulus: take the modulus of the inverse transform; otherwise its real part.
+            images: (B, C, H, W) float32.
+            modulus: return the modulus of the inverse transform; otherwise its real part.
+
+        Returns:
+            (B, C, H, W) float32
         """
         kept = self.transform(images).masked_fill(self.mask, 0.0)
         if self.width:

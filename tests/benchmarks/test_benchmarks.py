@@ -14,14 +14,12 @@ from benchmarks.cases import MVIT_S, VIT_B, Options, random_batch
 from benchmarks.cli import main
 from benchmarks.compute import maskfeat_objective, uncertain_cells
 from benchmarks.measure import Seconds, in_turn, peak_mib
-from benchmarks.reference_hog import reference_hog, reference_targets
-from benchmarks.reference_step import reference_loss, reference_optimizer, reference_step
+from benchmarks.reference_step import reference_loss, reference_optimizer, reference_step, reference_target
 from benchmarks.report import aligned
 from maskfeat.batch import Batch
 from maskfeat.build import build_optimizer
 from maskfeat.config.ranges import CHOICES
-from maskfeat.models.attention import PoolingAttention
-from maskfeat.objectives.hog import hog
+from maskfeat.models import attention
 from maskfeat.objectives.maskfeat import MaskFeat
 from tests.small import MFM_PT, MFM_RECIPES, MVIT_PT, RECIPES, VIT_PT
 
@@ -141,8 +139,10 @@ def test_one_wrong_bin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("what", ["attention", "step"])
 def test_wrong_attention_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = PoolingAttention._tables
-    monkeypatch.setattr(PoolingAttention, "_tables", lambda self: [table * 1.01 for table in right(self)])
+    right = attention.wide_queries  # the fast form alone calls it
+    monkeypatch.setattr(
+        attention, "wide_queries", lambda q, tables, *given: right(q, [table * 1.01 for table in tables], *given)
+    )
     assert refused(what, MVIT_FILE)
 
 
@@ -179,12 +179,14 @@ def test_help_says_how(capsys: pytest.CaptureFixture[str]) -> None:
 # The reference forms themselves.
 
 
-def test_reference_hog_is_ours_where_no_bin_hangs_on_rounding() -> None:
-    images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
-    for window in (0, 16):
-        torch.testing.assert_close(reference_hog(images, window=window), hog(images, window=window))
-    hidden = torch.rand(2, 2, 3) < 0.5
-    assert reference_targets(images, hidden).shape == (int(hidden.sum()), 108)
+@pytest.mark.parametrize(("default", "small"), [(VIT_B, VIT_PT), (MVIT_S, MVIT_PT)])
+def test_reference_targets_are_those_of_the_hidden_tokens(default: str, small: list[str]) -> None:
+    cfg = Options(CPU, opts=(*small, "TRAIN.BATCH_SIZE", "2")).recipe(default, 2)
+    objective, batch = maskfeat_objective(cfg), random_batch(cfg, CPU)
+    assert batch.hidden is not None and not batch.hidden.all()
+    target = reference_target(objective, batch)
+    assert len(target) == int(objective.hidden_tokens(batch).sum())
+    torch.testing.assert_close(target, objective.hidden_target(batch), rtol=0, atol=1e-6)
 
 
 def test_uncertain_cells_are_those_of_ties() -> None:

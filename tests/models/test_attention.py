@@ -1,18 +1,28 @@
-"""Folded attention against the reference form, in float64."""
+"""The forms of attention against each other and against every score written out; which modules are called."""
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.reference_mvit import reference_forward
 from maskfeat.checkpoint.weights import resize_weight
-from maskfeat.models.attention import PoolingAttention, folded_attention, key_places, relative_index, table_rows
+from maskfeat.models.attention import (
+    PoolingAttention,
+    fast_attention,
+    key_one_hots,
+    reference_attention,
+    relative_index,
+    table_rows,
+)
+from maskfeat.models.layers import set_impl
+from maskfeat.models.mvit import MViT
+from maskfeat.models.vit import ViT
 
 
-def reference(
+def pair_by_pair(
     q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], grid: Sequence[int], keys: Sequence[int]
 ) -> Tensor:
     """softmax(q k^T / sqrt(C) + sum over axes of q . R[axis]) v with every score written out, one pair at a time."""
@@ -33,7 +43,7 @@ def reference(
     ("grid", "keys"),
     [((2, 4, 4), (2, 2, 2)), ((2, 3, 3), (2, 3, 3)), ((2, 2, 2), (2, 4, 4)), ((5, 4), (3, 2))],
 )
-def test_folding_is_exact(grid: tuple[int, ...], keys: tuple[int, ...], prefix: int) -> None:
+def test_both_forms_are_exact(grid: tuple[int, ...], keys: tuple[int, ...], prefix: int) -> None:
     draw = torch.Generator().manual_seed(1)
     shape = (2, prefix + math.prod(grid), 3, 10)
     q = torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True)
@@ -46,16 +56,18 @@ def test_folding_is_exact(grid: tuple[int, ...], keys: tuple[int, ...], prefix: 
         torch.randn(table_rows(a, b), 10, generator=draw, dtype=torch.float64)[relative_index(a, b)].requires_grad_()
         for a, b in zip(grid, keys, strict=True)
     ]
-    places = key_places(keys, prefix, axes).double()
-    folded, wide = (x[..., :10] for x in folded_attention(q, k, v, tables, places, grid, axes))
+    one_hots = key_one_hots(keys, prefix, axes).double()
+    fast, wide = (x[..., :10] for x in fast_attention(q, k, v, tables, one_hots, grid, axes))
     assert torch.equal(wide, q)
-    expected = reference(*(x.transpose(1, 2) for x in (q, k, v)), tables, grid, keys).transpose(1, 2)
-    torch.testing.assert_close(folded, expected, rtol=0, atol=1e-10)
+    plain = reference_attention(q, k, v, tables, grid, keys, axes)
+    expected = pair_by_pair(*(x.transpose(1, 2) for x in (q, k, v)), tables, grid, keys).transpose(1, 2)
     weight = torch.randn(expected.shape, generator=draw, dtype=torch.float64)
-    mine = torch.autograd.grad((folded * weight).sum(), (q, k, v, *tables))
     theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v, *tables))
-    for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    for found in (fast, plain):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+        mine = torch.autograd.grad((found * weight).sum(), (q, k, v, *tables))
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
 def test_relative_index_by_hand() -> None:
@@ -92,30 +104,160 @@ def test_class_token_skips_pooling() -> None:
     torch.testing.assert_close(pooled[0, 1:], pooled[1, 1:])
 
 
-@pytest.mark.parametrize("class_token", [True, False])
-@pytest.mark.parametrize(
+SHAPES = pytest.mark.parametrize(
     ("grid", "stride_q", "stride_kv"),
-    [((2, 8, 8), (1, 2, 2), (1, 4, 4)), ((2, 4, 4), (1, 1, 1), (1, 1, 1)), ((8, 4), (2, 2), (4, 2))],
+    [
+        ((2, 8, 8), (1, 2, 2), (1, 4, 4)),
+        ((2, 4, 4), (1, 1, 1), (1, 1, 1)),
+        ((4, 4, 4), (2, 1, 1), (1, 2, 2)),
+        ((8, 4), (2, 2), (4, 2)),
+    ],
 )
+OPTIONS = pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"class_token": False},
+        {"residual_pooling": False},
+        {"relative_space": False},
+        {"relative_time": False},
+        {"relative_space": False, "relative_time": False},
+    ],
+    ids=lambda options: "-".join(options) or "published",
+)
+
+
+def two_forms(
+    grid: tuple[int, ...], stride_q: tuple[int, ...], stride_kv: tuple[int, ...], options: dict[str, bool]
+) -> tuple[PoolingAttention, PoolingAttention]:
+    """One module in the fast and in the reference form, with the same random weights."""
+    given = {"relative_time": True, **options}
+    given["relative_time"] &= len(grid) == 3
+    kernel = (3,) * len(grid)
+    fast = PoolingAttention(
+        width=16, num_heads=2, grid=grid, kernel=kernel, stride_q=stride_q, stride_kv=stride_kv, **given
+    )
+    draw = torch.Generator().manual_seed(0)
+    for parameter in fast.parameters():  # positions start out too small to be seen
+        torch.nn.init.normal_(parameter, std=0.3, generator=draw)
+    plain = copy.deepcopy(fast)
+    set_impl(plain, "reference")
+    assert plain.impl == plain.pool_q.impl == "reference" and fast.impl == fast.pool_q.impl == "fast"
+    return fast, plain
+
+
+@OPTIONS
+@SHAPES
 def test_a_whole_module_is_the_reference(
-    grid: tuple[int, ...], stride_q: tuple[int, ...], stride_kv: tuple[int, ...], class_token: bool
+    grid: tuple[int, ...], stride_q: tuple[int, ...], stride_kv: tuple[int, ...], options: dict[str, bool]
 ) -> None:
     """Pooling, norms, relative positions and residual of clips and images, with every gradient."""
-    attention = PoolingAttention(
-        width=16,
-        num_heads=2,
-        grid=grid,
-        kernel=(3,) * len(grid),
-        stride_q=stride_q,
-        stride_kv=stride_kv,
-        class_token=class_token,
-        relative_time=len(grid) == 3,
-    ).double()
-    x = torch.randn(2, class_token + math.prod(grid), 16, dtype=torch.float64, requires_grad=True)
-    out, expected = attention(x), reference_forward(attention, x)
+    fast, plain = (module.double() for module in two_forms(grid, stride_q, stride_kv, options))
+    x = torch.randn(2, options.get("class_token", True) + math.prod(grid), 16, dtype=torch.float64, requires_grad=True)
+    out, expected = fast(x), plain(x)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
-    leaves, upstream = [x, *attention.parameters()], torch.randn_like(out)
-    mine = torch.autograd.grad(out, leaves, upstream)
-    theirs = torch.autograd.grad(expected, leaves, upstream)
+    upstream = torch.randn_like(out)
+    mine = torch.autograd.grad(out, [x, *fast.parameters()], upstream)
+    theirs = torch.autograd.grad(expected, [x, *plain.parameters()], upstream)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@SHAPES
+def test_forms_agree_in_bfloat16(grid: tuple[int, ...], stride_q: tuple[int, ...], stride_kv: tuple[int, ...]) -> None:
+    """In mixed precision the forms differ by roundings, each of them as far from float32 as the other."""
+    fast, plain = two_forms(grid, stride_q, stride_kv, {})
+    x = torch.randn(2, 1 + math.prod(grid), 16, requires_grad=True)
+    upstream = torch.randn_like(fast(x))
+
+    def passes(module: PoolingAttention, enabled: bool) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = module(x)
+        assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
+        return [out, *torch.autograd.grad(out.float(), [x, *module.parameters()], upstream)]
+
+    exact = passes(fast, False)
+    largest = max(grad.norm() for grad in exact[1:])  # beside it, that of the keys' bias is zero but for roundings
+    for low in (passes(fast, True), passes(plain, True)):
+        for found, wanted in zip(low, exact, strict=True):
+            assert (found - wanted).norm() <= 0.03 * wanted.norm() + 1e-3 * largest
+
+
+def small_mvit() -> MViT:
+    return MViT(
+        clip_size=(8, 32, 32),
+        width=16,
+        depth=2,
+        num_heads=1,
+        width_mul={1: 2.0},
+        head_mul={1: 2.0},
+        stride_q={1: (1, 2, 2)},
+        stride_kv_adaptive=(1, 4, 4),
+        maskable=True,
+    )
+
+
+@pytest.mark.parametrize("impl", ["fast", "reference"])
+def test_pooling_layers_and_norms_are_called_as_modules(impl: str) -> None:
+    """Forward hooks, wrappers and counters of FLOPs see each of them once in a forward pass."""
+    mvit = small_mvit()
+    set_impl(mvit, impl)
+    seen: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    for name, module in mvit.named_modules():
+        if ".attn.pool_" in name or ".attn.norm_" in name:
+            module.register_forward_hook(
+                lambda module, given, out, name=name: seen.append((name, tuple(given[0].shape), tuple(out.shape)))
+            )
+    mvit.forward_tokens(torch.randn(2, 3, 8, 32, 32))
+    tokens = 1 + 4 * 8 * 8
+    expected = []
+    for block, heads, queries, keys in ((0, 1, tokens, 1 + 4 * 2 * 2), (1, 2, 1 + 4 * 4 * 4, 1 + 4 * 4 * 4)):
+        for letter, pooled in (("q", queries), ("k", keys), ("v", keys)):
+            by_head = (2, pooled, heads, 16)
+            expected.append((f"blocks.{block}.attn.pool_{letter}", (2, tokens, 16 * heads), (2, pooled, 16 * heads)))
+            expected.append((f"blocks.{block}.attn.norm_{letter}", by_head, by_head))
+    assert seen == expected
+
+
+@pytest.mark.parametrize("impl", ["fast", "reference"])
+@pytest.mark.parametrize("letter", ["q", "k", "v"])
+def test_a_pooling_layer_can_be_replaced(letter: str, impl: str) -> None:
+    """By any module from tokens to pooled tokens, such as the layer itself with an adapter beside it."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Module, scale: float) -> None:
+            super().__init__()
+            self.layer, self.scale = layer, scale
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.layer(tokens) + self.scale * self.layer(tokens.roll(1, dims=-1))
+
+    mvit = small_mvit()
+    set_impl(mvit, impl)
+    clip, name = torch.randn(1, 3, 8, 32, 32), f"pool_{letter}"
+    with torch.no_grad():
+        before = mvit.forward_tokens(clip).x
+        layer = getattr(mvit.blocks[1].attn, name)
+        setattr(mvit.blocks[1].attn, name, Adapted(layer, 0.0))
+        assert torch.equal(mvit.forward_tokens(clip).x, before)
+        setattr(mvit.blocks[1].attn, name, Adapted(layer, 1.0))
+        assert not torch.allclose(mvit.forward_tokens(clip).x, before)
+
+
+@pytest.mark.parametrize("build", [small_mvit, lambda: ViT(image_size=(32, 32), width=16, depth=2, num_heads=2)])
+def test_a_whole_model_in_the_reference_form(build: Callable[[], MViT | ViT]) -> None:
+    model = build().double()
+    clip = torch.randn(2, 3, *model.clip_size, dtype=torch.float64)
+    found = []
+    for impl in ("fast", "reference"):
+        set_impl(model, impl)
+        attention = model.blocks[0].attn
+        assert (attention.impl if isinstance(model, MViT) else attention.fused_attn) in (impl, impl == "fast")
+        x = model.forward_tokens(clip).x
+        grads = torch.autograd.grad(x.square().mean(), list(model.parameters()), allow_unused=True)
+        found.append([x, *(grad for grad in grads if grad is not None)])
+    for fast, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=0, atol=1e-10)
+    assert not torch.equal(found[0][0], found[1][0]), "both times the same form"
+    with pytest.raises(ValueError, match="impl is 'plain'"):
+        set_impl(model, "plain")

@@ -1,12 +1,15 @@
-"""Token-major pooling against PyTorch's own convolution and its gradients."""
+"""Pooling of tokens, in both forms, against PyTorch's own convolution and its gradients."""
 
 import math
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskfeat import models
 from maskfeat.models import pooling
 from maskfeat.models.pooling import pool_tokens
 
@@ -23,6 +26,7 @@ def by_conv(tokens: Tensor, prefix: int, grid: tuple[int, ...], stride: tuple[in
     return torch.cat([tokens[:, :prefix], torch.cat(pooled, dim=-1)], dim=1)
 
 
+@pytest.mark.parametrize("impl", ["fast", "reference"])
 @pytest.mark.parametrize("prefix", [0, 1])
 @pytest.mark.parametrize(
     ("grid", "kernel", "strides"),
@@ -37,7 +41,7 @@ def by_conv(tokens: Tensor, prefix: int, grid: tuple[int, ...], stride: tuple[in
     ],
 )
 def test_equals_convolution(
-    grid: tuple[int, ...], kernel: tuple[int, ...], strides: list[tuple[int, ...]], prefix: int
+    grid: tuple[int, ...], kernel: tuple[int, ...], strides: list[tuple[int, ...]], prefix: int, impl: str
 ) -> None:
     draw = torch.Generator().manual_seed(0)
     channels, heads = 4, 2
@@ -45,8 +49,8 @@ def test_equals_convolution(
     tokens = torch.randn(2, prefix + math.prod(grid), 3 * width, generator=draw, dtype=torch.float64)
     weights = [torch.randn(channels, 1, *kernel, generator=draw, dtype=torch.float64) for _ in range(3)]
     inputs = [x.requires_grad_() for x in (tokens, *weights)]
-    mine = pool_tokens(tokens, prefix, grid, strides, weights)
-    shares = zip(tokens.split(width, dim=-1), strides, weights, strict=True)
+    shares = list(zip(tokens.split(width, dim=-1), strides, weights, strict=True))
+    mine = [pool_tokens(share, prefix, grid, stride, weight, impl) for share, stride, weight in shares]
     theirs = [by_conv(share, prefix, grid, stride, weight) for share, stride, weight in shares]
     loss_of = [torch.randn(x.shape, generator=draw, dtype=torch.float64) for x in theirs]
     for a, b in zip(mine, theirs, strict=True):
@@ -59,25 +63,61 @@ def test_equals_convolution(
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
-def test_halves_are_summed_in_float32() -> None:
-    tokens = torch.randn(1, 1 + 32, 24)
-    weights = [torch.randn(8, 1, 3, 3, 3) for _ in range(3)]
-    strides = [(1, 1, 1), (1, 2, 2), (1, 4, 4)]
-    low = tokens.bfloat16()
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (1, 4, 4)])
+def test_halves_are_summed_in_float32(stride: tuple[int, ...]) -> None:
+    tokens = torch.randn(1, 1 + 32, 8).bfloat16()
+    weight = torch.randn(8, 1, 3, 3, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        pooled = pool_tokens(low, 1, (2, 4, 4), strides, weights)
-    for mine, exact in zip(pooled, pool_tokens(low.float(), 1, (2, 4, 4), strides, weights), strict=True):
-        assert mine.dtype == torch.bfloat16
-        torch.testing.assert_close(mine, exact.bfloat16(), rtol=0, atol=0)
+        pooled = pool_tokens(tokens, 1, (2, 4, 4), stride, weight)
+    assert pooled.dtype == torch.bfloat16
+    exact = pool_tokens(tokens.float(), 1, (2, 4, 4), stride, weight)
+    torch.testing.assert_close(pooled, exact.bfloat16(), rtol=0, atol=0)
 
 
-def test_kernels_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("grid", [(2, 6, 6), (6, 6)])
+def test_forms_agree_in_bfloat16(grid: tuple[int, ...]) -> None:
+    """As in mixed precision: the forms differ by the rounding of bfloat16, forward and backward."""
+    stride = (1, 2, 2)[-len(grid) :]
+    tokens = torch.randn(2, 1 + math.prod(grid), 16).bfloat16().requires_grad_()
+    weight = torch.randn(8, 1, *(3,) * len(grid), requires_grad=True)
+    found = []
+    for impl in ("fast", "reference"):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = pool_tokens(tokens, 1, grid, stride, weight, impl)
+        assert out.dtype == torch.bfloat16
+        found.append([out, *torch.autograd.grad(out.float().square().mean(), [tokens, weight])])
+    for fast, plain in zip(*found, strict=True):
+        assert fast.dtype == plain.dtype
+        assert (fast - plain).float().norm() <= 0.02 * plain.float().norm()
+
+
+def test_another_form_is_refused() -> None:
+    with pytest.raises(ValueError, match="impl is 'slow', expected one of .'fast', 'reference'"):
+        pool_tokens(torch.zeros(1, 4, 8), 0, (2, 2), (1, 1), torch.zeros(8, 1, 3, 3), impl="slow")
+
+
+@pytest.fixture
+def _kernels_not_cached() -> Iterator[None]:
+    pooling._triton_kernels.cache_clear()
+    yield
+    pooling._triton_kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("_kernels_not_cached")
+@pytest.mark.parametrize("setting", [None, "0", "1"])
+def test_kernels_have_to_be_asked_for(setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    try:
-        pooling._kernels.cache_clear()
-        assert pooling._kernels() is not None
-        monkeypatch.setenv("MASKFEAT_TRITON", "0")
-        pooling._kernels.cache_clear()
-        assert pooling._kernels() is None
-    finally:
-        pooling._kernels.cache_clear()
+    if setting is None:
+        monkeypatch.delenv("MASKFEAT_TRITON", raising=False)
+    else:
+        monkeypatch.setenv("MASKFEAT_TRITON", setting)
+    assert (pooling._triton_kernels() is not None) == (setting == "1")
+
+
+@pytest.mark.usefixtures("_kernels_not_cached")
+def test_kernels_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKFEAT_TRITON", "1")
+    monkeypatch.delattr(models, "pooling_triton", raising=False)
+    monkeypatch.setitem(sys.modules, "maskfeat.models.pooling_triton", None)  # makes the import fail
+    with pytest.raises(ValueError, match="MASKFEAT_TRITON is 1, but the Triton kernels cannot be imported"):
+        pooling._triton_kernels()

@@ -177,8 +177,11 @@ def test_pool_tokens_through_the_kernels(
     tokens = torch.randn(2, 1 + math.prod(grid), 3 * 24, requires_grad=True)
     grads = []
     for kernels in (None, pooling):
-        monkeypatch.setattr(tokenwise, "_on_gpu", lambda x, weight, kernels=kernels: kernels)
-        outputs = tokenwise.pool_tokens(tokens, 1, grid, strides, weights)
+        monkeypatch.setattr(tokenwise, "_kernels_for", lambda x, weight, kernels=kernels: kernels)
+        outputs = [
+            tokenwise.pool_tokens(share, 1, grid, stride, weight)
+            for share, stride, weight in zip(tokens.chunk(3, dim=-1), strides, weights, strict=True)
+        ]
         loss = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in outputs)
         grads.append([*outputs, *torch.autograd.grad(loss, [tokens, *weights])])
     for theirs, mine in zip(*grads, strict=True):

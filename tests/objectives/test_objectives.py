@@ -7,8 +7,11 @@ from torch import Tensor
 
 from maskfeat.batch import Batch
 from maskfeat.engine.trainer import Trainer
+from maskfeat.models import attention, pooling
+from maskfeat.models.layers import set_impl
 from maskfeat.models.mvit import MViT
 from maskfeat.models.vit import ViT
+from maskfeat.objectives import hog
 from maskfeat.objectives.classification import Classification
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.mixup import Mixup
@@ -53,6 +56,42 @@ def test_visible_pixels_get_gradient_hidden_ones_none() -> None:
     gradient = batch.clip.grad.reshape(3, 3, 4, 16, 4, 16).abs().sum(dim=(1, 3, 5))
     assert (gradient[batch.hidden] == 0).all()
     assert (gradient[~batch.hidden] > 0).all()
+
+
+@pytest.mark.parametrize("video", [False, True])
+def test_a_whole_objective_in_the_reference_form(video: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and every gradient in float64; nothing of the fast forms is called."""
+    if video:
+        backbone: MViT | ViT = MViT(
+            clip_size=(4, 64, 64),
+            width=16,
+            depth=2,
+            stride_q={1: (1, 2, 2)},
+            stride_kv_adaptive=(1, 4, 4),
+            maskable=True,
+        )
+        hidden = torch.rand(2, 2, 4, 4) > 0.5
+    else:
+        backbone, hidden = vit(maskable=True), torch.rand(2, 4, 4) > 0.5
+    hidden[0].flatten()[0] = hidden[1].flatten()[1] = True
+    pixels = torch.randint(-16, 17, (2, 3, *backbone.clip_size)) / 8  # sums are exact: both forms choose the same bins
+    objective = MaskFeat(backbone, cell=4 if video else 8).double()
+    batch = Batch(pixels.double(), hidden=hidden, index=torch.arange(2))
+    found = []
+    for impl in ("fast", "reference"):
+        set_impl(objective, impl)
+        if impl == "reference":
+            monkeypatch.delattr(hog, "histograms")
+            monkeypatch.delattr(attention, "fast_attention")
+            monkeypatch.delattr(pooling, "_PoolTokens")
+            monkeypatch.delattr(torch.nn.functional, "scaled_dot_product_attention")
+        objective.zero_grad()
+        out = objective(batch)
+        out.loss.backward()
+        found.append([out.loss, *(p.grad for p in objective.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1])
+    for fast, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=0, atol=1e-7)  # targets are float32
 
 
 def test_clips_use_every_second_frame_and_three_grids() -> None:
