@@ -174,6 +174,47 @@ def resize_weight(name: str, value: Tensor, shape: torch.Size, average: bool = F
     return None
 
 
+def _kind_of_no_weight(value: object) -> str | None:
+    """Return what kind of value cannot be copied into a parameter; None for those that can."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}, not a tensor"
+    if value.is_quantized:
+        return f"a quantized tensor ({value.dtype})"
+    if value.is_nested or value.layout is not torch.strided:
+        return f"not a dense tensor ({'nested' if value.is_nested else value.layout})"
+    if value.is_meta:
+        return "a tensor without values (on the meta device)"
+    if value.is_complex() or value.dtype is torch.float4_e2m1fn_x2:
+        return f"a tensor of {value.dtype}"
+    return None
+
+
+def _usable(state: Mapping[str, Tensor], dropped: Sequence[str]) -> tuple["OrderedDict[str, Tensor]", list[str]]:
+    """Return the entries of a file that can be copied into parameters, 8-bit floats as float32, and the names of the
+    others, which `dropped` must match.
+    """
+    usable: OrderedDict[str, Tensor] = OrderedDict()
+    others: dict[str, str] = {}
+    for name, value in state.items():
+        kind = _kind_of_no_weight(value)
+        if kind is not None:
+            others[name] = kind
+        else:  # arithmetic on 8-bit floats, which resizing takes, is hardly implemented
+            usable[name] = value.float() if value.is_floating_point() and value.itemsize == 1 else value
+    problems = [f"{name} is {kind}" for name, kind in others.items() if not _matches(name, dropped)]
+    if problems:
+        raise ValueError(
+            f"{len(problems)} entries cannot be loaded into parameters:\n  {_listed(problems)}\n"
+            "Save them as dense tensors of floats, or leave them out: TRAIN.CHECKPOINT_ALLOW \"['name.*']\""
+        )
+    return usable, list(others)
+
+
+def _listed(problems: Sequence[str], most: int = 12) -> str:
+    """Return the first problems, one a line, and how many more there are."""
+    return "\n  ".join(problems[:most]) + (f"\n  and {len(problems) - most} more" if len(problems) > most else "")
+
+
 def fit_state(
     own: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
@@ -196,10 +237,11 @@ def fit_state(
     Raises:
         ValueError: listing every parameter that is missing, left over or of another shape.
     """
-    state = fuse_qkv(clean_names(state))
-    fitted: OrderedDict[str, Tensor] = OrderedDict()
     report = LoadReport()
     problems: list[str] = []
+    fitted: OrderedDict[str, Tensor] = OrderedDict()
+    state, report.dropped = _usable(clean_names(state), (*rules.dropped, *allow))
+    state = fuse_qkv(state)
     for name, parameter in own.items():
         if name not in state:
             if _matches(name, rules.fresh) or _matches(name, allow):
@@ -232,9 +274,8 @@ def fit_state(
         else:
             problems.append(f"{name} is in the file but not in the model")
     if problems:
-        shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise ValueError(
-            f"{len(problems)} parameters do not fit the model:\n  {shown}\n"
+            f"{len(problems)} parameters do not fit the model:\n  {_listed(problems)}\n"
             "Allow them by name, patterns welcome: TRAIN.CHECKPOINT_ALLOW \"['name.*']\""
         )
     if not report.loaded and not report.resized:
