@@ -213,7 +213,7 @@ def test_no_redirection_leaves_http(tmp_path: Path, server: Callable[..., str], 
 
 
 def test_https_is_not_sent_back_to_http(monkeypatch: pytest.MonkeyPatch) -> None:
-    redirections = download._Redirections()
+    redirections = download._RedirectHandler()
     request = download.urllib.request.Request("https://example.org/a")
     with pytest.raises(download.URLError, match="not followed"):
         redirections.redirect_request(request, io.BytesIO(), 302, "Found", {}, "http://example.org/a")
@@ -231,7 +231,7 @@ def test_redirections_within_http_are_followed(server: Callable[..., str]) -> No
 def test_what_cannot_be_fetched(tmp_path: Path, server: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="could not be fetched: the server answers 404"):
         read_checkpoint(server("/none.pyth", status=404))
-    with pytest.raises(ValueError, match="could not be fetched: 4 of 99 bytes came"):
+    with pytest.raises(ValueError, match="could not be fetched: only 4 of 99 bytes were received"):
         read_checkpoint(server("/cut.pyth", b"abcd", Content_Length="99"))
     monkeypatch.setattr(download, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match="is larger than 0 GiB"):
