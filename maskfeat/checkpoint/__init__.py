@@ -1,1 +1,1 @@
-"""Checkpoints: writing and verifying files, reading untrusted ones, fitting weights to a model."""
+"""Checkpoints: write, verify and prune files, read untrusted ones, and fit weights to a model."""

@@ -1,4 +1,4 @@
-"""Files that outlast a machine that fails: their bytes and names brought to the disk, and sums that tell of damage."""
+"""Durable writes (fsync of files and folders) and SHA-256 checksums."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ _BLOCK = 1 << 22
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file as a hexadecimal string."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
@@ -18,22 +18,22 @@ def sha256(path: Path) -> str:
 
 
 def fsync_file(file: BinaryIO) -> None:
-    """Bring what was written to an open file to the disk."""
+    """Flush an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def write_and_fsync(path: Path, content: bytes) -> None:
-    """Write a file and bring it to the disk."""
+    """Write a file and flush it to disk."""
     with open(path, "wb") as file:
         file.write(content)
         fsync_file(file)
 
 
 def fsync_dir(folder: Path) -> None:
-    """Names of files are on the disk only when their folder is."""
-    number = os.open(folder, os.O_RDONLY)
+    """Flush a folder to disk: only then are new or renamed files in it durable under their names."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)

@@ -1,10 +1,10 @@
-"""Checkpoint files: PySlowFast's format and naming, written atomically with a checksum beside them, the newest kept.
+"""Checkpoint files in PySlowFast's format and naming: atomic writes, checksums, lookup and pruning.
 
 OUTPUT_DIR/checkpoints/[TASK_]checkpoint_epoch_00010.pyth holds `epoch` (counted from 0; the name counts from 1),
-`model_state` (released names), `optimizer_state`, `cfg` (YAML text), `scaler_state` under fp16, and `ema_state` with
-TRAIN.EMA. A checkpoint within an epoch, checkpoint_epoch_00010_step_000123.pyth, was made 123 steps after the tenth
-epoch; it also holds `step` (123) and `samples_per_step`. Beside each lies NAME.sha256, as `sha256sum -c` reads it.
-With TRAIN.CHECKPOINT_FORMAT sharded it is a folder NAME.dcp, see `sharded_checkpoint`.
+`model_state` (released names), `optimizer_state`, `cfg` (YAML text), `scaler_state` with fp16, and `ema_state` with
+TRAIN.EMA. A checkpoint within an epoch, checkpoint_epoch_00010_step_000123.pyth, was saved 123 steps after the tenth
+epoch; it also holds `step` (123) and `samples_per_step`. Each has a file NAME.sha256 beside it for `sha256sum -c`.
+With TRAIN.CHECKPOINT_FORMAT sharded a checkpoint is a folder NAME.dcp, see `sharded`.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from maskfeat.checkpoint import sharded as sharded_checkpoint
+from maskfeat.checkpoint import sharded
 from maskfeat.checkpoint.atomic import fsync_dir, fsync_file, sha256, write_and_fsync
 from maskfeat.checkpoint.reading import read_checkpoint, trained_model
 from maskfeat.checkpoint.sharded_files import verify
@@ -30,14 +30,14 @@ from maskfeat.checkpoint.sharded_files import verify
 logger = logging.getLogger(__name__)
 
 AVERAGE = "ema_state"
-"""Where a checkpoint keeps the average of the weights (TRAIN.EMA)."""
-WHOLE, SHARDED = ".pyth", sharded_checkpoint.SUFFIX
-_SPARE = 2  # checkpoints within epochs that stay where TRAIN.KEEP_CHECKPOINTS is 0
+"""Key of the exponential moving average of the weights (TRAIN.EMA) in a checkpoint."""
+WHOLE, SHARDED = ".pyth", sharded.SUFFIX
+_NEWEST_KEPT = 2  # with TRAIN.KEEP_CHECKPOINTS 0: these are kept even if they were saved within an epoch
 
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """How far a run has come: whole epochs, and steps of the next one."""
+    """Progress of a run: completed epochs, and completed steps of the next one."""
 
     epochs: int = 0
     step: int = 0
@@ -47,32 +47,32 @@ class Position:
 
 
 def checkpoint_path(output_dir: str | Path, task: str, position: Position, suffix: str = WHOLE) -> Path:
-    """Where the checkpoint of a run at `position` lies; `suffix` SHARDED for a folder."""
+    """Return the path of the checkpoint at `position`; `suffix` is WHOLE for a file and SHARDED for a folder."""
     within = f"_step_{position.step:06d}" if position.step else ""
     name = f"checkpoint_epoch_{position.epochs:05d}{within}{suffix}"
     return Path(output_dir) / "checkpoints" / (f"{task}_{name}" if task else name)
 
 
 def _position_of(path: Path, task: str) -> Position | None:
-    """What the name of a checkpoint says; None for other files, those of other tasks among them."""
+    """Return the position that a checkpoint's name gives; None for other files and other tasks."""
     prefix = re.escape(f"{task}_" if task else "")
     found = re.fullmatch(rf"{prefix}checkpoint_epoch_(\d+)(?:_step_(\d+))?(?:{WHOLE}|{SHARDED})", path.name)
     return None if found is None else Position(int(found[1]), int(found[2] or 0))
 
 
-def _placed(output_dir: str | Path, task: str) -> list[tuple[Position, Path]]:
-    """Checkpoints of this task in OUTPUT_DIR and where in the run they were made, oldest first."""
+def _with_positions(output_dir: str | Path, task: str) -> list[tuple[Position, Path]]:
+    """Return position and path of each checkpoint of this task in OUTPUT_DIR, oldest first."""
     found = [(_position_of(path, task), path) for path in (Path(output_dir) / "checkpoints").glob("*")]
-    return sorted((at, path) for at, path in found if at is not None)
+    return sorted((position, path) for position, path in found if position is not None)
 
 
 def find_checkpoints(output_dir: str | Path, task: str) -> list[Path]:
-    """Checkpoints of this task in OUTPUT_DIR, oldest first; those of other tasks are left out."""
-    return [path for _, path in _placed(output_dir, task)]
+    """Return the checkpoints of this task in OUTPUT_DIR, oldest first; those of other tasks are left out."""
+    return [path for _, path in _with_positions(output_dir, task)]
 
 
-class _Hashed(io.RawIOBase):
-    """A file that is written from front to back, and the SHA-256 of what was meant to be written."""
+class _HashingWriter(io.RawIOBase):
+    """Write sequentially to a file and compute the SHA-256 of what is passed to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest = file, hashlib.sha256()
@@ -91,89 +91,91 @@ class _Hashed(io.RawIOBase):
         self._file.flush()
 
 
-def _sum_path(path: Path) -> Path:
+def _checksum_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def _partial(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint and its checksum so that `path` holds either all of it or what it held before.
+    """Write a checkpoint and its checksum atomically: `path` holds either the new content or what it held before.
 
-    Whenever the process or the machine ends, what lies at `path` can be read: the checksum is never that of another
-    content. (In the moment between the two renames it is missing; see `verify_checkpoint`.)
+    Whenever the process is killed or the power fails, the file at `path` can be read, and a checksum beside it belongs
+    to it. (Between the two renames there is no checksum; see `verify_checkpoint`.)
 
     Raises:
-        OSError: where the disk is full or fails; the message names the file, and nothing half-written is left.
+        OSError: if the disk is full or fails; the message names the file, and no partial file is left behind.
     """
-    partial, total = _partial(path), _sum_path(path)
-    partial_total = _partial(total)
+    partial, checksum = _temporary_path(path), _checksum_path(path)
+    partial_checksum = _temporary_path(checksum)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            hashed = _Hashed(file)
+            hashed = _HashingWriter(file)
             torch.save(dict(content), hashed)  # type: ignore[arg-type]
             fsync_file(file)
-        write_and_fsync(partial_total, f"{hashed.digest.hexdigest()}  {path.name}\n".encode())
-        total.unlink(missing_ok=True)
+        write_and_fsync(partial_checksum, f"{hashed.digest.hexdigest()}  {path.name}\n".encode())
+        checksum.unlink(missing_ok=True)
         os.replace(partial, path)
-        os.replace(partial_total, total)
+        os.replace(partial_checksum, checksum)
         fsync_dir(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
-        for left in (partial, partial_total):
+        for leftover in (partial, partial_checksum):
             with contextlib.suppress(OSError):
-                left.unlink(missing_ok=True)
+                leftover.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"could not write the checkpoint {path}: {cause}") from error
 
 
 def verify_checkpoint(path: Path) -> None:
-    """See that a checkpoint is what was written: by the checksum beside it, or else by those inside of it.
+    """Verify that a checkpoint is unchanged since it was written: by the checksum beside it, or else by the CRC-32 of
+    each member of the archive.
 
-    PyTorch's own reader compares none, so that flipped bits would become weights.
+    PyTorch's reader compares neither, so flipped bits would silently become weights.
 
     Raises:
-        ValueError: where it is not.
+        ValueError: if it is damaged.
     """
     try:
         if path.is_dir():
             return verify(path)
-        total = _sum_path(path)
-        if total.exists():
-            words = total.read_text(encoding="ascii").split()
+        checksum = _checksum_path(path)
+        if checksum.exists():
+            words = checksum.read_text(encoding="ascii").split()
             if not words or words[0] != sha256(path):
-                raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {total.name}")
+                raise ValueError(f"{path} is damaged: its SHA-256 differs from the one in {checksum.name}")
             return
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is not None:
-            raise ValueError(f"{path} is damaged: {broken} in it is not what was written")
+            raise ValueError(f"{path} is damaged: {broken} in it fails its CRC-32 check")
     except (OSError, UnicodeDecodeError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def prune_checkpoints(output_dir: str | Path, task: str, newest: Position, keep: int) -> None:
-    """Delete the checkpoints of a run that are older than its newest ones.
+    """Delete old checkpoints of a run, and temporary files of processes that were killed.
 
     Args:
-        newest: of the one just saved. Later ones are of another course of the run, and stay.
-        keep: how many stay; 0 = those at the end of epochs all stay, and of the newest two one within an epoch.
+        newest: position of the checkpoint just saved. Those at later positions belong to a run that went on from an
+            earlier one, and are kept.
+        keep: how many to keep; 0 = all at the end of an epoch, and those within an epoch among the newest two.
     """
-    past = [(at, path) for at, path in _placed(output_dir, task) if at <= newest]
-    for at, path in past[: -(keep or _SPARE)]:
-        if keep or at.step:
+    past = [(position, path) for position, path in _with_positions(output_dir, task) if position <= newest]
+    for position, path in past[: -(keep or _NEWEST_KEPT)]:
+        if keep or position.step:
             _delete(path)
-            _delete(_sum_path(path))
-    for path in (Path(output_dir) / "checkpoints").glob(".*"):  # of a process that was killed
+            _delete(_checksum_path(path))
+    for path in (Path(output_dir) / "checkpoints").glob(".*"):
         name = re.fullmatch(r"\.(.+?)(?:\.sha256)?\.(?:partial|old)", path.name)
         if name is not None and _position_of(path.with_name(name[1]), task):
             _delete(path)
 
 
 def _delete(path: Path) -> None:
-    """A file, or a folder with what is in it, if it is there."""
+    """Delete a file, or a folder and its content, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -181,54 +183,55 @@ def _delete(path: Path) -> None:
 
 
 def read_verified_checkpoint(given: str | Path) -> dict[str, Any]:
-    """`open_checkpoint`, once the checksum beside the file, where there is one, has been compared."""
-    if _sum_path(Path(given)).exists():
+    """Load a checkpoint with `open_checkpoint` after verifying it, if it has a checksum beside it."""
+    if _checksum_path(Path(given)).exists():
         verify_checkpoint(Path(given))
     return open_checkpoint(given)
 
 
 def open_checkpoint(given: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds, its tensors whole and on the CPU; of a sharded one no `optimizer_state`.
+    """Load a checkpoint, with full tensors on the CPU. Of a sharded one, `optimizer_state` is left out.
 
     Raises:
-        ValueError: as `weight_files.read_checkpoint` and `sharded_checkpoint.full_tensors`.
+        ValueError: as `reading.read_checkpoint` and `sharded.full_tensors`.
     """
     if Path(given).suffix == SHARDED and Path(given).is_dir():
         return {
-            **sharded_checkpoint.read_sharded_plain(given),
-            "model_state": sharded_checkpoint.full_tensors(given),
+            **sharded.read_sharded_plain(given),
+            "model_state": sharded.full_tensors(given),
         }
     return read_checkpoint(given)
 
 
 def latest_checkpoint(output_dir: str | Path, task: str, model_name: str) -> Path | None:
-    """The newest checkpoint from which this run may go on: damaged ones are named and passed over.
+    """Return the newest checkpoint that this run can resume from; None if there is none. Damaged ones are logged and
+    passed over.
 
     Raises:
-        ValueError: where there are some and all are damaged; and where checkpoints under this run's names were
-            written by another model (pre-training and fine-tuning with the same TASK and OUTPUT_DIR): going on
-            would mix or overwrite them.
+        ValueError: if there are checkpoints and all are damaged; or if they have this run's names but were written by
+            another model (pre-training and fine-tuning with the same TASK and OUTPUT_DIR), which this run would
+            overwrite.
     """
     found = find_checkpoints(output_dir, task)
     for path in reversed(found):
         try:
             verify_checkpoint(path)
-            wrote = trained_model(open_checkpoint(path))
+            written_by = trained_model(open_checkpoint(path))
         except ValueError as error:
             logger.error("CHECKPOINT PASSED OVER: %s", error)
             continue
-        if wrote not in (None, model_name):
+        if written_by not in (None, model_name):
             raise ValueError(
-                f"{path} was written by MODEL.MODEL_NAME {wrote}, this run trains {model_name}: "
+                f"{path} was written by MODEL.MODEL_NAME {written_by}, this run trains {model_name}: "
                 "give it an OUTPUT_DIR or a TASK of its own"
             )
         if path != found[-1]:
-            logger.error("GOING BACK to %s, the last checkpoint that is whole", path)
+            logger.error("GOING BACK to %s, the newest checkpoint that is not damaged", path)
         return path
     if found:
         raise ValueError(
-            f"all {len(found)} checkpoints of this run in {found[0].parent} are damaged: bring one back from a copy, "
-            "or start anew in another OUTPUT_DIR"
+            f"all {len(found)} checkpoints of this run in {found[0].parent} are damaged: restore one from a backup, "
+            "or start again in another OUTPUT_DIR"
         )
     return None
 
@@ -236,7 +239,7 @@ def latest_checkpoint(output_dir: str | Path, task: str, model_name: str) -> Pat
 def given_or_latest_checkpoint(
     given: str, output_dir: str | Path, task: str, model_name: str
 ) -> tuple[Path | str, dict[str, Any]] | None:
-    """The checkpoint that a key names, or else the newest of this run, and its content; None where there is neither."""
+    """Return path and content of the checkpoint that a key names, or else of the newest of this run; None if none."""
     if given:
         return given, read_verified_checkpoint(given)
     found = latest_checkpoint(output_dir, task, model_name)

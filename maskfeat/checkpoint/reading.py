@@ -1,4 +1,4 @@
-"""Weights from files, read without running anything that they contain: checkpoints of this program, released files,
+"""Load weights from files without running anything they contain: checkpoints of this program, released files, and
 torchvision's weights by name.
 """
 
@@ -18,18 +18,18 @@ from torch.hub import HASH_REGEX
 from torchvision.models import get_weight
 
 from maskfeat.checkpoint.download import download, is_url
-from maskfeat.checkpoint.weight_scan import Refused, scan
+from maskfeat.checkpoint.limits import MAX_DEPTH, RefusedFile, check_file
 from maskfeat.config.yaml_io import parse_entries
 from maskfeat.file_io import NotReadable, open_regular_file
 
-# What training scripts save beside the parameters: the options of the run. They hold values and run nothing. PyTorch
-# fills no dict of a class of its own, so that yacs configs become plain ones.
+# Training scripts save the options of the run beside the parameters. Both classes hold values and run nothing. PyTorch
+# fills no dict subclass but its own, so yacs configs become ordered dicts.
 _OPTIONS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 _TORCHVISION = re.compile(r"\w+_Weights\.\w+")
 
 
 def _torchvision_file(name: str) -> Path:
-    """torchvision's weights by name, in its cache (TORCH_HOME) or, checked against their hash, from its server."""
+    """Return the file of torchvision's weights `name`: cached in TORCH_HOME, else downloaded and checked by hash."""
     try:
         url = get_weight(name).url
     except (ValueError, AttributeError, KeyError) as error:
@@ -37,9 +37,9 @@ def _torchvision_file(name: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        promised = HASH_REGEX.search(path.name)
+        expected = HASH_REGEX.search(path.name)
         try:
-            torch.hub.download_url_to_file(url, str(path), promised and promised.group(1), progress=False)
+            torch.hub.download_url_to_file(url, str(path), expected and expected.group(1), progress=False)
         except URLError as error:
             raise ValueError(f"{name} could not be fetched from {url}: {error.reason}") from error
     return path
@@ -55,33 +55,72 @@ def _load(path: Path) -> Any:
     with open_regular_file(path) as file, torch.serialization.safe_globals(_OPTIONS):
         if path.suffix == ".safetensors":
             return _load_safetensors(path)
-        scan(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+        room = check_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+        _check_content(content, room)
+        return content
 
 
 def _load_safetensors(path: Path) -> Any:
-    """A file of tensors alone, whose reader compares all sizes with the file."""
+    """Load a file that holds tensors alone; its reader compares all sizes with the file."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError as error:
-        raise Refused("it takes the package safetensors to read it") from error
+        raise RefusedFile("reading it takes the package safetensors") from error
     try:
         return load_file(path, device="cpu")
     except SafetensorError as error:
-        raise Refused(str(error)) from error
+        raise RefusedFile(str(error)) from error
+
+
+def _check_content(content: Any, size: int) -> None:
+    """Check what was loaded from a file with `size` bytes of tensors.
+
+    A larger tensor repeats its elements (strides of 0), has none (the meta device) or was never filled.
+
+    Raises:
+        RefusedFile: if a tensor is larger, or an ordered dict has attributes that hide its methods.
+    """
+    pending, seen = [content], set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            if any(hasattr(OrderedDict, name) for name in getattr(value, "__dict__", ())):
+                raise RefusedFile("it sets attributes that hide the methods of a dict")
+            pending += dict.values(value)
+        elif isinstance(value, list | tuple):
+            pending += value
+        elif isinstance(value, Tensor) and (value.dim() > MAX_DEPTH or value.numel() * value.element_size() > size):
+            shape = "x".join(map(str, value.shape[:MAX_DEPTH]))
+            raise RefusedFile(f"a tensor of {shape} elements claims more than the {size} bytes it has")
+
+
+def _cause(error: BaseException) -> str:
+    """Return the cause of a failed torch.load in one line, in place of its advice to load the file unsafely."""
+    text = str(error)
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return (
+            f"it holds a pickled object of type {found[1][:80]}; only tensors and plain containers are read: save it "
+            "again with torch.save(model.state_dict(), path)"
+        )
+    return (text.rpartition("WeightsUnpickler error:")[2].strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a file on the CPU, never running what it contains.
-
-    What a file claims is compared with what it has before anything is allocated for it, see `weight_scan`.
+    """Load a file on the CPU without running anything it contains.
 
     Args:
-        path: of a file here, an http(s) address, or torchvision's name of weights: ResNet50_Weights.IMAGENET1K_V1.
+        path: a local file, an http(s) URL, or the name of torchvision weights such as ResNet50_Weights.IMAGENET1K_V1.
+
+    Returns:
+        what the file holds: tensors, plain values and containers of them.
 
     Raises:
-        ValueError: where it is missing, damaged, or holds more than tensors and plain values.
+        ValueError: if the file is missing or damaged, holds other objects, or exceeds the limits in `limits`.
     """
     given = str(path)
     local = _local_file(given)
@@ -91,39 +130,48 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if not local.exists():
             raise ValueError(f"there is no checkpoint at {given}: see TRAIN.CHECKPOINT_FILE_PATH") from error
         raise ValueError(f"{given} is not a readable checkpoint: {error}") from error
-    except (pickle.UnpicklingError, Refused) as error:
-        raise ValueError(
-            f"{given} is damaged or holds more than tensors and plain values, and is not loaded: {error}"
-        ) from error
+    except (pickle.UnpicklingError, RefusedFile) as error:
+        raise ValueError(f"{given} is not loaded: {_cause(error)}") from error
     # What PyTorch's reader raises on damaged files.
     except (
-        RuntimeError,
-        EOFError,
-        BadZipFile,
-        LookupError,
-        OSError,
-        TypeError,
-        AttributeError,
+        ArithmeticError,
         AssertionError,
+        AttributeError,
+        BadZipFile,
+        EOFError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
     ) as error:
-        raise ValueError(f"{given} is not a readable checkpoint: {error}") from error
+        raise ValueError(f"{given} is not a readable checkpoint: {_cause(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{given} holds a {type(content).__name__}, expected a dict of parameters")
     return content
 
 
 def model_state(content: Mapping[str, Any], key: str | None = None) -> Mapping[str, Tensor]:
-    """The parameters in a checkpoint: under `key`, or else `model_state`, `model`, `state_dict`, or the file itself."""
-    for place in ("model_state", "model", "state_dict") if key is None else (key,):
-        if isinstance(content.get(place), Mapping):
-            return content[place]
+    """Return the parameters in a checkpoint.
+
+    Args:
+        content: of the file.
+        key: the entry that holds them; None = `model_state`, `model`, `state_dict`, or else the file itself.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    for entry in ("model_state", "model", "state_dict") if key is None else (key,):
+        if isinstance(content.get(entry), Mapping):
+            return content[entry]
     if content and all(isinstance(value, Tensor) for value in content.values()):
         return content
     raise ValueError(f"no parameters in this file: it holds {sorted(map(str, content))[:8]}")
 
 
 def trained_model(content: Mapping[str, Any]) -> str | None:
-    """MODEL.MODEL_NAME of the run that wrote a checkpoint; None where the file does not say."""
+    """Return MODEL.MODEL_NAME of the run that wrote a checkpoint; None if the file does not say."""
     try:
         entries = parse_entries(content["cfg"], Path("cfg")) if isinstance(content.get("cfg"), str) else {}
     except ValueError:

@@ -1,9 +1,9 @@
-"""Checkpoints in pieces: a folder that every rank writes its part of (torch.distributed.checkpoint), while training
-goes on, and that a world of any size reads.
+"""Sharded checkpoints: a folder to which every rank writes its shards asynchronously (torch.distributed.checkpoint),
+and from which any number of ranks can load.
 
 NAME.dcp/ holds tensors by flat names (`model.<released name>`, `optim.<released name>.<slot>`) in `__<rank>_*.distcp`,
-where they lie in `.metadata`, what is no tensor in `plain.json`, and the SHA-256 of each file in `SHA256SUMS` (for
-`sha256sum -c`). It appears under its name when all of it is on the disk.
+their positions in `.metadata`, everything else in `plain.json`, and the SHA-256 of each file in `SHA256SUMS` (for
+`sha256sum -c`). The folder gets its name once everything is on disk.
 """
 
 import json
@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from maskfeat.checkpoint.atomic import fsync_dir, sha256, write_and_fsync
-from maskfeat.checkpoint.sharded_files import METADATA, PLAIN, SUMS, Places, Reader, sums_of, tensors_of, verify
-from maskfeat.checkpoint.weights import ReleasedModule
+from maskfeat.checkpoint.sharded_files import METADATA, PLAIN, SUMS, Reader, TensorMetadata, sums_of, tensors_of, verify
+from maskfeat.checkpoint.weights import ReleasedModule, list_problems
 from maskfeat.distributed.collectives import broadcast_buffers
 
 SUFFIX = ".dcp"
@@ -33,14 +33,14 @@ MODEL, OPTIMIZER = "model.", "optim."
 Group = dist.ProcessGroup | None
 Result = TypeVar("Result")
 
-# No rank waits for another while it reads, and one process has no process group: PyTorch warns of either each time.
+# Ranks read independently, and a single process has no process group: PyTorch warns of both every time.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def training_tensors(objective: ReleasedModule, optimizer: Optimizer | None = None) -> dict[str, Tensor]:
-    """What a checkpoint holds, by flat names: the tensors themselves, whole or in pieces, not copies.
+    """Return the tensors of a checkpoint by flat names: full or sharded, not copied.
 
-    Collective: buffers, of which every rank has its own, become those of rank 0.
+    Collective: buffers, which each rank has its own copy of, are set to those of rank 0.
     """
     broadcast_buffers(objective)
     tensors = {MODEL + name: value for name, value in objective.released_state().items()}
@@ -53,15 +53,15 @@ def training_tensors(objective: ReleasedModule, optimizer: Optimizer | None = No
 
 
 def load_training(folder: str | Path, objective: ReleasedModule, optimizer: Optimizer, group: Group = None) -> None:
-    """Load weights and optimizer state, in place; collective. `group` as in `load_sharded`.
+    """Load weights and optimizer state in place. Collective; `group` as in `load_sharded`.
 
     Raises:
         ValueError: as `load_sharded`, on every rank.
     """
     names = {id(parameter): objective.released_name(name) for name, parameter in objective.named_parameters()}
 
-    def begin_slots() -> None:
-        """An optimizer makes them with its first step."""
+    def create_slots() -> None:
+        """Create the optimizer's state, which it would otherwise create in its first step."""
         found: dict[str, dict[str, TensorStorageMetadata]] = {}
         for name, value in tensors_of(Path(folder)).items():
             owner, _, slot = name.removeprefix(OPTIMIZER).rpartition(".")
@@ -74,12 +74,12 @@ def load_training(folder: str | Path, objective: ReleasedModule, optimizer: Opti
                         continue
                     if value.size == parameter.shape:
                         empty = torch.zeros_like(parameter, requires_grad=False)
-                    else:  # steps, which fused kernels count on the device
+                    else:  # step counts, which fused kernels keep on the device
                         device = parameter.device if group["fused"] else torch.device("cpu")
                         empty = torch.zeros(value.size, dtype=value.properties.dtype, device=device)
                     optimizer.state[parameter][slot] = empty
 
-    _together(begin_slots, group)
+    _on_all_ranks(create_slots, group)
     load_sharded(folder, training_tensors(objective, optimizer), group)
 
 
@@ -87,28 +87,28 @@ class SaveHandle:
     """A checkpoint that is being written.
 
     Attributes:
-        folder: where it will lie.
+        folder: its path once it is complete.
     """
 
     def __init__(self, folder: Path, work: "Future[None]") -> None:
         self.folder, self._work, self._waited_for = folder, work, False
 
     def done(self) -> bool:
-        """Whether the writing has ended, well or not."""
+        """Return whether writing has finished or failed."""
         return self._work.done()
 
     def wait(self) -> None:
-        """Wait until the folder lies under its name.
+        """Wait until the checkpoint is complete.
 
         Raises:
-            OSError: where it could not be written, on every rank; the message names the folder, and what was there
-                under its name before is there still.
+            OSError: on every rank, if it could not be written; the message names the folder, and an earlier checkpoint
+                of this name is unchanged.
         """
         self._waited_for = True
         self._work.result()
 
     def end(self) -> None:
-        """Wait as well, for whoever wants to begin another; the error only where nobody has heard of it yet.
+        """Wait before another checkpoint is begun; raises an error only if `wait` has not been called.
 
         Raises:
             OSError: as `wait`.
@@ -119,59 +119,63 @@ class SaveHandle:
             self.wait()
 
 
-_under_way: SaveHandle | None = None
+_pending: SaveHandle | None = None
 
 
 def save_sharded(
     folder: str | Path, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], group: Group = None
 ) -> SaveHandle:
-    """Begin to write a checkpoint; collective. Tensors are copied to the CPU before this returns, and may change then.
+    """Start writing a checkpoint in the background. Collective.
 
-    One is written at a time: a call waits for the one before, whose error, if nobody has waited for it, comes up here.
+    Tensors are copied to the CPU before this returns and may be changed afterwards. One checkpoint is written at a
+    time: a call waits for the previous one and raises its error if `wait` was not called.
 
     Args:
-        folder: ends in `.dcp`; one of this name is replaced.
+        folder: path that ends in `.dcp`; an existing folder of this name is replaced.
         tensors: by flat names, see `training_tensors`.
-        plain: what is no tensor, of types that JSON knows; the same on every rank.
-        group: a process group on the CPU (gloo) of all ranks that nothing else uses while a checkpoint is written, for
-            the writing thread waits for the other ranks' in it; None = the default group, which must be gloo then and
-            used for nothing else meanwhile; without a process group, this process writes alone.
+        plain: everything else, of types that JSON supports; equal on all ranks.
+        group: a gloo process group of all ranks that nothing else uses while a checkpoint is written, since the writing
+            threads communicate in it. None = the default group, which must then be gloo and otherwise unused. Without
+            a process group, this process writes alone.
+
+    Raises:
+        OSError: if the folder cannot be created, or the previous checkpoint could not be written.
     """
-    global _under_way
-    if _under_way is not None:
-        before, _under_way = _under_way, None
-        before.end()
+    global _pending
+    if _pending is not None:
+        previous, _pending = _pending, None
+        previous.end()
     folder = Path(folder)
     text = json.dumps(dict(plain), indent=1, allow_nan=False)
     partial = folder.with_name(f".{folder.name}.partial")
     rank = dist.get_rank(group) if dist.is_initialized() else 0
 
-    def make_room() -> None:
+    def create_folder() -> None:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
     try:
-        _together(make_room, group, OSError)
+        _on_all_ranks(create_folder, group, OSError)
         writing = dcp.async_save(dict(tensors), storage_writer=_Writer(partial), process_group=group)
     except OSError as error:
         raise OSError(f"could not write the checkpoint {folder}: {error}") from error
-    assert isinstance(writing, Future)  # no stager was given that would work on its own
+    assert isinstance(writing, Future)  # only an asynchronous stager would return something else
     worker = ThreadPoolExecutor(1, "sharded_checkpoint")
-    _under_way = SaveHandle(folder, worker.submit(_finish, writing, partial, folder, text, rank, group))
+    _pending = SaveHandle(folder, worker.submit(_finish, writing, partial, folder, text, rank, group))
     worker.shutdown(wait=False)
-    return _under_way
+    return _pending
 
 
 class _Writer(dcp.FileSystemWriter):
     def storage_meta(self) -> None:
-        """None: it would name the folder in which the checkpoint was written."""
+        """Return None: PyTorch's own metadata would name the folder in which the checkpoint was written."""
 
 
 def _finish(writing: "Future[Any]", partial: Path, folder: Path, plain: str, rank: int, group: Group) -> None:
-    """In a thread: wait for PyTorch, add what it does not write, and give the folder its name."""
+    """Wait for PyTorch to write its files, add the others, and rename the folder. Runs in a thread."""
 
-    def sums_of_mine() -> dict[str, str]:
+    def sums_of_this_rank() -> dict[str, str]:
         names = [path.name for path in partial.glob(f"__{rank}_*")]
         if rank == 0:
             write_and_fsync(partial / PLAIN, plain.encode())
@@ -194,12 +198,14 @@ def _finish(writing: "Future[Any]", partial: Path, folder: Path, plain: str, ran
 
     try:
         writing.result()
-        sums = {name: digest for mine in _together(sums_of_mine, group, OSError) for name, digest in mine.items()}
-        _together(publish, group, OSError)
-    except dcp.CheckpointException as error:  # of every rank on every rank; it is no Exception
+        sums = {
+            name: digest for part in _on_all_ranks(sums_of_this_rank, group, OSError) for name, digest in part.items()
+        }
+        _on_all_ranks(publish, group, OSError)
+    except dcp.CheckpointException as error:  # the same on all ranks; a BaseException
         why = "; ".join(f"rank {number}: {failure}" for number, (failure, _) in error.failures.items())
         raise _failed(folder, partial, rank, why) from error
-    except (OSError, RuntimeError) as error:  # the latter where another rank is gone
+    except (OSError, RuntimeError) as error:  # RuntimeError: another rank has exited
         raise _failed(folder, partial, rank, error) from error
 
 
@@ -210,10 +216,10 @@ def _failed(folder: Path, partial: Path, rank: int, why: object) -> OSError:
 
 
 def read_sharded_plain(folder: str | Path) -> dict[str, Any]:
-    """What is no tensor, as it was given to `save_sharded`.
+    """Read what `save_sharded` was given as `plain`.
 
     Raises:
-        ValueError: where it is missing or damaged.
+        ValueError: if it is missing or damaged.
     """
     folder = Path(folder)
     verify(folder, [PLAIN])
@@ -224,26 +230,27 @@ def read_sharded_plain(folder: str | Path) -> dict[str, Any]:
 
 
 def load_sharded(folder: str | Path, tensors: Mapping[str, Tensor], group: Group = None) -> None:
-    """Fill tensors, whole or in pieces, from a checkpoint of a world of any size; collective. Nothing is filled before
-    every file was found good; ranks share that work.
+    """Load full or sharded tensors in place from a checkpoint written by any number of ranks. Collective.
+
+    All files are verified, shared among the ranks, before any tensor is changed.
 
     Args:
-        tensors: exactly those of the checkpoint, by flat names.
-        group: of all ranks; None = the default group.
+        tensors: by flat names; exactly those of the checkpoint.
+        group: a process group of all ranks; None = the default group.
 
     Raises:
-        ValueError: on every rank alike, where a file is missing or damaged, holds more than tensors, or where names,
-            shapes or dtypes are others.
+        ValueError: on all ranks, if a file is missing or damaged or holds more than tensors, or if names, shapes or
+            dtypes differ.
     """
     folder = Path(folder)
     rank, size = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
-    _together(lambda: verify(folder, sorted(sums_of(folder))[rank::size]), group)
-    _together(lambda: _check_names(folder, tensors_of(folder), tensors), group)
-    _together(lambda: _load(folder, tensors), group)
+    _on_all_ranks(lambda: verify(folder, sorted(sums_of(folder))[rank::size]), group)
+    _on_all_ranks(lambda: _check_names(folder, tensors_of(folder), tensors), group)
+    _on_all_ranks(lambda: _load(folder, tensors), group)
 
 
 def full_tensors(folder: str | Path, prefix: str = MODEL) -> dict[str, Tensor]:
-    """Whole tensors on the CPU by their names after `prefix`; no other rank takes part.
+    """Load full tensors on the CPU by their names after `prefix`. Not collective.
 
     Raises:
         ValueError: as `load_sharded`.
@@ -260,7 +267,7 @@ def full_tensors(folder: str | Path, prefix: str = MODEL) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
-def _check_names(folder: Path, found: Places, tensors: Mapping[str, Tensor]) -> None:
+def _check_names(folder: Path, found: TensorMetadata, tensors: Mapping[str, Tensor]) -> None:
     problems = [f"{name} is not in the checkpoint" for name in tensors if name not in found]
     problems += [f"{name} is in the checkpoint but not in this run" for name in found if name not in tensors]
     for name, tensor in tensors.items():
@@ -269,12 +276,11 @@ def _check_names(folder: Path, found: Places, tensors: Mapping[str, Tensor]) -> 
             if theirs != (tuple(tensor.shape), tensor.dtype):
                 problems.append(f"{name} is {theirs}, expected {tuple(tensor.shape), tensor.dtype}")
     if problems:
-        shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise ValueError(f"{folder} is of another model or optimizer than this run:\n  {shown}")
+        raise ValueError(f"{folder} is of another model or optimizer than this run:\n  {list_problems(problems)}")
 
 
 def _load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Each rank reads its pieces, and waits for nobody."""
+    """Load the shards of this rank. Not collective."""
     try:
         dcp.load(dict(tensors), storage_reader=Reader(folder), no_dist=True)
     except dcp.CheckpointException as error:
@@ -283,8 +289,8 @@ def _load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         ) from error
 
 
-def _together(job: Callable[[], Result], group: Group, kind: type[Exception] = ValueError) -> Sequence[Result]:
-    """What `job` returned on each rank; an error of `kind` on any of them is raised on all."""
+def _on_all_ranks(job: Callable[[], Result], group: Group, kind: type[Exception] = ValueError) -> Sequence[Result]:
+    """Run `job` and return the results of all ranks; an error of type `kind` on any rank is raised on all."""
     error = result = None
     try:
         result = job()

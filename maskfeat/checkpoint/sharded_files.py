@@ -1,7 +1,7 @@
-"""The files of a sharded checkpoint, read without running anything that they contain.
+"""Verify and read the files of a sharded checkpoint without running anything they contain.
 
-PyTorch's own reader would run what a `.metadata` holds. Here it is read by an unpickler that knows a dozen classes, the
-tensors by `torch.load(weights_only=True)`, and only from files whose SHA-256 stands in the folder's `SHA256SUMS`.
+PyTorch's own reader unpickles `.metadata` without restrictions. Here an unpickler restricted to a dozen classes reads
+it. Tensors are read by `torch.load(weights_only=True)`, and only from files that are listed in `SHA256SUMS`.
 """
 
 import pickle
@@ -18,35 +18,35 @@ from maskfeat.checkpoint.atomic import sha256
 
 SUMS, METADATA, PLAIN = "SHA256SUMS", ".metadata", "plain.json"
 
-Places = dict[str, TensorStorageMetadata]
+TensorMetadata = dict[str, TensorStorageMetadata]
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_.-]+)")
 
 
 def verify(folder: str | Path, names: Iterable[str] | None = None) -> None:
-    """See that files are there and as they were written: `names`, or else all, and none beside them.
+    """Verify that the files in `folder` are those listed in SHA256SUMS, and the checksums of `names`; None = of all.
 
     Raises:
-        ValueError: naming the file that is missing or damaged.
+        ValueError: naming the file that is missing, damaged or not listed.
     """
     folder = Path(folder)
     sums = sums_of(folder)
-    beside = sorted({path.name for path in folder.iterdir()} - {*sums, SUMS})
-    if beside:
-        raise ValueError(f"{folder / beside[0]} does not stand in {SUMS}: one of the two is damaged")
+    unlisted = sorted({path.name for path in folder.iterdir()} - {*sums, SUMS})
+    if unlisted:
+        raise ValueError(f"{folder / unlisted[0]} is not listed in {SUMS}: one of the two is damaged")
     for name in sums if names is None else names:
         path = folder / name
         if path.is_symlink() or not path.is_file():
-            raise ValueError(f"{path} is missing: the checkpoint is not whole")
+            raise ValueError(f"{path} is missing: the checkpoint is incomplete")
         if sha256(path) != sums[name]:
-            raise ValueError(f"{path} is damaged: it is not what was written ({SUMS})")
+            raise ValueError(f"{path} is damaged: its SHA-256 differs from the one in {SUMS}")
 
 
 def sums_of(folder: Path) -> dict[str, str]:
-    """SHA-256 by file name."""
+    """Read SHA256SUMS: SHA-256 by file name."""
     path = folder / SUMS
     if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path} is missing: {folder} is not a whole sharded checkpoint")
+        raise ValueError(f"{path} is missing: {folder} is not a complete sharded checkpoint")
     lines = path.read_bytes().decode("ascii", "replace").split("\n")
     found = [_LINE.fullmatch(line) for line in lines[:-1]]
     sums = {match[2]: match[1] for match in found if match}
@@ -71,21 +71,21 @@ _CLASSES = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the classes of a checkpoint's metadata, and no other."""
+    """Construct only the classes of a checkpoint's metadata."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _CLASSES.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's metadata")
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's metadata")
 
 
-def tensors_of(folder: Path) -> Places:
-    """Size, dtype and pieces of the tensors in a checkpoint, by name.
+def tensors_of(folder: Path) -> TensorMetadata:
+    """Read size, dtype and shards of the tensors in a checkpoint, by name.
 
     Raises:
-        ValueError: where its metadata is missing, damaged, or leads to more than tensors in files of the folder.
+        ValueError: if the metadata is missing or damaged, or refers to more than tensors in files of the folder.
     """
     return {name: value for name, value in _metadata(folder).state_dict_metadata.items() if _is_tensor(value)}
 
@@ -96,7 +96,7 @@ def _metadata(folder: Path) -> Metadata:
     try:
         with open(path, "rb") as file:
             metadata = _Unpickler(file).load()
-    # What an unpickler raises on what was made to mislead it.
+    # What an unpickler raises on a malicious file.
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -106,20 +106,20 @@ def _metadata(folder: Path) -> Metadata:
         ValueError,
         RuntimeError,
     ) as error:
-        raise ValueError(f"{path} holds more than the places of tensors, and is not loaded: {error}") from error
+        raise ValueError(f"{path} holds more than the metadata of tensors and is not loaded: {error}") from error
     sums = sums_of(folder)
     tensors = getattr(metadata, "state_dict_metadata", None)
-    places = getattr(metadata, "storage_data", None)
+    shards = getattr(metadata, "storage_data", None)
     if (
         not isinstance(metadata, Metadata)
         or not (isinstance(tensors, dict) and all(map(_is_tensor, tensors.values())))
-        or not (isinstance(places, dict) and all(_is_inside(place, sums) for place in places.values()))
+        or not (isinstance(shards, dict) and all(_is_inside(shard, sums) for shard in shards.values()))
     ):
-        raise ValueError(f"{path} names more than tensors in the files of {SUMS}, and is not loaded")
-    asked = sum(value.size.numel() * value.properties.dtype.itemsize for value in tensors.values())
+        raise ValueError(f"{path} refers to more than tensors in the files listed in {SUMS} and is not loaded")
+    declared = sum(value.size.numel() * value.properties.dtype.itemsize for value in tensors.values())
     held = sum((folder / name).stat().st_size for name in sums)
-    if asked > held:
-        raise ValueError(f"{path} asks for tensors of {asked} bytes, its files hold {held}: it is not loaded")
+    if declared > held:
+        raise ValueError(f"{path} declares tensors of {declared} bytes, but its files hold {held}: it is not loaded")
     return metadata
 
 
@@ -134,15 +134,15 @@ def _is_tensor(value: object) -> TypeGuard[TensorStorageMetadata]:
     )
 
 
-def _is_inside(place: object, sums: Mapping[str, str]) -> bool:
-    """Whether a piece lies, as it is, in one of the files that were verified."""
-    name = getattr(place, "relative_path", None)
-    return isinstance(name, str) and name in sums and not getattr(place, "transform_descriptors", None)
+def _is_inside(shard: object, sums: Mapping[str, str]) -> bool:
+    """Return whether a shard is stored, without transforms, in one of the files listed in SHA256SUMS."""
+    name = getattr(shard, "relative_path", None)
+    return isinstance(name, str) and name in sums and not getattr(shard, "transform_descriptors", None)
 
 
 class Reader(dcp.FileSystemReader):
-    """PyTorch's, without what runs code."""
+    """PyTorch's reader with restricted unpickling of the metadata."""
 
     def read_metadata(self, *args: Any, **_: Any) -> Metadata:
-        """PyTorch's own would run what the file contains."""
+        """Read the metadata with the restricted unpickler."""
         return _metadata(Path(self.path))

@@ -1,6 +1,6 @@
-"""Fitting weights from files to a model: names, shapes, and a report of what became of each parameter.
+"""Fit the weights in a file to a model: convert names and shapes, and report what was done with each parameter.
 
-Sources: released MaskFeat files, PySlowFast's other MViT files, our own. Names are released names throughout.
+Files are released MaskFeat weights, PySlowFast's other MViT weights, or this project's. All names are released names.
 """
 
 import math
@@ -19,11 +19,11 @@ from maskfeat.distributed.fsdp import shard_like
 
 @dataclass(frozen=True)
 class LoadRules:
-    """Patterns (`fnmatch`) of names that an objective itself expects.
+    """Patterns (`fnmatch`) of names by which an objective expects a file to differ from the model.
 
     Attributes:
-        fresh: may be missing from the file; they keep their initial values.
-        dropped: may be in the file without a place in the model.
+        fresh: may be missing from the file and then keep their initial values.
+        dropped: may be in the file without being in the model.
     """
 
     fresh: tuple[str, ...] = ()
@@ -32,13 +32,13 @@ class LoadRules:
 
 @dataclass
 class LoadReport:
-    """What became of each parameter.
+    """What was done with each parameter, by name.
 
     Attributes:
-        loaded: taken as they are.
-        resized: name -> "(shape in the file) -> (shape in the model)", taken after resizing.
-        fresh: not in the file; initial values kept.
-        dropped: in the file, not in the model.
+        loaded: copied unchanged.
+        resized: copied after resizing; maps names to "(shape in the file) -> (shape in the model)".
+        fresh: not in the file; initial values are kept.
+        dropped: in the file but not used.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ class LoadReport:
     dropped: list[str] = field(default_factory=list)
 
     def table(self) -> str:
-        """A short table for people: counts, and the names where they fit a line."""
+        """Return a table for the log: counts, and the first names of each kind."""
         rows = (
             ("loaded", self.loaded),
             ("resized", [f"{name} {change}" for name, change in self.resized.items()]),
@@ -69,17 +69,17 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _all_of(state: Mapping[str, Tensor], first: str, names: Sequence[str]) -> list[Tensor]:
-    """The tensors of these names, which a file that has `first` must have all."""
+    """Return the tensors of these names; a file that has `first` must have all of them."""
     try:
         return [state[name] for name in names]
     except KeyError as missing:
-        raise ValueError(f"the file has {first} but not {missing}: q, k and v come together") from missing
+        raise ValueError(f"the file has {first} but not {missing}: q, k and v must all be present") from missing
 
 
 def fuse_qkv(state: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
-    """Older MViT files carry attn.q, attn.k and attn.v: stack them into attn.qkv, as the model has it.
+    """Concatenate attn.q, attn.k and attn.v of older MViT files into attn.qkv, which the model has.
 
-    Files of BEiT's family carry attn.q_bias and attn.v_bias beside attn.qkv.weight: keys have no bias there.
+    Files of the BEiT family have attn.q_bias and attn.v_bias beside attn.qkv.weight; their keys have no bias.
     """
     fused: OrderedDict[str, Tensor] = OrderedDict()
     for name, value in state.items():
@@ -97,7 +97,7 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
 
 
 def clean_names(state: Mapping[str, Tensor], remove: Sequence[str] = ()) -> "OrderedDict[str, Tensor]":
-    """Names without the prefix `module.` of wrapped models and without each string of `remove`."""
+    """Strip the prefix `module.` of wrapped models, and each string of `remove`, from the names."""
     cleaned: OrderedDict[str, Tensor] = OrderedDict()
     for name, value in state.items():
         short = name.removeprefix("module.")
@@ -107,16 +107,16 @@ def clean_names(state: Mapping[str, Tensor], remove: Sequence[str] = ()) -> "Ord
     return cleaned
 
 
-def _resize_line(value: Tensor, rows: int, dim: int) -> Tensor:
-    """Linear resize of one dimension of a 2-D table."""
+def _resize_linear(value: Tensor, rows: int, dim: int) -> Tensor:
+    """Resize dimension `dim` of a 2-D table to `rows` entries by linear interpolation."""
     table = value.float().movedim(dim, -1)
     return F.interpolate(table[None], size=rows, mode="linear")[0].movedim(-1, dim).to(value.dtype)
 
 
-def _resize_square(value: Tensor, places: int) -> Tensor | None:
-    """Bicubic resize of (1, n^2, D) to (1, places, D); None where either is not a square."""
-    have, want = math.isqrt(value.shape[1]), math.isqrt(places)
-    if have * have != value.shape[1] or want * want != places:
+def _resize_bicubic(value: Tensor, length: int) -> Tensor | None:
+    """Resize the square grid in (1, n^2, D) to (1, length, D); None if either grid is not a square."""
+    have, want = math.isqrt(value.shape[1]), math.isqrt(length)
+    if have * have != value.shape[1] or want * want != length:
         return None
     on_grid = value.float().reshape(1, have, have, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(on_grid, size=(want, want), mode="bicubic", align_corners=False)
@@ -124,29 +124,29 @@ def _resize_square(value: Tensor, places: int) -> Tensor | None:
 
 
 def _resize_positions(name: str, value: Tensor, shape: torch.Size) -> Tensor | None:
-    """Tables of positions of another clip or image size."""
+    """Resize position embeddings of another clip or image size; None if `name` is none or cannot be resized."""
     if re.search(r"rel_pos_[thw]$", name) and value.dim() == 2 and value.shape[1] == shape[1]:
-        return _resize_line(value, shape[0], 0)
+        return _resize_linear(value, shape[0], 0)
     if value.dim() != 3 or value.shape[2] != shape[2]:
         return None
     if name == "pos_embed_temporal":
-        return _resize_line(value[0], shape[1], 0)[None]
+        return _resize_linear(value[0], shape[1], 0)[None]
     if name == "pos_embed_spatial":
-        return _resize_square(value, shape[1])
+        return _resize_bicubic(value, shape[1])
     if name == "pos_embed":
-        for prefix in (1, 0):  # with a class token, whose own position is kept, or without
-            body = _resize_square(value[:, prefix:], shape[1] - prefix)
+        for prefix in (1, 0):  # with a class token, whose position embedding is kept, or without
+            body = _resize_bicubic(value[:, prefix:], shape[1] - prefix)
             if body is not None:
                 return torch.cat([value[:, :prefix], body], dim=1)
     return None
 
 
 def _change_axes(name: str, value: Tensor, shape: torch.Size, average: bool) -> Tensor | None:
-    """2-D convolution weights for a 3-D model and the reverse.
+    """Convert 2-D convolution weights for a 3-D model, or 3-D weights for a 2-D model.
 
-    The patch kernel is placed at the centre frame or spread evenly over all (`average`): on a clip that stands still an
-    inflated model sees what the image model saw. Pooling kernels are repeated over time (a LayerNorm that follows takes
-    the scale out). 3-D weights are summed over time.
+    The patch kernel is placed at the centre frame or, with `average`, spread evenly over all frames: on a static clip
+    the inflated model computes what the image model did. Pooling kernels are repeated over time (a LayerNorm after
+    them removes the scale). 3-D weights are summed over time.
     """
     # Image models are also written as 3-D weights with one frame.
     if value.dim() == 4 and len(shape) == 5:
@@ -167,11 +167,52 @@ def _change_axes(name: str, value: Tensor, shape: torch.Size, average: bool) -> 
 
 
 def resize_weight(name: str, value: Tensor, shape: torch.Size, average: bool = False) -> Tensor | None:
-    """`value` in the shape of the model, or None where there is no rule for it; `average`: see `fit_state`."""
+    """Return `value` resized to the model's shape, or None if there is no rule for it; `average` as in `fit_state`."""
     for resized in (_resize_positions(name, value, shape), _change_axes(name, value, shape, average)):
         if resized is not None and resized.shape == shape:
             return resized
     return None
+
+
+def _kind_of_no_weight(value: object) -> str | None:
+    """Return a description of a value that cannot be copied into a parameter; None if it can be."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}, not a tensor"
+    if value.is_quantized:
+        return f"a quantized tensor ({value.dtype})"
+    if value.is_nested or value.layout is not torch.strided:
+        return f"not a dense tensor ({'nested' if value.is_nested else value.layout})"
+    if value.is_meta:
+        return "a tensor without values (on the meta device)"
+    if value.is_complex() or value.dtype is torch.float4_e2m1fn_x2:
+        return f"a tensor of {value.dtype}"
+    return None
+
+
+def _usable(state: Mapping[str, Tensor], dropped: Sequence[str]) -> tuple["OrderedDict[str, Tensor]", list[str]]:
+    """Return the entries of a file that can be copied into parameters, 8-bit floats as float32, and the names of the
+    others, which `dropped` must match.
+    """
+    usable: OrderedDict[str, Tensor] = OrderedDict()
+    others: dict[str, str] = {}
+    for name, value in state.items():
+        kind = _kind_of_no_weight(value)
+        if kind is not None:
+            others[name] = kind
+        else:  # resizing computes with the values, and most operators do not support 8-bit floats
+            usable[name] = value.float() if value.is_floating_point() and value.itemsize == 1 else value
+    problems = [f"{name} is {kind}" for name, kind in others.items() if not _matches(name, dropped)]
+    if problems:
+        raise ValueError(
+            f"{len(problems)} entries cannot be loaded into parameters:\n  {list_problems(problems)}\n"
+            "Save them as dense tensors of floats, or leave them out: TRAIN.CHECKPOINT_ALLOW \"['name.*']\""
+        )
+    return usable, list(others)
+
+
+def list_problems(problems: Sequence[str], most: int = 12) -> str:
+    """Return the first `most` problems, one per line, and how many more there are."""
+    return "\n  ".join(problems[:most]) + (f"\n  and {len(problems) - most} more" if len(problems) > most else "")
 
 
 def fit_state(
@@ -181,31 +222,32 @@ def fit_state(
     allow: Sequence[str] = (),
     average: bool = False,
 ) -> tuple["OrderedDict[str, Tensor]", LoadReport]:
-    """Match a file's parameters with a model's.
+    """Fit the parameters in a file to a model.
 
     Args:
-        own: the model's released names and tensors (only shapes are read).
-        state: the file's.
-        rules: what the objective expects to be fresh or dropped.
-        allow: what the user allows beyond that.
-        average: spread 2-D patch kernels evenly over the frames of a 3-D model, rather than at the centre frame.
+        own: the model's tensors by released name; only their shapes are used.
+        state: the file's tensors by name.
+        rules: names that the objective expects to be fresh or dropped.
+        allow: patterns of further names that the user allows to be fresh or dropped.
+        average: spread 2-D patch kernels evenly over the frames of a 3-D model instead of using the centre frame.
 
     Returns:
-        tensors by name for the model, and the report.
+        tensors for the model by name, and the report.
 
     Raises:
-        ValueError: listing every parameter that is missing, left over or of another shape.
+        ValueError: listing every parameter that is missing, unexpected, of a different shape, or no dense tensor.
     """
-    state = fuse_qkv(clean_names(state))
-    fitted: OrderedDict[str, Tensor] = OrderedDict()
     report = LoadReport()
     problems: list[str] = []
+    fitted: OrderedDict[str, Tensor] = OrderedDict()
+    state, report.dropped = _usable(clean_names(state), (*rules.dropped, *allow))
+    state = fuse_qkv(state)
     for name, parameter in own.items():
         if name not in state:
             if _matches(name, rules.fresh) or _matches(name, allow):
                 report.fresh.append(name)
             elif name.endswith("num_batches_tracked"):
-                report.loaded.append(name)  # older files do not count; nothing here depends on it
+                report.loaded.append(name)  # older files have no count; nothing here depends on it
             else:
                 problems.append(f"{name} is not in the file")
             continue
@@ -223,7 +265,7 @@ def fit_state(
             report.fresh.append(name)
             report.dropped.append(name)
         else:
-            problems.append(f"{name} has another shape: {change}")
+            problems.append(f"{name} has a different shape: {change}")
     for name in state:
         if name in own:
             continue
@@ -232,29 +274,28 @@ def fit_state(
         else:
             problems.append(f"{name} is in the file but not in the model")
     if problems:
-        shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise ValueError(
-            f"{len(problems)} parameters do not fit the model:\n  {shown}\n"
-            "Allow them by name, patterns welcome: TRAIN.CHECKPOINT_ALLOW \"['name.*']\""
+            f"{len(problems)} parameters do not fit the model:\n  {list_problems(problems)}\n"
+            "To load the rest, list their names or patterns of them: TRAIN.CHECKPOINT_ALLOW \"['name.*']\""
         )
     if not report.loaded and not report.resized:
-        raise ValueError("nothing of the file fits the model: is it a checkpoint of this architecture?")
+        raise ValueError("no parameter in the file fits the model: is it a checkpoint of this architecture?")
     return fitted, report
 
 
 class ReleasedModule(nn.Module):
-    """A module whose parameters have names of their own in released files."""
+    """A module that saves and loads its parameters under the names of released files."""
 
     def load_rules(self, state: Mapping[str, Tensor]) -> LoadRules:
-        """Which names may be missing from or left over in a released state, beside what the user allows."""
+        """Return which names of a released state may be missing or unexpected, beside those that the user allows."""
         return LoadRules()
 
     def released_name(self, name: str) -> str:
-        """The name in released files for a parameter or buffer of this module."""
+        """Return the name in released files of a parameter or buffer of this module."""
         return name
 
     def released_state(self) -> "OrderedDict[str, Tensor]":
-        """An ordered dict with the released names; the tensors are the module's own, not copies."""
+        """Return the state dict under released names; the tensors are the module's own, not copies."""
         return OrderedDict((self.released_name(name), value) for name, value in self.state_dict().items())
 
     def load_released_state(
@@ -263,12 +304,12 @@ class ReleasedModule(nn.Module):
         """Load a state dict with released names.
 
         Args:
-            state: parameters by released name, of this or another objective, image size or number of axes.
-            allow: patterns (`fnmatch`) of names which may stay fresh or be left over without an error.
-            average: how 2-D patch kernels become 3-D, see `fit_state`.
+            state: parameters by released name; the objective, the image size and the number of axes may differ.
+            allow: patterns (`fnmatch`) of names that may be missing or unexpected without an error.
+            average: how 2-D patch kernels are inflated to 3-D, see `fit_state`.
 
         Raises:
-            ValueError: naming each parameter that is missing, left over or of another shape, and
+            ValueError: naming each parameter that is missing, unexpected or of a different shape, and
                 TRAIN.CHECKPOINT_ALLOW, which allows it.
         """
         own = self.released_state()

@@ -202,7 +202,7 @@ def test_damaged_ones_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureF
     assert (
         f"CHECKPOINT PASSED OVER: {paths[2]} is damaged" in caplog.text and f"GOING BACK to {paths[1]}" in caplog.text
     )
-    with pytest.raises(ValueError, match="its SHA-256 is not the one in"):
+    with pytest.raises(ValueError, match="its SHA-256 differs from the one in"):
         read_verified_checkpoint(paths[2])
     for path in paths[:2]:
         path.write_bytes(b"")

@@ -1,9 +1,13 @@
 """Weights from files: reports, sizes, axes, older names, and errors that name the key."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from maskfeat.checkpoint.reading import model_state, read_checkpoint
 from maskfeat.checkpoint.weights import clean_names, fuse_qkv, resize_weight
 from maskfeat.models.mvit import MViT
 from maskfeat.models.vit import ViT
@@ -84,7 +88,7 @@ def test_a_classifier_file_without_its_head_is_not_taken_for_pretraining() -> No
 
 
 def test_foreign_file_is_refused_even_where_all_is_allowed() -> None:
-    with pytest.raises(ValueError, match="nothing of the file fits"):
+    with pytest.raises(ValueError, match="no parameter in the file fits"):
         Classification(vit(), num_classes=3).load_released_state({"conv1.weight": torch.zeros(1)}, allow=["*"])
 
 
@@ -148,7 +152,7 @@ def test_older_names() -> None:
     assert len(report.loaded) == len(whole)
     assert list(clean_names({"encoder.a": whole["norm.bias"]}, ["encoder."])) == ["a"]
     del split["blocks.0.attn.k.weight"]
-    with pytest.raises(ValueError, match="come together"):
+    with pytest.raises(ValueError, match="must all be present"):
         fuse_qkv(split)
 
 
@@ -159,3 +163,48 @@ def test_query_and_value_biases_of_other_vits() -> None:
     assert fused["blocks.0.attn.qkv.bias"].tolist() == [0, 1, 2, 0, 0, 0, 5, 6, 7]
     with pytest.raises(ValueError, match="blocks.0.attn.v_bias"):
         fuse_qkv({"blocks.0.attn.q_bias": torch.zeros(3)})
+
+
+def test_eight_bit_floats_become_floats() -> None:
+    objective = Classification(mvit(), num_classes=3)
+    state = {name: value.to(torch.float8_e4m3fn) for name, value in copy_of(objective).items()}
+    state["blocks.0.attn.rel_pos_h"] = torch.ones(3, 16, dtype=torch.float8_e4m3fn)
+    report = objective.load_released_state(state)
+    assert list(report.resized) == ["blocks.0.attn.rel_pos_h"]
+    for name, value in copy_of(objective).items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, state[name].float()) or name in report.resized
+    assert (objective.backbone.blocks[0].attn.rel_pos_h == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("quantized", r"a quantized tensor \(torch.qint8\)"),
+        ("sparse", r"not a dense tensor \(torch.sparse_coo\)"),
+        ("complex", "a tensor of torch.complex64"),
+        ("meta", r"a tensor without values \(on the meta device\)"),
+        ("text", "a str, not a tensor"),
+    ],
+)
+def test_what_is_no_weight_is_refused_by_name(tmp_path: Path, kind: str, words: str) -> None:
+    objective = Classification(vit(), num_classes=3)
+    state: dict[str, Any] = copy_of(objective)
+    name = "blocks.1.attn.qkv.weight"
+    weight = state[name]
+    state[name] = {
+        "quantized": lambda: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
+        "sparse": lambda: weight.to_sparse(),
+        "complex": lambda: weight.to(torch.complex64),
+        "meta": lambda: weight.to("meta"),
+        "text": lambda: "weight",
+    }[kind]()
+    torch.save({"model_state": state}, tmp_path / "a.pyth")
+    read = model_state(read_checkpoint(tmp_path / "a.pyth"))
+    with pytest.raises(ValueError, match=f"1 entries cannot be loaded into parameters:\n  {name} is {words}\n.*ALLOW"):
+        objective.load_released_state(read)
+    before = copy_of(objective)[name]
+    report = objective.load_released_state(read, allow=[name])
+    assert report.fresh == [name] and report.dropped == [name]
+    assert torch.equal(copy_of(objective)[name], before)

@@ -238,7 +238,10 @@ def lies(place: Place) -> Iterator[tuple[str, bytes]]:
         "quantized": called("torch._utils _rebuild_qtensor", 1, 2),
     }.items():
         yield name, archive(nested(call))
-    encoded = value("aa" * 500)
+    yield "expanded_view", archive(nested(tensor(4, (big,), (0,))))
+    made = named("torch Tensor") * 2 + value((1000, 1000)) + b"}"
+    yield "tensor_without_contents", archive(nested(named("torch._tensor _rebuild_from_type_v2") + b"(" + made + b"tR"))
+    encoded = called("_codecs encode", "aa" * 500, "latin1")
     for _ in range(40):
         encoded = named("_codecs encode") + b"(" + encoded + value("hex_codec") + b"tR"
     yield "hex_of_hex", archive(nested(encoded))
@@ -317,8 +320,9 @@ def tensors_files(place: Place) -> Iterator[tuple[str, bytes]]:
 def checkpoints(place: Place) -> Iterator[Case]:
     """What `read_checkpoint` must not fall for."""
     for name, content in [*pickles(place), *lies(place)]:
-        # What follows the weights in an old file is never looked at; a memo is a dict, however large its numbers.
-        refused = name not in ("legacy_after_the_weights", "memo_of_4_billion")
+        # What follows the weights in an old file is never looked at; a memo is a dict, however large its numbers; a
+        # cycle ends where parameters are looked for.
+        refused = name not in ("legacy_after_the_weights", "memo_of_4_billion", "holds_itself", "list_holds_itself")
         yield Case(f"checkpoint_{name}", "checkpoint", place.write(f"ckpt/{name}.pyth", content), refused)
     for name, content in tensors_files(place):
         path = place.write(f"ckpt/{name}.safetensors", content)
