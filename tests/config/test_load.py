@@ -9,7 +9,7 @@ from yacs.config import CfgNode
 from maskfeat.config import dump_config, get_defaults, load_config, save_config
 from maskfeat.config.defaults import KINDS
 from maskfeat.config.merge import full_keys, is_inert
-from maskfeat.config.yaml_io import CONFIG_ROOT
+from maskfeat.config.recipes import CONFIG_ROOT
 from tests.config.helpers import MVIT_FT, VIT_FT, VIT_PT, load_text, value_of
 
 ACCEPTED = [
