@@ -59,7 +59,7 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
 
 def _nearest(name: str | os.PathLike[str]) -> list[str]:
     """Three recipes whose name, or the last part of it, is most like what was given."""
-    given = os.fspath(name).removesuffix(".yaml").lower()
+    given = os.fspath(name).removesuffix(".yaml").lower()[-200:]
 
     def likeness(recipe: str) -> float:
         pairs = ((given, recipe.lower()), (given.rpartition("/")[2], recipe.lower().rpartition("/")[2]))
