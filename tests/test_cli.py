@@ -1,7 +1,9 @@
 """The `maskfeat` command: its help, imports and errors; each sub-command is the program behind a script of tools/."""
 
 import argparse
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -73,17 +75,24 @@ def test_each_command_is_the_program_of_a_script(name: str, capsys: pytest.Captu
     assert SCRIPTS[name] not in shown
 
 
-def test_script_says_its_own_name() -> None:
-    for script in SCRIPTS.values():
-        done = subprocess.run([sys.executable, f"tools/{script}", "--help"], capture_output=True, text=True, cwd=REPO)
-        own = "quickstart.sh" if script == "quickstart.py" else script
-        assert done.returncode == 0 and done.stdout.startswith(f"usage: {own} "), done
+@pytest.mark.parametrize("script", SCRIPTS.values())
+def test_script_says_its_own_name(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = REPO / "tools" / script
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    own = "quickstart.sh" if script == "quickstart.py" else script
+    assert end.value.code == 0 and capsys.readouterr().out.startswith(f"usage: {own} ")
 
 
 def test_arguments_and_exit_code_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[list[str], str]] = []
     module = SimpleNamespace(main=lambda argv, prog: calls.append((argv, prog)) or 7)
-    monkeypatch.setattr("importlib.import_module", lambda name: module)
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=lambda name: module))
     assert cli.main(["visualize", "--cfg", "x", "--version", "--", "A", "-1"]) == 7
     assert calls == [(["--cfg", "x", "--version", "--", "A", "-1"], "maskfeat visualize")]
 
@@ -91,21 +100,20 @@ def test_arguments_and_exit_code_are_passed_on(monkeypatch: pytest.MonkeyPatch) 
 def test_failed_training_ends_at_once() -> None:
     """Through `run_program`, as tools/run_net.py: what is registered for the end of Python does not run."""
     code = "import atexit; atexit.register(print, 'tidied up'); from maskfeat.cli import main; main(['train', *{}])"
-    for argv, expected in (
-        (["--cfg", "quickstart/image_pt"], "quickstart/images_pt"),
-        (["--cfg", "x", "A"], "error: "),
-    ):
-        done = subprocess.run([sys.executable, "-c", code.format(argv)], capture_output=True, text=True, cwd=REPO)
-        assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
-        assert "tidied up" not in done.stdout
+    command = [sys.executable, "-c", code.format(["--cfg", "quickstart/image_pt"])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 2 and "error: config file quickstart/image_pt" in done.stderr, done.stderr
+    assert "quickstart/images_pt" in done.stderr and "Traceback" not in done.stderr
+    assert "tidied up" not in done.stdout
 
 
 def test_threads_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the scripts set it, before torch is imported; what the user has set stays."""
-    monkeypatch.setattr("importlib.import_module", lambda name: SimpleNamespace(main=lambda argv, prog: 0))
+    module = SimpleNamespace(main=lambda argv, prog: 0)
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=lambda name: module))
     for given, expected in ((None, "passive"), ("active", "active")):
         environment = {} if given is None else {"OMP_WAIT_POLICY": given}
-        monkeypatch.setattr("os.environ", environment)
+        monkeypatch.setattr(os, "environ", environment)
         cli.main(["visualize"])
         assert environment.get("OMP_WAIT_POLICY") == given
         cli.main(["evidence"])
@@ -155,7 +163,7 @@ def test_documented_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
     found = documented_commands()
     assert {"train", "make-synthetic"} <= {command[0] for command in found}
     for command in found:
-        with pytest.raises(SystemExit if command[0] == "--version" else Parsed):
+        with pytest.raises(SystemExit if command[0].startswith("-") else Parsed):
             cli.main(command)
 
 
