@@ -1,14 +1,47 @@
 """Installs the `maskfeat` package: `pip install -e .` (add `[dev]` for the test tools)."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "maskfeat" / "__init__.py").read_text(), re.M)
 
 setup(
     name="maskfeat",
-    version="0.1.0",
-    description="Masked feature prediction in PyTorch: MaskFeat pre-training, fine-tuning and testing",
+    version=VERSION,
+    description="Masked feature prediction in PyTorch: MaskFeat and MFM pre-training, fine-tuning and testing",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The maskfeat developers",
     license="Apache-2.0",
+    project_urls={
+        "MaskFeat (paper)": "https://arxiv.org/abs/2112.09133",
+        "MFM (paper)": "https://arxiv.org/abs/2206.07706",
+    },
+    keywords=["self-supervised learning", "masked image modeling", "HOG", "vision transformer", "video"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
-    packages=find_packages(include=["maskfeat", "maskfeat.*"]),
+    # The recipes of configs/ are data of the package: installed, they lie in maskfeat/configs/.
+    packages=[*find_packages(include=["maskfeat", "maskfeat.*"]), "maskfeat.configs"],
+    package_dir={"maskfeat.configs": "configs"},
+    package_data={"maskfeat": ["py.typed"], "maskfeat.configs": ["**/*.yaml"]},
+    entry_points={"console_scripts": ["maskfeat = maskfeat.cli:main"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

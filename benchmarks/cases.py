@@ -14,7 +14,7 @@ from yacs.config import CfgNode
 from maskfeat.batch import Batch
 from maskfeat.build import build_mask_sampler
 from maskfeat.config import load_config
-from maskfeat.config.yaml_io import CONFIG_ROOT
+from maskfeat.config.recipes import CONFIG_ROOT
 from maskfeat.data.rng import draw_mask
 from maskfeat.demos.scenes import MOTIONS, SHAPES
 from maskfeat.demos.synthetic import make_clips, make_images

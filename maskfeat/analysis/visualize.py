@@ -153,14 +153,20 @@ def drawing(cfg: CfgNode, number: int) -> Drawing:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the picture; the exit code."""
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Draw the figure and return the exit code; `prog` is the name of the command in its help."""
     parser = argparse.ArgumentParser(
+        prog=prog,
         description="Draw what a pre-trained checkpoint predicts beside what it saw and should have predicted: HOG "
         "(MaskFeat) or spectra (MFM).",
         epilog="The checkpoint is TEST.CHECKPOINT_FILE_PATH, or else the last one in OUTPUT_DIR.",
     )
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="the YAML of a pre-training recipe")
+    parser.add_argument(
+        "--cfg",
+        required=True,
+        metavar="RECIPE",
+        help="a pre-training recipe: path of a YAML file or name below configs/",
+    )
     parser.add_argument("--output", metavar="PNG", help="default: hog_predictions.png or spectrum_predictions.png")
     parser.add_argument("--num", type=int, default=4, help="validation samples to draw (default: %(default)s)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides")

@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 from maskfeat.config.coerce import coerce
 from maskfeat.config.defaults import KINDS
 from maskfeat.config.merge import merge_entries, override_entries
+from maskfeat.config.recipes import find_recipe
 from maskfeat.config.schema import Schema, get_defaults, schema
 from maskfeat.config.validate import validate
 from maskfeat.config.yaml_io import Entry, read_chain
@@ -26,7 +27,7 @@ def load_config(
     """Reads a YAML and overrides into a frozen config.
 
     Args:
-        path: the YAML; None = the defaults.
+        path: the YAML file, or the name of a recipe (see `find_recipe`); None = the defaults.
         opts: KEY, VALUE, KEY, VALUE, ... as text (as from a command line) or as Python values.
         started: counts of machines and processes, by key, where something else started them. They replace those of
             the YAML, and not those of `opts`; a 0 (NUM_GPUS on the CPU) stays.
@@ -80,14 +81,14 @@ def save_config(path: str | Path | None, opts: Sequence[object], cfg: CfgNode, o
     The overrides stand in `config_given.yaml` as comments, after the YAML.
 
     Args:
-        path: the YAML that was given, or None.
+        path: the YAML or the name of a recipe that was given, or None.
         opts: the overrides that were given.
         cfg: what `load_config` made of them.
         output_dir: the folder, made where it does not exist.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    given = "" if not path else Path(path).expanduser().read_text(encoding="utf-8-sig")
+    given = "" if not path else find_recipe(path).read_text(encoding="utf-8-sig")
     if given and not given.endswith("\n"):
         given += "\n"
     for key, entry in override_entries(opts).items():  # as JSON: one line, whatever the value holds

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import yaml
 
+from maskfeat.config.recipes import CONFIG_ROOT, find_recipe, shipped_file
+
 logger = logging.getLogger("maskfeat.config")
 
 BASE_KEY = "_BASE_"
-CONFIG_ROOT = Path(__file__).resolve().parents[2] / "configs"
-"""The project's own recipes: any YAML may build on them, and their inert keys are not warned about."""
 
 MAX_BYTES = 1_000_000
 MAX_EVENTS = 10_000
@@ -61,13 +61,13 @@ Tree = dict[str, "Tree | Entry"]
 def read_chain(path: Path) -> list[dict[str, Entry]]:
     """The entries of a YAML and of its `_BASE_` files, the outermost base first.
 
-    `_BASE_` is a path relative to the file it stands in. It must stay in the folder of the YAML that the user
-    named (or below it), or in the project's own configs/ folder.
+    `_BASE_` is a path relative to the file it stands in, or else the name of a recipe. It must stay in the folder of
+    the YAML that the user named (or below it), or in the project's own configs/ folder.
 
     Raises:
         ValueError: a file is missing, too large or not a mapping; `_BASE_` leaves them or is a cycle.
     """
-    first = path.expanduser().resolve()
+    first = find_recipe(path).resolve()
     roots = (first.parent, CONFIG_ROOT)
     layers: list[dict[str, Entry]] = []
     seen: list[Path] = []
@@ -95,6 +95,8 @@ def _base_path(base: Entry, file: Path, roots: tuple[Path, ...]) -> Path:
         raise ValueError(f"{rule}; given {base.value!r}")
     try:
         found = (file.parent / base.value).resolve()
+        if not found.is_file():
+            found = shipped_file(base.value) or found
     except (OSError, ValueError) as error:
         raise ValueError(f"{rule}; given {base.value[:200]!r}") from error
     if not any(found.is_relative_to(root) for root in roots):
@@ -110,10 +112,8 @@ def read_entries(path: Path) -> dict[str, Entry]:
     A key written twice is warned about, with both lines; the last one wins, as in every YAML loader.
 
     Raises:
-        ValueError: the file is missing, too large, not UTF-8 text, not YAML, or not a mapping of sections.
+        ValueError: the file is too large, not UTF-8 text, not YAML, or not a mapping of sections.
     """
-    if not path.is_file():
-        raise ValueError(f"config file {path} does not exist (or is not a file); --cfg names a YAML file")
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     try:

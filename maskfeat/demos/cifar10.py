@@ -3,6 +3,7 @@
 Nothing is unpacked by its own name, and no pickle is read: the archive "for Python" is one, the binary one is not.
 """
 
+import argparse
 import gzip
 import io
 import logging
@@ -14,7 +15,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +159,27 @@ def _place(path: Path, content: bytes, original: Path) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise _NotWritten(error.strerror) from error
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Lay out CIFAR-10 and return the exit code; `prog` is the name of the command in its help."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Lay out CIFAR-10 as folders: DIR gets all/ and tenth/, each with train/ and val/. tenth/ has one "
+        "in ten labelled training images, both have all test images as val/.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help=f"the official binary archive ({ARCHIVE}), or a folder with it, or a folder with train.zip and test.zip "
+        "(train/<class>/<image>)",
+    )
+    parser.add_argument("output", metavar="DIR", help="folder to write")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        prepare(args.source, args.output)
+    except ValueError as error:
+        parser.error(str(error))
+    return 0

@@ -6,7 +6,6 @@ Everything lands in one folder. Each stage is a command that a user would type, 
 import argparse
 import logging
 import math
-import shlex
 import shutil
 import sys
 import time
@@ -19,7 +18,8 @@ from maskfeat.analysis.pictures import hog_figure, spectrum_figure
 from maskfeat.analysis.visualize import Drawing, drawing
 from maskfeat.checkpoint.files import find_checkpoints
 from maskfeat.config import load_config
-from maskfeat.config.yaml_io import CONFIG_ROOT
+from maskfeat.config.recipes import CONFIG_ROOT
+from maskfeat.demos.commands import train_command
 from maskfeat.demos.synthetic import make_clips, make_images
 from maskfeat.engine.metrics_log import read_json_stats
 from maskfeat.engine.run import main as run_net
@@ -116,8 +116,7 @@ class Quickstart:
     def run(self, headline: str, config: str, output: str, *extra: str) -> None:
         """One run of the program; an error ends the quickstart."""
         opts = [*self.opts(config, output), *extra]
-        command = ["python", "tools/run_net.py", "--cfg", f"configs/quickstart/{config}.yaml", *opts]
-        say(f"{headline}\n   {shlex.join(command)}")
+        say(f"{headline}\n   {train_command(f'quickstart/{config}.yaml', opts)}")
         code = run_net(["--cfg", str(CONFIGS / f"{config}.yaml"), *opts])
         if code:
             raise SystemExit(code)
@@ -198,10 +197,10 @@ def verdict(tuned: Outcome, scratch: Outcome) -> str:
     return f"Pre-training {'helped' if gain > 0 else 'did harm'} at this size ({points}, beyond two standard errors)."
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the quickstart; the exit code."""
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the quickstart and return the exit code; `prog` is the name of the command in its help."""
     parser = argparse.ArgumentParser(
-        prog="quickstart.sh",
+        prog=prog,
         description="Make small data, pre-train, fine-tune and test a ViT on images, an MViTv2 on clips (MaskFeat) and "
         "a ResNet on images (MFM); print a table and draw hog_predictions.png and spectrum_predictions.png. Running it "
         "again goes on where it stopped.",

@@ -3,6 +3,7 @@
 What the pictures show, and what tells a class and what does not, is in `maskfeat/demos/scenes.py`.
 """
 
+import argparse
 import json
 import logging
 import os
@@ -202,3 +203,58 @@ def _reported(jobs: Sequence[Any], what: str, every: float = 5.0) -> Iterator[An
         if now - spoke >= every or done + 1 == len(jobs):
             logger.info("%d of %d synthetic %s, %.1f s", done + 1, len(jobs), what, now - began)
             spoke = now
+
+
+_EXAMPLES = """\
+Small by default. At the size of ImageNet and Kinetics, to measure reading speed:
+
+    %(prog)s --images DIR --size 400x500 --per-class 128
+    %(prog)s --clips DIR --size 256x340 --frames 300 --per-class 10
+"""
+
+
+def _height_by_width(text: str) -> tuple[int, int]:
+    """'96x128' -> (96, 128)."""
+    height, _, width = text.partition("x")
+    return int(height), int(width)
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Make the data sets and return the exit code; `prog` is the name of the command in its help."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Make the synthetic data sets: images of shapes, and clips of motions.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--images", metavar="DIR", help="write images here: 8 shapes, train/ and val/")
+    parser.add_argument("--clips", metavar="DIR", help="write clips here: 6 motions, train, val and test.csv")
+    parser.add_argument("--size", metavar="HxW", type=_height_by_width, help="96x96 images, 96x128 clips")
+    parser.add_argument("--per-class", type=int, help="training samples of a class: 75 images, 40 clips")
+    parser.add_argument("--val-per-class", type=int, help="held-out ones a split: 25 images, 10 clips")
+    parser.add_argument("--frames", type=int, default=32, help="frames of a clip (default %(default)s)")
+    parser.add_argument("--fps", type=int, default=30, help="frames a second (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same pixels (default %(default)s)")
+    parser.add_argument("--difficulty", type=float, default=0.1, help="0 to 1 (default %(default)s)")
+    args = parser.parse_args(argv)
+    if not (args.images or args.clips):
+        parser.error("give --images DIR, --clips DIR or both")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    common: dict[str, Any] = {"seed": args.seed, "difficulty": args.difficulty}
+    if args.size:
+        common["size"] = args.size
+    counts = {"train_per_class": args.per_class, "val_per_class": args.val_per_class}
+    tests = {"test_per_class": args.val_per_class}
+    try:
+        if args.images:
+            make_images(args.images, **common, **_given(counts))
+        if args.clips:
+            make_clips(args.clips, num_frames=args.frames, fps=args.fps, **common, **_given(counts | tests))
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+def _given(values: dict[str, int | None]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

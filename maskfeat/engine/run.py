@@ -1,4 +1,4 @@
-"""One run of the program: train, validate, save, test. tools/run_net.py calls `main`."""
+"""One run of the program: train, validate, save, test. `maskfeat train` and tools/run_net.py call `main`."""
 
 import argparse
 import logging
@@ -100,14 +100,22 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
     return session.exit_code
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line: --cfg FILE and KEY VALUE overrides; PySlowFast's cluster flags are taken as well."""
+def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
+    """The command line: --cfg RECIPE and KEY VALUE overrides; PySlowFast's cluster flags are taken as well."""
     parser = argparse.ArgumentParser(
+        prog=prog,
         description="Pre-train, fine-tune and test as a YAML says.",
-        epilog="example: run_net.py --cfg configs/masked_ssl/in1k_VIT_B_MaskFeat_PT.yaml "
+        epilog="example: %(prog)s --cfg masked_ssl/in1k_VIT_B_MaskFeat_PT "
         "DATA.PATH_TO_DATA_DIR /data/imagenet OUTPUT_DIR runs/pt NUM_GPUS 8 TRAIN.MIXED_PRECISION bf16",
     )
-    parser.add_argument("--cfg", "--cfg_files", dest="cfg", required=True, metavar="FILE", help="the YAML of a recipe")
+    parser.add_argument(
+        "--cfg",
+        "--cfg_files",
+        dest="cfg",
+        required=True,
+        metavar="RECIPE",
+        help="path of a YAML file, or name of a recipe below configs/",
+    )
     parser.add_argument("--num_shards", type=int, default=None, help="machines (default: NUM_SHARDS of the config)")
     parser.add_argument("--shard_id", type=int, default=None, help="this machine's number, from 0")
     parser.add_argument("--init_method", default="", help="tcp://HOST:PORT where several machines meet")
@@ -117,9 +125,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; the exit code. What a user can mend is said in one line, without a traceback."""
-    args = parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the program and return its exit code. An error that the user can fix is reported in one line.
+
+    Args:
+        argv: the arguments; None = those of the process.
+        prog: the name of the command in its help; None = the name of the script.
+    """
+    args = parse_args(argv, prog)
     opts = list(args.opts)
     for key, value in (("NUM_SHARDS", args.num_shards), ("SHARD_ID", args.shard_id)):
         if value is not None:

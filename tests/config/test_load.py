@@ -7,8 +7,8 @@ import yaml
 from yacs.config import CfgNode
 
 from maskfeat.config import dump_config, get_defaults, load_config, save_config
+from maskfeat.config.recipes import CONFIG_ROOT
 from maskfeat.config.schema import full_keys, is_inert, schema
-from maskfeat.config.yaml_io import CONFIG_ROOT
 from tests.config.helpers import MVIT_FT, VIT_FT, VIT_PT, load_text, value_of
 
 ACCEPTED = [

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from maskfeat.config import load_config
-from maskfeat.config.yaml_io import CONFIG_ROOT
+from maskfeat.config.recipes import CONFIG_ROOT
 from tests.config.helpers import MASKED_SSL, value_of
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskfeat.demos.cifar10 import prepare
+from maskfeat.demos.commands import program
 from maskfeat.demos.evidence.report import FILE, Report
 from maskfeat.demos.evidence.runs import Runs, Stopped, run_seed
 from maskfeat.demos.evidence.suites import SUITES
@@ -30,9 +31,10 @@ def make_data(
     """
     if suite == "cifar10":
         if not (folder / "complete").is_file() and source is None:
+            prepared_by = shlex.join(program("prepare-cifar10", "prepare_cifar10.py"))
             raise ValueError(
                 f"{folder} has no CIFAR-10: give --source, the official binary archive (cifar-10-binary.tar.gz) or a "
-                "folder with train.zip and test.zip; or lay it out by tools/prepare_cifar10.py and give --data"
+                f"folder with train.zip and test.zip; or lay it out with `{prepared_by}` and give --data"
             )
         if source is not None:
             prepare(source, folder)
@@ -59,10 +61,10 @@ def write_share(source: Path, target: Path, every: int) -> None:
         (target / f"{split}.csv").write_text("".join(kept), encoding="utf-8")
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="evidence.py",
+        prog=prog,
         description="Pre-train, probe frozen features, fine-tune and train from scratch, for several seeds; write the "
         "tables, curves and pictures of docs/EVIDENCE.md. Called again, it goes on where it stopped.",
     )
@@ -81,9 +83,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a suite; the exit code."""
-    args = parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run a suite and return the exit code; `prog` is the name of the command in its help."""
+    args = parse_args(argv, prog)
     logger.handlers, logger.propagate = [logging.StreamHandler(sys.stdout)], False
     logger.setLevel(logging.INFO)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -98,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in range(args.seeds):
             run_seed(runs, seed, controls=seed < runs.budget.control_seeds)
         report = Report(
-            runs, args.budget, range(args.seeds), args.docs, shlex.join(["python", "tools/evidence.py", *given])
+            runs, args.budget, range(args.seeds), args.docs, shlex.join([*program("evidence", "evidence.py"), *given])
         )
         section = report.write()
     except Stopped as stopped:  # the run has said why

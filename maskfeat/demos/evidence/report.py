@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 
+import maskfeat
 from maskfeat.analysis.curves import Chart, Line, Point, chart_figure
 from maskfeat.analysis.visualize import drawing
 from maskfeat.checkpoint.files import find_checkpoints
 from maskfeat.config import load_config
+from maskfeat.config.recipes import INSTALLED
 from maskfeat.demos.evidence.runs import Runs
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Method
 
@@ -132,7 +134,7 @@ class Report:
 
     def _setting(self) -> str:
         seeds = ", ".join(map(str, self.seeds))
-        return f"Seeds {seeds}. {machine()}; torch {torch.__version__}; commit {commit()}."
+        return f"Seeds {seeds}. {machine()}; torch {torch.__version__}; {revision()}."
 
     def probes(self) -> str:
         """Frozen features against those of a random backbone."""
@@ -304,12 +306,14 @@ def machine() -> str:
     return f"{found[1] if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
-def commit() -> str:
-    """Short name of the commit that is checked out, with a + where files differ from it."""
+def revision() -> str:
+    """Return the version of an installed package, or the commit of a checkout, with a + where files differ from it."""
+    if INSTALLED:
+        return f"maskfeat {maskfeat.__version__}"
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=CONFIGS, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+        return "commit unknown"
+    return f"commit {done.stdout.strip()}"

@@ -23,6 +23,7 @@ from maskfeat.checkpoint.atomic import fsync_dir, write_and_fsync
 from maskfeat.checkpoint.files import find_checkpoints, open_checkpoint
 from maskfeat.checkpoint.reading import model_state
 from maskfeat.config import load_config
+from maskfeat.demos.commands import train_command
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Control, Method, Suite
 from maskfeat.distributed.world import choose_device
 from maskfeat.engine.metrics_log import read_json_stats
@@ -133,8 +134,7 @@ class Runs:
         """A run of tools/run_net.py; it resumes itself."""
 
         def work() -> dict[str, Any]:
-            command = ["python", "tools/run_net.py", "--cfg", f"configs/{config}", *opts]
-            logger.info("\n== %s, seed %d: %s\n   %s", self.suite.name, seed, name, shlex.join(command))
+            logger.info("\n== %s, seed %d: %s\n   %s", self.suite.name, seed, name, train_command(config, opts))
             code = run_net(["--cfg", str(CONFIGS / config), *opts])
             if code:
                 raise Stopped(code)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from maskfeat.config.yaml_io import CONFIG_ROOT
+from maskfeat.config.recipes import CONFIG_ROOT
 
 CONFIGS = CONFIG_ROOT
 
