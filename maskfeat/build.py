@@ -1,7 +1,7 @@
-"""From a config to objects: the only module that reads the config and imports everything.
+"""From a config to objects.
 
-Which objective, backbone and data set there are stands in `maskfeat.registry`; each is built by the function that its
-spec names, beside its class.
+`maskfeat.registry` finds the objective, the backbone and the data set that the config names; each is built by the
+function in its spec, which stands beside its class. What is the same for all of them is built here.
 """
 
 import torch
