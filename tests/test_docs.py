@@ -389,6 +389,7 @@ UNREACHABLE = {
     "data/transforms.py:TEST.NUM_SPATIAL_CROPS",
     "data/transforms.py:a crop of",
     "masking.py",
+    "models/layers.py:impl is",
     "models/mvit.py",
     "objectives/classification.py:classification got",
     "objectives/maskfeat.py:MaskFeat got",
