@@ -1,6 +1,7 @@
 """From a config to objects: the only module that reads the config and imports everything."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -280,7 +281,9 @@ def _image_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, trains
 def _clip_dataset(cfg: CfgNode, split: str, draw_hidden: Sampler | None, num_clips: int, trains: bool) -> VideoClips:
     """Kinetics layout: PATH_TO_DATA_DIR/{train,val,test}.csv."""
     data = cfg.DATA
-    videos = read_video_list(Path(data.PATH_TO_DATA_DIR) / f"{split}.csv", data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX)
+    # Joined as text: a Path would make s3:/ of s3://.
+    csv_path = os.path.join(data.PATH_TO_DATA_DIR, f"{split}.csv")
+    videos = read_video_list(csv_path, data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX)
     num_crops = cfg.TEST.NUM_SPATIAL_CROPS if split == "test" else 1
     if trains:
         transform: ClipTrainTransform | ClipTestTransform = ClipTrainTransform(

@@ -20,7 +20,7 @@ from torchvision.models import get_weight
 from maskfeat.checkpoint.download import download, is_url
 from maskfeat.checkpoint.weight_scan import Refused, scan
 from maskfeat.config.yaml_io import parse_entries
-from maskfeat.file_io import NotReadable, open_regular_file
+from maskfeat.file_io import NotReadable, local_path, open_regular_file
 
 # What training scripts save beside the parameters: the options of the run. They hold values and run nothing. PyTorch
 # fills no dict of a class of its own, so that yacs configs become plain ones.
@@ -48,7 +48,7 @@ def _torchvision_file(name: str) -> Path:
 def _local_file(given: str) -> Path:
     if _TORCHVISION.fullmatch(given) and not Path(given).exists():
         return _torchvision_file(given)
-    return download(given) if is_url(given) else Path(given)
+    return download(given) if is_url(given) else Path(local_path(given))
 
 
 def _load(path: Path) -> Any:
@@ -78,7 +78,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     What a file claims is compared with what it has before anything is allocated for it, see `weight_scan`.
 
     Args:
-        path: of a file here, an http(s) address, or torchvision's name of weights: ResNet50_Weights.IMAGENET1K_V1.
+        path: of a file here, an http(s) address, a path whose scheme has a handler (`file_io.path_manager`), or
+            torchvision's name of weights: ResNet50_Weights.IMAGENET1K_V1.
 
     Raises:
         ValueError: where it is missing, damaged, or holds more than tensors and plain values.

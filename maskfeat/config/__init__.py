@@ -13,6 +13,7 @@ from maskfeat.config.merge import full_keys, merge_entries, override_entries
 from maskfeat.config.ranges import lookup
 from maskfeat.config.validate import validate
 from maskfeat.config.yaml_io import Entry, read_chain
+from maskfeat.file_io import local_path
 
 __all__ = ["dump_config", "get_defaults", "load_config", "save_config", "validate"]
 
@@ -25,7 +26,7 @@ def load_config(
     """Reads a YAML and overrides into a frozen config.
 
     Args:
-        path: the YAML; None = the defaults.
+        path: the YAML, a local path or one whose scheme has a handler (`file_io.path_manager`); None = the defaults.
         opts: KEY, VALUE, KEY, VALUE, ... as text (as from a command line) or as Python values.
         started: counts of machines and processes, by key, where something else started them. They replace those of
             the YAML, and not those of `opts`; a 0 (NUM_GPUS on the CPU) stays.
@@ -40,7 +41,7 @@ def load_config(
     """
     cfg = get_defaults()
     known = {key: lookup(cfg, key) for key in full_keys(cfg)}
-    layers = [] if path is None else read_chain(Path(path))
+    layers = [] if path is None else read_chain(Path(local_path(path)))
     inert: dict[str, None] = {}
     for entries in layers:
         inert.update(dict.fromkeys(merge_entries(cfg, entries, known)))
@@ -72,7 +73,7 @@ def save_config(path: str | Path | None, opts: Sequence[object], cfg: CfgNode, o
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    given = "" if not path else Path(path).expanduser().read_text(encoding="utf-8-sig")
+    given = "" if not path else Path(local_path(path)).expanduser().read_text(encoding="utf-8-sig")
     if given and not given.endswith("\n"):
         given += "\n"
     for key, entry in override_entries(opts).items():  # as JSON: one line, whatever the value holds

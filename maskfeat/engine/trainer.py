@@ -19,7 +19,7 @@ from maskfeat.distributed.preemption import Preempted, StopRequest
 from maskfeat.distributed.world import World
 from maskfeat.engine.batch_arithmetic import compare, describe, load_recipe, step_size
 from maskfeat.engine.evaluate import validate
-from maskfeat.engine.flops import multiply_adds
+from maskfeat.engine.flops import cost_table, module_costs
 from maskfeat.engine.loop import Settings, train
 from maskfeat.engine.metrics_log import MetricsLog, read_json_stats
 from maskfeat.engine.parallelize import apply_activation_checkpointing, apply_compile, apply_ddp, apply_fsdp
@@ -63,7 +63,8 @@ def _announce(
     if cfg.LOG_MODEL_INFO:
         with torch.device("meta"):
             twin = build_backbone(cfg)
-        logger.info("%.3g G multiply-adds a view in the backbone", multiply_adds(twin) / 1e9)
+        for line in ("The backbone, for one view:", *cost_table(module_costs(twin))):
+            logger.info(line)
     logger.info(
         "%s, %.2f M parameters, on %d x %s, %s precision",
         type(objective).__name__,

@@ -17,7 +17,7 @@ from maskfeat.data.transforms import ClipTransform
 from maskfeat.data.video import torchcodec_decoder as decode_torchcodec
 from maskfeat.data.video.decoder import VideoInfo, decode_frames
 from maskfeat.data.video.temporal_sampling import clip_length, clip_span, frame_indices
-from maskfeat.file_io import NotReadable, open_regular_file
+from maskfeat.file_io import NotReadable, local_path, open_regular_file
 
 VideoList = list[tuple[str, int]]
 
@@ -31,7 +31,8 @@ def read_video_list(csv_path: str | os.PathLike[str], separator: str = " ", pref
     """Reads `path label` lines.
 
     Args:
-        csv_path: the list. Blank lines are skipped.
+        csv_path: the list, a local path or one whose scheme has a handler (`file_io.path_manager`). Blank lines are
+            skipped.
         separator: DATA.PATH_LABEL_SEPARATOR; the last one of a line counts, so that paths may contain it.
         prefix: DATA.PATH_PREFIX, the folder that paths are relative to.
 
@@ -39,8 +40,8 @@ def read_video_list(csv_path: str | os.PathLike[str], separator: str = " ", pref
         [(path, label)] in the order of the file.
 
     Raises:
-        ValueError: no such list, no line in it, a line that does not parse, or a path that is a URL or
-        leaves `prefix`.
+        ValueError: no such list, a scheme without a handler, no line in it, a line that does not parse, or a path that
+            is a URL or leaves `prefix`.
     """
     if not separator:
         raise ValueError("DATA.PATH_LABEL_SEPARATOR must not be empty")
@@ -56,7 +57,7 @@ def read_video_list(csv_path: str | os.PathLike[str], separator: str = " ", pref
 def _lines(csv_path: str | os.PathLike[str]) -> Iterator[str]:
     """The lines of a list, of which none is longer than a path and a label can be."""
     try:
-        with io.TextIOWrapper(open_regular_file(csv_path), encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(open_regular_file(local_path(csv_path)), encoding="utf-8-sig") as file:
             while line := file.readline(MAX_LINE + 1):
                 if len(line) > MAX_LINE:
                     raise ValueError(f"the list of videos {csv_path} has a line of more than {MAX_LINE} characters")

@@ -248,7 +248,7 @@ class Report:
                 ]
                 charts.append(Chart(f"{method.title}: top-1, {words}", "epoch of fine-tuning", found))
         path = self.pictures / f"{self.name.replace(' ', '_')}_curves.png"
-        chart_figure(charts, columns=1 + len(self.runs.budget.labels)).save(path, optimize=True)
+        chart_figure(charts, columns=1 + len(self.runs.budget.labels)).savefig(path)
         return f"![Curves](evidence/{path.name})"
 
     def _curve(self, seed: int, name: str, kind: str, key: str) -> list[Point]:
