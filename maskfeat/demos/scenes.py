@@ -265,7 +265,8 @@ def motion_track(motion: str, rng: np.random.Generator, num_frames: int, fps: fl
     The first frame is the same for every motion, given the same generator. In every frame of every motion, y and size
     are uniform over their range, and x is the position of a swing of random phase (constant except for `sway`), so that
     only the order of frames tells the class. `bob` swings up and down, `sway` from side to side, both at 1.1 to
-    1.6 swings a second; `rise`, `fall`, `grow` and `shrink` cover 0.7 to 1.1 of their range in a second. A view should therefore span about a second.
+    1.6 swings a second; `rise`, `fall`, `grow` and `shrink` cover 0.7 to 1.1 of their range in a second. A view
+    should therefore span about a second.
     """
     x, y, size = rng.uniform((0.44, 0.0, 0.0), (0.56, 1.0, 1.0))
     rate, swings, reach, phase = rng.uniform((0.7, 1.1, 0.18, 0.0), (1.1, 1.6, 0.28, 2 * np.pi))

@@ -25,7 +25,7 @@ from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Method
 FILE = "EVIDENCE.md"
 _HEAD = """# Evidence that it learns
 
-Written by `tools/evidence.py`; each section says which command made it. What is between two marks is written anew.
+Written by `tools/evidence.py`; each section says which command made it. Text between two comments is replaced.
 """
 _PICTURED = 4
 """Number of held-out samples in an image."""
