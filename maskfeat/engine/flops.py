@@ -49,12 +49,12 @@ def _elements(*_args: Any, out_shape: Any, **_kwargs: Any) -> int:
 def _count(backbone: Backbone, *counters: FlopCounterMode) -> None:
     """Pass one clip, of the size that the backbone was built for, through it while the counters count."""
     assert isinstance(backbone, nn.Module)
-    backbone.eval()  # one sample is too few for batch statistics
+    tokens = _Tokens(backbone).eval()  # one sample is too few for batch statistics
     clip = torch.empty(1, 3, *backbone.clip_size, device="meta")
     with torch.no_grad(), ExitStack() as stack:
         for counter in counters:
             stack.enter_context(counter)
-        _Tokens(backbone).eval()(clip)
+        tokens(clip)
 
 
 def multiply_adds(backbone: Backbone) -> float:
