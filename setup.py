@@ -7,6 +7,13 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "maskfeat" / "__init__.py").read_text(), re.M)
+# What single commands need, in packages that training does without.
+EXTRAS = {
+    "plots": ["matplotlib>=3.8.4"],
+    "probes": ["scikit-learn>=1.4.2"],
+    "slurm": ["submitit>=1.5.1"],
+    "torchcodec": ["torchcodec"],
+}
 
 setup(
     name="maskfeat",
@@ -42,21 +49,34 @@ setup(
     package_dir={"maskfeat.configs": "configs"},
     package_data={"maskfeat": ["py.typed"], "maskfeat.configs": ["**/*.yaml"]},
     entry_points={"console_scripts": ["maskfeat = maskfeat.cli:main"]},
+    # Exactly what maskfeat/ imports (a test compares them); tools/test_lowest.sh installs and tests the lower bounds.
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
         "timm>=1.0.20",
-        "fvcore",
+        "safetensors>=0.4.5",
         "yacs>=0.1.8",
+        "iopath>=0.1.9",
+        "pyyaml>=6.0.1",
         "av>=17",
         "pillow>=12.3",
-        "numpy",
-        "simplejson",
-        "tensorboard",
+        "numpy>=1.26.4",
+        "simplejson>=3.19.1",
+        "tensorboard>=2.16.2",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-simplejson", "submitit"],
-        "slurm": ["submitit"],
-        "torchcodec": ["torchcodec"],
+        **EXTRAS,
+        "dev": [
+            *EXTRAS["plots"],
+            *EXTRAS["probes"],
+            *EXTRAS["slurm"],
+            "pytest>=8.3",
+            "pytest-xdist>=3.6.1",
+            "ruff",
+            "mypy",
+            "setuptools>=70.1",  # the test of the wheel builds without isolation
+            "types-PyYAML",
+            "types-simplejson",
+        ],
     },
 )

@@ -1,19 +1,50 @@
-"""Opening files that a list, a config or a command line names: regular files of the file system and nothing else."""
+"""Files that a config, a list or a command line names: local regular files, and paths with a scheme such as s3://."""
 
 import os
+import re
 import stat
 from typing import BinaryIO
 
+from iopath.common.file_io import PathManager
+
+path_manager = PathManager()
+"""Resolves paths with a scheme. It has no handler of its own: a plugin registers them, for example
+`path_manager.register_handler(S3PathHandler())`."""
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
 
 class NotReadable(OSError):
-    """A name that is no regular file with something in it, or may not be read; its text is the cause alone."""
+    """A path that is not a regular file with content, or that may not be read; its text is the cause alone."""
+
+
+def local_path(path: str | os.PathLike[str]) -> str:
+    """Return where a file is on this machine; a path with a scheme is first fetched by the handler of that scheme.
+
+    Args:
+        path: a local path, which is returned unchanged, or one such as s3://bucket/file.pyth.
+
+    Raises:
+        ValueError: no handler is registered for the scheme.
+    """
+    given = os.fspath(path)
+    scheme = _SCHEME.match(given)
+    if scheme is None:
+        return given
+    local = path_manager.get_local_path(given)
+    if local == given:  # the answer of iopath's handler of local files, to which other paths fall back
+        raise ValueError(
+            f"{given} cannot be read: no handler is registered for {scheme[1]}://. Register one with "
+            "maskfeat.file_io.path_manager.register_handler, or give a local path"
+        )
+    return str(local)
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a local, regular, non-empty file for reading; symbolic links are followed.
+    """Open a local, regular, non-empty file for reading; symbolic links are followed.
 
-    Pipes, sockets and devices are refused (a reader would hang on them, or never come to their end), and nothing but
-    the file system is asked, so that a name that looks like a URL is only a file that does not exist.
+    Pipes, sockets and devices are refused (a reader would hang on them or never reach their end). Only the file system
+    is asked: a path that looks like a URL is a file that does not exist.
 
     Raises:
         NotReadable: the file is missing, empty, not regular, or may not be read.

@@ -1,1 +1,1 @@
-"""After training: probes, visualization, plots."""
+"""Analysis after training: probes of frozen features, images of predictions, line charts."""

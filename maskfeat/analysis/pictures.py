@@ -1,8 +1,8 @@
-"""Pictures of what a model was to predict and what it predicted: HOG as line glyphs, spectra, rows of labelled tiles.
+"""Images that show targets beside predictions: HOG as line glyphs, spectra, rows of labelled tiles.
 
-Nothing here needs torch: arrays go in, a `PIL.Image.Image` comes out.
+Nothing here needs torch: functions take NumPy arrays and return a `PIL.Image.Image`.
 
-Shape legend: H x W pixels, Hp x Wp patches, Hc x Wc HOG cells, D numbers a token.
+Shape legend: H x W pixels, Hp x Wp patches, Hc x Wc HOG cells, D values per token.
 """
 
 import math
@@ -19,7 +19,7 @@ Floats = NDArray[np.floating[Any]]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Colour = tuple[int, int, int]
 
-GREY = 128  # of a patch that the model did not see
+GREY = 128  # value of patches that are hidden from the model
 PAPER, INK, FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 TARGET_COLOUR, PREDICTED_COLOUR = (235, 235, 235), (255, 200, 60)
 DIM = 0.35  # brightness of the target's glyphs on patches where nothing was predicted
@@ -29,19 +29,19 @@ MIN_CELL = 10  # pixels on the side of a glyph
 
 HEADERS = (
     "Input",
-    "What the model saw\ngrey: hidden from it",
-    "HOG target\nblack ground: hidden from the model\nblue ground: seen by it",
-    "HOG predicted\nyellow on black: predicted, where hidden\ndim on blue: the target, where seen",
+    "Input of the model\ngrey: hidden patches",
+    "HOG target\nblack background: hidden patches\nblue background: visible patches",
+    "HOG prediction\nyellow on black: prediction for hidden patches\ndim on blue: target of visible patches",
 )
 
 SPECTRUM_HEADERS = (
     "Input",
-    "Its spectrum\nlogarithm of the magnitude, frequency 0 in the middle",
-    "What was removed\nblack ground: removed\nblue ground: left to the model",
-    "What the model saw",
-    "Image predicted\nonly its removed frequencies count",
-    "Its spectrum\nyellow on black: predicted, where removed\ndim on blue: does not count",
-    "Put together\nwhat was left, and what was predicted where removed",
+    "Spectrum of the input\nlog magnitude, frequency 0 in the centre",
+    "Removed frequencies\nblack background: removed\nblue background: kept",
+    "Input of the model",
+    "Predicted image\nonly the removed frequencies enter the loss",
+    "Spectrum of the prediction\nyellow on black: removed frequencies\ndim on blue: not in the loss",
+    "Reconstruction\nkept frequencies of the input, removed ones from the prediction",
 )
 
 
@@ -49,19 +49,24 @@ SPECTRUM_HEADERS = (
 
 
 def tokens_to_cells(tokens: Floats, bins: int = 9, cells: int = 2) -> Floats:
-    """The HOG map that a grid of predictions stands for.
+    """Rearrange a grid of predicted tokens into a HOG map.
 
     Args:
-        tokens: (H, W, 3 * bins * cells * cells); number ((channel * bins + bin) * cells + dy) * cells + dx.
-        bins: orientations.
-        cells: HOG cells on the side of a token (a 16-pixel token has 2 cells of 8 pixels).
+        tokens: (H, W, 3 * bins * cells * cells); the last axis is indexed by
+            ((channel * bins + bin) * cells + dy) * cells + dx.
+        bins: number of orientations.
+        cells: HOG cells along each side of a token (a 16-pixel token has 2 cells of 8 pixels).
 
-    Returns (3, bins, H * cells, W * cells). Raises ValueError where D fits no such layout.
+    Returns:
+        (3, bins, H * cells, W * cells).
+
+    Raises:
+        ValueError: the last axis has another length.
     """
     height, width, numbers = tokens.shape
     if numbers != 3 * bins * cells * cells:
         raise ValueError(
-            f"tokens of {numbers} numbers given: expected 3 x {bins} bins x {cells} x {cells} cells = "
+            f"tokens of {numbers} values given: expected 3 x {bins} bins x {cells} x {cells} cells = "
             f"{3 * bins * cells * cells}"
         )
     split = tokens.reshape(height, width, 3, bins, cells, cells)
@@ -69,32 +74,33 @@ def tokens_to_cells(tokens: Floats, bins: int = 9, cells: int = 2) -> Floats:
 
 
 def glyph_angle(index: int, bins: int = 9) -> float:
-    """The direction of an edge whose gradients fall into bin `index`: radians, anticlockwise from horizontal.
+    """Return the direction of an edge whose gradients fall into bin `index`: radians, anticlockwise from horizontal.
 
-    With the HOG's kernels (gx, gy) = -(dI/dx, dI/dy) in image axes (y down), and the bin is that of
-    a = atan2(gx, gy), an angle counted from the y axis. The gradient thus points along (sin a, cos a), and
-    the edge, perpendicular to it, along (cos a, -sin a): with y turned up, that is the angle a itself.
+    The HOG kernels give (gx, gy) = -(dI/dx, dI/dy) in image coordinates (y down), and the bin is that of
+    a = atan2(gx, gy), an angle measured from the y axis. The gradient therefore points along (sin a, cos a), and
+    the edge, which is perpendicular to it, along (cos a, -sin a). With y pointing up, that is the angle a itself.
     """
     return (index + 0.5) * math.pi / bins
 
 
 def hog_glyphs(hog: Floats, cell_pixels: int = 12, scale: float | None = None) -> Floats:
-    """Draw a HOG map as line glyphs: through the middle of each cell a line a bin, along the edge it means.
+    """Draw a HOG map as line glyphs: one line per bin through the centre of each cell, in the direction of its edges.
 
-    A line's length and brightness grow with its weight: the glyphs look like the contours of the image.
+    Length and brightness of a line grow with its weight, so the glyphs resemble the contours of the image.
 
     Args:
-        hog: (bins, Hc, Wc), one colour channel or the sum over channels; what is below 0 is not drawn.
-        cell_pixels: side of a cell in the picture.
-        scale: the weight that gives a full line; None takes the largest in `hog`.
+        hog: (bins, Hc, Wc), one colour channel or the sum over channels; negative values are not drawn.
+        cell_pixels: side of a cell in the output, in pixels.
+        scale: the weight that gives a full line; None = the largest weight in `hog`.
 
-    Returns brightness (Hc * cell_pixels, Wc * cell_pixels) float32 in 0..1.
+    Returns:
+        brightness (Hc * cell_pixels, Wc * cell_pixels), float32 in [0, 1].
     """
     bins, rows, columns = hog.shape
     top = float(hog.max(initial=0.0)) if scale is None else scale
     weights = np.clip(hog / top, 0.0, 1.0) if top > 0 else np.zeros(hog.shape)
-    place = np.arange(cell_pixels) - (cell_pixels - 1) / 2
-    right, up = place[None, :], -place[:, None]
+    offset = np.arange(cell_pixels) - (cell_pixels - 1) / 2
+    right, up = offset[None, :], -offset[:, None]
     thickness = max(1.0, cell_pixels / 9)
     canvas = np.zeros((rows, columns, cell_pixels, cell_pixels), dtype=np.float32)
     for index in range(bins):
@@ -110,12 +116,12 @@ def hog_glyphs(hog: Floats, cell_pixels: int = 12, scale: float | None = None) -
 
 
 def grey_out(image: Pixels, hidden: NDArray[np.bool_], grey: int = GREY) -> Pixels:
-    """A copy of the image (H, W, 3) uint8 with the patches that `hidden` (Hp, Wp) bool marks painted grey."""
+    """Return a copy of the image (H, W, 3) uint8 whose hidden patches, `hidden` (Hp, Wp) bool, are grey."""
     return np.where(_spread(hidden, image.shape[:2])[..., None], np.uint8(grey), image)
 
 
 def _spread(mask: NDArray[np.bool_], size: tuple[int, ...]) -> NDArray[np.bool_]:
-    """`mask` (Hp, Wp) at (H, W): each pixel takes the patch that it lies in."""
+    """Resize `mask` (Hp, Wp) to (H, W): each pixel takes the value of its patch."""
     rows = np.arange(size[0]) * mask.shape[0] // size[0]
     columns = np.arange(size[1]) * mask.shape[1] // size[1]
     return mask[rows[:, None], columns]
@@ -127,7 +133,7 @@ class HogRow:
 
     Attributes:
         image: (H, W, 3) uint8, the input.
-        seen: (H, W, 3) uint8, the input as the model saw it (`grey_out`).
+        seen: (H, W, 3) uint8, the input with hidden patches in grey (`grey_out`).
         target: (bins, Hc, Wc) or (3, bins, Hc, Wc); colour channels are summed before drawing.
         predicted: the same shape; only hidden patches are drawn.
         hidden: (Hp, Wp) bool, True = removed from the model's view.
@@ -143,9 +149,9 @@ class HogRow:
 
 
 def hog_figure(rows: Sequence[HogRow], title: str = "", headers: Sequence[str] = HEADERS) -> Image.Image:
-    """A labelled picture with a row for each sample: input, what the model saw, HOG target, HOG predicted.
+    """Return an image with one row per sample: input, input of the model, HOG target, HOG prediction.
 
-    Target and prediction of a row are drawn at the same scale, so that a timid prediction looks timid.
+    Target and prediction of a row share one scale, so that a prediction that is too weak looks weak.
     """
     side = max([MIN_TILE, *(MIN_CELL * max(row.target.shape[-2:]) for row in rows)])
     return tile_grid([_hog_tiles(row, side) for row in rows], headers, [row.caption for row in rows], title)
@@ -168,7 +174,7 @@ def _hog_tiles(row: HogRow, side: int) -> list[Pixels]:
 
 
 def _tinted(brightness: Floats, where_hidden: Colour, where_seen: Colour, hidden: NDArray[np.bool_]) -> Pixels:
-    """(H, W) in 0..1 -> (H, W, 3) uint8 from the ground of hidden or seen patches to their colour."""
+    """Map brightness (H, W) in [0, 1] to colours (H, W, 3) uint8: from the background of a patch to its line colour."""
     colour = np.where(hidden[..., None], where_hidden, where_seen)
     ground = np.where(hidden[..., None], HIDDEN_GROUND, SEEN_GROUND)
     mixed = ground + brightness[..., None] * (colour - ground)
@@ -191,11 +197,11 @@ class SpectrumRow:
     """One row of `spectrum_figure`.
 
     Attributes:
-        image, seen: (H, W, 3) uint8, the input, and what the model saw of it.
-        spectrum, predicted_spectrum: (H, W) magnitudes, at least 0; frequency 0 in the middle.
+        image, seen: (H, W, 3) uint8, the input, and the filtered input of the model.
+        spectrum, predicted_spectrum: (H, W) magnitudes, at least 0; frequency 0 in the centre.
         removed: (H, W) bool, True = frequencies removed from the model's view.
-        predicted, together: (H, W, 3) or (H, W) uint8, the predicted image, and the input with its removed frequencies
-            taken from there.
+        predicted, together: (H, W, 3) or (H, W) uint8, the predicted image, and the input whose removed frequencies
+            are taken from the prediction.
         caption: a line above the row.
     """
 
@@ -210,7 +216,7 @@ class SpectrumRow:
 
 
 def log_brightness(magnitude: Floats, reference: Floats) -> Floats:
-    """Magnitudes (H, W) on a logarithmic scale, 0..1 from the 1st to the 99.9th percentile of `reference`."""
+    """Map magnitudes (H, W) to [0, 1] on a log scale, from the 1st to the 99.9th percentile of `reference`."""
     low, high = np.log(np.maximum(np.percentile(reference, (1, 99.9)), 1e-6))
     logarithm = np.log(np.maximum(magnitude, 1e-6))
     return np.clip((logarithm - low) / max(high - low, 1e-6), 0.0, 1.0)
@@ -255,17 +261,18 @@ def tile_grid(
     title: str = "",
     gap: int = 8,
 ) -> Image.Image:
-    """Rows of tiles under column headers.
+    """Return an image of rows of tiles under column headers.
 
     Args:
-        rows: tiles (H, W, 3) or (H, W) uint8, as many a row as there are headers, of any size: a column is as
-            wide as its widest tile, a row as high as its highest.
-        headers: a column's name; further lines after a line break are set smaller, and wrapped to the column.
-        captions: a line above each row, or none at all.
-        title: a line above everything.
+        rows: tiles (H, W, 3) or (H, W) uint8, one per header in each row. A column is as wide as its widest tile, a
+            row as high as its highest.
+        headers: one per column; lines after the first are set smaller and wrapped to the width of the column.
+        captions: one line above each row; empty = none.
+        title: a line at the top.
         gap: pixels between tiles.
 
-    Raises ValueError where the numbers of tiles, headers and captions disagree.
+    Raises:
+        ValueError: the numbers of tiles, headers and captions differ.
     """
     if not rows or any(len(row) != len(headers) for row in rows):
         raise ValueError(f"rows of {[len(row) for row in rows]} tiles given: expected {len(headers)} in each")
@@ -300,7 +307,7 @@ def tile_grid(
 
 
 def _wrapped(header: str, font: Font, width: int) -> list[str]:
-    """The header's first line as it is; the lines after it, broken between words to fit into `width`."""
+    """Return the lines of a header: the first unchanged, the others wrapped at word boundaries to `width` pixels."""
     name, *notes = header.split("\n")
     lines = [name]
     for note in notes:

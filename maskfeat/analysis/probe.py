@@ -1,13 +1,14 @@
-"""Probes of frozen features: a linear classifier and nearest neighbours, on what a backbone makes of whole samples.
+"""Probes of frozen features: a linear classifier and k nearest neighbours on the features of a backbone.
 
 Shape legend: N training and M test samples, D features, K classes.
 """
 
+import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from maskfeat.data.loader import BatchLoader
@@ -15,35 +16,42 @@ from maskfeat.engine.parallelize import autocast
 from maskfeat.models.base import Backbone
 
 BLOCKS = 4
-"""Last blocks whose features are put side by side, as Caron et al. (ICCV 2021, appendix) do for small ViTs: the very
-last one is the most bent to what was predicted in pre-training."""
+"""Number of last blocks whose features are concatenated, as Caron et al. (ICCV 2021, appendix) do for small ViTs. The
+very last block is the most specialised to the pre-training target."""
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-"""Of the weighted vote of Wu et al. (CVPR 2018), section 3.4; as many neighbours as Caron et al. (ICCV 2021)."""
+"""k and temperature of the weighted kNN of Wu et al. (CVPR 2018), section 3.4; k as in Caron et al. (ICCV 2021)."""
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2)
-"""Of the penalty on the squared weights, from which a fifth of the training samples chooses."""
+"""Candidate strengths of the L2 penalty; the best on a fifth of the training samples is used."""
 _STEPS = 200
 
 
 class Features(NamedTuple):
-    """x (N, D) float32 and label (N,) int64, on the CPU."""
+    """Features of samples and their labels: x (N, D) float32 and label (N,) int64, on the CPU."""
 
     x: Tensor
     label: Tensor
 
 
 def _pooled(out: Tensor, class_tokens: int) -> Tensor:
-    """What a block gives, tokens (B, N, C) or a feature map (B, C, H, W), averaged over places: (B, C) float32."""
-    places = out.flatten(2).transpose(1, 2) if out.dim() == 4 else out[:, class_tokens:]
-    return places.float().mean(dim=1)
+    """Average the output of a block, tokens (B, N, C) or a feature map (B, C, H, W), over positions: (B, C) float32."""
+    positions = out.flatten(2).transpose(1, 2) if out.dim() == 4 else out[:, class_tokens:]
+    return positions.float().mean(dim=1)
 
 
 @torch.no_grad()
 def features(backbone: Backbone, loader: BatchLoader, device: torch.device, precision: str = "off") -> Features:
-    """The means over the patch tokens of each of the last `BLOCKS` blocks, side by side, of every sample of a loader
-    with nothing hidden.
+    """Return the features of every sample of a loader.
+
+    They are the patch tokens of each of the last `BLOCKS` blocks, averaged and concatenated. Nothing is hidden.
+
+    Args:
+        backbone: on `device`; left in evaluation mode.
+        loader: of labelled samples.
+        device: where features are computed.
+        precision: "off", "bf16" or "fp16".
 
     Raises:
-        ValueError: a sample that cannot be read.
+        ValueError: a sample cannot be read.
     """
     backbone.eval()
     rows, labels = [], []
@@ -71,58 +79,77 @@ def features(backbone: Backbone, loader: BatchLoader, device: torch.device, prec
 
 
 def standardised(train: Features, test: Features) -> tuple[Features, Features]:
-    """Both with the mean 0 and the standard deviation 1 that each feature of `train` then has.
+    """Standardise both by the mean and standard deviation of each feature of `train`.
 
-    A feature that hardly varies keeps its small deviation: at least a thousandth of the largest one.
+    A standard deviation of less than a thousandth of the largest one is replaced by that, so that features that hardly
+    vary are not amplified.
     """
     mean, std = train.x.mean(dim=0), train.x.std(dim=0)
     std = std.clamp(min=float(std.max()) * 1e-3 + 1e-12)
     return Features((train.x - mean) / std, train.label), Features((test.x - mean) / std, test.label)
 
 
-def _fit(train: Features, num_classes: int, strength: float) -> tuple[Tensor, Tensor]:
-    """Weight (K, D) and bias (K,) of the penalised multinomial logistic regression, by L-BFGS; nothing is drawn."""
-    weight = torch.zeros(num_classes, train.x.shape[1], device=train.x.device, requires_grad=True)
-    bias = torch.zeros(num_classes, device=train.x.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=_STEPS, history_size=10, line_search_fn="strong_wolfe")
+def estimator_types() -> tuple[type[Any], type[Any]]:
+    """Return scikit-learn's `LogisticRegression` and `KNeighborsClassifier`.
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(train.x, weight, bias), train.label) + strength * weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weight.detach(), bias.detach()
+    Raises:
+        ValueError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.neighbors import KNeighborsClassifier
+    except ImportError as error:
+        raise ValueError("probes need scikit-learn, which is not installed: pip install '.[probes]'") from error
+    return LogisticRegression, KNeighborsClassifier
 
 
-def _right(fit: tuple[Tensor, Tensor], test: Features) -> float:
-    return 100.0 * float((F.linear(test.x, *fit).argmax(dim=1) == test.label).float().mean())
+def _fit(train: Features, strength: float) -> Any:
+    """Fit a multinomial logistic regression by L-BFGS: mean cross-entropy + strength x sum of squared weights.
+
+    scikit-learn minimises C x sum of cross-entropies + half the sum of squared weights. For two classes it holds one
+    weight vector, the difference of both, whose square is twice the sum of their squares.
+    """
+    logistic_regression, _ = estimator_types()
+    halves = 1 if len(train.label.unique()) == 2 else 2
+    classifier = logistic_regression(C=1 / (halves * strength * len(train.label)), max_iter=_STEPS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lbfgs failed to converge")  # weak penalties take more steps and gain nothing
+        return classifier.fit(train.x.numpy(), train.label.numpy())
 
 
-def linear_probe(train: Features, test: Features, num_classes: int, strengths: Sequence[float] = STRENGTHS) -> float:
-    """Top-1 in percent of a linear classifier on standardised features.
+def _top1(classifier: Any, test: Features) -> float:
+    return 100.0 * float(classifier.score(test.x.numpy(), test.label.numpy()))
 
-    The strength of its penalty is the one that does best on every fifth training sample when fitted to the others; then
-    it is fitted to all of them. The test samples choose nothing.
+
+def linear_probe(train: Features, test: Features, strengths: Sequence[float] = STRENGTHS) -> float:
+    """Return the top-1 accuracy, in percent, of a linear classifier on standardised features.
+
+    The strength of the penalty is the one with the best accuracy on every fifth training sample when fitted to the
+    others; the classifier is then fitted to all training samples. Test samples are used for the final accuracy alone.
+
+    Raises:
+        ValueError: scikit-learn is not installed.
     """
     train, test = standardised(train, test)
     held = torch.arange(len(train.label)) % 5 == 0
     part, rest = Features(train.x[~held], train.label[~held]), Features(train.x[held], train.label[held])
-    best = max(strengths, key=lambda strength: _right(_fit(part, num_classes, strength), rest))
-    return _right(_fit(train, num_classes, best), test)
+    best = max(strengths, key=lambda strength: _top1(_fit(part, strength), rest))
+    return _top1(_fit(train, best), test)
 
 
-def nearest_neighbours(train: Features, test: Features, num_classes: int, k: int = NEIGHBOURS) -> float:
-    """Top-1 in percent of a vote of the k nearest training samples by the cosine of standardised features, each with
-    the weight exp(cosine / TEMPERATURE).
+def nearest_neighbours(train: Features, test: Features, k: int = NEIGHBOURS) -> float:
+    """Return the top-1 accuracy, in percent, of a weighted kNN classifier on standardised features.
+
+    The k training samples with the largest cosine similarity vote, each with weight exp(cosine / TEMPERATURE).
+
+    Raises:
+        ValueError: scikit-learn is not installed.
     """
     train, test = standardised(train, test)
-    known, asked = F.normalize(train.x, dim=1), F.normalize(test.x, dim=1)
-    right = 0
-    for rows, labels in zip(asked.split(1000), test.label.split(1000), strict=True):
-        cosine, nearest = (rows @ known.T).topk(min(k, len(known)), dim=1)
-        votes = torch.zeros(len(rows), num_classes, device=rows.device)
-        votes.scatter_add_(1, train.label[nearest], ((cosine - 1) / TEMPERATURE).exp())
-        right += int((votes.argmax(dim=1) == labels).sum())
-    return 100.0 * right / len(test.label)
+    _, neighbours = estimator_types()
+    classifier = neighbours(
+        min(k, len(train.label)),
+        metric="cosine",
+        weights=lambda distance: np.exp(-distance / TEMPERATURE),  # distance = 1 - cosine; constant factors cancel
+    )
+    return _top1(classifier.fit(train.x.numpy(), train.label.numpy()), test)

@@ -1,6 +1,6 @@
-"""Pictures of what a pre-trained model predicts: `tools/visualize.py` calls `main`.
+"""Images of the predictions of a pre-trained model: `tools/visualize.py` calls `main`.
 
-Shape legend: B samples, T frames, H x W pixels, grid = output tokens ([T',] H', W'), F numbers a token.
+Shape legend: B samples, T frames, H x W pixels, grid = output tokens ([T',] H', W'), F values per token.
 """
 
 import argparse
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def to_pixels(clip: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """A normalised clip (3, [T,] H, W) -> (T, H, W, 3) uint8; an image is one frame."""
+    """Convert a normalised clip (3, [T,] H, W) to pixels (T, H, W, 3) uint8; an image has one frame."""
     frames = clip if clip.dim() == 4 else clip.unsqueeze(1)
     shape = (3, 1, 1, 1)
     unit = frames * torch.tensor(std).reshape(shape) + torch.tensor(mean).reshape(shape)
@@ -40,11 +40,13 @@ def to_pixels(clip: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.n
 def hog_rows(
     objective: MaskFeat, batch: Batch, mean: Sequence[float], std: Sequence[float], frames: int = 2
 ) -> list[HogRow]:
-    """Rows of `hog_figure` for a batch: one for an image, `frames` (at most T') for a clip.
+    """Return the rows of `hog_figure` for a batch: one per image, `frames` (at most T') per clip.
 
     Args:
         objective: on the CPU.
         batch: with masks; clips normalised by `mean` and `std`.
+        mean, std: of each colour channel.
+        frames: output frames to draw of each clip, spread evenly.
     """
     objective.eval()
     hidden = objective.hidden_tokens(batch)
@@ -56,7 +58,7 @@ def hog_rows(
     on_grid = (len(batch), *((1,) * (3 - len(grid))), *grid)
     rows = []
     for sample in range(len(batch)):
-        pictures = to_pixels(batch.clip[sample], mean, std)
+        pixels = to_pixels(batch.clip[sample], mean, std)
         steps = np.unique(np.linspace(0, on_grid[1] - 1, min(frames, on_grid[1])).round().astype(int))
         for step in steps:
             real, guess = (
@@ -65,19 +67,20 @@ def hog_rows(
             )
             mask = hidden.reshape(on_grid)[sample, step].numpy()
             frame = int(step) * objective.backbone.frame_stride
-            place = int(batch.index[sample]) if batch.index is not None else sample
-            caption = f"sample {place}" + (f", frame {frame}" if len(grid) == 3 else "")
-            rows.append(HogRow(pictures[frame], grey_out(pictures[frame], mask), real, guess, mask, caption))
+            index = int(batch.index[sample]) if batch.index is not None else sample
+            caption = f"sample {index}" + (f", frame {frame}" if len(grid) == 3 else "")
+            rows.append(HogRow(pixels[frame], grey_out(pixels[frame], mask), real, guess, mask, caption))
     return rows
 
 
 @torch.no_grad()
 def spectrum_rows(objective: MFM, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> list[SpectrumRow]:
-    """Rows of `spectrum_figure` for a batch of images; spectra are averaged over colours.
+    """Return the rows of `spectrum_figure` for a batch of images; spectra are averaged over colours.
 
     Args:
         objective: on the CPU.
-        batch: normalised by `mean` and `std`; without masks they are drawn.
+        batch: normalised by `mean` and `std`; where it has no masks, they are sampled.
+        mean, std: of each colour channel.
     """
     objective.eval()
     batch = objective.prepare(batch)
@@ -85,7 +88,7 @@ def spectrum_rows(objective: MFM, batch: Batch, mean: Sequence[float], std: Sequ
     prediction = objective.predict_image(seen).float()
     masks, real, guess = removed.whole(), spectrum(target), spectrum(prediction)
     together = inverse_spectrum(torch.where(masks, guess, real)).real
-    if objective.target_channels == 1:  # grey of normalised colours: the scale that gives the grey of the pixels back
+    if objective.target_channels == 1:  # undo the normalisation of the grey image
         luma, scale = torch.tensor(LUMA), torch.tensor(std)
         grey_std = 1 / float((luma / scale).sum())
         grey_mean = float((luma * torch.tensor(mean) / scale).sum()) * grey_std
@@ -98,14 +101,17 @@ def spectrum_rows(objective: MFM, batch: Batch, mean: Sequence[float], std: Sequ
         image, filtered = (to_pixels(clip[i], mean, std)[0] for clip in (batch.clip, seen))
         guessed, whole = (to_pixels(clip[i], *target_scale)[0] for clip in (prediction, together))
         magnitudes = [values[i].abs().mean(dim=0).numpy() for values in (real, guess)]
-        place = int(batch.index[i]) if batch.index is not None else i
+        index = int(batch.index[i]) if batch.index is not None else i
         mask = masks[i, 0].numpy()
-        rows.append(SpectrumRow(image, filtered, magnitudes[0], mask, guessed, magnitudes[1], whole, f"sample {place}"))
+        rows.append(SpectrumRow(image, filtered, magnitudes[0], mask, guessed, magnitudes[1], whole, f"sample {index}"))
     return rows
 
 
 def _pretrained(cfg: CfgNode) -> tuple[MaskFeat | MFM, str]:
-    """The objective with TEST.CHECKPOINT_FILE_PATH, or else the last checkpoint of OUTPUT_DIR; and that file."""
+    """Return the objective with its weights loaded, and the path of the checkpoint.
+
+    The checkpoint is TEST.CHECKPOINT_FILE_PATH, or else the newest one in OUTPUT_DIR.
+    """
     objective = build_objective(cfg)
     if not isinstance(objective, MaskFeat | MFM):
         raise ValueError(
@@ -123,7 +129,7 @@ def _pretrained(cfg: CfgNode) -> tuple[MaskFeat | MFM, str]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Rows of a picture: of HOG or of spectra, never both; and the checkpoint that they come from."""
+    """Rows of an image, either of HOG or of spectra, and the checkpoint that made the predictions."""
 
     hog: list[HogRow]
     spectra: list[SpectrumRow]
@@ -131,16 +137,16 @@ class Drawing:
 
     @property
     def name(self) -> str:
-        """The usual name of such a picture."""
+        """The default file name of the image."""
         return "hog_predictions.png" if self.hog else "spectrum_predictions.png"
 
     def figure(self, title: str) -> Image.Image:
-        """The picture."""
+        """Return the image."""
         return hog_figure(self.hog, title) if self.hog else spectrum_figure(self.spectra, title)
 
 
 def drawing(cfg: CfgNode, number: int) -> Drawing:
-    """What a pre-trained model predicts for `number` samples spread over the validation set."""
+    """Predict `number` samples, spread evenly over the validation set, with the pre-trained model of a config."""
     objective, path = _pretrained(cfg)
     loader = build_loader(cfg, "val")
     chosen = np.unique(np.linspace(0, len(loader.labels) - 1, number).round().astype(int))
@@ -154,12 +160,17 @@ def drawing(cfg: CfgNode, number: int) -> Drawing:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Draw the figure and return the exit code; `prog` is the name of the command in its help."""
+    """Draw the predictions of a checkpoint into a PNG file; return the exit code.
+
+    Args:
+        argv: the command line; None = sys.argv.
+        prog: name of the command in its help.
+    """
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Draw what a pre-trained checkpoint predicts beside what it saw and should have predicted: HOG "
-        "(MaskFeat) or spectra (MFM).",
-        epilog="The checkpoint is TEST.CHECKPOINT_FILE_PATH, or else the last one in OUTPUT_DIR.",
+        description="Draw the predictions of a pre-trained checkpoint beside its inputs and targets: HOG (MaskFeat) or "
+        "spectra (MFM).",
+        epilog="The checkpoint is TEST.CHECKPOINT_FILE_PATH, or else the newest one in OUTPUT_DIR.",
     )
     parser.add_argument(
         "--cfg",

@@ -20,7 +20,7 @@ from torchvision.models import get_weight
 from maskfeat.checkpoint.download import download, is_url
 from maskfeat.checkpoint.limits import MAX_DEPTH, RefusedFile, check_file
 from maskfeat.config.yaml_io import parse_entries
-from maskfeat.file_io import NotReadable, open_regular_file
+from maskfeat.file_io import NotReadable, local_path, open_regular_file
 
 # Training scripts save the options of the run beside the parameters. Both classes hold values and run nothing. PyTorch
 # fills no dict subclass but its own, so yacs configs become ordered dicts.
@@ -48,7 +48,7 @@ def _torchvision_file(name: str) -> Path:
 def _local_file(given: str) -> Path:
     if _TORCHVISION.fullmatch(given) and not Path(given).exists():
         return _torchvision_file(given)
-    return download(given) if is_url(given) else Path(given)
+    return download(given) if is_url(given) else Path(local_path(given))
 
 
 def _load(path: Path) -> Any:
@@ -114,7 +114,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a file on the CPU without running anything it contains.
 
     Args:
-        path: a local file, an http(s) URL, or the name of torchvision weights such as ResNet50_Weights.IMAGENET1K_V1.
+        path: a local file, an http(s) URL, a path whose scheme has a handler (`file_io.path_manager`), or the name of
+            torchvision weights such as ResNet50_Weights.IMAGENET1K_V1.
 
     Returns:
         what the file holds: tensors, plain values and containers of them.

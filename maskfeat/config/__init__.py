@@ -40,7 +40,7 @@ def load_config(
         ValueError: a file, key or value that cannot be used, or values that do not go together. The message
             says what was given, what was expected, and which key mends it.
     """
-    layers = [] if path is None else read_chain(Path(path))
+    layers = [] if path is None else read_chain(path)
     overrides = override_entries(opts)
     allowed = _schema([*layers, overrides])
     cfg = allowed.defaults

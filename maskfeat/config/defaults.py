@@ -37,7 +37,7 @@ def _run(cfg: CfgNode) -> None:
     cfg.DIST_BACKEND = "nccl"  # "nccl" | "gloo"
     cfg.HANG_MINUTES = 20.0  # ours: without progress, after which hung processes are named and the run ends; 0 = never
     cfg.LOG_PERIOD = 10  # iterations between two progress lines
-    cfg.LOG_MODEL_INFO = True  # log the model's structure and parameter count at the start
+    cfg.LOG_MODEL_INFO = True  # log a table of the backbone's parameters, multiply-adds and activations at the start
 
     cfg.DATA_LOADER = CfgNode()
     cfg.DATA_LOADER.NUM_WORKERS = 8  # data processes per training process; 0 = none, load in the loop

@@ -4,6 +4,8 @@ import difflib
 import os
 from pathlib import Path
 
+from maskfeat.file_io import local_path
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 INSTALLED = (_PACKAGE / "configs").is_dir()
@@ -39,13 +41,14 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
     """Return the YAML file that `--cfg` names.
 
     Args:
-        name: the path of a YAML file, or the name of a recipe, such as `masked_ssl/in1k_VIT_B_MaskFeat_PT`. A file
-            that exists at this path comes before a recipe of the same name.
+        name: the path of a YAML file, local or with a scheme that has a handler (`file_io.path_manager`), or the name
+            of a recipe, such as `masked_ssl/in1k_VIT_B_MaskFeat_PT`. A file that exists at this path comes before a
+            recipe of the same name.
 
     Raises:
         ValueError: there is neither a file nor a recipe; the message lists the nearest recipes.
     """
-    path = os.path.expanduser(name)
+    path = os.path.expanduser(local_path(name))
     if os.path.isfile(path):
         return Path(path)
     shipped = shipped_file(name)

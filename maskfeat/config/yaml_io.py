@@ -5,6 +5,7 @@ bounded, so that a file from a stranger can neither run code nor hang the progra
 """
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Entry:
 Tree = dict[str, "Tree | Entry"]
 
 
-def read_chain(path: Path) -> list[dict[str, Entry]]:
+def read_chain(path: str | os.PathLike[str]) -> list[dict[str, Entry]]:
     """The entries of a YAML and of its `_BASE_` files, the outermost base first.
 
     `_BASE_` is a path relative to the file it stands in, or else the name of a recipe. It must stay in the folder of

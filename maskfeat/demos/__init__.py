@@ -1,1 +1,1 @@
-"""What demonstrates: quickstart, evidence suites, synthetic and small data sets. Nothing here is needed to train."""
+"""Demonstrations: the quickstart, evidence suites, synthetic data and CIFAR-10; not needed for training."""

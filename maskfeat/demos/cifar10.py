@@ -1,6 +1,7 @@
-"""CIFAR-10 (Krizhevsky, 2009) laid out as folders that `DATA.PATH_TO_DATA_DIR` takes: all of it, and a labelled tenth.
+"""Lay out CIFAR-10 (Krizhevsky, 2009) in folders for `DATA.PATH_TO_DATA_DIR`: the whole set, and a labelled tenth.
 
-Nothing is unpacked by its own name, and no pickle is read: the archive "for Python" is one, the binary one is not.
+File names of the archive are never used as paths, and no pickle is read: the "Python version" of the archive holds
+pickles, the binary version does not.
 """
 
 import argparse
@@ -26,24 +27,24 @@ logger = logging.getLogger(__name__)
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ARCHIVE = "cifar-10-binary.tar.gz"
 SPLITS = {"train": "train", "test": "val"}
-"""Of CIFAR-10 -> the folder of ImageNet's layout."""
+"""Split of CIFAR-10 -> folder of ImageNet's layout."""
 SHARES = {"all": 1, "tenth": 10}
-"""Folder -> one in so many training images has its place there."""
+"""Folder -> n: it holds every n-th training image of a class."""
 _SIDE = 32
 _RECORD = 1 + 3 * _SIDE**2
 _IN_ARCHIVE = re.compile(r"cifar-10-batches-bin/(?:data_batch_[1-5]|(test)_batch)\.bin")
 _IN_ZIP = re.compile(r"(train|test)/(\w+)/(\w+\.(?:jpg|png))")
 _LARGEST = 200_000
-"""Bytes of one picture in a zip: 32 x 32 pixels take 1,000 or so."""
+"""Bytes of one image in a zip, at most; 32 x 32 pixels take about 1,000."""
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, EOFError, OSError)
-"""What reading damaged archives raises."""
+"""Exceptions that damaged archives raise."""
 
-Picture = tuple[str, str, str, bytes]
-"""Split, class, file name, content."""
+Labelled = tuple[str, str, str, bytes]
+"""An image: split, class, file name, content."""
 
 
-def _from_archive(path: Path) -> Iterator[Picture]:
-    """The official binary archive, pictures as PNG: no value is changed."""
+def _from_archive(path: Path) -> Iterator[Labelled]:
+    """Yield the images of the official binary archive as PNG files, which change no value."""
     count: dict[tuple[str, int], int] = defaultdict(int)
     with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
         for member in archive:
@@ -69,8 +70,8 @@ def _from_archive(path: Path) -> Iterator[Picture]:
             pass
 
 
-def _from_zip(path: Path) -> Iterator[Picture]:
-    """`train/<class>/<image>` or `test/<class>/<image>` in a zip; files are taken as they are."""
+def _from_zip(path: Path) -> Iterator[Labelled]:
+    """Yield the images `train/<class>/<image>` and `test/<class>/<image>` of a zip; their content is not changed."""
     with zipfile.ZipFile(path) as archive:
         for info in sorted(archive.infolist(), key=lambda info: info.filename):
             found = _IN_ZIP.fullmatch(info.filename)
@@ -80,11 +81,11 @@ def _from_zip(path: Path) -> Iterator[Picture]:
                 raise ValueError(f"{path}: {info.filename} claims {info.file_size} bytes, too many for 32 x 32 pixels")
             if info.flag_bits & 1:
                 raise ValueError(f"{path}: {info.filename} is encrypted, expected a zip without a password")
-            with archive.open(info) as file:  # whose claim may be false: no more is unpacked
+            with archive.open(info) as file:  # the declared size may be false: unpack no more than the limit
                 yield found[1], found[2], found[3], file.read(_LARGEST + 1)
 
 
-def _pictures(source: Path) -> Iterator[Picture]:
+def _images(source: Path) -> Iterator[Labelled]:
     zips = [source / f"{split}.zip" for split in SPLITS]
     if source.is_dir() and all(path.is_file() for path in zips):
         for path in zips:
@@ -104,9 +105,17 @@ def prepare(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> P
     """Write `output/{all,tenth}/{train,val}/<class>/<image>`; both have all test images as `val`.
 
     The labelled tenth holds the first of every ten training images of a class. Its files are links to those of `all`
-    where the file system has them. A folder that is complete is left as it is.
+    where the file system supports hard links. A folder that is complete is not written again.
 
-    Returns the folder. Raises ValueError where the source is neither of the known ones, or damaged.
+    Args:
+        source: `cifar-10-binary.tar.gz`, its folder, or a folder with train.zip and test.zip.
+        output: a new folder, or one that an earlier call completed.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError: the source is not one of these, or is damaged; or the output exists and is not complete.
     """
     root, done = Path(output), Path(output) / "complete"
     if done.is_file():
@@ -118,14 +127,14 @@ def prepare(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> P
             f"{' and '.join(there)} exists and was not laid out here to its end: remove it, or name another"
         )
     draft = root / ".partial"
-    shutil.rmtree(draft, ignore_errors=True)  # of a call that was broken off
+    shutil.rmtree(draft, ignore_errors=True)  # of a call that was interrupted
     counts: dict[tuple[str, str], int] = defaultdict(int)
     try:
-        for split, name, file, content in _pictures(Path(source)):
-            place = Path(SPLITS[split], name, file)
+        for split, name, file, content in _images(Path(source)):
+            relative = Path(SPLITS[split], name, file)
             for share, every in SHARES.items():
                 if split == "test" or counts[split, name] % every == 0:
-                    _place(draft / share / place, content, draft / "all" / place)
+                    _write_or_link(draft / share / relative, content, draft / "all" / relative)
             counts[split, name] += 1
     except _NotWritten as error:
         raise ValueError(f"{root} cannot be written: {error}") from error
@@ -144,10 +153,10 @@ def prepare(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> P
 
 
 class _NotWritten(Exception):
-    """A full disk, or a folder that may not be written."""
+    """The disk is full, or the folder is not writable."""
 
 
-def _place(path: Path, content: bytes, original: Path) -> None:
+def _write_or_link(path: Path, content: bytes, original: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path != original:

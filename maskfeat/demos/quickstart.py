@@ -1,6 +1,6 @@
-"""The quickstart: pre-train, fine-tune and test small models on data made on the spot; a table and a picture.
+"""The quickstart: pre-train, fine-tune and test small models on synthetic data, and report a table and two images.
 
-Everything lands in one folder. Each stage is a command that a user would type, and is shown as one.
+Everything is written to one folder. Each stage logs the command that a user would type for it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CONFIGS = CONFIG_ROOT / "quickstart"
 
 @dataclass(frozen=True)
 class Part:
-    """One model of the quickstart: its name in words, and the folders and classes of its data."""
+    """One model of the quickstart: a description, the folders of its data, and its number of classes."""
 
     what: str
     data: str
@@ -51,7 +51,7 @@ STAGES = 1 + 3 * len(PARTS)
 
 @dataclass(frozen=True)
 class Size:
-    """How much data is made: files a class, and overrides for every run."""
+    """Amount of data, in files per class, and overrides for every run."""
 
     images: int = 120
     labelled: int = 20
@@ -63,14 +63,14 @@ class Size:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Share of right answers among `number` tests."""
+    """Accuracy on `number` test samples: `share` of them are classified correctly."""
 
     share: float
     number: int
 
     @property
     def error(self) -> float:
-        """Standard error of the share (binomial)."""
+        """Binomial standard error of the accuracy."""
         return math.sqrt(self.share * (1 - self.share) / self.number)
 
     def __str__(self) -> str:
@@ -78,19 +78,24 @@ class Outcome:
 
 
 def say(text: str) -> None:
-    """A headline between the lines of the runs, in none of their logs."""
+    """Print a headline between the runs; it is written to none of their log files."""
     logger.info("\n== %s", text)
 
 
 class Quickstart:
-    """The stages, in a folder of their own."""
+    """The stages of the quickstart.
+
+    Args:
+        root: the folder for data and runs.
+        size: how much data to make, and overrides.
+    """
 
     def __init__(self, root: Path, size: Size) -> None:
         self.root, self.size = root, size
         self.started = time.monotonic()
 
     def make_data(self) -> None:
-        """Images (many, and few with labels) and clips."""
+        """Write the images for pre-training, the labelled images, and the clips."""
         data, size = self.root / "data", self.size
         say(f"1/{STAGES} rendering images and H.264 clips into {data}")
         for name, number in (("images", size.images), ("images_few", size.labelled)):
@@ -104,17 +109,17 @@ class Quickstart:
         )
 
     def opts(self, config: str, output: str) -> list[str]:
-        """Overrides that place a run in this folder."""
+        """Return the overrides that point a run to its data and output folder."""
         kind, stage = config.split("_")
         part = PARTS[kind]
         data = self.root / "data" / (part.data if stage == "pt" else part.labelled)
-        places = ["DATA.PATH_TO_DATA_DIR", str(data), "OUTPUT_DIR", str(self.root / output)]
+        paths = ["DATA.PATH_TO_DATA_DIR", str(data), "OUTPUT_DIR", str(self.root / output)]
         if kind == "clips":
-            places += ["DATA.PATH_PREFIX", str(data)]
-        return [*places, *self.size.opts]
+            paths += ["DATA.PATH_PREFIX", str(data)]
+        return [*paths, *self.size.opts]
 
     def run(self, headline: str, config: str, output: str, *extra: str) -> None:
-        """One run of the program; an error ends the quickstart."""
+        """Run one stage; an error ends the quickstart."""
         opts = [*self.opts(config, output), *extra]
         say(f"{headline}\n   {train_command(f'quickstart/{config}.yaml', opts)}")
         code = run_net(["--cfg", str(CONFIGS / f"{config}.yaml"), *opts])
@@ -122,15 +127,15 @@ class Quickstart:
             raise SystemExit(code)
 
     def last_checkpoint(self, output: str) -> str:
-        """The last checkpoint of a pre-training run."""
+        """Return the last checkpoint of a pre-training run."""
         return str(find_checkpoints(self.root / output, "pt")[-1])
 
     def stats(self, output: str, kind: str) -> list[dict[str, Any]]:
-        """What a run logged."""
+        """Return the metrics of one kind that a run logged."""
         return read_json_stats(self.root / output / "stdout.log", kind)
 
     def run_all(self) -> None:
-        """Every stage in turn."""
+        """Run all stages in order."""
         self.make_data()
         for number, (kind, part) in zip(range(2, STAGES, 3), PARTS.items(), strict=True):
             self.run(f"{number}/{STAGES} pre-training a small {part.what}", f"{kind}_pt", f"{kind}_pt")
@@ -143,17 +148,17 @@ class Quickstart:
                 weights,
             )
             self.run(
-                f"{number + 2}/{STAGES} the same from scratch: without the pre-trained weights",
+                f"{number + 2}/{STAGES} training from scratch, without the pre-trained weights",
                 f"{kind}_ft",
                 f"{kind}_scratch",
             )
 
     def drawing(self, kind: str, number: int) -> Drawing:
-        """What a pre-trained model predicts for held-out samples."""
+        """Return the predictions of a pre-trained model for `number` held-out samples."""
         return drawing(load_config(CONFIGS / f"{kind}_pt.yaml", self.opts(f"{kind}_pt", f"{kind}_pt")), number)
 
     def draw(self) -> list[Path]:
-        """hog_predictions.png of images and clip frames, spectrum_predictions.png of images."""
+        """Write hog_predictions.png (images and clip frames) and spectrum_predictions.png (images)."""
         title = "Quickstart: held-out samples"
         hog = self.drawing("images", 4).hog + self.drawing("clips", 2).hog
         figures = {
@@ -165,12 +170,12 @@ class Quickstart:
         return [self.root / name for name in figures]
 
     def outcome(self, output: str) -> Outcome:
-        """The last test of a run."""
+        """Return the accuracy of the last test of a run."""
         tested = self.stats(output, "test_final")[-1]
         return Outcome(float(tested["top1"]) / 100, int(tested["samples"]))
 
     def table(self) -> str:
-        """What came out, in a few lines."""
+        """Return the results as a table in plain text."""
         lines = [f"{'':<18}{'first':>9}{'last':>9}{'held-out':>10}{'zero':>9}{'mean HOG':>10}   pre-training loss"]
         for kind in PARTS:
             steps = self.stats(f"{kind}_pt", "train_iter")
@@ -188,7 +193,7 @@ class Quickstart:
 
 
 def verdict(tuned: Outcome, scratch: Outcome) -> str:
-    """One sentence that the numbers bear: whether pre-training helped here."""
+    """Return a sentence that says whether pre-training helped, by two standard errors of the difference."""
     gain = tuned.share - scratch.share
     noise = math.hypot(tuned.error, scratch.error)
     points = f"{100 * gain:+.1f} points on {tuned.number} tests"
@@ -198,14 +203,16 @@ def verdict(tuned: Outcome, scratch: Outcome) -> str:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run the quickstart and return the exit code; `prog` is the name of the command in its help."""
+    """Run the quickstart; return the exit code. `prog` is the name of the command in its help."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Make small data, pre-train, fine-tune and test a ViT on images, an MViTv2 on clips (MaskFeat) and "
-        "a ResNet on images (MFM); print a table and draw hog_predictions.png and spectrum_predictions.png. Running it "
-        "again goes on where it stopped.",
+        description="Make a small data set; pre-train, fine-tune and test a ViT on images, an MViTv2 on clips "
+        "(MaskFeat) and a ResNet on images (MFM); print a table; draw hog_predictions.png and spectrum_predictions.png."
+        " Run the same command again to continue an interrupted quickstart.",
     )
-    parser.add_argument("--output", default="quickstart", metavar="DIR", help="where all lands (default: %(default)s)")
+    parser.add_argument(
+        "--output", default="quickstart", metavar="DIR", help="folder of data and runs (default: %(default)s)"
+    )
     parser.add_argument("--fresh", action="store_true", help="start over: delete the runs of an earlier quickstart")
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for every run, such as NUM_GPUS 1"
@@ -220,12 +227,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def play(quickstart: Quickstart) -> int:
-    """All stages, the table and the picture."""
+    """Run all stages, then print the table and write the images; return the exit code."""
     logger.handlers = [logging.StreamHandler(sys.stdout)]
     logger.setLevel(logging.INFO)
     logger.propagate = False
     quickstart.run_all()
-    pictures = " and ".join(map(str, quickstart.draw()))
+    images = " and ".join(map(str, quickstart.draw()))
     minutes = (time.monotonic() - quickstart.started) / 60
-    say(f"what came out, after {minutes:.1f} minutes\n\n{quickstart.table()}\n\nPictures: {pictures}")
+    say(f"results, after {minutes:.1f} minutes\n\n{quickstart.table()}\n\nImages: {images}")
     return 0

@@ -1,11 +1,11 @@
-"""Pure drawing for the synthetic data set: textured shapes on textured backgrounds, still or in motion.
+"""Render the synthetic data sets: textured shapes on textured backgrounds, still or in motion.
 
-In the images the class is the shape. In the clips it is the motion. Nothing else tells it: colour, texture,
-position, size and clutter are drawn from the same distributions for every class. A clip's height runs on
-a loop (a shape that leaves at the top enters at the bottom) and so does its size, so that *every single
-frame* has the same distribution in every class, and only frames in their order tell one motion from another.
+The class of an image is its shape, the class of a clip its motion. Nothing else depends on the class: colour, texture,
+position, size and clutter are sampled from the same distributions. The height of a shape in a clip wraps around (it
+leaves at the top and enters at the bottom) and so does its size. Therefore *every single frame* has the same
+distribution in every class, and only the order of frames tells one motion from another.
 
-Every motion keeps its class under a horizontal flip, which training draws by default (`DATA.RANDOM_FLIP`).
+A horizontal flip, which training applies at random by default (`DATA.RANDOM_FLIP`), does not change the class.
 
 Shape legend: T frames, H x W pixels, P points of a polygon.
 """
@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw
 SHAPES = ("crescent", "cross", "disc", "heart", "ring", "square", "star", "triangle")
 MOTIONS = ("bob", "fall", "grow", "rise", "shrink", "sway")
 
-SUPERSAMPLE = 4  # subpixels a side that anti-alias a polygon
-TILE_EXTENT = 1.6  # half the side of the texture that a shape wears, in units where the shape's area is 1
+SUPERSAMPLE = 4  # subpixels along each side of a pixel, to anti-alias polygons
+TILE_EXTENT = 1.6  # half the side of a shape's texture, in units where the area of the shape is 1
 
 Float = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
@@ -35,9 +35,9 @@ Box = tuple[int, int, int, int]  # left, top, width, height
 
 
 def contour(shape: str) -> Float:
-    """The outline of one of `SHAPES` as a polygon (P, 2) of area 1 around the origin, in (x, y).
+    """Return the outline of one of `SHAPES`: a polygon (P, 2) of area 1 around the origin, in (x, y).
 
-    Equal areas keep the share of foreground colour from telling the class. The ring is one polygon that runs
+    Areas are equal so that the amount of foreground colour does not reveal the class. The ring is one polygon that runs
     around the outside and back around the hole.
     """
     turn = np.linspace(0.0, 2 * np.pi, 73)
@@ -87,7 +87,7 @@ def _rotated(points: Float, angle: float) -> Float:
 
 
 def _unit_area(points: Float) -> Float:
-    """The polygon with its centroid at the origin and area 1 (shoelace formula)."""
+    """Move the centroid of a polygon to the origin and scale it to area 1 (shoelace formula)."""
     x, y = points.T
     nx, ny = np.roll(points, -1, axis=0).T
     wedge = x * ny - nx * y
@@ -100,18 +100,18 @@ def _unit_area(points: Float) -> Float:
 
 
 def _rng(seed: int, *names: object) -> np.random.Generator:
-    """A generator that depends on (seed, names) and on nothing else, such as the order of calls."""
+    """Return a generator that depends on (seed, names) alone, not on the order of calls."""
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 def _texture(rng: np.random.Generator, height: int, width: int, base: Float, contrast: float) -> Image.Image:
-    """Stripes, checks, noise or blobs, of random frequency and orientation, around `base` (3,) in 0..255."""
+    """Render stripes, checks, noise or blobs of random frequency and orientation around a colour (3,), 0 to 255."""
     kind = rng.integers(4)
     cycles, angle = rng.uniform(2.5, 8.0), rng.uniform(0.0, np.pi)
     phase = rng.uniform(0.0, 2 * np.pi, size=2)
     sharp = rng.uniform(0.6, 4.0)
-    cells = rng.random((32, 32), dtype=np.float32)  # drawn for every kind, so that all kinds draw alike
+    cells = rng.random((32, 32), dtype=np.float32)  # sampled for every kind: all use as many random numbers
     side = min(height, width)
     if kind < 2:
         y, x = np.mgrid[0:height, 0:width] * (2 * np.pi * cycles / side)
@@ -131,10 +131,10 @@ def _texture(rng: np.random.Generator, height: int, width: int, base: Float, con
 
 
 def _two_colours(rng: np.random.Generator, difficulty: float) -> tuple[Float, Float]:
-    """The colours of a background and of a shape on it, each (3,) in 0..255 and of any hue.
+    """Sample the colours of a background and of the shape on it, each (3,), 0 to 255 and of any hue.
 
-    They differ in brightness. At difficulty 0 the shape is always the lighter one, so that a small model can
-    learn from few images; at 1 it is the lighter one in half of them.
+    They differ in brightness. At difficulty 0 the shape is always the brighter one, so that a small model can
+    learn from few images; at 1 it is the brighter one in half of the images.
     """
     hues = rng.uniform(-40.0, 40.0, size=(2, 3))
     hues -= hues.mean(axis=1, keepdims=True)
@@ -163,7 +163,7 @@ class Pose:
 
 @dataclass(frozen=True)
 class Scene:
-    """What does not move: the background (with clutter), the shape and its texture, the clutter in front."""
+    """The fixed parts of a scene: background with clutter, the shape and its texture, clutter in front of it."""
 
     background: Image.Image
     outline: Float
@@ -195,7 +195,7 @@ def _scene(rng: np.random.Generator, shape: str, height: int, width: int, diffic
 
 
 def _paste_polygon(canvas: Image.Image, points: Float, paint: Callable[[Box], Image.Image]) -> None:
-    """Paint the anti-aliased polygon `points` (P, 2), in pixels, onto `canvas`; `paint(box)` colours it."""
+    """Draw the anti-aliased polygon `points` (P, 2), in pixels, onto `canvas`; `paint(box)` returns its pixels."""
     low = np.maximum(np.floor(points.min(axis=0)).astype(int) - 1, 0)
     high = np.minimum(np.ceil(points.max(axis=0)).astype(int) + 1, canvas.size)
     width, height = (int(v) for v in high - low)
@@ -213,7 +213,7 @@ def _flat(colour: tuple[int, int, int], box: Box) -> Image.Image:
 
 
 def _worn(tile: Image.Image, pose: Pose, box: Box) -> Image.Image:
-    """The part of a shape's texture that falls on `box`: it moves, turns and grows with the shape."""
+    """Return the part of a shape's texture that covers `box`; the texture moves, rotates and scales with the shape."""
     c, s = math.cos(pose.angle) / pose.scale, math.sin(pose.angle) / pose.scale
     unit = tile.width / (2 * TILE_EXTENT)
     dx, dy = box[0] - pose.x, box[1] - pose.y
@@ -226,7 +226,7 @@ def _worn(tile: Image.Image, pose: Pose, box: Box) -> Image.Image:
 
 
 def _draw(scene: Scene, pose: Pose, wrap: bool) -> Pixels:
-    """One frame (H, W, 3) uint8. `wrap` lets a shape that leaves at the top enter at the bottom."""
+    """Render one frame (H, W, 3) uint8. With `wrap`, a shape that leaves at the top enters at the bottom."""
     canvas = scene.background.copy()
     outline = _rotated(scene.outline, pose.angle) * pose.scale
     for lift in (-canvas.height, 0, canvas.height) if wrap else (0,):
@@ -238,7 +238,7 @@ def _draw(scene: Scene, pose: Pose, wrap: bool) -> Pixels:
 
 
 def _turn(rng: np.random.Generator, difficulty: float) -> float:
-    """A random angle in radians: upright within 10 degrees at difficulty 0, any at 1."""
+    """Sample an angle in radians: within 10 degrees of upright at difficulty 0, any angle at 1."""
     return math.radians(float(rng.uniform(-1.0, 1.0)) * (10.0 + 170.0 * difficulty))
 
 
@@ -250,7 +250,7 @@ def render_image(
     seed: int = 0,
     difficulty: float = 0.1,
 ) -> Pixels:
-    """One image (H, W, 3) uint8, RGB: a pure function of the arguments."""
+    """Render one image (H, W, 3) uint8, RGB: a pure function of the arguments."""
     rng = _rng(seed, "image", split, shape, number)
     height, width = size
     scene = _scene(rng, shape, height, width, difficulty)
@@ -260,13 +260,13 @@ def render_image(
 
 
 def motion_track(motion: str, rng: np.random.Generator, num_frames: int, fps: float) -> Float:
-    """The path of a clip's shape: (T, 3) of x, y in [0, 1) of the frame and the size in [0, 1) of its range.
+    """Return the path of the shape in a clip: (T, 3), x and y as fractions of the frame, and the size in [0, 1).
 
-    The first frame is the same for every motion given the same generator. At every frame of every motion, y
-    and size are uniform on their loops, and x is where a swing of random phase stands (frozen there unless
-    the motion is `sway`), so that only the order of frames tells the class. `bob` swings up and down, `sway`
-    from side to side, both at 1.1 to 1.6 swings a second; `rise`, `fall`, `grow` and `shrink` go through
-    0.7 to 1.1 of their loop in a second. A view should therefore span about a second.
+    The first frame is the same for every motion, given the same generator. In every frame of every motion, y and size
+    are uniform over their range, and x is the position of a swing of random phase (constant except for `sway`), so that
+    only the order of frames tells the class. `bob` swings up and down, `sway` from side to side, both at 1.1 to
+    1.6 swings a second; `rise`, `fall`, `grow` and `shrink` cover 0.7 to 1.1 of their range in a second. A view
+    should therefore span about a second.
     """
     x, y, size = rng.uniform((0.44, 0.0, 0.0), (0.56, 1.0, 1.0))
     rate, swings, reach, phase = rng.uniform((0.7, 1.1, 0.18, 0.0), (1.1, 1.6, 0.28, 2 * np.pi))
@@ -297,13 +297,13 @@ def render_clip(
     seed: int = 0,
     difficulty: float = 0.1,
 ) -> Pixels:
-    """One clip (T, H, W, 3) uint8, RGB: a pure function of the arguments. It shows any of `SHAPES`."""
+    """Render one clip (T, H, W, 3) uint8, RGB, of a random shape of `SHAPES`: a pure function of the arguments."""
     rng = _rng(seed, "clip", split, motion, number)
     height, width = size
     scene = _scene(rng, SHAPES[rng.integers(len(SHAPES))], height, width, difficulty)
     angle = _turn(rng, difficulty)
     track = motion_track(motion, rng, num_frames, fps)
-    # the size runs on a logarithmic scale: even steps of it look like even growth
+    # sizes are on a log scale, on which equal steps look like steady growth
     scales = min(size) * 0.25 * (0.6 / 0.25) ** track[:, 2]
     return np.stack(
         [

@@ -1,6 +1,6 @@
-"""A small labelled data set that needs no download: images in ImageNet's layout, clips in Kinetics' layout.
+"""Write synthetic labelled data sets: images in ImageNet's layout, clips in Kinetics' layout.
 
-What the pictures show, and what tells a class and what does not, is in `maskfeat/demos/scenes.py`.
+`maskfeat/demos/scenes.py` describes what they show and what distinguishes the classes.
 """
 
 import argparse
@@ -20,14 +20,18 @@ from maskfeat.demos.scenes import MOTIONS, SHAPES, Pixels, render_clip, render_i
 logger = logging.getLogger(__name__)
 
 STAMP = "dataset.json"
-VERSION = 1  # of what is drawn: a folder made by another version is not taken for this one's
+VERSION = 1  # of the rendering: a folder made by another version is refused
 ENCODERS = ("libx264", "libopenh264", "mpeg4")
 
 
 def write_video(path: Path, frames: Pixels, fps: int) -> str:
-    """Write (T, H, W, 3) uint8 frames, H and W even, as an MP4 by the first of `ENCODERS` that is there.
+    """Write (T, H, W, 3) uint8 frames, H and W even, as an MP4 with the first of `ENCODERS` that is available.
 
-    Returns the encoder's name. Raises ValueError where PyAV has none of them.
+    Returns:
+        the name of the encoder.
+
+    Raises:
+        ValueError: PyAV has none of them.
     """
     encoder = next((name for name in ENCODERS if name in av.codecs_available), None)
     if encoder is None:
@@ -39,7 +43,7 @@ def write_video(path: Path, frames: Pixels, fps: int) -> str:
         stream.pix_fmt = "yuv420p"
         if encoder != "libx264":
             stream.bit_rate = max(200_000, frames[0].size * fps // 12)
-        stream.codec_context.thread_count = 1  # small frames gain nothing from more
+        stream.codec_context.thread_count = 1  # more threads do not speed up small frames
         for pixels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode(None))
@@ -55,19 +59,23 @@ def make_images(
     seed: int = 0,
     difficulty: float = 0.1,
 ) -> Path:
-    """Write `root/{train,val}/<shape>/NNNN.jpg`, ImageNet's layout; labels follow the sorted names.
+    """Write `root/{train,val}/<shape>/NNNN.jpg`, ImageNet's layout; labels are indices of the sorted class names.
 
     Args:
-        root: a new or empty folder, or one that an earlier call with the same arguments made (then
-            nothing is done, unless that call was cut short).
+        root: a new or empty folder, or one that an earlier call with the same arguments made (then nothing is done,
+            unless that call was interrupted).
         classes: some of `SHAPES`.
         train_per_class, val_per_class: images of each class, at least 1.
         size: (height, width) in pixels, at least 32.
         seed: the same seed gives the same pixels.
-        difficulty: 0 to 1. It raises the contrast of the textures, the clutter, the angles that shapes are
-            turned by, and how often a shape is darker than its background.
+        difficulty: 0 to 1. It increases the contrast of textures, the amount of clutter, the range of rotation angles,
+            and how often a shape is darker than its background.
 
-    Returns the folder. Raises ValueError for bad arguments, and for a folder that holds anything else.
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError: invalid arguments, or a folder that holds anything else.
     """
     counts = {"train": train_per_class, "val": val_per_class}
     root = Path(root)
@@ -98,10 +106,10 @@ def make_clips(
 ) -> Path:
     """Write `root/videos/<split>/<motion>_NNNN.mp4` and `root/{train,val,test}.csv`, Kinetics' layout.
 
-    A line of a CSV is `path label`, the path relative to `root` (`DATA.PATH_PREFIX`), the label the place of
-    the motion among the sorted `classes` (some of `MOTIONS`). A clip lasts num_frames / fps seconds, is H.264
-    where PyAV can write that (see `ENCODERS`), and has an even height and width. For the other arguments, the
-    return value and the errors see `make_images`.
+    A line of a CSV file is `path label`: the path is relative to `root` (`DATA.PATH_PREFIX`), the label is the index of
+    the motion in the sorted `classes` (some of `MOTIONS`). A clip lasts num_frames / fps seconds, is encoded as H.264
+    where PyAV supports it (see `ENCODERS`), and has an even height and width. See `make_images` for the other
+    arguments, the return value and the errors.
     """
     counts = {"train": train_per_class, "val": val_per_class, "test": test_per_class}
     root = Path(root)
@@ -137,10 +145,10 @@ def _stamp(
     seed: int,
     difficulty: float,
 ) -> dict[str, Any]:
-    """What `dataset.json` says of a folder: everything its pixels depend on."""
-    strangers = sorted(set(classes) - set(known))
-    if strangers or not classes or len(set(classes)) != len(classes):
-        raise ValueError(f"classes {list(classes)} given: expected different ones of {', '.join(known)}")
+    """Return the content of `dataset.json`: everything that the pixels depend on."""
+    unknown = sorted(set(classes) - set(known))
+    if unknown or not classes or len(set(classes)) != len(classes):
+        raise ValueError(f"classes {list(classes)} given: expected distinct names of {', '.join(known)}")
     if min(counts.values()) < 1:
         raise ValueError(f"{counts} samples of a class given: expected at least 1 in each split")
     if len(size) != 2 or min(size) < 32:
@@ -161,7 +169,7 @@ def _stamp(
 
 
 def _claim(root: Path, stamp: dict[str, Any], files: Sequence[Path]) -> bool:
-    """Whether the files are still to be made. Refuses a folder that holds anything but this very data set."""
+    """Return whether the files still have to be written; refuse a folder that holds anything but this data set."""
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root} is a file: give the name of a folder")
     if root.is_dir() and any(root.iterdir()):
@@ -195,14 +203,14 @@ def _write_stamp(root: Path, stamp: dict[str, Any]) -> None:
 
 
 def _reported(jobs: Sequence[Any], what: str, every: float = 5.0) -> Iterator[Any]:
-    """The jobs, with a progress line every few seconds and one at the end."""
-    began = spoke = time.monotonic()
+    """Yield the jobs; log progress every few seconds and at the end."""
+    began = logged = time.monotonic()
     for done, job in enumerate(jobs):
         yield job
         now = time.monotonic()
-        if now - spoke >= every or done + 1 == len(jobs):
+        if now - logged >= every or done + 1 == len(jobs):
             logger.info("%d of %d synthetic %s, %.1f s", done + 1, len(jobs), what, now - began)
-            spoke = now
+            logged = now
 
 
 _EXAMPLES = """\

@@ -12,7 +12,7 @@ from maskfeat.build import build_backbone, build_loader, build_objective
 from maskfeat.config import save_config
 from maskfeat.data.loader import BatchLoader
 from maskfeat.engine.batch_arithmetic import compare, describe, load_recipe, step_size
-from maskfeat.engine.flops import multiply_adds
+from maskfeat.engine.flops import cost_table, module_costs
 from maskfeat.engine.resume import find_source
 from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.saver import Saver
@@ -89,7 +89,8 @@ def _announce(cfg: CfgNode, command_line: CommandLine, objective: Objective, ses
     if cfg.LOG_MODEL_INFO:
         with torch.device("meta"):
             twin = build_backbone(cfg)
-        logger.info("%.3g G multiply-adds a view in the backbone", multiply_adds(twin) / 1e9)
+        for line in ("The backbone, for one view:", *cost_table(module_costs(twin))):
+            logger.info(line)
     logger.info(
         "%s, %.2f M parameters, on %d x %s, %s precision",
         type(objective).__name__,

@@ -97,7 +97,7 @@ def test_tokens_to_cells_round_trip() -> None:
         place = ((c * bins + b) * cells + y % cells) * cells + x % cells
         tokens[y // cells, x // cells, place] = hog[c, b, y, x]
     np.testing.assert_array_equal(tokens_to_cells(tokens, bins, cells), hog)
-    with pytest.raises(ValueError, match="107 numbers.*108"):
+    with pytest.raises(ValueError, match="107 values.*108"):
         tokens_to_cells(tokens[..., :107], bins, cells)
 
 

@@ -1,11 +1,12 @@
 """Probes of frozen features: against definitions written out, and that test samples decide nothing."""
 
 import math
+import sys
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from maskfeat.analysis import probe
 from maskfeat.analysis.probe import (
@@ -68,23 +69,23 @@ def test_a_feature_that_hardly_varies_is_not_blown_up() -> None:
 
 
 def test_a_separable_problem_is_solved() -> None:
-    assert linear_probe(blobs(200, 12.0, 0), blobs(100, 12.0, 1), 4) == 100.0
+    assert linear_probe(blobs(200, 12.0, 0), blobs(100, 12.0, 1)) == 100.0
 
 
 def test_labels_that_say_nothing_give_chance() -> None:
     train, test = (shuffled(blobs(800, 1.0, seed), seed, 4) for seed in (2, 3))
-    assert 19 < linear_probe(train, test, 4) < 31
+    assert 19 < linear_probe(train, test) < 31
 
 
 def test_units_of_features_do_not_matter() -> None:
     train, test = blobs(200, 0.6, 0), blobs(400, 0.6, 1)
-    plain = linear_probe(train, test, 4)
+    plain = linear_probe(train, test)
     assert 40 < plain < 99, "a problem that is neither hopeless nor trivial"
     exact = 2.0 ** torch.arange(-3, 5)
-    assert linear_probe(*(train._replace(x=train.x * exact), test._replace(x=test.x * exact)), 4) == plain
+    assert linear_probe(*(train._replace(x=train.x * exact), test._replace(x=test.x * exact))) == plain
     scale, shift = torch.linspace(0.1, 9.0, 8), torch.linspace(-30.0, 50.0, 8)
     moved = [given._replace(x=given.x * scale + shift) for given in (train, test)]
-    assert linear_probe(*moved, 4) == pytest.approx(plain, abs=0.5)
+    assert linear_probe(*moved) == pytest.approx(plain, abs=0.5)
 
 
 def test_it_draws_nothing() -> None:
@@ -93,7 +94,7 @@ def test_it_draws_nothing() -> None:
     results = set()
     for seed in range(3):
         torch.manual_seed(seed)
-        results.add(linear_probe(train, test, 4))
+        results.add(linear_probe(train, test))
     torch.random.set_rng_state(state)
     assert len(results) == 1
     assert torch.equal(train.x, blobs(150, 0.6, 0).x), "what is given stays as it is"
@@ -108,16 +109,16 @@ def hard(seed: int) -> Features:
 
 def test_test_samples_decide_nothing() -> None:
     train, test = hard(0), hard(1)
-    plain = linear_probe(train, test, 2)
-    wrong = linear_probe(train, test._replace(label=1 - test.label), 2)
+    plain = linear_probe(train, test)
+    wrong = linear_probe(train, test._replace(label=1 - test.label))
     assert plain + wrong == pytest.approx(100.0), "the same predictions, whatever the labels"
     halves = [Features(test.x[part], test.label[part]) for part in (slice(0, 60), slice(60, 120))]
-    assert sum(linear_probe(train, half, 2) for half in halves) / 2 == pytest.approx(plain)
+    assert sum(linear_probe(train, half) for half in halves) / 2 == pytest.approx(plain)
     far = test.x.clone()
     far[60:] = far[60:] * 1000 + 1e6
-    beside = linear_probe(train, Features(far, test.label), 2)
-    alone = linear_probe(train, halves[0], 2)
-    outliers = linear_probe(train, Features(far[60:], test.label[60:]), 2)
+    beside = linear_probe(train, Features(far, test.label))
+    alone = linear_probe(train, halves[0])
+    outliers = linear_probe(train, Features(far[60:], test.label[60:]))
     assert beside == pytest.approx((alone + outliers) / 2), "one half does not change what is said of the other"
 
 
@@ -140,7 +141,7 @@ def by_hand(train: Features, test: Features, strength: float, classes: int) -> f
 
 def test_one_strength_is_penalised_regression() -> None:
     train, test = hard(2), hard(3)
-    found = {strength: linear_probe(train, test, 2, [strength]) for strength in (0.003, 0.3)}
+    found = {strength: linear_probe(train, test, [strength]) for strength in (0.003, 0.3)}
     assert found[0.003] != found[0.3]
     for strength, top1 in found.items():
         assert top1 == pytest.approx(by_hand(train, test, strength, 2), abs=0.9)
@@ -150,36 +151,41 @@ def test_every_fifth_training_sample_chooses_the_strength(monkeypatch: pytest.Mo
     fitted: list[tuple[int, float]] = []
     inner = probe._fit
 
-    def noted(train: Features, num_classes: int, strength: float) -> tuple[Tensor, Tensor]:
+    def noted(train: Features, strength: float) -> Any:
         fitted.append((len(train.label), strength))
-        return inner(train, num_classes, strength)
+        return inner(train, strength)
 
     monkeypatch.setattr(probe, "_fit", noted)
     chosen = set()
     for seed in range(6):
         train, test = hard(10 + seed), hard(20 + seed)
         fitted.clear()
-        found = linear_probe(train, test, 2, (1e-4, 0.05, 5.0))
+        found = linear_probe(train, test, (1e-4, 0.05, 5.0))
         assert fitted[:3] == [(96, 1e-4), (96, 0.05), (96, 5.0)] and fitted[3][0] == 120 and len(fitted) == 4
         standard, _ = standardised(train, test)
         held = torch.tensor([number % 5 == 0 for number in range(120)])
         scores = {}
         for strength in (1e-4, 0.05, 5.0):
-            weight, bias = inner(Features(standard.x[~held], standard.label[~held]), 2, strength)
-            guess = (standard.x[held] @ weight.T + bias).argmax(dim=1)
+            classifier = inner(Features(standard.x[~held], standard.label[~held]), strength)
+            guess = torch.from_numpy(classifier.predict(standard.x[held].numpy()))
             scores[strength] = (guess == standard.label[held]).sum().item()
         assert scores[fitted[3][1]] == max(scores.values())
-        assert found == linear_probe(train, test, 2, [fitted[3][1]])
+        assert found == linear_probe(train, test, [fitted[3][1]])
         chosen.add(fitted[3][1])
     assert len(chosen) > 1, "not always the same one"
 
 
 @pytest.mark.parametrize("strength", STRENGTHS)
 @pytest.mark.parametrize("distance", [0.6, 12.0])
-def test_the_gradient_vanishes_where_the_fit_ends(strength: float, distance: float) -> None:
-    train, _ = standardised(blobs(200, distance, 0), blobs(2, distance, 1))
-    weight, bias = (value.double().requires_grad_() for value in probe._fit(train, 4, strength))
-    assert weight.shape == (4, 8) and bias.shape == (4,)
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_gradient_vanishes_where_the_fit_ends(strength: float, distance: float, classes: int) -> None:
+    train, _ = standardised(blobs(200, distance, 0, classes=classes), blobs(2, distance, 1))
+    classifier = probe._fit(train, strength)
+    coefficients, intercepts = torch.from_numpy(classifier.coef_), torch.from_numpy(classifier.intercept_)
+    if classes == 2:  # one vector: half the difference of the logits for either class
+        coefficients, intercepts = (torch.cat([-value, value]) / 2 for value in (coefficients, intercepts))
+    weight, bias = (value.double().requires_grad_() for value in (coefficients, intercepts))
+    assert weight.shape == (classes, 8) and bias.shape == (classes,)
     logits = F.linear(train.x.double(), weight, bias)
     (F.cross_entropy(logits, train.label) + strength * weight.square().sum()).backward()
     assert max(weight.grad.abs().max(), bias.grad.abs().max()) < 2e-4
@@ -211,7 +217,7 @@ def test_neighbours_vote_as_the_definition_says(k: int, distance: float) -> None
     train, test = blobs(90, distance, 0), blobs(70, distance, 1)
     for given in (train, test):
         given.x.mul_(torch.linspace(0.1, 3.0, 8)).add_(5.0)
-    assert nearest_neighbours(train, test, 4, k) == pytest.approx(slow_vote(train, test, 4, k))
+    assert nearest_neighbours(train, test, k) == pytest.approx(slow_vote(train, test, 4, k))
 
 
 def test_nearer_neighbours_count_for_more() -> None:
@@ -219,15 +225,22 @@ def test_nearer_neighbours_count_for_more() -> None:
     angle = torch.tensor([0.0, 0.8, -0.8, math.pi, math.pi - 0.8, math.pi + 0.8])
     x = torch.stack([angle.cos(), angle.sin()], dim=1)
     train = Features(x, torch.tensor([0, 1, 1, 2, 3, 3]))
-    assert nearest_neighbours(train, Features(x[[0, 3]], torch.tensor([0, 2])), 4, k=3) == 100.0
+    assert nearest_neighbours(train, Features(x[[0, 3]], torch.tensor([0, 2])), k=3) == 100.0
 
 
 def test_many_samples_are_asked_in_parts() -> None:
     train, test = blobs(60, 1.0, 0), blobs(2300, 1.0, 1)
     parts = [Features(test.x[start : start + 460], test.label[start : start + 460]) for start in range(0, 2300, 460)]
-    whole = nearest_neighbours(train, test, 4)
-    assert whole == pytest.approx(sum(nearest_neighbours(train, part, 4) for part in parts) / 5)
+    whole = nearest_neighbours(train, test)
+    assert whole == pytest.approx(sum(nearest_neighbours(train, part) for part in parts) / 5)
     assert 30 < whole < 100
+
+
+@pytest.mark.parametrize("probing", [linear_probe, nearest_neighbours])
+def test_without_scikit_learn_the_extra_is_named(probing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(ValueError, match=r"probes need scikit-learn.*pip install '\.\[probes\]'"):
+        probing(blobs(50, 1.0, 0), blobs(50, 1.0, 1))
 
 
 # ------------------------------------------------------------------ features

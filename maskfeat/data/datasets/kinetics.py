@@ -4,7 +4,6 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform, Clip
 from maskfeat.data.video import torchcodec_decoder
 from maskfeat.data.video.decoder import VideoInfo, decode_frames
 from maskfeat.data.video.temporal_sampling import clip_length, clip_span, frame_indices
-from maskfeat.file_io import NotReadable, open_regular_file
+from maskfeat.file_io import NotReadable, local_path, open_regular_file
 from maskfeat.masking import MaskSampler
 from maskfeat.registry import DatasetSpec, register
 
@@ -36,7 +35,8 @@ def read_video_list(csv_path: str | os.PathLike[str], separator: str = " ", pref
     """Read a list of videos, one `path label` per line.
 
     Args:
-        csv_path: the list. Blank lines are skipped.
+        csv_path: the list, a local path or one whose scheme has a handler (`file_io.path_manager`). Blank lines are
+            skipped.
         separator: DATA.PATH_LABEL_SEPARATOR. The last one in a line separates the label, so that paths may contain it.
         prefix: DATA.PATH_PREFIX, the folder that paths are relative to.
 
@@ -44,7 +44,8 @@ def read_video_list(csv_path: str | os.PathLike[str], separator: str = " ", pref
         [(path, label)] in the order of the file.
 
     Raises:
-        ValueError: the list does not exist or is empty, a line cannot be parsed, or a path is a URL or leaves `prefix`.
+        ValueError: the list does not exist or is empty, its scheme has no handler, a line cannot be parsed, or a path
+            is a URL or leaves `prefix`.
     """
     if not separator:
         raise ValueError("DATA.PATH_LABEL_SEPARATOR must not be empty")
@@ -60,7 +61,7 @@ def read_video_list(csv_path: str | os.PathLike[str], separator: str = " ", pref
 def _lines(csv_path: str | os.PathLike[str]) -> Iterator[str]:
     """Yield the lines of a list, none longer than a path and a label can be."""
     try:
-        with io.TextIOWrapper(open_regular_file(csv_path), encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(open_regular_file(local_path(csv_path)), encoding="utf-8-sig") as file:
             while line := file.readline(MAX_LINE + 1):
                 if len(line) > MAX_LINE:
                     raise ValueError(f"the list of videos {csv_path} has a line of more than {MAX_LINE} characters")
@@ -256,7 +257,7 @@ def build_video_clips(cfg: CfgNode, request: DatasetRequest, videos: Sequence[tu
 def build_kinetics(cfg: CfgNode, request: DatasetRequest) -> VideoClips:
     """Return a split of DATA.PATH_TO_DATA_DIR, which holds train.csv, val.csv and test.csv."""
     data = cfg.DATA
-    path = Path(data.PATH_TO_DATA_DIR) / f"{request.split}.csv"
+    path = os.path.join(data.PATH_TO_DATA_DIR, f"{request.split}.csv")  # as text: a Path would turn s3:// into s3:/
     return build_video_clips(cfg, request, read_video_list(path, data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX))
 
 

@@ -1,4 +1,4 @@
-"""Evidence that pre-training learns: docs/EVIDENCE.md by one command a suite. tools/evidence.py calls `main`."""
+"""Evidence that pre-training learns: one command per suite writes docs/EVIDENCE.md. tools/evidence.py calls `main`."""
 
 import argparse
 import logging
@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from maskfeat.analysis.curves import figure_type
+from maskfeat.analysis.probe import estimator_types
 from maskfeat.demos.cifar10 import prepare
 from maskfeat.demos.commands import program
 from maskfeat.demos.evidence.report import FILE, Report
@@ -20,14 +22,16 @@ logger = logging.getLogger(__name__)
 def make_data(
     suite: str, folder: Path, source: Path | None = None, clips: tuple[int, int, int] = (400, 100, 100)
 ) -> None:
-    """The data of a suite below `folder`, if it is not there yet.
+    """Prepare the data of a suite in `folder`, unless it exists.
 
     Args:
-        source: CIFAR-10 as it was downloaded, see `prepare`.
-        clips: synthetic ones of a class for training, validation and testing.
+        suite: name of the suite.
+        folder: where the data is written.
+        source: CIFAR-10 as downloaded, see `prepare`.
+        clips: number of synthetic clips per class for training, validation and testing.
 
     Raises:
-        ValueError: CIFAR-10 is neither there nor given.
+        ValueError: CIFAR-10 is neither in `folder` nor given.
     """
     if suite == "cifar10":
         if not (folder / "complete").is_file() and source is None:
@@ -40,7 +44,7 @@ def make_data(
             prepare(source, folder)
         return
     train, val, test = clips
-    # Textures of low contrast, and of few pixels, drown in what the codec adds: their HOG then follows from nothing.
+    # Compression noise hides textures of low contrast or few pixels: their HOG could not be predicted from anything.
     made = make_clips(
         folder / "all",
         train_per_class=train,
@@ -53,7 +57,7 @@ def make_data(
 
 
 def write_share(source: Path, target: Path, every: int) -> None:
-    """Lists that name one of `every` training clips of `source`, whose paths they keep, and all its held-out ones."""
+    """Write lists of every `every`-th training clip of `source` and of all its held-out clips; paths are unchanged."""
     target.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val", "test"):
         lines = (source / f"{split}.csv").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -62,29 +66,35 @@ def write_share(source: Path, target: Path, every: int) -> None:
 
 
 def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line; `prog` is the name of the command in its help."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Pre-train, probe frozen features, fine-tune and train from scratch, for several seeds; write the "
-        "tables, curves and pictures of docs/EVIDENCE.md. Called again, it goes on where it stopped.",
+        "tables, charts and images of docs/EVIDENCE.md. The same command continues where an earlier one stopped.",
     )
     parser.add_argument("--suite", choices=sorted(SUITES), required=True, help="which data and methods")
-    parser.add_argument("--budget", choices=("cpu", "gpu"), default="cpu", help="how much (default: %(default)s)")
+    parser.add_argument(
+        "--budget", choices=("cpu", "gpu"), default="cpu", help="amount of computation (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
-    parser.add_argument("--source", type=Path, metavar="PATH", help="CIFAR-10 as it was downloaded")
+    parser.add_argument("--source", type=Path, metavar="PATH", help="CIFAR-10 as downloaded")
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared data (default: below --output)")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/evidence"), metavar="DIR", help="of the runs (default: %(default)s)"
+        "--output",
+        type=Path,
+        default=Path("runs/evidence"),
+        metavar="DIR",
+        help="folder of the runs (default: %(default)s)",
     )
     parser.add_argument(
-        "--docs", type=Path, default=Path("docs"), metavar="DIR", help="of EVIDENCE.md (default: %(default)s)"
+        "--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of EVIDENCE.md (default: %(default)s)"
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of every run")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for every run")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run a suite and return the exit code; `prog` is the name of the command in its help."""
+    """Run a suite and write its section of the report; return the exit code. `prog` as in `parse_args`."""
     args = parse_args(argv, prog)
     logger.handlers, logger.propagate = [logging.StreamHandler(sys.stdout)], False
     logger.setLevel(logging.INFO)
@@ -95,6 +105,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         if args.seeds < 1:
             raise ValueError(f"--seeds is {args.seeds}, expected at least 1")
+        figure_type(), estimator_types()  # a missing package is reported now, not after hours of training
         if args.data is None or args.suite == "cifar10":
             make_data(args.suite, data, args.source)
         for seed in range(args.seeds):
@@ -103,7 +114,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             runs, args.budget, range(args.seeds), args.docs, shlex.join([*program("evidence", "evidence.py"), *given])
         )
         section = report.write()
-    except Stopped as stopped:  # the run has said why
+    except Stopped as stopped:  # the run has logged the reason
         return stopped.code
     except (ValueError, OSError) as error:
         logger.error("error: %s", error)

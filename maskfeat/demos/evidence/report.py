@@ -1,6 +1,6 @@
-"""docs/EVIDENCE.md: tables, charts and pictures of what the runs have left. Numbers come from the runs' files alone.
+"""Write docs/EVIDENCE.md: tables, charts and images, made from the files of the runs alone.
 
-Each suite and budget has a section of its own between two marks; what stands outside of the marks stays.
+Each suite and budget has its own section between two comments; text outside of them is kept.
 """
 
 import math
@@ -27,15 +27,15 @@ from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Method
 FILE = "EVIDENCE.md"
 _HEAD = """# Evidence that it learns
 
-Written by `tools/evidence.py`; each section says which command made it. What is between two marks is written anew.
+Written by `tools/evidence.py`; each section says which command made it. Text between two comments is replaced.
 """
 _PICTURED = 4
-"""Held-out samples in a picture."""
+"""Number of held-out samples in an image."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Figures of one quantity, one a seed."""
+    """Values of one quantity, one per seed."""
 
     values: Sequence[float]
 
@@ -45,7 +45,7 @@ class Spread:
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of the sample; not a number for a single seed."""
+        """Sample standard deviation; NaN for a single seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
     @property
@@ -54,17 +54,17 @@ class Spread:
         return self.deviation / math.sqrt(len(self.values))
 
     def shown(self, form: str = ".1f", sign: str = "") -> str:
-        """ "36.8 ± 0.4"; of one seed the value alone."""
+        """Format as "36.8 ± 0.4"; a single seed as the value alone."""
         mean = format(self.mean, sign + form)
         return mean if len(self.values) == 1 else f"{mean} ± {format(self.deviation, form)}"
 
     def __sub__(self, other: "Spread") -> "Spread":
-        """Seed by seed."""
+        """Return the differences, paired by seed."""
         return Spread([a - b for a, b in zip(self.values, other.values, strict=True)])
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -73,18 +73,21 @@ class Report:
     """The section of a suite at a budget.
 
     Args:
-        seeds: that are done.
-        command: that made it.
+        runs: the runs of the suite.
+        budget: its name.
+        seeds: the finished seeds.
+        docs: folder of the report.
+        command: the command that is reported for this section.
     """
 
     def __init__(self, runs: Runs, budget: str, seeds: Sequence[int], docs: Path, command: str) -> None:
         self.runs, self.suite, self.seeds, self.docs, self.command = runs, runs.suite, list(seeds), docs, command
         self.name = f"{self.suite.name} {budget}"
-        self.pictures = docs / "evidence"
+        self.images = docs / "evidence"
 
     def write(self) -> str:
-        """Draw the pictures and put the section into docs/EVIDENCE.md; the section."""
-        self.pictures.mkdir(parents=True, exist_ok=True)
+        """Draw the images and write the section into docs/EVIDENCE.md; return the section."""
+        self.images.mkdir(parents=True, exist_ok=True)
         begin, end = f"<!-- begin: {self.name} -->", f"<!-- end: {self.name} -->"
         written = self.section()
         section = f"{begin}\n{written}\n{end}"
@@ -101,23 +104,23 @@ class Report:
     # ------------------------------------------------------------------ figures
 
     def probe(self, name: str, labels: str, kind: str, seeds: Sequence[int] | None = None) -> Spread:
-        """Top-1 of a probe."""
+        """Return the top-1 accuracy of a probe."""
         found = [self.runs.result(seed, name)["probe"][labels][kind] for seed in seeds or self.seeds]
         return Spread(found)
 
     def tested(self, name: str, seeds: Sequence[int] | None = None) -> Spread:
-        """Top-1 of a training's last test."""
+        """Return the top-1 accuracy of the last test of a run."""
         found = [self.runs.stats(seed, name, "test_final")[-1]["top1"] for seed in seeds or self.seeds]
         return Spread([float(value) for value in found])
 
     def with_run(self, name: str) -> list[int]:
-        """Seeds for which a run is done."""
+        """Return the seeds for which a run is finished."""
         return [seed for seed in self.seeds if self.runs.is_done(seed, name)]
 
     # ------------------------------------------------------------------ tables
 
     def section(self) -> str:
-        """All of it, as Markdown."""
+        """Return the section as Markdown."""
         parts = [
             f"## {self.suite.title}, budget {self.name.split()[1]}",
             f"`{self.command}`\n\n{self._setting()}",
@@ -137,7 +140,7 @@ class Report:
         return f"Seeds {seeds}. {machine()}; torch {torch.__version__}; {revision()}."
 
     def probes(self) -> str:
-        """Frozen features against those of a random backbone."""
+        """Compare frozen features with those of a backbone with random weights."""
         rows = []
         for method in self.runs.methods:
             for words, labels in self.runs.budget.labels.items():
@@ -151,7 +154,7 @@ class Report:
         return table([*head, "pre-trained", "gain"], rows)
 
     def fine_tuning(self) -> str:
-        """Fine-tuning against the same from scratch."""
+        """Compare fine-tuning with training from scratch."""
         rows = []
         for method in self.runs.methods:
             for words, labels in self.runs.budget.labels.items():
@@ -161,7 +164,7 @@ class Report:
         return table(["fine-tuning", "on", "from scratch", "pre-trained", "gain"], rows)
 
     def held_out(self) -> str:
-        """The loss of pre-training beside what constant predictors cost."""
+        """Compare the held-out loss of pre-training with that of constant predictors."""
         rows = []
         for method in self.runs.methods:
             name = f"{method.name}_references"
@@ -179,7 +182,7 @@ class Report:
         return table(head, rows)
 
     def controls(self) -> str:
-        """What should destroy the gain."""
+        """Return the results of the controls, which should remove the gain."""
         rows = []
         for method in self.runs.methods:
             for control in CONTROLS:
@@ -210,7 +213,7 @@ class Report:
         return [*row, found.shown(), (found - scratch).shown(sign="+")]
 
     def times(self) -> str:
-        """Minutes of each run, by the clock and of all processors together."""
+        """Return wall-clock and CPU minutes of each run."""
         names = sorted({path.parent.name for path in self.runs.root.glob("seed*/*/done.json")})
         rows = []
         for name in names:
@@ -224,13 +227,13 @@ class Report:
                 Spread([sum(self.runs.result(seed, name)[key] / 60 for name in own) for seed in self.seeds]).shown()
                 for key in ("seconds", "cpu_seconds")
             ]
-            rows.append([f"**{method.title}**, all of a seed but the controls", str(len(self.seeds)), *totals])
-        return table(["run", "seeds", "minutes by the clock", "of all processors together"], rows)
+            rows.append([f"**{method.title}**, one seed without controls", str(len(self.seeds)), *totals])
+        return table(["run", "seeds", "wall-clock minutes", "CPU minutes"], rows)
 
-    # ------------------------------------------------------------------ pictures
+    # ------------------------------------------------------------------ images
 
     def charts(self) -> str:
-        """Losses of pre-training and top-1 of fine-tuning over epochs."""
+        """Draw the losses of pre-training and the top-1 accuracy of fine-tuning over epochs."""
         charts = []
         for method in self.runs.methods:
             held = Line("held-out", [self._curve(seed, method.name, "val_epoch", "loss") for seed in self.seeds])
@@ -249,8 +252,8 @@ class Report:
                     for line, name in names.items()
                 ]
                 charts.append(Chart(f"{method.title}: top-1, {words}", "epoch of fine-tuning", found))
-        path = self.pictures / f"{self.name.replace(' ', '_')}_curves.png"
-        chart_figure(charts, columns=1 + len(self.runs.budget.labels)).save(path, optimize=True)
+        path = self.images / f"{self.name.replace(' ', '_')}_curves.png"
+        chart_figure(charts, columns=1 + len(self.runs.budget.labels)).savefig(path)
         return f"![Curves](evidence/{path.name})"
 
     def _curve(self, seed: int, name: str, kind: str, key: str) -> list[Point]:
@@ -266,7 +269,7 @@ class Report:
         return points
 
     def drawings(self) -> list[str]:
-        """What was predicted for held-out samples, by the first checkpoint and by the last, of the first seed."""
+        """Draw predictions for held-out samples by the first and the last checkpoint of the first seed."""
         shown = []
         for method in self.runs.methods:
             seed = self.seeds[0]
@@ -276,21 +279,21 @@ class Report:
                 drawn = drawing(load_config(CONFIGS / method.pretraining, opts), _PICTURED)
                 epoch = int(re.findall(r"epoch_(\d+)", checkpoint.name)[0])
                 title = f"{method.title}: {words}, after epoch {epoch}"
-                path = self.pictures / f"{self.name.replace(' ', '_')}_{method.name}_{words}.png"
+                path = self.images / f"{self.name.replace(' ', '_')}_{method.name}_{words}.png"
                 drawn.figure(title).quantize(128).save(path, optimize=True)
                 shown.append(f"![{title}](evidence/{path.name})")
         return shown
 
 
 def _belongs(name: str, method: Method) -> bool:
-    """Whether a run counts for a method: its own and those of its family, not its controls."""
+    """Return whether a run belongs to a method: its own runs and those of its family, not its controls."""
     if any(name.startswith(f"{method.name}_{control.name}") for control in CONTROLS):
         return False
     return name == method.name or name.startswith((f"{method.name}_", f"{method.family.name}_"))
 
 
 def gain(spread: Spread) -> str:
-    """A gain, and how many standard errors it is, where several seeds tell."""
+    """Format a gain, with its size in standard errors where there are several seeds."""
     if len(spread.values) == 1:
         return spread.shown(sign="+")
     errors = spread.mean / spread.error if spread.error else math.inf
@@ -298,7 +301,7 @@ def gain(spread: Spread) -> str:
 
 
 def machine() -> str:
-    """Processor and cores, or the GPU."""
+    """Return the name of the GPU, or of the CPU with its number of cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

@@ -1,7 +1,7 @@
-"""The runs of the evidence: each a command of tools/run_net.py or a measurement of its weights; each is done once.
+"""The runs of the evidence: each is a command of tools/run_net.py or a measurement of its weights.
 
-A run that was broken off goes on where it stopped; one that is done is not done again. What a run is done with is kept
-beside its result, so that another budget or recipe in the same folder is refused and not mixed in.
+An interrupted run continues where it stopped; a finished one is not repeated. The settings of a run are stored beside
+its result, so that another budget or recipe in the same folder is refused.
 """
 
 import json
@@ -35,11 +35,11 @@ from maskfeat.objectives.maskfeat import MaskFeat
 logger = logging.getLogger("maskfeat.evidence")
 
 ASKED = "asked.json"
-"""In the folder of a run, from its beginning on: its recipe and overrides."""
+"""File in the folder of a run, written when it starts: its recipe and overrides."""
 DONE = "done.json"
-"""Once it is done: seconds by the clock and of the processors, and what was measured."""
+"""File written when a run is finished: wall-clock and CPU seconds, and what was measured."""
 _MEAN_OF = 40
-"""Batches of training targets over which the data set's mean HOG is taken."""
+"""Number of training batches over which the mean HOG of the data set is computed."""
 
 
 class Stopped(RuntimeError):
@@ -54,9 +54,11 @@ class Runs:
     """All runs of a suite at a budget.
 
     Args:
-        root: where everything lands: <root>/<suite>_<budget>/seed<N>/<run>.
+        suite: the suite.
+        budget_name: the name of its budget.
+        root: runs are written to <root>/<suite>_<budget>/seed<N>/<run>.
         data: the folder that holds the suite's data.
-        opts: overrides of the user, for every run.
+        opts: overrides that the user gave, for every run.
     """
 
     def __init__(self, suite: Suite, budget_name: str, root: Path, data: Path, opts: tuple[str, ...] = ()) -> None:
@@ -65,54 +67,59 @@ class Runs:
 
     @property
     def methods(self) -> list[Method]:
-        """Of the suite at this budget."""
+        """Methods of the suite that are run at this budget."""
         return [method for method in self.suite.methods if method.name in self.budget.pretraining]
 
     def folder(self, seed: int, name: str) -> Path:
-        """Of one run."""
+        """Return the folder of one run."""
         return self.root / f"seed{seed}" / name
 
     def result(self, seed: int, name: str) -> dict[str, Any]:
-        """What a run that is done has left."""
+        """Return the result of a finished run."""
         return dict(json.loads((self.folder(seed, name) / DONE).read_text(encoding="utf-8")))
 
     def is_done(self, seed: int, name: str) -> bool:
         return (self.folder(seed, name) / DONE).is_file()
 
     def stats(self, seed: int, name: str, kind: str) -> list[dict[str, Any]]:
-        """What a training has logged."""
+        """Return the metrics of one kind that a training run logged."""
         return read_json_stats(self.folder(seed, name) / "stdout.log", kind)
 
     def checkpoint(self, seed: int, name: str) -> Path:
-        """The last checkpoint of a pre-training."""
+        """Return the last checkpoint of a pre-training run."""
         return find_checkpoints(self.folder(seed, name), "pt")[-1]
 
-    def _places(self, seed: int, name: str, data: str) -> list[str]:
-        places = [*self._data(data), "OUTPUT_DIR", str(self.folder(seed, name))]
-        return [*places, "RNG_SEED", str(seed), *self.budget.opts]
+    def _paths(self, seed: int, name: str, data: str) -> list[str]:
+        paths = [*self._data(data), "OUTPUT_DIR", str(self.folder(seed, name))]
+        return [*paths, "RNG_SEED", str(seed), *self.budget.opts]
 
     def _data(self, name: str) -> list[str]:
-        """Overrides for one of the folders of the suite's data; lists of clips name files of the unlabelled one."""
+        """Return overrides for a folder of the suite's data; lists of clips refer to files in the unlabelled folder."""
         prefix = ["DATA.PATH_PREFIX", str(self.data / self.suite.unlabelled)] if self.suite.of_clips else []
         return ["DATA.PATH_TO_DATA_DIR", str(self.data / name), *prefix]
 
     def pretraining(self, method: Method, seed: int, name: str, control: Control | None = None) -> list[str]:
-        """Overrides of a pre-training."""
+        """Return the overrides for a pre-training run."""
         own = (*self.budget.families.get(method.family.name, ()), *self.budget.pretraining[method.name])
         more = control.opts if control is not None and control.opts is not None else ()
-        return [*self._places(seed, name, self.suite.unlabelled), *own, *more, *self.opts]
+        return [*self._paths(seed, name, self.suite.unlabelled), *own, *more, *self.opts]
 
     def fine_tuning(self, method: Method, seed: int, name: str, labels: str, weights: Path | None) -> list[str]:
-        """Overrides of a fine-tuning; without weights of a training from scratch."""
+        """Return the overrides for fine-tuning, or without weights for training from scratch."""
         own = (*self.budget.families.get(method.family.name, ()), *self.budget.fine_tuning.get(labels, ()))
         start = [] if weights is None else ["TRAIN.CHECKPOINT_FILE_PATH", str(weights)]
-        return [*self._places(seed, name, labels), *own, *start, *self.opts]
+        return [*self._paths(seed, name, labels), *own, *start, *self.opts]
 
     def once(self, seed: int, name: str, asked: list[str], work: Callable[[], dict[str, Any]]) -> None:
-        """Do what is not done yet, and note what came out and how long it took, earlier attempts included.
+        """Run `work` unless the run is finished, and store its result and its duration, earlier attempts included.
+
+        Args:
+            seed, name: of the run.
+            asked: its recipe and overrides.
+            work: does the run and returns what it measured.
 
         Raises:
-            ValueError: it was done with other overrides.
+            ValueError: the run was started with other overrides.
         """
         folder = self.folder(seed, name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +138,7 @@ class Runs:
         _write(folder / DONE, {**spent, **found})
 
     def train(self, seed: int, name: str, config: str, opts: list[str]) -> None:
-        """A run of tools/run_net.py; it resumes itself."""
+        """Run tools/run_net.py, which resumes an interrupted run."""
 
         def work() -> dict[str, Any]:
             logger.info("\n== %s, seed %d: %s\n   %s", self.suite.name, seed, name, train_command(config, opts))
@@ -143,13 +150,13 @@ class Runs:
         self.once(seed, name, [config, *opts], work)
 
     def probe(self, seed: int, name: str, method: Method, opts: list[str], weights: Path | None) -> None:
-        """Linear and kNN probes of a backbone, with random weights where none are given, for each set of labels."""
+        """Probe a backbone (linear and kNN) for each set of labels; without weights, one with random weights."""
 
         def work() -> dict[str, Any]:
             logger.info("\n== %s, seed %d: %s", self.suite.name, seed, name)
             cfg = load_config(CONFIGS / method.pretraining, opts)
             device = choose_device(cfg.NUM_GPUS, 0)
-            seed_everything(cfg.RNG_SEED)  # as a run begins: these are the weights that pre-training starts from
+            seed_everything(cfg.RNG_SEED)  # as at the start of a run: these are the initial weights of pre-training
             objective = build_objective(cfg)
             if weights is not None:
                 objective.load_released_state(model_state(open_checkpoint(weights)))
@@ -162,8 +169,8 @@ class Runs:
                 )
                 train = features(objective.backbone, loader, device, precision_of(cfg))
                 found[labels] = {
-                    "linear": linear_probe(train, test, self.suite.classes),
-                    "knn": nearest_neighbours(train, test, self.suite.classes),
+                    "linear": linear_probe(train, test),
+                    "knn": nearest_neighbours(train, test),
                     "train": len(train.label),
                     "test": len(test.label),
                 }
@@ -176,8 +183,8 @@ class Runs:
         return build_loader(cfg, split, device=device, plain=True)
 
     def references(self, seed: int, name: str, method: Method, opts: list[str]) -> None:
-        """What two predictors that know nothing of an image cost on the held-out set: zero, and the mean HOG of the
-        training set; the second also place by place, since borders are unlike the middle. And what the model costs.
+        """Measure the held-out loss of the model and of two constant predictors: zero, and the mean HOG of the training
+        set, the latter also for each position, because borders differ from the centre.
         """
 
         def work() -> dict[str, Any]:
@@ -195,7 +202,7 @@ class Runs:
 
 @torch.no_grad()
 def held_out(objective: MaskFeat, cfg: CfgNode, device: torch.device) -> dict[str, float]:
-    """Mean squared error on the hidden tokens of the validation set, of the model and of constant predictors."""
+    """Return the mean squared error on hidden tokens of the validation set, for the model and constant predictors."""
     train = build_loader(cfg, "train", device=device)
     train.set_epoch(0)
     total, count = torch.zeros((), device=device), 0
@@ -204,15 +211,15 @@ def held_out(objective: MaskFeat, cfg: CfgNode, device: torch.device) -> dict[st
             break
         target = objective.target(batch.clip.to(device))
         total, count = total + target.sum(dim=0), count + len(target)
-    by_place = total / count  # (tokens, F)
-    everywhere = by_place.mean(dim=0)
+    by_position = total / count  # (tokens, F)
+    overall = by_position.mean(dim=0)
     sums = {name: torch.zeros((), device=device) for name in ("model", "zero", "mean_hog", "mean_hog_of_place")}
     terms = 0
     for batch in build_loader(cfg, "val", device=device):
         batch = batch.to(device)
         prediction, target = objective.predict_hidden(batch)
-        places = objective.hidden_tokens(batch).nonzero()[:, 1]
-        guesses = (prediction.float(), torch.zeros_like(target), everywhere, by_place[places])
+        positions = objective.hidden_tokens(batch).nonzero()[:, 1]
+        guesses = (prediction.float(), torch.zeros_like(target), overall, by_position[positions])
         for name, guess in zip(sums, guesses, strict=True):
             sums[name] += (guess - target).square().sum()
         terms += target.numel()
@@ -220,7 +227,7 @@ def held_out(objective: MaskFeat, cfg: CfgNode, device: torch.device) -> dict[st
 
 
 def _write(path: Path, content: Any) -> None:
-    """A JSON file that is there whole or not at all."""
+    """Write a JSON file atomically."""
     draft = path.with_name(f".{path.name}.part")
     write_and_fsync(draft, (json.dumps(content, indent=1) + "\n").encode())
     os.replace(draft, path)
@@ -229,7 +236,7 @@ def _write(path: Path, content: Any) -> None:
 
 @contextmanager
 def _timed(folder: Path) -> Iterator[dict[str, float]]:
-    """Seconds by the clock and of the processors (this process and its children), over all attempts at a run."""
+    """Measure wall-clock and CPU seconds (of this process and its children) over all attempts at a run."""
     path = folder / "attempts.json"
     spent = json.loads(path.read_text()) if path.is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
     clock, before = time.monotonic(), sum(os.times()[:4])
@@ -242,7 +249,7 @@ def _timed(folder: Path) -> Iterator[dict[str, float]]:
 
 
 def without_backbone(source: Path, fresh: Mapping[str, torch.Tensor], target: Path) -> None:
-    """A copy of a pre-training checkpoint whose backbone is that of `fresh`, and all else as it was."""
+    """Copy a pre-training checkpoint with the weights of its backbone replaced by those of `fresh`."""
     content = open_checkpoint(source)
     state = {name: fresh.get(name, value) for name, value in content["model_state"].items()}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +257,7 @@ def without_backbone(source: Path, fresh: Mapping[str, torch.Tensor], target: Pa
 
 
 def run_seed(runs: Runs, seed: int, controls: bool) -> None:
-    """Everything of one seed."""
+    """Run everything for one seed."""
     met: set[str] = set()
     for method in runs.methods:
         opts, family = runs.pretraining(method, seed, method.name), method.family.name
@@ -278,9 +285,8 @@ def _control(runs: Runs, seed: int, method: Method, control: Control) -> None:
         for labels in runs.budget.labels.values():
             run, weights = f"{name}_ft_{labels}", runs.folder(seed, name) / f"{labels}.pyth"
             opts = runs.fine_tuning(method, seed, run, labels, weights)
-            seed_everything(
-                seed
-            )  # as the run begins: so it ends as training from scratch does, if nothing else was loaded
+            # As at the start of a run: the result must equal training from scratch if nothing else was loaded.
+            seed_everything(seed)
             objective = build_objective(load_config(CONFIGS / method.family.fine_tuning, opts))
             fresh = {n: v for n, v in objective.released_state().items() if not n.startswith(("norm.", "head."))}
             without_backbone(runs.checkpoint(seed, method.name), fresh, weights)

@@ -1,4 +1,4 @@
-"""What the evidence consists of: data, methods, recipes and budgets."""
+"""The suites of the evidence: data, methods, recipes and budgets."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ CONFIGS = CONFIG_ROOT
 
 @dataclass(frozen=True)
 class Family:
-    """A backbone: its recipe of fine-tuning, which without weights is that of training from scratch."""
+    """A backbone and its fine-tuning recipe, which is also used for training from scratch."""
 
     name: str
     fine_tuning: str
@@ -17,7 +17,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to pre-train a backbone: its name in words and its recipe."""
+    """A pre-training method: name, title in the report, backbone and recipe."""
 
     name: str
     title: str
@@ -28,8 +28,10 @@ class Method:
 
 @dataclass(frozen=True)
 class Control:
-    """What should destroy the gain: overrides of the pre-training, or (None) weights in which the backbone is a fresh
-    one.
+    """A control that should remove the gain.
+
+    Attributes:
+        opts: overrides for pre-training; None = a checkpoint whose backbone is replaced by a newly initialised one.
     """
 
     name: str
@@ -46,16 +48,16 @@ CONTROLS = (
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is computed.
+    """The amount of computation.
 
     Attributes:
-        labels: folders of labelled data below the suite's data, by what they are called in the report.
-        opts: overrides of every run.
-        families: overrides of every run of a family: the size of its backbone.
-        pretraining: overrides of pre-training, by the name of the method; those without are left to another budget.
-        fine_tuning: overrides of fine-tuning and training from scratch, by the folder of the labels.
-        control_seeds: seeds for which controls are run as well.
-        fine_tune_controls: whether controls are fine-tuned, too, and not only probed.
+        labels: name in the report -> folder of labelled data below the data of the suite.
+        opts: overrides for every run.
+        families: overrides for every run of a family: the size of its backbone.
+        pretraining: overrides for pre-training, by method; methods that are not listed are not run at this budget.
+        fine_tuning: overrides for fine-tuning and training from scratch, by folder of labelled data.
+        control_seeds: number of seeds for which controls are run.
+        fine_tune_controls: whether controls are also fine-tuned, not only probed.
     """
 
     labels: dict[str, str]
@@ -69,16 +71,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Suite:
-    """A data set and what is done with it.
+    """A data set and the methods that are run on it.
 
     Attributes:
-        unlabelled: the folder that pre-training reads, below the suite's data.
-        of_clips: whether paths of lists need DATA.PATH_PREFIX.
+        unlabelled: the folder for pre-training, below the data of the suite.
+        of_clips: whether the data are lists of clips, which need DATA.PATH_PREFIX.
     """
 
     name: str
     title: str
-    classes: int
     unlabelled: str
     methods: tuple[Method, ...]
     budgets: dict[str, Budget]
@@ -90,7 +91,7 @@ _GPU = ("NUM_GPUS", "1", "TRAIN.MIXED_PRECISION", "bf16", "TRAIN.COMPILE", "True
 
 _BIG = ("TRAIN.BATCH_SIZE", "512", "SOLVER.BASE_LR", "2e-3")
 
-# Some hundred steps are too few for mixed images and dropped paths.
+# A few hundred steps are too few for mixup, cutmix and drop path.
 _SHORT = (
     *("MIXUP.ENABLE", "False", "MODEL.LOSS_FUNC", "cross_entropy", "MVIT.DROPPATH_RATE", "0.0"),
     *("TRAIN.BATCH_SIZE", "32"),
@@ -102,7 +103,7 @@ _MVIT = Family("MViTv2", "shapes/shapes_MVITv2_FT.yaml")
 
 
 def _epochs(number: int, warmup: float, looks: int = 10) -> tuple[str, ...]:
-    """So many epochs, of which `looks` are followed by a validation and a checkpoint."""
+    """Return overrides for `number` epochs, with `looks` validations and checkpoints spread over them."""
     every = str(max(number // looks, 1))
     return (
         *("SOLVER.MAX_EPOCH", str(number), "SOLVER.WARMUP_EPOCHS", str(warmup)),
@@ -117,7 +118,6 @@ SUITES = {
     "cifar10": Suite(
         "cifar10",
         "CIFAR-10",
-        classes=10,
         unlabelled="all",
         methods=(
             Method("maskfeat", "MaskFeat, ViT", _VIT, "cifar10/cifar10_VIT_MaskFeat_PT.yaml", has_controls=True),
@@ -152,7 +152,6 @@ SUITES = {
     "shapes": Suite(
         "shapes",
         "synthetic motions",
-        classes=6,
         unlabelled="all",
         methods=(
             Method("maskfeat", "MaskFeat, MViTv2", _MVIT, "shapes/shapes_MVITv2_MaskFeat_PT.yaml", has_controls=True),
