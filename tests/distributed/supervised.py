@@ -17,7 +17,7 @@ from types import FrameType
 
 from maskfeat.distributed import supervise
 from maskfeat.distributed.preemption import PREEMPTED, StopRequest
-from maskfeat.distributed.processes import leave_signals_to_parent, signals_blocked
+from maskfeat.distributed.processes import leave_signals_to_parent, run_program, signals_blocked
 
 
 def await_file(path: Path) -> str:
@@ -170,4 +170,4 @@ if __name__ == "__main__":
         sys.exit(parent(place))
     if len(sys.argv) > 3:
         supervise.GRACE_PERIOD = supervise.GRACE_PERIOD_AFTER_KILL = float(sys.argv[3])
-    sys.exit(supervise.run_processes(job, (place,), 2))
+    run_program(lambda: supervise.run_processes(job, (place,), 2))
