@@ -171,16 +171,16 @@ def render(
         lines = [f"## {section.name or 'Keys without a section'}", ""]
         if section.about:
             lines += [section.about, ""]
-        lines += ["| key | type | default | allowed | meaning |", "|---|---|---|---|---|"]
+        lines += ["| key | default | type, values | meaning |", "|---|---|---|---|"]
         for declared in section.keys:
             value: Any = cfg
             for name in declared.key.split("."):
                 value = value[name]
+            allowed = allowed_values(declared.key, choices, ranges, lengths)
             cells = (
                 f"`{declared.key}`" + (" †" if declared.ours else ""),
-                kind_of(declared.key, value, kinds),
                 f"`{shown(value)}`",
-                allowed_values(declared.key, choices, ranges, lengths),
+                "; ".join(filter(None, [kind_of(declared.key, value, kinds), allowed])),
                 declared.text,
             )
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -95,9 +95,9 @@ def _arrow(*points: tuple[int, int]) -> str:
 def batch_figure() -> str:
     """Return the way of a batch in MaskFeat pre-training, from a file to the step of the optimizer."""
     parts = [
-        '<rect class="area" x="16" y="112" width="250" height="330" rx="8"/>',
+        '<rect class="area" x="16" y="112" width="250" height="320" rx="8"/>',
         '<text class="room small" x="30" y="132">data workers</text>',
-        '<rect class="area" x="290" y="112" width="494" height="330" rx="8"/>',
+        '<rect class="area" x="290" y="112" width="494" height="320" rx="8"/>',
         '<text class="room small" x="304" y="132">training process (engine/loop.py)</text>',
         *_box(30, 40, 160, ["YAML + KEY VALUE"], "configs/"),
         *_box(260, 40, 150, ["frozen config"], "config.load_config"),
@@ -107,26 +107,25 @@ def batch_figure() -> str:
         *_box(30, 170, 220, ["decode, crop, resize"], "data/"),
         *_box(30, 250, 220, ["draw the mask"], "masking.py"),
         *_box(30, 330, 220, ["clip (B, C, [T,] H, W)", "hidden (B, *mask_grid)", "label, index"], "batch.py: Batch"),
-        _arrow((140, 206), (140, 234)),
-        _arrow((140, 286), (140, 314)),
-        *_box(310, 350, 140, ["flip, normalise"], "data/device_transforms"),
-        _arrow((250, 368), (308, 368)),
-        *_box(310, 265, 210, ["ViT or MViTv2 &#8594; Tokens"], "models/"),
+        _arrow((200, 206), (200, 248)),
+        _arrow((200, 286), (200, 328)),
+        *_box(310, 340, 210, ["flip, normalise"], "data/"),
+        _arrow((250, 358), (308, 358)),
+        *_box(310, 260, 210, ["ViT or MViTv2 &#8594; Tokens"], "models/"),
         *_box(310, 180, 210, ["linear head: predicted HOG"], "objectives/maskfeat.py"),
-        *_box(580, 350, 180, ["HOG of the clip,", "unmasked"], "objectives/hog.py"),
-        *_box(580, 245, 180, ["StepOutput(loss,", "metrics)"], "mean squared error"),
-        *_box(580, 165, 180, ["backward, step"], "optim/"),
-        _arrow((380, 350), (380, 303)),
-        _arrow((400, 265), (400, 218)),
-        _arrow((450, 368), (578, 368)),
-        _arrow((520, 198), (550, 198), (550, 262), (578, 262)),
-        _arrow((670, 350), (670, 301)),
-        _arrow((670, 245), (670, 203)),
-        '<text class="small" x="390" y="330">hidden patches &#8594; mask token</text>',
-        '<text class="small" x="690" y="326">hidden tokens</text>',
-        '<text class="small" x="690" y="341">only</text>',
+        *_box(580, 340, 180, ["HOG of the clip,", "not masked"], "objectives/hog.py"),
+        *_box(580, 250, 180, ["loss, metrics"], "mean squared error"),
+        *_box(580, 180, 180, ["backward, step"], "optim/"),
+        _arrow((480, 340), (480, 298)),
+        '<text class="small" x="472" y="322" text-anchor="end">hide patches</text>',
+        _arrow((480, 260), (480, 218)),
+        _arrow((520, 358), (578, 358)),
+        _arrow((520, 198), (550, 198), (550, 268), (578, 268)),
+        _arrow((720, 340), (720, 288)),
+        '<text class="small" x="712" y="310" text-anchor="end">hidden tokens</text>',
+        _arrow((720, 250), (720, 218)),
     ]
-    return _svg(800, 460, "The way of a batch", parts)
+    return _svg(800, 448, "The way of a batch", parts)
 
 
 def figures() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Evidence that pre-training learns: docs/EVIDENCE.md by one command a suite. tools/evidence.py calls `main`."""
+"""Evidence that pre-training learns: docs/evidence.md by one command a suite. tools/evidence.py calls `main`."""
 
 import argparse
 import logging
@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evidence.py",
         description="Pre-train, probe frozen features, fine-tune and train from scratch, for several seeds; write the "
-        "tables, curves and pictures of docs/EVIDENCE.md. Called again, it goes on where it stopped.",
+        "tables, curves and pictures of docs/evidence.md. Called again, it goes on where it stopped.",
     )
     parser.add_argument("--suite", choices=sorted(SUITES), required=True, help="which data and methods")
     parser.add_argument("--budget", choices=("cpu", "gpu"), default="cpu", help="how much (default: %(default)s)")
@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output", type=Path, default=Path("runs/evidence"), metavar="DIR", help="of the runs (default: %(default)s)"
     )
     parser.add_argument(
-        "--docs", type=Path, default=Path("docs"), metavar="DIR", help="of EVIDENCE.md (default: %(default)s)"
+        "--docs", type=Path, default=Path("docs"), metavar="DIR", help="of evidence.md (default: %(default)s)"
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of every run")
     return parser.parse_args(argv)

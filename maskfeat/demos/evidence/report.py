@@ -1,4 +1,4 @@
-"""docs/EVIDENCE.md: tables, charts and pictures of what the runs have left. Numbers come from the runs' files alone.
+"""docs/evidence.md: tables, charts and pictures of what the runs have left. Numbers come from the runs' files alone.
 
 Each suite and budget has a section of its own between two marks; what stands outside of the marks stays.
 """
@@ -22,10 +22,11 @@ from maskfeat.config import load_config
 from maskfeat.demos.evidence.runs import Runs
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Method
 
-FILE = "EVIDENCE.md"
-_HEAD = """# Evidence that it learns
+FILE = "evidence.md"
+_HEAD = """# Evidence that pre-training helps
 
-Written by `tools/evidence.py`; each section says which command made it. What is between two marks is written anew.
+`tools/evidence.py` writes the sections between the `begin` and `end` comments; each section names its command. A new
+run of a command replaces its section only.
 """
 _PICTURED = 4
 """Held-out samples in a picture."""
@@ -81,7 +82,7 @@ class Report:
         self.pictures = docs / "evidence"
 
     def write(self) -> str:
-        """Draw the pictures and put the section into docs/EVIDENCE.md; the section."""
+        """Draw the pictures and put the section into docs/evidence.md; the section."""
         self.pictures.mkdir(parents=True, exist_ok=True)
         begin, end = f"<!-- begin: {self.name} -->", f"<!-- end: {self.name} -->"
         written = self.section()
