@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+DOCS = ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
+
 setup(
     name="maskfeat",
     version="0.1.0",
@@ -22,7 +24,8 @@ setup(
         "tensorboard",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-simplejson", "submitit"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "types-simplejson", "submitit", *DOCS],
+        "docs": DOCS,
         "slurm": ["submitit"],
         "torchcodec": ["torchcodec"],
     },
