@@ -194,5 +194,10 @@ def declarations() -> list[Declaration]:
     return [function for function in found if list(inspect.signature(function).parameters) == ["cfg"]]
 
 
+def page() -> str:
+    """Return the page for all keys that the program knows."""
+    return render(declarations())
+
+
 if __name__ == "__main__":
-    PAGE.write_text(render(declarations()), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
