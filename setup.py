@@ -13,6 +13,7 @@ EXTRAS = {
     "probes": ["scikit-learn>=1.4.2"],
     "slurm": ["submitit>=1.5.1"],
     "torchcodec": ["torchcodec"],
+    "docs": ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
 }
 
 setup(
@@ -70,6 +71,7 @@ setup(
             *EXTRAS["plots"],
             *EXTRAS["probes"],
             *EXTRAS["slurm"],
+            *EXTRAS["docs"],
             "pytest>=8.3",
             "pytest-xdist>=3.6.1",
             "ruff",

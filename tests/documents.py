@@ -7,18 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-DOCUMENTS = (
-    "README.md",
-    "INSTALL.md",
-    "GETTING_STARTED.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "SECURITY.md",
-    "docs/PERFORMANCE.md",
-    "docs/RELIABILITY.md",
-    "docs/EVIDENCE.md",
-)
+DOCUMENTS = tuple(str(path.relative_to(REPO)) for path in sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")]))
 
+_SNIPPET = re.compile(r'^--8<-- "(?P<file>[^":]+)(?::(?P<section>\w+))?"$', re.M)
 _FENCE = re.compile(r"(?:<!-- test: (?P<mark>\w+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 
 # What stands for these programs prints its arguments instead, each with a NUL after it, commands apart by "\1\0".
@@ -27,8 +18,19 @@ _RECORD = "".join(f"{name}() {{ printf '%s\\0' {name} \"$@\" $'\\1'; }}\n" for n
 
 
 def read(name: str) -> str:
-    """A document of the repository."""
-    return (REPO / name).read_text(encoding="utf-8")
+    """A document of the repository, with the sections of other documents that a page includes."""
+    return _SNIPPET.sub(_included, (REPO / name).read_text(encoding="utf-8"))
+
+
+def _included(snippet: re.Match[str]) -> str:
+    """The text that stands for `--8<-- "FILE:section"` on the site."""
+    text = (REPO / snippet["file"]).read_text(encoding="utf-8")
+    if snippet["section"]:
+        _, begin, text = text.partition(f"--8<-- [start:{snippet['section']}] -->\n")
+        text, end, _ = text.partition(f"<!-- --8<-- [end:{snippet['section']}]")
+        assert begin and end, f"{snippet['file']} has no section {snippet['section']}"
+    assert "--8<-- " not in text.replace("--8<-- [", ""), "sections within sections are not looked into"
+    return text.rstrip("\n")
 
 
 def fenced_blocks(text: str, language: str = "bash") -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The documents agree with the program: commands parse, names exist, numbers and messages are the program's own."""
 
+import argparse
 import ast
 import importlib.util
 import re
@@ -7,13 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from yacs.config import CfgNode
 
 from maskfeat.config import get_defaults, load_config
 from maskfeat.config.schema import full_keys, is_inert
 from maskfeat.demos.evidence.suites import SUITES
 from maskfeat.engine.run import parse_args
+from tests.contracts.test_layout import ALLOWED
 from tests.documents import DOCUMENTS, REPO, fenced_blocks, read, recorded_commands
 
 KEYS = frozenset(full_keys(get_defaults()))
@@ -43,7 +47,7 @@ def commands() -> list[list[str]]:
     found = []
     for document in DOCUMENTS:
         for program, *arguments in commands_of(document):
-            start = next((i for i, a in enumerate(arguments) if a.startswith("tools/")), None)
+            start = next((i for i, a in enumerate(arguments) if a.startswith(("tools/", "docs/"))), None)
             if start is not None:
                 found.append(arguments[start:])
             else:
@@ -57,21 +61,24 @@ COMMANDS = commands()
 def test_there_are_commands() -> None:
     tools = {command[0] for command in COMMANDS}
     assert {
-        f"tools/{name}"
-        for name in (
-            "run_net.py",
-            "make_synthetic.py",
-            "visualize.py",
-            "benchmark.py",
-            "evidence.py",
-            "prepare_cifar10.py",
-            "quickstart.sh",
-            "soak.sh",
-            "submit.py",
-            "test.sh",
-        )
+        *("docs/config_reference.py", "docs/figures.py"),
+        *(f"tools/{name}" for name in TOOLS),
     } == tools
     assert sum(command[0] == "tools/run_net.py" for command in COMMANDS) >= 20
+
+
+TOOLS = (
+    "run_net.py",
+    "make_synthetic.py",
+    "visualize.py",
+    "benchmark.py",
+    "evidence.py",
+    "prepare_cifar10.py",
+    "quickstart.sh",
+    "soak.sh",
+    "submit.py",
+    "test.sh",
+)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +88,9 @@ def test_commands_parse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(REPO)
     tool, *arguments = command
     assert (REPO / tool).is_file()
-    if "--help" in arguments:
+    if tool.startswith("docs/"):
+        assert not arguments, "it takes none"
+    elif "--help" in arguments:
         done = subprocess.run([sys.executable, tool, *arguments], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and "usage" in done.stdout
     elif tool == "tools/test.sh":
@@ -109,14 +118,18 @@ class _Parsed(Exception):
     """Carries the parser of a tool out of its main()."""
 
 
-def parser_of(tool: str):  # type: ignore[no-untyped-def]
-    """The argument parser that a tool builds, had by stopping it where it would parse."""
-    import argparse
-
-    spec = importlib.util.spec_from_file_location("tool_under_test", REPO / tool)
+def module_of(script: str) -> ModuleType:
+    """A script of the repository as a module, not run as a program."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, REPO / script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
+    return module
+
+
+def parser_of(tool: str) -> argparse.ArgumentParser:
+    """The argument parser that a tool builds, had by stopping it where it would parse."""
     caught: list[argparse.ArgumentParser] = []
 
     def stop(self: argparse.ArgumentParser, *_: object, **__: object) -> None:
@@ -124,6 +137,7 @@ def parser_of(tool: str):  # type: ignore[no-untyped-def]
         raise _Parsed
 
     with pytest.MonkeyPatch.context() as patch:
+        module = module_of(tool)
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         with pytest.raises(_Parsed):
             module.main()
@@ -141,7 +155,7 @@ def test_blocks_are_valid_bash(document: str) -> None:
 
 def test_yaml_of_the_guide_loads(tmp_path: Path) -> None:
     """The own config of the guide, put where the guide says that it lies."""
-    ((_, text),) = fenced_blocks(read("GETTING_STARTED.md"), "yaml")
+    ((_, text),) = fenced_blocks(read("docs/data.md"), "yaml")
     path = tmp_path / "flowers_ft.yaml"
     path.write_text(text.replace("masked_ssl/", f"{RECIPES}/"))
     cfg = load_config(path)
@@ -187,7 +201,7 @@ def test_paths_exist(document: str) -> None:
 
 
 def test_the_layout_is_there() -> None:
-    (tree,) = [text for _, text in fenced_blocks(read("README.md"), "text") if text.startswith("maskfeat/")]
+    (tree,) = [text for _, text in fenced_blocks(read("docs/design.md"), "text") if text.startswith("maskfeat/")]
     for name in re.findall(r"\b(\w+\.py|\w+/)(?=[\s,])", tree):
         assert any(next(REPO.glob(f"{folder}{name}"), None) for folder in ("", "maskfeat/", "tools/", "*/")), name
 
@@ -208,7 +222,7 @@ def test_links_resolve(document: str) -> None:
         other = (REPO / document).parent / path if path else REPO / document
         assert other.exists(), target
         if anchor:
-            assert anchor in anchors(other.read_text(encoding="utf-8")), target
+            assert anchor in anchors(read(str(other.resolve().relative_to(REPO)))), target
 
 
 FOREIGN = re.compile(
@@ -258,8 +272,7 @@ def test_mfm_table_is_that_of_the_configs() -> None:
 
 
 def test_small_recipes_are_all_listed() -> None:
-    section = read(GUIDE).split("## Small data sets", 1)[1].split("## Troubleshooting", 1)[0]
-    listed = [name for row in table_rows(section) for name in re.findall(r"`(\w+\.yaml)`", row[0])]
+    listed = [name for row in table_rows(read("docs/small-data.md")) for name in re.findall(r"`(\w+\.yaml)`", row[0])]
     assert sorted(listed) == sorted(path.name for folder in SMALL_RECIPES for path in folder.glob("*.yaml"))
 
 
@@ -271,7 +284,9 @@ def test_mfm_variants_differ_as_the_guide_says() -> None:
     assert (ours.pop("LOW_PASS_PROB"), resnet.pop("LOW_PASS_PROB"), vit.pop("LOW_PASS_PROB")) == (0.5, 0.3, 0.5)
     assert resnet == vit
     listed: dict[str, tuple[object, object]] = {}
-    for names, *columns, _ in (row for row in table_rows(read(GUIDE)) if len(row) == 4 and row[0].startswith("`MFM.")):
+    for names, *columns, _ in (
+        row for row in table_rows(read("docs/mfm.md")) if len(row) == 4 and row[0].startswith("`MFM.")
+    ):
         keys = re.findall(r"MFM\.(\w+)", names)
         values = [[value.strip("` ") for value in column.split(",")] for column in columns]
         listed.update(zip(keys, zip(*values, strict=False), strict=False))
@@ -284,16 +299,15 @@ def test_mfm_variants_differ_as_the_guide_says() -> None:
 
 def test_scaling_table_is_right() -> None:
     """Every `a × b / c = KEY d` of the guide."""
-    sums = re.findall(r"(\d\S*) × (\d+) / (\d+) = `SOLVER\.BASE_LR (\S+)`", read("GETTING_STARTED.md"))
+    sums = re.findall(r"(\d\S*) × (\d+) / (\d+) = `SOLVER\.BASE_LR (\S+)`", read("docs/many-gpus.md"))
     assert len(sums) == 3
     for rate, batch, recipe, scaled in sums:
         assert float(rate) * int(batch) / int(recipe) == pytest.approx(float(scaled))
 
 
-# Messages: what the guide lists must exist in the code, and what the code says must stand in the guide.
+# Messages: what the page quotes must exist in the code.
 
 HOLE = "\0"
-GUIDE = "GETTING_STARTED.md"
 
 
 # Parts of messages that stand in variables.
@@ -333,34 +347,16 @@ def all_strings() -> set[str]:
     return {text for text in found if text}
 
 
-CHECKS = ("config/", "objectives/", "models/", "data/datasets/")
-"""Where the config's checks stand, which yield their messages."""
-
-
-def raised_messages() -> Iterator[tuple[str, str]]:
-    """(file, template) of what is raised or warned of, and of what the config's checks yield."""
-    for path, tree in modules():
-        place = str(path.relative_to(REPO)).removeprefix("maskfeat/")
-        for node in ast.walk(tree):
-            expressions: list[ast.expr] = []
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-                if ast.unparse(node.exc.func) in ("AssertionError", "_Mismatch", "argparse.ArgumentTypeError"):
-                    continue
-                expressions = node.exc.args
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "logger.warning":
-                expressions = node.args[:1]
-            elif isinstance(node, ast.Yield) and node.value is not None and place.startswith(CHECKS):
-                expressions = [node.value]
-            texts = [text for text in map(template, expressions) if text and text.strip(HOLE + " :;")]
-            if texts:
-                yield place, max(texts, key=len)
-
-
 def documented_messages() -> list[str]:
-    """The code spans in the first column of the guide's troubleshooting tables."""
-    text = read(GUIDE).split("## Troubleshooting", 1)[1].split("From PyTorch itself:")
-    text_of_ours = text[0] + text[1].split("###", 1)[1]
-    return [span for row in table_rows(text_of_ours) for span in re.findall(r"`([^`]+)`", row[0])]
+    """The code spans in the first column of the tables of messages and causes in docs/troubleshooting.md."""
+    found: list[str] = []
+    ours = False
+    for row in table_rows(read("docs/troubleshooting.md")):
+        if row[0] and not row[0].startswith("`") and "..." not in row[0]:  # the head of a table, or its rule
+            ours = row[0] in ("message", "cause") or (ours and set(row[0]) == {"-"})
+        elif ours:
+            found += re.findall(r"`([^`]+)`", row[0])
+    return found
 
 
 def as_pattern(message: str) -> re.Pattern[str]:
@@ -372,39 +368,6 @@ def as_pattern(message: str) -> re.Pattern[str]:
 def says(message: str, text: str) -> bool:
     """Whether a message of the guide is (part of) what a template of the code prints."""
     return bool(as_pattern(message).search(text))
-
-
-# What no accepted config leads to: a check has spoken before, or only other code can get there.
-UNREACHABLE = {
-    "build.py:DATA.PATH_LABEL_SEPARATOR",
-    "build.py:split is",
-    "data/bad_samples.py:DATA.MAX_BAD_FRACTION",
-    "data/video/decoder.py:a video may not",
-    "data/video/decoder.py:no frame was requested",
-    "data/datasets/kinetics.py:DATA.PATH_LABEL_SEPARATOR must not",
-    "data/rand_augment.py:interpolation",
-    "demos/scenes.py",
-    "demos/synthetic.py:classes",
-    "data/random_erasing.py:AUG.RE_",
-    "data/transforms.py:TEST.NUM_SPATIAL_CROPS",
-    "data/transforms.py:a crop of",
-    "masking.py",
-    "models/layers.py:impl is",
-    "models/mvit.py",
-    "objectives/classification.py:classification got",
-    "objectives/maskfeat.py:MaskFeat got",
-    "optim/optimizers.py",
-    "optim/param_groups.py",
-    "analysis/pictures.py",
-}
-
-
-def is_unreachable(place: str, text: str) -> bool:
-    for entry in UNREACHABLE:
-        file, _, start = entry.partition(":")
-        if place == file and text.lstrip(HOLE + ": ").startswith(start):
-            return True
-    return False
 
 
 DOCUMENTED = documented_messages()
@@ -419,10 +382,65 @@ def test_documented_messages_are_the_programs(message: str) -> None:
 STRINGS = all_strings()
 
 
-def test_every_message_is_documented() -> None:
-    missing = [
-        f"{place}: {text.replace(HOLE, '...')}"
-        for place, text in raised_messages()
-        if not is_unreachable(place, text) and not any(says(message, text) for message in DOCUMENTED)
-    ]
-    assert not missing, "no row in GETTING_STARTED.md for:\n" + "\n".join(missing)
+def test_there_are_messages() -> None:
+    assert len(DOCUMENTED) >= 25
+
+
+# What is generated: the config reference and the figures.
+
+
+def test_the_config_reference_is_that_of_the_code() -> None:
+    script = module_of("docs/config_reference.py")
+    page = read("docs/config.md")
+    assert page == script.page(), "run python docs/config_reference.py and commit docs/config.md"
+    rows = {row[0].strip("`† "): row for row in table_rows(page) if row[0].startswith("`")}
+    assert rows.keys() == KEYS
+    assert not [key for key, row in rows.items() if not row[3]], "without a line that says what the key does"
+    assert rows["TRAIN.EMA"][0].endswith("†") and not rows["TRAIN.BATCH_SIZE"][0].endswith("†")
+    assert rows["TRAIN.PARALLEL"][1:3] == ["`ddp`", "str; `ddp`, `fsdp`"]
+    assert rows["MFM.RADIUS"][0].endswith("†"), "its whole section is not in PySlowFast"
+
+
+def test_the_config_reference_reads_declarations() -> None:
+    script = module_of("docs/config_reference.py")
+
+    def first(cfg: CfgNode) -> None:
+        """About this section. All ours."""
+        cfg.TOY = CfgNode()
+        cfg.TOY.SIZE = 8  # pixels
+
+    def second(cfg: CfgNode) -> None:
+        # ours: of several
+        # lines
+        cfg.TOY.NAMES = ["a | b"]
+        cfg.TOP = "x"  # in brackets
+
+    page = script.render([first, second], {"TOY.NAMES": "list[str]"}, {"TOP": ("x", "")}, {}, {"TOY.NAMES": (1, 2)})
+    assert "About this section.\n" in page and "All ours" not in page
+    for line in (
+        "| `TOY.SIZE` † | `8` | int | pixels |",
+        "| `TOY.NAMES` † | `[a \\| b]` | list[str]; 1 or 2 numbers | of several lines |",
+        '| `TOP` | `x` | str; `x`, `""` | in brackets |',
+    ):
+        assert line in page.splitlines(), line
+
+
+def test_figures_are_those_of_the_code() -> None:
+    for name, svg in module_of("docs/figures.py").figures().items():
+        assert (REPO / "docs" / "figures" / name).read_text() == svg, (
+            "run python docs/figures.py and commit docs/figures"
+        )
+
+
+def test_the_figure_of_imports_is_the_table_that_is_enforced() -> None:
+    """Read from the committed file alone: every dot, and that all dots lie on one side of the diagonal."""
+    svg = (REPO / "docs" / "figures" / "imports.svg").read_text()
+    drawn = set(re.findall(r"<title>(\w+) imports (\w+)</title>", svg))
+    assert drawn == {(part, other) for part, others in ALLOWED.items() for other in others}
+    dots = re.findall(r'<circle class="dot" cx="(\d+)" cy="(\d+)"', svg)
+    assert len(dots) == len(drawn) and all(int(x) > int(y) for x, y in dots)
+
+
+def test_short_documents_stay_short() -> None:
+    assert read("GETTING_STARTED.md").count("\n") <= 200
+    assert read("README.md").count("\n") <= 150

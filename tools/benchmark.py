@@ -1,4 +1,4 @@
-"""Measure speed and memory against plain formulations: see --help and docs/PERFORMANCE.md."""
+"""Measure speed and memory against plain formulations: see --help and docs/speed.md."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests of the fourteen promises of docs/RELIABILITY.md at full size: about an hour on two cores. Figures are shown
+# The tests of the fourteen guarantees of docs/reliability.md at full size: about an hour on two cores. Figures are shown
 # at the end and left in soak.txt.
 #   bash tools/soak.sh [PYTEST OPTIONS]    such as -k kill
 #   MASKFEAT_VENV=DIR                      where the environment lies (default: .venv; made where it is missing)

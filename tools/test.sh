@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Own virtual environment, install, lint, types, tests.
+# Own virtual environment, install, lint, types, documentation, tests.
 #   bash tools/test.sh            everything
 #   bash tools/test.sh --quick    without the tests marked slow
 #   MASKFEAT_VENV=DIR             where the environment lies (default: .venv)
@@ -18,6 +18,8 @@ echo "== lint"
 "$venv/bin/ruff" format --check .
 echo "== types"
 "$venv/bin/mypy"
+echo "== documentation"
+PATH="$venv/bin:$PATH" NO_MKDOCS_2_WARNING=1 "$venv/bin/mkdocs" build --strict --quiet # any warning is an error
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 failed=0
 echo "== tests, two at a time"

@@ -28,23 +28,23 @@ def shared_defaults() -> CfgNode:
 
 def _run(cfg: CfgNode) -> None:
     cfg.PLUGINS = []  # ours: modules, by dotted name, that register further objectives, backbones and data sets
-    cfg.TASK = ""  # a name for the run, put before checkpoint names: [TASK_]checkpoint_epoch_00010.pyth
+    cfg.TASK = ""  # name of the run, prefix of checkpoint names: [TASK_]checkpoint_epoch_00010.pyth
     cfg.OUTPUT_DIR = "."  # folder for checkpoints, logs and the saved config
-    cfg.RNG_SEED = 1  # seed of every random draw
+    cfg.RNG_SEED = 1  # random seed
     cfg.NUM_GPUS = 1  # GPUs (processes) per machine; 0 = one process on the CPU
-    cfg.NUM_SHARDS = 1  # machines of the job
-    cfg.SHARD_ID = 0  # which machine this is, 0 .. NUM_SHARDS - 1
-    cfg.DIST_BACKEND = "nccl"  # "nccl" | "gloo"
-    cfg.HANG_MINUTES = 20.0  # ours: without progress, after which hung processes are named and the run ends; 0 = never
+    cfg.NUM_SHARDS = 1  # number of machines
+    cfg.SHARD_ID = 0  # index of this machine, 0 .. NUM_SHARDS - 1
+    cfg.DIST_BACKEND = "nccl"  # backend of torch.distributed: "nccl" (GPUs) | "gloo" (CPU)
+    cfg.HANG_MINUTES = 20.0  # ours: minutes without progress after which a run of several processes ends; 0 = never
     cfg.LOG_PERIOD = 10  # iterations between two progress lines
     cfg.LOG_MODEL_INFO = True  # log a table of the backbone's parameters, multiply-adds and activations at the start
 
     cfg.DATA_LOADER = CfgNode()
-    cfg.DATA_LOADER.NUM_WORKERS = 8  # data processes per training process; 0 = none, load in the loop
+    cfg.DATA_LOADER.NUM_WORKERS = 8  # data workers per process; 0 = load in the training process
     cfg.DATA_LOADER.PIN_MEMORY = True  # page-locked batches: faster copies to a GPU
-    # ours: "pil" | "torchvision": its JPEG decoder, and resizing by torch: faster, grey levels a little different
+    # ours: "pil" | "torchvision" (JPEG decoding by torchvision, resizing by PyTorch; faster, slightly other pixels)
     cfg.DATA_LOADER.IMAGE_BACKEND = "pil"
-    # ours: images of one small size: decoded once, kept on the device, cropped, mirrored and masked there
+    # ours: decode small images of one size once and keep them on the device, with cropping and masking there
     cfg.DATA_LOADER.RESIDENT = False
 
     cfg.TENSORBOARD = CfgNode()
@@ -54,29 +54,30 @@ def _run(cfg: CfgNode) -> None:
 
 def _train(cfg: CfgNode) -> None:
     cfg.TRAIN = CfgNode()
-    cfg.TRAIN.ENABLE = True  # train (or not: test only)
+    cfg.TRAIN.ENABLE = True  # train; False = test only
     cfg.TRAIN.DATASET = "kinetics"  # "imagenet" | "kinetics", or one of PLUGINS
-    cfg.TRAIN.BATCH_SIZE = 64  # samples per optimisation step and machine, split over its GPUs
-    cfg.TRAIN.MICRO_BATCH_SIZE = 0  # ours: samples per process and forward pass; 0 = all at once
+    cfg.TRAIN.BATCH_SIZE = 64  # samples per optimizer step and machine, split over its GPUs
+    cfg.TRAIN.MICRO_BATCH_SIZE = 0  # ours: samples per process and forward pass (accumulating gradients); 0 = all
     cfg.TRAIN.MIXED_PRECISION = False  # False ("off") | True ("fp16") | "bf16" | "fp16"
-    cfg.TRAIN.COMPILE = False  # ours: torch.compile each block and the HOG targets; needs a C++ compiler
-    cfg.TRAIN.PARALLEL = "ddp"  # ours: every process holds the whole model | "fsdp": a piece of it, with adamw
-    cfg.TRAIN.EMA = 0.0  # ours: decay per step, 0 .. 1, of an average of the weights, evaluated beside them; 0 = none
-    # ours: steps in a row without a finite gradient (each is skipped) that stop the run; fp16 may begin with 16
+    cfg.TRAIN.COMPILE = False  # ours: torch.compile for each block and the HOG targets; needs a C++ compiler
+    cfg.TRAIN.PARALLEL = "ddp"  # ours: "ddp" (a full replica per process) | "fsdp" (sharded, FSDP2; adamw only)
+    cfg.TRAIN.EMA = 0.0  # ours: decay per step of an exponential moving average of the weights; 0 = none
+    # ours: consecutive skipped steps (gradient not finite) that stop the run; fp16 may begin with 16 of them
     cfg.TRAIN.MAX_SKIPPED_STEPS = 20
     cfg.TRAIN.EVAL_PERIOD = 10  # epochs between two validations; 0 = never
     cfg.TRAIN.CHECKPOINT_PERIOD = 10  # epochs between two checkpoints
-    cfg.TRAIN.CHECKPOINT_MINUTES = 30.0  # ours: minutes between two checkpoints, within epochs; 0 = only at their ends
-    cfg.TRAIN.KEEP_CHECKPOINTS = 0  # ours: newest checkpoints kept; 0 = those of ends of epochs all, within epochs two
-    cfg.TRAIN.CHECKPOINT_FORMAT = "gathered"  # ours: one file | "sharded": a folder, each process writes its piece
-    cfg.TRAIN.AUTO_RESUME = True  # go on from the newest checkpoint in OUTPUT_DIR
-    cfg.TRAIN.CHECKPOINT_FILE_PATH = ""  # weights to start from
+    cfg.TRAIN.CHECKPOINT_MINUTES = 30.0  # ours: minutes between two checkpoints within an epoch; 0 = none
+    cfg.TRAIN.KEEP_CHECKPOINTS = 0  # ours: checkpoints to keep; 0 = all of ends of epochs, two within epochs
+    cfg.TRAIN.CHECKPOINT_FORMAT = "gathered"  # ours: "gathered" (one file) | "sharded" (a folder, one shard a process)
+    cfg.TRAIN.AUTO_RESUME = True  # resume from the newest checkpoint in OUTPUT_DIR
+    cfg.TRAIN.CHECKPOINT_FILE_PATH = ""  # weights to load before training: path, http(s) address or a torchvision name
     cfg.TRAIN.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"
-    cfg.TRAIN.CHECKPOINT_INFLATE = False  # a 2-D patch kernel in a 3-D model: at the centre frame, or "average"d
-    cfg.TRAIN.CHECKPOINT_EPOCH_RESET = False  # start at epoch 0 with a fresh optimizer
-    cfg.TRAIN.CHECKPOINT_AVERAGE = False  # ours: take the file's average of the weights, see EMA
-    cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN = ()  # parts of names to remove from the file's parameter names
-    cfg.TRAIN.CHECKPOINT_ALLOW = []  # ours: glob patterns of parameters that may stay fresh or be left over
+    # 2-D patch kernels in a 3-D model: False = at the centre frame | "average" = spread evenly over all frames
+    cfg.TRAIN.CHECKPOINT_INFLATE = False
+    cfg.TRAIN.CHECKPOINT_EPOCH_RESET = False  # load weights only and start at epoch 0 with a new optimizer
+    cfg.TRAIN.CHECKPOINT_AVERAGE = False  # ours: load the averaged weights of the file (TRAIN.EMA)
+    cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN = ()  # strings to remove from the parameter names of the file
+    cfg.TRAIN.CHECKPOINT_ALLOW = []  # ours: glob patterns of parameters that may be missing in the file or left over
 
 
 def _test(cfg: CfgNode) -> None:
@@ -86,52 +87,52 @@ def _test(cfg: CfgNode) -> None:
     cfg.TEST.BATCH_SIZE = 8  # views per step and machine, split over its GPUs
     cfg.TEST.CHECKPOINT_FILE_PATH = ""  # weights to test; "" = the newest in OUTPUT_DIR
     cfg.TEST.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"
-    cfg.TEST.NUM_ENSEMBLE_VIEWS = 10  # clips per video, spread evenly over it
-    cfg.TEST.NUM_TEMPORAL_CLIPS = []  # numbers of clips to report in turn; [] = NUM_ENSEMBLE_VIEWS alone
-    cfg.TEST.NUM_SPATIAL_CROPS = 3  # crops per clip: 1 (centre) | 3
-    cfg.TEST.SAVE_RESULTS_PATH = (
-        ""  # JSON of predictions in OUTPUT_DIR; "" = test_results.json; views are put in its name
-    )
+    cfg.TEST.NUM_ENSEMBLE_VIEWS = 10  # clips per video, evenly spaced
+    cfg.TEST.NUM_TEMPORAL_CLIPS = []  # numbers of clips per video to test in turn; [] = TEST.NUM_ENSEMBLE_VIEWS
+    cfg.TEST.NUM_SPATIAL_CROPS = 3  # spatial crops per clip: 1 (centre) | 3
+    # JSON file of predictions in OUTPUT_DIR; the number of views is added to its name; "" = test_results.json
+    cfg.TEST.SAVE_RESULTS_PATH = ""
 
 
 def _data(cfg: CfgNode) -> None:
     cfg.DATA = CfgNode()
     cfg.DATA.PATH_TO_DATA_DIR = ""  # holds train/ and val/, or train.csv, val.csv and test.csv
-    cfg.DATA.PATH_PREFIX = ""  # put before every path of a csv
-    cfg.DATA.PATH_LABEL_SEPARATOR = " "  # between path and label in a csv line
+    cfg.DATA.PATH_PREFIX = ""  # prefix of every path in a list of videos
+    cfg.DATA.PATH_LABEL_SEPARATOR = " "  # between path and label in a line of the list
     cfg.DATA.MEAN = [0.45, 0.45, 0.45]  # per colour channel, of pixels in [0, 1]
-    cfg.DATA.STD = [0.225, 0.225, 0.225]
+    cfg.DATA.STD = [0.225, 0.225, 0.225]  # the same
     cfg.DATA.NUM_FRAMES = 8  # frames per clip; 1 for images
-    cfg.DATA.SAMPLING_RATE = 8  # frames (at TARGET_FPS) from one sampled frame to the next
-    cfg.DATA.TARGET_FPS = 30  # frames per second that SAMPLING_RATE counts in
-    cfg.DATA.USE_OFFSET_SAMPLING = False  # uniform clips are a whole number of frames apart
-    # "pyav" | "torchvision": both mean the built-in PyAV decoder | "torchcodec": the same frames by that package
+    cfg.DATA.SAMPLING_RATE = 8  # distance between two sampled frames, in frames at DATA.TARGET_FPS
+    cfg.DATA.TARGET_FPS = 30  # frame rate that DATA.SAMPLING_RATE refers to
+    cfg.DATA.USE_OFFSET_SAMPLING = False  # test clips start a whole number of frames apart
+    # "pyav" and "torchvision" (the built-in PyAV decoder) | "torchcodec" (the same frames by that package)
     cfg.DATA.DECODING_BACKEND = "torchvision"
     cfg.DATA.INPUT_CHANNEL_NUM = [3]  # only [3]: one pathway of colour images
-    cfg.DATA.TRAIN_CROP_SIZE = 224  # pixels
-    cfg.DATA.TEST_CROP_SIZE = 256  # pixels
-    cfg.DATA.TEST_SHORT_SIDE = 0  # ours: of images before the central crop; 0 = 256/224 of TEST_CROP_SIZE
-    cfg.DATA.TEST_INTERPOLATION = "bicubic"  # ours: | "bilinear" | "lanczos" | "nearest": of images in evaluation
-    cfg.DATA.TRAIN_JITTER_SCALES = [256, 320]  # short side range in pixels; used where the next key is []
-    cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE = []  # [low, high]: share of the area kept by a crop
+    cfg.DATA.TRAIN_CROP_SIZE = 224  # side of the training crop in pixels
+    cfg.DATA.TEST_CROP_SIZE = 256  # side of the test crop in pixels
+    cfg.DATA.TEST_SHORT_SIDE = 0  # ours: short side of images before the crop; 0 = 256/224 of DATA.TEST_CROP_SIZE
+    cfg.DATA.TEST_INTERPOLATION = "bicubic"  # ours: resizing of images in evaluation
+    cfg.DATA.TRAIN_JITTER_SCALES = [256, 320]  # range of the short side in pixels; used where the next key is []
+    cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE = []  # [low, high]: area of a crop relative to the image
     cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE = []  # [low, high]: width / height of such a crop
-    cfg.DATA.RANDOM_FLIP = True  # horizontal, with probability 0.5
-    cfg.DATA.MAX_BAD_FRACTION = 0.01  # ours: share of unreadable samples, 0 .. 1, above which the run stops
+    cfg.DATA.RANDOM_FLIP = True  # horizontal flip with probability 0.5
+    cfg.DATA.MAX_BAD_FRACTION = 0.01  # ours: fraction of unreadable samples above which the run stops
 
 
 def _aug(cfg: CfgNode) -> None:
     cfg.AUG = CfgNode()
-    cfg.AUG.ENABLE = False  # the augmentations of this section
+    cfg.AUG.ENABLE = False  # use the augmentations of this section
     cfg.AUG.NUM_SAMPLE = 1  # differently augmented copies of each sample in a batch
-    cfg.AUG.REPEATS = 1  # ours: like NUM_SAMPLE in a batch of the same size; an epoch shows 1 / REPEATS of the data
-    cfg.AUG.COLOR_JITTER = 0.4  # strength, >= 0, or None; used where AA_TYPE is ""
+    # ours: repeated augmentation: copies of a sample within the same batch size; an epoch shows 1 / REPEATS of the data
+    cfg.AUG.REPEATS = 1
+    cfg.AUG.COLOR_JITTER = 0.4  # strength of colour jitter; used where AUG.AA_TYPE is ""
     cfg.AUG.AA_TYPE = "rand-m9-mstd0.5-inc1"  # timm's RandAugment policy, or torchvision's ("ra_6_10"), or ""
-    cfg.AUG.INTERPOLATION = "bicubic"  # | "bilinear" | "lanczos" | "nearest": RandAugment and image crops
+    cfg.AUG.INTERPOLATION = "bicubic"  # of RandAugment and image crops
     cfg.AUG.RE_PROB = 0.25  # random erasing: probability, 0 .. 1
-    cfg.AUG.RE_MODE = "pixel"  # "pixel" (noise per pixel) | "rand" (one colour) | "const" (zero)
-    cfg.AUG.RE_COUNT = 1  # boxes erased at most
+    cfg.AUG.RE_MODE = "pixel"  # fill: "pixel" (noise per pixel) | "rand" (one colour) | "const" (zero)
+    cfg.AUG.RE_COUNT = 1  # largest number of erased boxes
     cfg.AUG.RE_SPLIT = False  # only False
-    cfg.AUG.GEN_MASK_LOADER = False  # draw masks in the data workers (pre-training needs it)
+    cfg.AUG.GEN_MASK_LOADER = False  # draw masks in the data workers (needed for MaskFeat)
     cfg.AUG.MASK_TUBE = False  # video masks: the same patches in every frame ...
     cfg.AUG.MASK_FRAMES = False  # ... or whole frames; neither = cubes
     cfg.AUG.MASK_WINDOW_SIZE = [8, 7, 7]  # (t, h, w) grid on which video masks are drawn
@@ -146,13 +147,13 @@ def _model(cfg: CfgNode) -> None:
     # "MViT", "ResNet" and, on any backbone, "Classification" classify; "MaskMViT" is pre-trained by masked feature
     # prediction, "MFM" by masked frequencies
     cfg.MODEL.MODEL_NAME = "MViT"
-    cfg.MODEL.NUM_CLASSES = 400
+    cfg.MODEL.NUM_CLASSES = 400  # outputs of the classifier
     # "cross_entropy" | "soft_cross_entropy" | "bce_logit"; in pre-training "multi_mse" (MaskMViT), "frequency" (MFM)
     cfg.MODEL.LOSS_FUNC = "cross_entropy"
-    cfg.MODEL.DROPOUT_RATE = 0.5  # before the classifier, 0 .. 1
+    cfg.MODEL.DROPOUT_RATE = 0.5  # dropout before the classifier
     cfg.MODEL.HEAD_ACT = "softmax"  # only "softmax", in evaluation
-    # Compute activations again in the backward pass: True = whole blocks (least memory, a third more time) | "light" =
-    # ours: only what costs next to nothing | False
+    # activation checkpointing: True = whole blocks (least memory, a third more time) | "light" = norms, activations
+    # and pooling only (PySlowFast has no "light") | False
     cfg.MODEL.ACT_CHECKPOINT = False
 
 
@@ -160,26 +161,26 @@ def _solver(cfg: CfgNode) -> None:
     cfg.SOLVER = CfgNode()
     cfg.SOLVER.OPTIMIZING_METHOD = "sgd"  # "sgd" | "adamw"
     cfg.SOLVER.BASE_LR = 0.1  # learning rate after warm-up
-    cfg.SOLVER.BASE_LR_SCALE_NUM_SHARDS = False  # multiply base, warm-up start and end rate by NUM_SHARDS
+    cfg.SOLVER.BASE_LR_SCALE_NUM_SHARDS = False  # multiply base, warm-up start and end learning rate by NUM_SHARDS
     cfg.SOLVER.LR_POLICY = "cosine"  # "cosine" | "steps_with_relative_lrs"
-    cfg.SOLVER.LR_PER_EPOCH = False  # ours: change the rate between epochs only, not at every step
+    cfg.SOLVER.LR_PER_EPOCH = False  # ours: change the learning rate between epochs only
     cfg.SOLVER.COSINE_END_LR = 0.0  # learning rate at the end of the cosine
-    cfg.SOLVER.COSINE_AFTER_WARMUP = False  # start the cosine where warm-up ends, not at epoch 0
-    cfg.SOLVER.STEPS = []  # epochs at which the rates of LRS begin; the first is 0
-    cfg.SOLVER.LRS = []  # factors on BASE_LR, as many as STEPS
-    cfg.SOLVER.GAMMA = 0.1  # accepted; neither policy uses it
-    cfg.SOLVER.MAX_EPOCH = 300
+    cfg.SOLVER.COSINE_AFTER_WARMUP = False  # start the cosine at the end of warm-up instead of epoch 0
+    cfg.SOLVER.STEPS = []  # epochs at which the factors of SOLVER.LRS begin; the first is 0
+    cfg.SOLVER.LRS = []  # factors on SOLVER.BASE_LR, one for each of SOLVER.STEPS
+    cfg.SOLVER.GAMMA = 0.1  # accepted, without effect
+    cfg.SOLVER.MAX_EPOCH = 300  # epochs of training
     cfg.SOLVER.WARMUP_EPOCHS = 0.0  # epochs of linear warm-up
-    cfg.SOLVER.WARMUP_START_LR = 0.01  # learning rate at its start
-    cfg.SOLVER.MOMENTUM = 0.9  # sgd
-    cfg.SOLVER.DAMPENING = 0.0  # sgd
-    cfg.SOLVER.NESTEROV = True  # sgd
-    cfg.SOLVER.BETAS = (0.9, 0.999)  # adamw
-    cfg.SOLVER.WEIGHT_DECAY = 1e-4
+    cfg.SOLVER.WARMUP_START_LR = 0.01  # learning rate at the start of warm-up
+    cfg.SOLVER.MOMENTUM = 0.9  # of sgd
+    cfg.SOLVER.DAMPENING = 0.0  # of sgd
+    cfg.SOLVER.NESTEROV = True  # of sgd
+    cfg.SOLVER.BETAS = (0.9, 0.999)  # of adamw
+    cfg.SOLVER.WEIGHT_DECAY = 1e-4  # of weights; see also ZERO_WD_1D_PARAM
     cfg.SOLVER.ZERO_WD_1D_PARAM = False  # no weight decay on biases and one-dimensional parameters
-    cfg.SOLVER.LAYER_DECAY = 1.0  # factor on the learning rate per block towards the input, 0 .. 1; 1 = none
-    cfg.SOLVER.CLIP_GRAD_VAL = None  # clip each gradient entry to +- this; None = no
-    cfg.SOLVER.CLIP_GRAD_L2NORM = None  # clip the norm of the whole gradient; None = no
+    cfg.SOLVER.LAYER_DECAY = 1.0  # layer-wise learning rate decay: factor per block towards the input; 1 = none
+    cfg.SOLVER.CLIP_GRAD_VAL = None  # clip every gradient value to this; None = no clipping
+    cfg.SOLVER.CLIP_GRAD_L2NORM = None  # clip the L2 norm of the gradient; None = no clipping
 
 
 # The type of keys whose default does not show it. The others have the type of their default.

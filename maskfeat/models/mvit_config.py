@@ -20,13 +20,13 @@ def _keys(cfg: CfgNode) -> None:
     cfg.MVIT.POOL_FIRST = False  # only False
     cfg.MVIT.CLS_EMBED_ON = True  # a class token
     cfg.MVIT.PATCH_2D = False  # True: images, and two numbers in each PATCH_* key; False: clips, and three
-    cfg.MVIT.PATCH_KERNEL = [3, 7, 7]  # frames, pixels, pixels
-    cfg.MVIT.PATCH_STRIDE = [2, 4, 4]
-    cfg.MVIT.PATCH_PADDING = [2, 4, 4]
+    cfg.MVIT.PATCH_KERNEL = [3, 7, 7]  # of the patch embedding: frames, height, width
+    cfg.MVIT.PATCH_STRIDE = [2, 4, 4]  # the same
+    cfg.MVIT.PATCH_PADDING = [2, 4, 4]  # the same
     cfg.MVIT.EMBED_DIM = 96  # width of the first block
     cfg.MVIT.NUM_HEADS = 1  # attention heads of the first block
     cfg.MVIT.MLP_RATIO = 4.0  # hidden width of an MLP over the width of its block
-    cfg.MVIT.QKV_BIAS = True
+    cfg.MVIT.QKV_BIAS = True  # biases of the q, k and v projections
     cfg.MVIT.DROPOUT_RATE = 0.0  # after attention and in MLPs, 0 .. 1
     cfg.MVIT.DROPPATH_RATE = 0.1  # of the last block, 0 .. 1; grows linearly from 0
     cfg.MVIT.LAYER_SCALE_INIT_VALUE = 0.0  # only 0.0: no layer scale

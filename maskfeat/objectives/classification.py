@@ -124,12 +124,12 @@ class Classification(Objective):
 def _keys(cfg: CfgNode) -> None:
     cfg.MIXUP = CfgNode()
     cfg.MIXUP.ENABLE = False  # mixup, cutmix and label smoothing
-    cfg.MIXUP.ALPHA = 0.8  # Beta parameter of mixup; 0 = no mixup
-    cfg.MIXUP.CUTMIX_ALPHA = 1.0  # Beta parameter of cutmix; 0 = no cutmix
-    cfg.MIXUP.PROB = 1.0  # probability of either, 0 .. 1
-    cfg.MIXUP.SWITCH_PROB = 0.5  # probability of cutmix where both are on, 0 .. 1
-    cfg.MIXUP.LABEL_SMOOTH_VALUE = 0.1  # 0 .. 1
-    cfg.MIXUP.LABEL_SMOOTH_OTHERS = False  # ours: spread it over the other classes alone, not over all
+    cfg.MIXUP.ALPHA = 0.8  # parameter of the Beta distribution of mixup; 0 = no mixup
+    cfg.MIXUP.CUTMIX_ALPHA = 1.0  # the same of cutmix; 0 = no cutmix
+    cfg.MIXUP.PROB = 1.0  # probability of mixup or cutmix
+    cfg.MIXUP.SWITCH_PROB = 0.5  # probability of cutmix where both are enabled
+    cfg.MIXUP.LABEL_SMOOTH_VALUE = 0.1  # label smoothing
+    cfg.MIXUP.LABEL_SMOOTH_OTHERS = False  # ours: spread label smoothing over the other classes only
 
 
 def _check(cfg: CfgNode) -> Iterator[str]:

@@ -62,7 +62,7 @@ def runs_of(root: Path) -> Runs:
 
 @pytest.mark.slow
 def test_the_report_tells_what_the_runs_have_left(suite: Path) -> None:
-    runs, text = runs_of(suite), (suite / "docs" / "EVIDENCE.md").read_text()
+    runs, text = runs_of(suite), (suite / "docs" / "evidence.md").read_text()
     for seed in (0, 1):
         names = {path.parent.name for path in (runs.root / f"seed{seed}").glob("*/done.json")}
         wanted = {"ViT_random_probe", "ViT_scratch_tenth"}
@@ -89,11 +89,11 @@ def test_the_report_tells_what_the_runs_have_left(suite: Path) -> None:
 def test_a_second_call_trains_nothing(suite: Path) -> None:
     runs = runs_of(suite)
     before = {path: path.read_bytes() for path in runs.root.rglob("*.json*")}
-    begin = (suite / "docs" / "EVIDENCE.md").read_text()
-    (suite / "docs" / "EVIDENCE.md").write_text(begin.replace("# Evidence", "Mine stays.\n\n# Evidence"))
+    begin = (suite / "docs" / "evidence.md").read_text()
+    (suite / "docs" / "evidence.md").write_text(begin.replace("# Evidence", "Mine stays.\n\n# Evidence"))
     assert main(command(suite)) == 0
     assert {path: path.read_bytes() for path in runs.root.rglob("*.json*")} == before
-    after = (suite / "docs" / "EVIDENCE.md").read_text()
+    after = (suite / "docs" / "evidence.md").read_text()
     assert after.startswith("Mine stays.") and after.count("<!-- begin: cifar10 cpu -->") == 1
 
 
@@ -194,7 +194,7 @@ def test_clips(tmp_path: Path) -> None:
     places = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")]
     toy = [*TOY, "TRAIN.BATCH_SIZE", "6"]  # a tenth of the clips is one of each motion
     assert main(["--suite", "shapes", "--seeds", "1", *places, *toy]) == 0
-    text = (tmp_path / "docs" / "EVIDENCE.md").read_text()
+    text = (tmp_path / "docs" / "evidence.md").read_text()
     assert "synthetic motions, budget cpu" in text and "mask ratio 0" in text
     tested = read_json_stats(tmp_path / "runs/shapes_cpu/seed0/maskfeat_ft_tenth/stdout.log", "test_final")
     assert int(tested[-1]["samples"]) == 18

@@ -1,4 +1,4 @@
-"""The commands of GETTING_STARTED.md with which all recipes run small: train, save, resume, fine-tune, test."""
+"""The commands of docs/all-recipes.md with which all recipes run small: train, save, resume, fine-tune, test."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.worker import json_stats
 
 FAMILIES = ("vit_b", "vit_l", "mvit_s", "mvit_l", "r50_mfm", "vit_b_mfm")
 OTHERS = "r50_others"
-GUIDE = "GETTING_STARTED.md"
+GUIDE = "docs/all-recipes.md"
 
 
 @pytest.fixture(scope="session")

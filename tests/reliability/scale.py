@@ -15,7 +15,7 @@ def size(quick: int, full: int) -> int:
 
 
 def note(promise: int, figure: str) -> None:
-    """Note what was reached for a promise (its number in docs/RELIABILITY.md): one line."""
+    """Note what was reached for a promise (its number in docs/reliability.md): one line."""
     line = f"{promise:2d}  {figure}\n"
     print(line, end="")
     collected = os.environ.get("MASKFEAT_RELIABILITY")

@@ -1,4 +1,4 @@
-"""Evidence that pre-training learns: one command per suite writes docs/EVIDENCE.md. tools/evidence.py calls `main`."""
+"""Evidence that pre-training learns: one command per suite writes docs/evidence.md. tools/evidence.py calls `main`."""
 
 import argparse
 import logging
@@ -70,7 +70,7 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Pre-train, probe frozen features, fine-tune and train from scratch, for several seeds; write the "
-        "tables, charts and images of docs/EVIDENCE.md. The same command continues where an earlier one stopped.",
+        "tables, charts and images of docs/evidence.md. The same command continues where an earlier one stopped.",
     )
     parser.add_argument("--suite", choices=sorted(SUITES), required=True, help="which data and methods")
     parser.add_argument(
@@ -87,7 +87,7 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
         help="folder of the runs (default: %(default)s)",
     )
     parser.add_argument(
-        "--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of EVIDENCE.md (default: %(default)s)"
+        "--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of evidence.md (default: %(default)s)"
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for every run")
     return parser.parse_args(argv)

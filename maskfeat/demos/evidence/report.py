@@ -1,4 +1,4 @@
-"""Write docs/EVIDENCE.md: tables, charts and images, made from the files of the runs alone.
+"""Write docs/evidence.md: tables, charts and images, made from the files of the runs alone.
 
 Each suite and budget has its own section between two comments; text outside of them is kept.
 """
@@ -24,10 +24,11 @@ from maskfeat.config.recipes import INSTALLED
 from maskfeat.demos.evidence.runs import Runs
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Method
 
-FILE = "EVIDENCE.md"
-_HEAD = """# Evidence that it learns
+FILE = "evidence.md"
+_HEAD = """# Evidence that pre-training helps
 
-Written by `tools/evidence.py`; each section says which command made it. Text between two comments is replaced.
+`tools/evidence.py` writes the sections between the `begin` and `end` comments; each section names its command. A new
+run of a command replaces its section only.
 """
 _PICTURED = 4
 """Number of held-out samples in an image."""
@@ -86,7 +87,7 @@ class Report:
         self.images = docs / "evidence"
 
     def write(self) -> str:
-        """Draw the images and write the section into docs/EVIDENCE.md; return the section."""
+        """Draw the images and write the section into docs/evidence.md; return the section."""
         self.images.mkdir(parents=True, exist_ok=True)
         begin, end = f"<!-- begin: {self.name} -->", f"<!-- end: {self.name} -->"
         written = self.section()
