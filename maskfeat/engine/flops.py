@@ -33,7 +33,7 @@ class _Tokens(nn.Module):
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
 
     def forward(self, clip: Tensor) -> Tensor:
         tokens: Tensor = cast(Backbone, self.backbone).forward_tokens(clip).x
