@@ -13,7 +13,7 @@ esac
 # Each "name>=version" of setup.py as name==version. Their own requirements are as new as pip finds them.
 pins=$(mktemp)
 trap 'rm -f "$pins"' EXIT
-grep -oE '"[A-Za-z][A-Za-z0-9._-]*>=[0-9][^"]*"' setup.py | tr -d '"' | sed 's/>=/==/' > "$pins"
+grep -oE '"[A-Za-z][A-Za-z0-9._-]*>=[0-9][^"]*"' setup.py | tr -d '"' | sed -E 's/>=/==/; s/,.*//' > "$pins"
 export PIP_CONSTRAINT=$pins PIP_NO_COMPILE=1 MASKFEAT_VENV=${MASKFEAT_LOWEST_VENV:-$PWD/.venv-lowest}
 . tools/venv.sh
 echo "== versions"

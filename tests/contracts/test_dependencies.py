@@ -48,7 +48,7 @@ def setup() -> dict[str, Any]:
     patch.setattr(setuptools, "setup", lambda **keywords: given.update(keywords))
     patch.chdir(REPO)
     try:
-        exec(compile((REPO / "setup.py").read_text(), "setup.py", "exec"), {"__name__": "setup"})
+        exec(compile((REPO / "setup.py").read_text(), "setup.py", "exec"), {"__name__": "setup", "__file__": str(REPO / "setup.py")})
     finally:
         patch.undo()
     return given
