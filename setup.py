@@ -59,7 +59,7 @@ setup(
         "yacs>=0.1.8",
         "iopath>=0.1.9",
         "pyyaml>=6.0.1",
-        "av>=17",
+        "av>=17.1",
         "pillow>=12.3",
         "numpy>=1.26.4",
         "simplejson>=3.19.1",

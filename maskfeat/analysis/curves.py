@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Point = tuple[float, float]
 LONG = 50
 """Points above which the first twentieth of a run does not set the scale."""
-_SIZE = 4.6, 3.4
+_SIZE = 4.5, 3.5
 """Inches of one chart, at 100 dots per inch."""
 
 

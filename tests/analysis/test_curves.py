@@ -110,7 +110,7 @@ def test_words_and_legend() -> None:
 def test_figures_are_as_large_as_their_charts(number: int, columns: int, size: tuple[int, int]) -> None:
     charts = [Chart(f"chart {n}", "x", [flat("a", n, n + 1.0)]) for n in range(number)]
     figure = chart_figure(charts, columns)
-    assert pixels(figure).shape == (340 * size[1], 460 * size[0], 3)
+    assert pixels(figure).shape == (350 * size[1], 450 * size[0], 3)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [chart.title for chart in charts]
     places = [(axes.get_subplotspec().rowspan.start, axes.get_subplotspec().colspan.start) for axes in figure.axes]
     assert places == [(n // columns, n % columns) for n in range(number)]

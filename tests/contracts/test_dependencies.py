@@ -48,7 +48,8 @@ def setup() -> dict[str, Any]:
     patch.setattr(setuptools, "setup", lambda **keywords: given.update(keywords))
     patch.chdir(REPO)
     try:
-        exec(compile((REPO / "setup.py").read_text(), "setup.py", "exec"), {"__name__": "setup", "__file__": str(REPO / "setup.py")})
+        names = {"__name__": "setup", "__file__": str(REPO / "setup.py")}
+        exec(compile((REPO / "setup.py").read_text(), "setup.py", "exec"), names)
     finally:
         patch.undo()
     return given
