@@ -1,6 +1,8 @@
 """Videos that the tests write; each frame shows its own number in its pixels."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,6 +35,21 @@ def read_numbers(frames: np.ndarray) -> list[int]:
     return [read_number(frame) for frame in frames]
 
 
+@contextmanager
+def scheduling_restored() -> Iterator[None]:
+    """Restore the scheduling policy: SVT-AV1, run by root, gives the encoding thread the real-time priority 99, with which
+    this process and all that it starts would starve every other process.
+    """
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def write_video(
     path: Path,
     frames: int = 40,
@@ -49,7 +66,7 @@ def write_video(
     """Write a numbered video. `times` are presentation times in `time_base`. Skips if the encoder is missing."""
     if codec not in av.codecs_available:
         pytest.skip(f"this PyAV has no encoder {codec}")
-    with av.open(str(path), "w", options=container_options or {}) as container:
+    with scheduling_restored(), av.open(str(path), "w", options=container_options or {}) as container:
         try:
             stream = container.add_stream(codec, rate=rate, options=options or {})
         except (av.FFmpegError, ValueError) as error:

@@ -71,6 +71,14 @@ def test_every_kind_gives_the_requested_frames(tmp_path: Path, kind: str) -> Non
         assert np.abs(frames[0].astype(int) - paint(indices[0])).mean() < 12
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="no scheduling policies here")
+def test_writing_a_video_leaves_the_scheduling_alone(tmp_path: Path) -> None:
+    """In a process at real-time priority every later test would starve the machine."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+    write_video(tmp_path / "v.mkv", 12, "libsvtav1", options={"g": "12", "preset": "12"})
+    assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
+
+
 def test_numbers_out_of_range_are_clamped(tmp_path: Path) -> None:
     path = make(tmp_path, "h264_b_frames")
     assert read_numbers(decode_frames(path, [-4, 38, 40, 1000])[0]) == [0, 38, 39, 39]
