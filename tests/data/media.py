@@ -37,8 +37,8 @@ def read_numbers(frames: np.ndarray) -> list[int]:
 
 @contextmanager
 def scheduling_restored() -> Iterator[None]:
-    """Restore the scheduling policy: SVT-AV1, run by root, gives the encoding thread the real-time priority 99, with which
-    this process and all that it starts would starve every other process.
+    """Restore the scheduling policy. SVT-AV1, run by root, gives the encoding thread the real-time priority 99, with
+    which this process and all that it starts would starve every other process.
     """
     if not hasattr(os, "sched_getscheduler"):
         yield
