@@ -116,7 +116,7 @@ def measure(what: str, options: Options) -> tuple[list[Row], list[Training]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and report; the exit code: 1 where the two sides differ, 2 for what a user can mend."""
+    """Measure and report; return the exit code: 1 where the two sides differ, 2 for errors that a user can fix."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     reading = logging.getLogger("maskfeat.data")

@@ -1,7 +1,7 @@
 """From a config to objects.
 
 `maskfeat.registry` finds the objective, the backbone and the data set that the config names; each is built by the
-function in its spec, which stands beside its class. What is the same for all of them is built here.
+function in its spec, beside its class. What is common to all of them is built here.
 """
 
 import torch

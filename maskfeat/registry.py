@@ -49,7 +49,7 @@ ABOVE_0_TO_1 = Range("above 0 and at most 1", lambda v: 0 < v <= 1)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rules:
-    """What single keys of the config may hold.
+    """The values that single keys of the config may have.
 
     Attributes:
         kinds: the type of keys whose default does not show it, such as "list[int]" or "float or None".
@@ -66,14 +66,14 @@ class Rules:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Spec(Rules):
-    """What objectives, backbones and data sets have in common.
+    """The attributes that objectives, backbones and data sets share.
 
     Attributes:
-        name: by which the config chooses it.
+        name: by which the config selects it.
         build: makes the object; its arguments depend on the kind of spec.
         keys: adds keys with their defaults to a config, as `config/defaults.py` does; None = it has none of its own.
-        check_lists: problems of lists that `check` relies on; they are reported before `check` is called.
-        check: problems of keys that do not go together. Called only where the spec is in use.
+        check_lists: yields problems of lists that `check` relies on; they are reported before `check` is called.
+        check: yields problems of keys that contradict one another; called only where the spec is in use.
     """
 
     name: str
@@ -100,13 +100,13 @@ class BackboneSpec(Spec):
     Attributes:
         build: `build(cfg, maskable)` -> Backbone; `maskable` = with a mask token, so that `hidden` may be given.
         aliases: other values of MODEL.ARCH that mean it.
-        title: what it is called in messages.
-        media: what it can take: "image", "clip".
+        title: its name in messages.
+        media: its inputs: "image", "clip".
         mask_grid: the grid on which patches are hidden, ([T,] H, W); None = it cannot hide patches.
         classifier: `mean_pooling` and `head_init_scale` of `Classification` on top of it.
-        any_size: whether it can be tested on images of another size than it was trained on.
+        any_size: whether images in testing may have another size than in training.
         act_checkpoint: whether MODEL.ACT_CHECKPOINT may be set.
-        token_pixels: side in pixels of what a token stands for, where it is the same for every config; 0 = it is not.
+        token_pixels: side in pixels of the area of a token, where it is the same for every config; 0 = it is not.
     """
 
     aliases: tuple[str, ...] = ()
@@ -129,13 +129,13 @@ class ObjectiveSpec(Spec):
 
     Attributes:
         build: `build(cfg, backbone)` -> Objective.
-        losses: values of MODEL.LOSS_FUNC that it knows.
-        title: what it is called in messages.
+        losses: supported values of MODEL.LOSS_FUNC.
+        title: its name in messages.
         classifies: whether it has classes, and can be tested.
         hides_patches: whether its backbone must be able to hide patches.
         backbones: names of the backbones that it supports; () = all, or all that can hide patches.
         backbone_hint: added to the message on a backbone that it does not support.
-        media: what it can take: "image", "clip".
+        media: its inputs: "image", "clip".
         mask_sampler: `mask_sampler(cfg, grid)` -> MaskSampler, see `maskfeat.masking`; `grid` is the backbone's
             `mask_grid`, or (). None = nothing is hidden. It needs AUG.GEN_MASK_LOADER True.
         requires: values that other keys must have.

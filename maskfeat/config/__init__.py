@@ -1,4 +1,4 @@
-"""Config: defaults <- `_BASE_` files <- the YAML <- overrides, checked as a whole, then frozen."""
+"""Load configs: defaults <- `_BASE_` files <- the YAML <- overrides, validated as a whole, then frozen."""
 
 import json
 import logging
@@ -24,21 +24,21 @@ logger = logging.getLogger("maskfeat.config")
 def load_config(
     path: str | Path | None, opts: Sequence[object] = (), started: Mapping[str, int] | None = None
 ) -> CfgNode:
-    """Reads a YAML and overrides into a frozen config.
+    """Load a YAML and overrides into a frozen config.
 
     Args:
         path: the YAML file, or the name of a recipe (see `find_recipe`); None = the defaults.
         opts: KEY, VALUE, KEY, VALUE, ... as text (as from a command line) or as Python values.
-        started: counts of machines and processes, by key, where something else started them. They replace those of
-            the YAML, and not those of `opts`; a 0 (NUM_GPUS on the CPU) stays.
+        started: numbers of machines and processes by key, where a launcher (torchrun, srun) started them. They replace
+            those of the YAML but not those of `opts`; a 0 (NUM_GPUS on the CPU) is kept.
 
     Returns:
-        Every effective key in its own type, and the inert keys that were given. Inert keys (of PySlowFast's
-        other models) are named in one warning, unless they come from one of the project's own recipes.
+        every effective key in its own type, and the inert keys that were given. Inert keys (of PySlowFast's other
+        models) are listed in one warning, unless they come from one of the project's own recipes.
 
     Raises:
-        ValueError: a file, key or value that cannot be used, or values that do not go together. The message
-            says what was given, what was expected, and which key mends it.
+        ValueError: a file, key or value is not valid, or values contradict one another. The message says what was
+            given, what was expected, and which key to change.
     """
     layers = [] if path is None else read_chain(path)
     overrides = override_entries(opts)
@@ -71,20 +71,19 @@ def _schema(layers: Sequence[Mapping[str, Entry]]) -> Schema:
 
 
 def dump_config(cfg: CfgNode) -> str:
-    """The whole config as YAML text, which `load_config` (and yacs) reads back to the same values."""
+    """Return the whole config as YAML text, which `load_config` (and yacs) reads back to the same values."""
     return str(cfg.dump(default_flow_style=None, sort_keys=True, width=100))
 
 
 def save_config(path: str | Path | None, opts: Sequence[object], cfg: CfgNode, output_dir: str | Path) -> None:
-    """Writes `config_given.yaml` (the YAML as given) and `config.yaml` (as resolved).
-
-    The overrides stand in `config_given.yaml` as comments, after the YAML.
+    """Write `config_given.yaml` (the YAML as given, with the overrides as comments at its end) and `config.yaml` (the
+    resolved config).
 
     Args:
         path: the YAML or the name of a recipe that was given, or None.
         opts: the overrides that were given.
-        cfg: what `load_config` made of them.
-        output_dir: the folder, made where it does not exist.
+        cfg: the config that `load_config` returned for them.
+        output_dir: the folder; created if it does not exist.
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

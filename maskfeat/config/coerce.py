@@ -1,4 +1,4 @@
-"""One value as given, to the type of its key: yacs' coercions, and none that loses information."""
+"""Convert a value to the type of its key, as yacs does, but never with a loss of information."""
 
 import math
 from ast import literal_eval
@@ -20,7 +20,7 @@ _WORDS = {
 
 
 class _Mismatch(Exception):
-    """A value that is not of the kind asked for; `coerce` turns it into a message."""
+    """A value does not have the expected kind; `coerce` turns this into a message."""
 
 
 def is_kind(kind: str) -> bool:
@@ -32,11 +32,11 @@ def is_kind(kind: str) -> bool:
 
 
 def coerce(key: str, entry: Entry, kind: str, default: object) -> object:
-    """The entry's value in the type of its key.
+    """Return the entry's value in the type of its key.
 
-    Text that is a Python literal is decoded ("(3, 7, 7)", "None", "1e-8"), a whole number may stand for a
-    float, and lists and tuples for one another. A float is never cut to an int, and a number never taken for
-    True or False. A key that holds text keeps the characters that were written, be they a number or a date.
+    Text that is a Python literal is decoded ("(3, 7, 7)", "None", "1e-8"), an int is accepted for a float, and a list
+    for a tuple and the reverse. A float is never truncated to an int, and a number is never taken for True or False. A
+    text key keeps the characters that were written, even if they look like a number or a date.
 
     Args:
         key: its full name.
@@ -63,7 +63,7 @@ def coerce(key: str, entry: Entry, kind: str, default: object) -> object:
 
 
 def decode(value: object) -> object:
-    """Text that is a Python literal becomes its value; tuples become lists; everything else stays."""
+    """Return the value of text that is a Python literal, with tuples as lists; anything else is returned unchanged."""
     if isinstance(value, str) and len(value) <= _MAX_LITERAL:
         try:
             value = literal_eval(value.strip())
@@ -75,7 +75,7 @@ def decode(value: object) -> object:
 
 
 def plain(value: object) -> object:
-    """A decoded value of an inert key, as YAML can hold it."""
+    """Return the decoded value of an inert key in a form that YAML can hold."""
     value = decode(value)
     if value is None or isinstance(value, bool | int | float | str | list):
         return value

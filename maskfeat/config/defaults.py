@@ -1,13 +1,13 @@
 """The keys of the config that belong to no single objective, backbone or data set, with their defaults.
 
-One flat list of sections, read from top to bottom. The other keys stand beside what they configure, in the function
+One flat list of sections, read from top to bottom. Other keys are declared beside what they configure, in the function
 that its spec names as `keys` (see `maskfeat.registry`): MVIT in models/mvit_config.py, RESNET in models/resnet.py,
 MASK in objectives/maskfeat.py, MFM in objectives/mfm.py, MIXUP in objectives/classification.py.
 
 Names and defaults are PySlowFast's, so that YAML files written for it mean the same here. Three of its
 defaults name models that this project does not have (MODEL.ARCH, MODEL.MODEL_NAME, DATA.INPUT_CHANNEL_NUM):
-ours name MViT. A key marked "ours" is not in PySlowFast. What a default does not tell about a key's type
-stands in `KINDS`.
+ours name MViT. A key marked "ours" is not in PySlowFast. `KINDS` gives the type of keys whose default does not show
+it.
 """
 
 from yacs.config import CfgNode

@@ -1,4 +1,4 @@
-"""Strict merging: entries into a config, every key known, every value of its key's type."""
+"""Merge entries into a config, strictly: every key must be known, every value have the type of its key."""
 
 import difflib
 import os
@@ -13,7 +13,7 @@ from maskfeat.config.yaml_io import Entry
 
 
 def merge_entries(cfg: CfgNode, entries: Mapping[str, Entry], schema: Schema) -> list[str]:
-    """Writes entries into `cfg`, and returns the inert keys among them that do not stand in a shipped recipe.
+    """Write entries into `cfg` and return the inert keys among them that do not come from a shipped recipe.
 
     Args:
         cfg: changed in place.
@@ -42,7 +42,7 @@ def merge_entries(cfg: CfgNode, entries: Mapping[str, Entry], schema: Schema) ->
 
 
 def override_entries(opts: Sequence[object]) -> dict[str, Entry]:
-    """A flat list KEY VALUE KEY VALUE ... as entries. Values may be text or Python objects.
+    """Return a flat list KEY VALUE KEY VALUE ... as entries. Values may be text or Python objects.
 
     Raises:
         ValueError: an odd number of items, or a key that is not text.

@@ -1,6 +1,6 @@
-"""What a single key may hold: choices, ranges, lengths. Checks between keys stand in `validate`.
+"""The values that a single key may have: choices, ranges, lengths. Checks between keys are in `validate`.
 
-The tables are those of the keys in `defaults`; what objectives, backbones and data sets add stands in their specs.
+The tables are for the keys of `defaults`; the specs of objectives, backbones and data sets add to them.
 """
 
 import re
@@ -85,7 +85,7 @@ _ASCENDING = (
 
 
 def lookup(cfg: CfgNode, key: str) -> Any:
-    """The value of a full key; None where it (an inert key) was not given."""
+    """Return the value of a full key; None for an inert key that was not given."""
     node: Any = cfg
     for part in key.split("."):
         if not isinstance(node, CfgNode) or part not in node:
@@ -95,7 +95,7 @@ def lookup(cfg: CfgNode, key: str) -> Any:
 
 
 def check_single_keys(cfg: CfgNode, rules: Rules) -> Iterator[str]:
-    """Yield what is wrong with single values, one message each: key, value given, what was expected."""
+    """Yield one message for each invalid value: key, given value, expected values."""
     yield from _choices(cfg, rules)
     for key, length in rules.lengths.items():
         value = lookup(cfg, key)

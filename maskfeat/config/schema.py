@@ -31,7 +31,7 @@ class Schema:
 
 
 def full_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    """The full names of all values in a config: "TRAIN.BATCH_SIZE", ..."""
+    """Yield the full names of all values in a config: "TRAIN.BATCH_SIZE", ..."""
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             yield from full_keys(value, f"{prefix}{key}.")
@@ -40,7 +40,7 @@ def full_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 
 
 def is_inert(key: str) -> bool:
-    """Whether a key belongs to PySlowFast's other models or tools: accepted, kept, without effect."""
+    """Return whether a key belongs to PySlowFast's other models or tools: it is accepted and kept, without effect."""
     in_section = any(key.startswith(f"{section}.") for section in INERT_SECTIONS)
     return in_section or any(fnmatchcase(key, pattern) for pattern in INERT_KEYS)
 

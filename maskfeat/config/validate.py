@@ -1,4 +1,4 @@
-"""Checks between keys, before any work: what was given, what was expected, and which key mends it."""
+"""Checks between keys, before any work. A message says what was given, what was expected, and which key to change."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,11 +10,11 @@ from maskfeat.registry import Registered, backbone_spec, datasets_in_use, load, 
 
 
 def validate(cfg: CfgNode) -> None:
-    """Checks a whole config. It reads no file: data and checkpoints are looked for when they are opened.
+    """Validate a whole config. No file is read: data and checkpoints are looked for when they are opened.
 
     Raises:
-        ValueError: names every problem of the first stage (single values, then objective, backbone and data, then
-            lists of blocks, then their combinations) that has one.
+        ValueError: lists all problems of the first stage that has any. Stages: single values; objective, backbone and
+            data; lists of blocks; combinations.
     """
     rules = schema(cfg.PLUGINS).rules
     for stage in (lambda cfg: check_single_keys(cfg, rules), _methods, _lists, _combinations):
@@ -42,7 +42,7 @@ def _takes(registered: Registered, media: str) -> list[str]:
 
 
 def _methods(cfg: CfgNode) -> Iterator[str]:
-    """Which objective goes with which backbone and which data."""
+    """Yield problems of the combination of objective, backbone and data."""
     registered = load(cfg.PLUGINS)
     objective, backbone = objective_spec(cfg), backbone_spec(cfg)
     name, arch = cfg.MODEL.MODEL_NAME, cfg.MODEL.ARCH
@@ -63,7 +63,7 @@ def _methods(cfg: CfgNode) -> Iterator[str]:
 
 
 def _lists(cfg: CfgNode) -> Iterator[str]:
-    """Shapes that later checks rely on."""
+    """Yield problems of lists that later checks rely on."""
     for spec in (backbone_spec(cfg), objective_spec(cfg), *dict.fromkeys(spec for _, spec in datasets_in_use(cfg))):
         yield from spec.check_lists(cfg)
 
@@ -93,25 +93,25 @@ def _processes(cfg: CfgNode) -> Iterator[str]:
 
 
 def _sharding(cfg: CfgNode) -> Iterator[str]:
-    """What goes with parameters in pieces."""
+    """Yield problems of keys for sharded parameters."""
     train, method = cfg.TRAIN, cfg.SOLVER.OPTIMIZING_METHOD
     if not train.ENABLE:
         return
     if train.PARALLEL != "fsdp":
         if train.CHECKPOINT_FORMAT == "sharded":
             yield (
-                "TRAIN.CHECKPOINT_FORMAT must be 'gathered' where TRAIN.PARALLEL is not 'fsdp' (nothing is in pieces); "
+                "TRAIN.CHECKPOINT_FORMAT must be 'gathered' where TRAIN.PARALLEL is not 'fsdp' (nothing is sharded); "
                 "given 'sharded'"
             )
         return
     if method != "adamw":
         yield (
             "SOLVER.OPTIMIZING_METHOD must be 'adamw' where TRAIN.PARALLEL is 'fsdp' (PyTorch has no fused kernel of "
-            f"other methods for parameters in pieces); given {method!r}"
+            f"other methods for sharded parameters); given {method!r}"
         )
     if train.EMA:
         yield (
-            "TRAIN.EMA must be 0 where TRAIN.PARALLEL is 'fsdp' (the average would be whole on every GPU); "
+            "TRAIN.EMA must be 0 where TRAIN.PARALLEL is 'fsdp' (the average would not be sharded); "
             f"given {train.EMA:g}"
         )
 
@@ -132,7 +132,7 @@ def _datasets(cfg: CfgNode) -> Iterator[str]:
 
 
 def _views(cfg: CfgNode) -> Iterator[str]:
-    """How images are repeated in training, and resized in evaluation."""
+    """Yield problems of repeated augmentation in training, and of resizing in evaluation."""
     aug, data = cfg.AUG, cfg.DATA
     if aug.REPEATS > 1 and not aug.ENABLE:
         yield f"AUG.REPEATS must be 1 where AUG.ENABLE is False; given {aug.REPEATS}"
@@ -140,8 +140,8 @@ def _views(cfg: CfgNode) -> Iterator[str]:
         yield f"AUG.REPEATS or AUG.NUM_SAMPLE must be 1; given {aug.REPEATS} and {aug.NUM_SAMPLE}"
     if aug.ENABLE and aug.AA_TYPE and aug.INTERPOLATION == "lanczos":
         yield (
-            "AUG.INTERPOLATION must be 'bicubic', 'bilinear' or 'nearest' where AUG.AA_TYPE is given (Pillow turns no "
-            "picture with Lanczos); given 'lanczos'"
+            "AUG.INTERPOLATION must be 'bicubic', 'bilinear' or 'nearest' where AUG.AA_TYPE is given (Pillow cannot "
+            "rotate with Lanczos); given 'lanczos'"
         )
     if not data.TEST_SHORT_SIDE:
         return
@@ -155,7 +155,7 @@ def _views(cfg: CfgNode) -> Iterator[str]:
 
 
 def _resident(cfg: CfgNode) -> Iterator[str]:
-    """What is drawn on the device, of images that are kept there."""
+    """Yield problems of images that are kept on the device."""
     if not cfg.DATA_LOADER.RESIDENT:
         return
     aug = cfg.AUG
@@ -197,7 +197,7 @@ def _schedule(cfg: CfgNode) -> Iterator[str]:
 
 
 def _objective(cfg: CfgNode) -> Iterator[str]:
-    """What the objective needs, and its own checks."""
+    """Yield problems of the keys that the objective requires, and those of its own checks."""
     spec, name, loss = objective_spec(cfg), cfg.MODEL.MODEL_NAME, cfg.MODEL.LOSS_FUNC
     if loss not in spec.losses:
         losses = _either(map(repr, spec.losses))

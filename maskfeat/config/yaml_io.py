@@ -1,7 +1,7 @@
-"""YAML text to flat entries (full key -> value, text, place), and the `_BASE_` chain.
+"""Read YAML text into flat entries (full key -> value, text, location), and follow the `_BASE_` chain.
 
-Only plain YAML is read: no tag constructs an object. Size, depth, aliases and the number of values are
-bounded, so that a file from a stranger can neither run code nor hang the program.
+Only plain YAML is read: no tag constructs an object. Size, depth, aliases and the number of values are limited, so that
+an untrusted file can neither run code nor hang the program.
 """
 
 import logging
@@ -36,13 +36,13 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 @dataclass(frozen=True)
 class Entry:
-    """One value as it was given.
+    """A single value as it was given.
 
     Attributes:
         value: plain Python (None, bool, int, float, str, list, dict), or any object given in code.
-        text: the characters of a single value, before YAML made a number or a date of them; None for a list.
+        text: the characters of a scalar, before YAML turned them into a number or a date; None for a list.
         where: file and line, or "command line", for messages.
-        file: the YAML it stands in; None for an override.
+        file: the YAML file that has it; None for an override.
     """
 
     value: object
@@ -52,7 +52,7 @@ class Entry:
 
     @property
     def shipped(self) -> bool:
-        """Whether it stands in one of the project's own YAML files."""
+        """Whether it comes from one of the project's own YAML files."""
         return self.file is not None and self.file.is_relative_to(CONFIG_ROOT)
 
 
@@ -60,9 +60,9 @@ Tree = dict[str, "Tree | Entry"]
 
 
 def read_chain(path: str | os.PathLike[str]) -> list[dict[str, Entry]]:
-    """The entries of a YAML and of its `_BASE_` files, the outermost base first.
+    """Return the entries of a YAML and of its `_BASE_` files, the outermost base first.
 
-    `_BASE_` is a path relative to the file it stands in, or else the name of a recipe. It must stay in the folder of
+    `_BASE_` is a path relative to its file, or the name of a recipe. It must stay in the folder of
     the YAML that the user named (or below it), or in the project's own configs/ folder.
 
     Raises:
@@ -108,9 +108,9 @@ def _base_path(base: Entry, file: Path, roots: tuple[Path, ...]) -> Path:
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
-    """The values of one YAML under their full keys, in the order of the file.
+    """Return the values of one YAML by their full keys, in the order of the file.
 
-    A key written twice is warned about, with both lines; the last one wins, as in every YAML loader.
+    A duplicate key is logged as a warning with both lines; the last one wins, as in every YAML loader.
 
     Raises:
         ValueError: the file is too large, not UTF-8 text, not YAML, or not a mapping of sections.
@@ -125,7 +125,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
 
 
 def parse_entries(text: str, path: Path) -> dict[str, Entry]:
-    """What `read_entries` gives, of YAML text that stands in `path`."""
+    """Return the entries of YAML text, as `read_entries` does; `path` is used in messages."""
     if len(text) > MAX_BYTES:
         raise ValueError(f"config file {path} has more than {MAX_BYTES} characters; it is no config")
     try:
@@ -158,7 +158,7 @@ def _check_size(text: str, path: Path) -> None:
 
 
 class _Reader:
-    """Turns YAML nodes of one file into a tree of entries, and counts them (aliases repeat nodes)."""
+    """Convert the YAML nodes of one file to a tree of entries, and count them, since aliases repeat nodes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -202,7 +202,7 @@ class _Reader:
         return tree
 
     def merged(self, node: yaml.Node, prefix: str, depth: int) -> Tree:
-        """The keys of `<<: *name` or `<<: [*name, ...]`, the first mapping first."""
+        """Return the keys of `<<: *name` or `<<: [*name, ...]`, the first mapping first."""
         nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
         tree: Tree = {}
         for part in nodes:
@@ -222,7 +222,7 @@ class _Reader:
         return Entry(self.plain(node, depth), text, self.where(key_node), self.path)
 
     def plain(self, node: yaml.Node, depth: int) -> object:
-        """The node as None, bool, int, float, str, list or dict."""
+        """Return the node as None, bool, int, float, str, list or dict."""
         self.check(node, depth)
         if isinstance(node, yaml.ScalarNode):
             if node.tag in _NAMES:

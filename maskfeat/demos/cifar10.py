@@ -55,11 +55,13 @@ def _from_archive(path: Path) -> Iterator[Labelled]:
             assert file is not None
             data = file.read(10_000 * _RECORD + 1)
             if not data or len(data) % _RECORD or len(data) > 10_000 * _RECORD:
-                raise ValueError(f"{path}: {member.name} does not consist of records of {_RECORD} bytes: fetch it anew")
+                raise ValueError(
+                    f"{path}: {member.name} does not consist of records of {_RECORD} bytes: download again"
+                )
             split = found[1] or "train"
             for record in np.frombuffer(data, np.uint8).reshape(-1, _RECORD):
                 if record[0] >= len(CLASSES):
-                    raise ValueError(f"{path}: {member.name} has a label {record[0]}, expected 0 to 9: fetch it anew")
+                    raise ValueError(f"{path}: {member.name} has a label {record[0]}, expected 0 to 9: download again")
                 number = count[split, int(record[0])]
                 count[split, int(record[0])] += 1
                 content = io.BytesIO()
@@ -142,7 +144,7 @@ def prepare(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> P
         raise ValueError(f"{source} cannot be read: {error}") from error
     missing = [f"{split}/{name}" for split in SPLITS for name in CLASSES if not counts[split, name]]
     if missing:
-        raise ValueError(f"{source} has no picture of {', '.join(missing)}: fetch it anew")
+        raise ValueError(f"{source} has no picture of {', '.join(missing)}: download it again")
     for share in SHARES:
         (draft / share).rename(root / share)
     draft.rmdir()

@@ -77,8 +77,8 @@ class CheckpointSource:
         changed = [*report.resized, *report.dropped]
         if changed:
             raise ValueError(
-                f"{self.path} is of another model than this run ({len(changed)} parameters differ, such as "
-                f"{changed[0]}): set the crop, frames and MVIT keys back, or start anew in another OUTPUT_DIR"
+                f"{self.path} belongs to another model than this run ({len(changed)} parameters differ, such as "
+                f"{changed[0]}): restore the crop, frames and MVIT keys, or start a new run in another OUTPUT_DIR"
             )
 
     def restore(self, trainer: Trainer, steps: int, samples_per_step: int) -> None:
@@ -116,7 +116,7 @@ class CheckpointSource:
         step = min(samples // samples_per_step, steps)
         if before != samples_per_step:
             logger.warning(
-                "a step was %d samples and is %d now: epoch %d goes on with step %d, which shows %d samples again",
+                "a step had %d samples and has %d now: epoch %d continues with step %d, which repeats %d samples",
                 before,
                 samples_per_step,
                 position.epochs + 1,
@@ -138,7 +138,7 @@ def find_source(cfg: CfgNode) -> CheckpointSource:
     if found is not None:
         if cfg.TRAIN.AUTO_RESUME:
             return CheckpointSource(found, open_checkpoint(found), resumes=True)
-        logger.warning("%s is there, but TRAIN.AUTO_RESUME is False: it will be overwritten in time", found)
+        logger.warning("%s is there, but TRAIN.AUTO_RESUME is False: it will be overwritten eventually", found)
     given = cfg.TRAIN.CHECKPOINT_FILE_PATH
     if not given:
         return CheckpointSource()

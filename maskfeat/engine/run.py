@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         say("error: %s", error)
         return 2
     except KeyboardInterrupt:
-        say("interrupted: the same command goes on from the last checkpoint in OUTPUT_DIR")
+        say("interrupted: the same command resumes from the newest checkpoint in OUTPUT_DIR")
         return 130
 
 

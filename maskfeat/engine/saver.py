@@ -79,7 +79,7 @@ class Saver:
         except OSError as error:
             if must:
                 raise
-            logger.error("NOT SAVED, training goes on: %s", error)
+            logger.error("NOT SAVED, training continues: %s", error)
 
     def poll(self) -> None:
         """Report a sharded checkpoint that has been written meanwhile; never waits."""
@@ -87,7 +87,7 @@ class Saver:
             try:
                 self.finish()
             except OSError as error:
-                logger.error("NOT SAVED, training goes on: %s", error)
+                logger.error("NOT SAVED, training continues: %s", error)
 
     def finish(self) -> None:
         """Wait for a sharded checkpoint that is being written.

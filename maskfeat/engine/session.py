@@ -19,14 +19,14 @@ from maskfeat.engine.oom import explain_oom
 
 logger = logging.getLogger(__name__)
 
-# What the user, or the administrator of the machine, can mend: reported in one line, without a traceback.
+# What the user, or the administrator of the machine, can fix: reported in one line, without a traceback.
 EXPECTED = (ValueError, TooManyBadSamples, FloatingPointError, OSError)
 
 
 class Session:
     """What one process of a run works with, as a context manager that turns errors into an exit code.
 
-    An error that a user can mend, a preemption and the loss of another process are logged and end in `exit_code`; any
+    An error that a user can fix, a preemption and the loss of another process are logged and end in `exit_code`; any
     other error is raised.
 
     Args:
@@ -103,6 +103,6 @@ class Session:
     def _preempted(self, reason: str) -> int:
         if self.world.is_main:
             logger.info(
-                "stopped on %s; the same command goes on from here (exit code %d: requeue me)", reason, PREEMPTED
+                "stopped on %s; the same command resumes from here (exit code %d: requeue me)", reason, PREEMPTED
             )
         return PREEMPTED

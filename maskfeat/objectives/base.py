@@ -1,4 +1,4 @@
-"""The contract between the training loop and what is learned.
+"""The interface between the training loop and a method.
 
 Shape legend: B samples, K classes.
 """
@@ -17,7 +17,7 @@ BACKBONE = "backbone."
 
 
 class Objective(ReleasedModule):
-    """Base of every objective: a backbone, plus what turns its tokens into a loss.
+    """Base class of objectives: a backbone and the head and loss on top of it.
 
     Subclasses implement `forward`, and `predict` where they classify (`classifies = True`).
     """
@@ -27,30 +27,33 @@ class Objective(ReleasedModule):
     backbone: Backbone
 
     def forward(self, batch: Batch) -> StepOutput:
-        """The loss of a batch and detached metrics, each a mean over `weight(batch)` terms."""
+        """Return the loss of a batch and detached metrics, each a mean over `weight(batch)` terms."""
         raise AssertionError("an objective implements forward")
 
     def prepare(self, batch: Batch) -> Batch:
-        """Draws that span a batch: called once in training, on its device, before it is cut into micro-batches."""
+        """Make random draws that span a batch.
+
+        Called once per training step, on the device, before the batch is split into micro-batches.
+        """
         return batch
 
     def weight(self, batch: Batch) -> Tensor:
-        """Scalar float32 on the batch's device: over how many terms the loss of this batch is a mean.
+        """Return over how many terms the loss of this batch is a mean: scalar float32 on the batch's device.
 
-        The loop weighs micro-batches and ranks by it, so that neither changes the gradient of a step.
+        Micro-batches and ranks are weighted by it, so that their number does not change the gradient of a step.
         """
         return batch.clip.new_full((), float(len(batch)))
 
     def predict(self, batch: Batch) -> Tensor:
-        """(B, K) float32 probabilities; only where `classifies`."""
+        """Return (B, K) float32 probabilities; only where `classifies`."""
         raise AssertionError(f"{type(self).__name__} does not classify")
 
     def released_name(self, name: str) -> str:
-        """The name in released files for a parameter or buffer of this module."""
+        """Return the name in released files of a parameter or buffer of this module."""
         return name.removeprefix(BACKBONE)
 
     def layer_id(self, released_name: str) -> int:
-        """Layer for layer-wise learning rate decay; what is not the backbone's is the last layer."""
+        """Return the layer for layer-wise learning rate decay; parameters outside the backbone are in the last."""
         return self.backbone.layer_id(released_name)
 
 

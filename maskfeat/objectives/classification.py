@@ -26,17 +26,17 @@ _HEAD = "head.projection."
 
 
 class Classification(Objective):
-    """Cross-entropy, or binary cross-entropy class by class, on hard or soft targets.
+    """Classify with cross-entropy, or with binary cross-entropy per class, on hard or soft targets.
 
     Args:
         backbone: any.
         num_classes: K.
-        mean_pooling: average the patches rather than read the class token.
+        mean_pooling: average the patch tokens instead of using the class token.
         dropout: before the classifier.
         head_init_scale: factor on the classifier's initial weight and bias; None = PyTorch's own.
-        mixup: applied in training mode to batches with hard labels; soft targets are taken as they are.
-        binary: a sigmoid for each class on its own (Wightman et al., 2021, section 2) in place of one softmax; the loss
-            is the mean over samples and classes.
+        mixup: applied in training mode to batches with hard labels; soft targets are used unchanged.
+        binary: a sigmoid per class (Wightman et al., 2021, section 2) instead of a softmax; the loss is the mean over
+            samples and classes.
     """
 
     classifies = True
@@ -59,12 +59,12 @@ class Classification(Objective):
         self.head = ClassifierHead(backbone.width, num_classes, dropout, head_init_scale)
 
     def logits(self, clip: Tensor) -> Tensor:
-        """clip (B, C, [T,] H, W) -> (B, K)."""
+        """Return logits (B, K) of clip (B, C, [T,] H, W)."""
         tokens = self.backbone.forward_tokens(clip)
         return self.head(pool_tokens(tokens, self.norm, self.mean_pooling))
 
     def prepare(self, batch: Batch) -> Batch:
-        """Mixes a batch with hard labels in training mode; soft targets are taken as they are."""
+        """Mix a batch with hard labels in training mode; soft targets are used unchanged."""
         if self.mixup is None or not self.training or batch.label is None or batch.label.is_floating_point():
             return batch
         self._check_labels(batch.label)
@@ -72,7 +72,7 @@ class Classification(Objective):
         return replace(batch, clip=clip, label=label)
 
     def forward(self, batch: Batch) -> StepOutput:
-        """The mean loss; the share of right answers only where targets are hard and nothing was mixed."""
+        """Return the mean loss, and the accuracy only where targets are hard and nothing was mixed."""
         if batch.label is None:
             raise ValueError("classification got a batch without labels: the data set must carry them")
         batch = self.prepare(batch)
@@ -91,7 +91,7 @@ class Classification(Objective):
         return StepOutput(loss, {"top1": top1.detach()})
 
     def loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Scalar from logits (B, K) float32 and label (B,) int64 or (B, K) float32."""
+        """Return the loss, a scalar, of logits (B, K) float32 and label (B,) int64 or (B, K) float32."""
         if not self.binary:
             return F.cross_entropy(logits, label)
         target = label if label.is_floating_point() else F.one_hot(label, self.num_classes).to(logits.dtype)
@@ -112,7 +112,7 @@ class Classification(Objective):
             )
 
     def predict(self, batch: Batch) -> Tensor:
-        """(B, K) float32 probabilities."""
+        """Return (B, K) float32 probabilities."""
         return torch.softmax(self.logits(batch.clip).float(), dim=1)
 
     def load_rules(self, state: Mapping[str, Tensor]) -> LoadRules:

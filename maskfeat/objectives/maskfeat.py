@@ -49,12 +49,12 @@ class _PredictionHead(nn.Module):
 
 
 class MaskFeat(Objective):
-    """Hides patches, predicts their HOG features, compares where hidden (mean squared error, section 3).
+    """Predict the HOG features of hidden patches; the loss is the mean squared error on them (section 3).
 
     Args:
         backbone: built with a mask token.
         bins, cell, window: of the HOG target, see `hog`.
-        shuffle: in training, each image predicts the targets of another image of its batch: a control experiment,
+        shuffle: in training, let each image predict the targets of another image of its batch. A control experiment,
             which can learn nothing but the distribution of the targets.
         impl: "fast" or "reference": the form in which HOG targets are computed. `set_impl` selects the form of the
             backbone as well.
@@ -90,7 +90,7 @@ class MaskFeat(Objective):
         self.pred_head = _PredictionHead(backbone.width, 3 * bins * self.cells**2)
 
     def hidden_tokens(self, batch: Batch) -> Tensor:
-        """(B, prod(grid)) bool: the batch's mask on the output grid, flattened."""
+        """Return (B, prod(grid)) bool: the batch's mask on the output grid, flattened."""
         if batch.hidden is None:
             raise ValueError("MaskFeat got a batch without a mask: set AUG.GEN_MASK_LOADER True")
         return resize_mask(batch.hidden, self.backbone.grid).flatten(1)
@@ -145,11 +145,11 @@ class MaskFeat(Objective):
             return self.features(patches, weight).view(*tokens.shape, -1)
 
     def chosen(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Which tokens are predicted: (B, K) int64 indices into the flattened grid, hidden ones first and in order, and
-        (B, K) bool, which of them are hidden; the rest fills up the rows of samples with fewer hidden tokens.
+        """Return which tokens are predicted: (B, K) int64 indices into the flattened grid, hidden ones first and in
+        order, and (B, K) bool, which of them are hidden. The others pad the rows of samples with fewer hidden tokens.
 
-        K comes from `batch.max_hidden`, so that nothing waits for the device to count the mask. A batch without it
-        is counted.
+        K comes from `batch.max_hidden`, so that no host-device synchronization is needed to count the mask. Without it
+        the mask is counted.
         """
         hidden = self.hidden_tokens(batch)
         if batch.max_hidden is None or hidden.device.type == "cpu":
@@ -167,22 +167,22 @@ class MaskFeat(Objective):
         return self.hidden_tokens(batch).sum().float()
 
     def predict_at(self, batch: Batch, tokens: Tensor) -> Tensor:
-        """Predicted HOG of some tokens (B, K): (B, K, F), in the dtype of the head."""
+        """Predict the HOG of selected tokens (B, K): (B, K, F), in the dtype of the head."""
         patches = self.backbone.forward_tokens(batch.clip, batch.hidden).patches
         return self.pred_head(patches.gather(1, tokens.unsqueeze(-1).expand(-1, -1, patches.shape[-1])))
 
     def hidden_target(self, batch: Batch) -> Tensor:
-        """(n, F) float32: what `predict_hidden` is to predict."""
+        """Return (n, F) float32: the targets of `predict_hidden`."""
         tokens, hidden = self.chosen(batch)
         return self.target_at(batch.clip, tokens)[hidden]
 
     def predict_hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(prediction, target), both (n, F): the prediction in the dtype of the head, the target float32."""
+        """Return (prediction, target), both (n, F): the prediction in the dtype of the head, the target in float32."""
         tokens, hidden = self.chosen(batch)
         return self.predict_at(batch, tokens)[hidden], self.target_at(batch.clip, tokens)[hidden]
 
     def forward(self, batch: Batch) -> StepOutput:
-        """Mean squared error over hidden tokens and features; metrics give what two constant predictors would cost."""
+        """Return the mean squared error over hidden tokens and features; metrics: those of two constant guesses."""
         tokens, valid = self.chosen(batch)
         whose = batch.clip.roll(1, dims=0) if self.shuffle and self.training else batch.clip
         target = self.target_at(whose, tokens)
@@ -237,7 +237,7 @@ def _check(cfg: CfgNode) -> Iterator[str]:
 
 
 def _targets(cfg: CfgNode) -> Iterator[str]:
-    """HOG cells and masks on the token grids (t, h, w): of the stem, and of the last block."""
+    """Yield problems of HOG cells and masks on the token grids (t, h, w) of the stem and of the last block."""
     mvit = cfg.MVIT
     stride = (1, *mvit.PATCH_STRIDE)[-3:]
     frames, crop = cfg.DATA.NUM_FRAMES, cfg.DATA.TRAIN_CROP_SIZE

@@ -1,6 +1,6 @@
-"""MFM: rebuild the frequencies that were removed from an image (Xie et al., ICLR 2023).
+"""MFM: predict the frequencies that were removed from an image (Xie et al., ICLR 2023).
 
-The two published variants differ in values alone, see `MFM`.
+The two published variants differ only in the values of the arguments of `MFM`.
 
 Shape legend: B images, H x W pixels and frequencies, C target channels (1 or 3).
 """
@@ -27,23 +27,23 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class MFM(Objective):
-    """Removes the low or the high frequencies of each image, lets the backbone see the rest, rebuilds the image.
+    """Predict an image from its low or its high frequencies; the loss is the spectral distance on the removed ones.
 
-    A batch's `hidden` is (B, H, W) bool: the removed frequencies of the shifted spectrum; or, as the loader draws it,
-    (B, 1, 1) bool: True = the disc of low frequencies is removed, False = everything else is. Where it is None it is
-    drawn here, on the batch's device.
+    A batch's `hidden` is (B, H, W) bool: the removed frequencies of the shifted spectrum; or, as the loader samples it,
+    (B, 1, 1) bool: True = the disc of low frequencies is removed, False = everything else is. Where it is None, it is
+    sampled here, on the batch's device.
 
     Args:
         backbone: of images, ResNet or transformer.
         mean, std: RGB statistics by which the loader normalised the images.
         radius: of the disc of low frequencies.
-        low_pass: probability that an image keeps the disc (and loses the rest), where it is drawn here.
+        low_pass: probability that an image keeps the disc and loses the rest, where it is sampled here.
         target_channels: 1 = the grey image, 3 = the normalised channels.
-        filter_normalised: filter the normalised image; otherwise filter that of [0, 1], clamp it, normalise it again.
+        filter_normalised: filter the normalised image; otherwise filter the image in [0, 1], clamp it and normalise it.
         modulus: invert by the modulus, otherwise by the real part.
         gamma, eps: of the distance of two frequencies, see `magnitude`.
-        mean_per_image: average over an image's removed frequencies, then over images and channels; otherwise once over
-            all.
+        mean_per_image: average over the removed frequencies of each image, then over images and channels; otherwise
+            over all of them at once.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class MFM(Objective):
     _std: Tensor
 
     def prepare(self, batch: Batch) -> Batch:
-        """The batch with a mask: drawn here where the loader has drawn none."""
+        """Return the batch with a mask, which is sampled here if the loader has sampled none."""
         if batch.hidden is not None:
             return batch
         return replace(batch, hidden=torch.rand(len(batch), 1, 1, device=batch.clip.device) >= self.low_pass)
 
     def removed(self, batch: Batch) -> Frequencies:
-        """The frequencies that `batch.hidden`, which must not be None, removes."""
+        """Return the frequencies that `batch.hidden`, which must not be None, removes."""
         hidden = batch.hidden
         assert hidden is not None
         size = self.backbone.clip_size
@@ -118,25 +118,25 @@ class MFM(Objective):
         return self.removed(batch).count().sum()
 
     def filtered(self, clip: Tensor, removed: Frequencies) -> Tensor:
-        """What the backbone sees of clip (B, 3, H, W) float32: the same shape and normalisation."""
+        """Return the input of the backbone for clip (B, 3, H, W) float32: same shape and normalisation."""
         if self.filter_normalised:
             return removed.remove(clip, self.modulus)
         pixels = removed.remove(clip * self._std + self._mean, self.modulus)
         return (pixels.clamp(0.0, 1.0) - self._mean) / self._std
 
     def target(self, clip: Tensor) -> Tensor:
-        """The image whose spectrum is to be predicted: clip (B, 3, H, W) -> (B, C, H, W) float32."""
+        """Return the image whose spectrum is the target: clip (B, 3, H, W) -> (B, C, H, W) float32."""
         return (clip * self._luma).sum(dim=1, keepdim=True) if self.target_channels == 1 else clip
 
     def predict_image(self, seen: Tensor) -> Tensor:
-        """The decoder's image for a filtered one: (B, 3, H, W) -> (B, C, H, W)."""
+        """Predict the image from a filtered one: (B, 3, H, W) -> (B, C, H, W)."""
         tokens = self.backbone.forward_tokens(seen)
         patches = self.norm(tokens.patches).transpose(1, 2)
         return self.decoder(patches.reshape(len(seen), -1, *tokens.grid))
 
     @torch.no_grad()
     def inputs(self, batch: Batch) -> tuple[Frequencies, Tensor, Tensor]:
-        """What is removed, what the backbone sees and the target image; float32 whatever the precision of a run."""
+        """Return the removed frequencies, the input of the backbone and the target image, always in float32."""
         check_clip_size(batch.clip, self.backbone.clip_size)
         with full_precision(batch.clip):
             clip = batch.clip.float()
@@ -144,7 +144,7 @@ class MFM(Objective):
             return removed, self.filtered(clip, removed), self.target(clip)
 
     def forward(self, batch: Batch) -> StepOutput:
-        """Mean distance over removed frequencies; the metric is what leaving them at zero would cost."""
+        """Return the mean distance over removed frequencies; the metric is the loss of predicting zeros."""
         batch = self.prepare(batch)
         removed, seen, target = self.inputs(batch)
         prediction = self.predict_image(seen)
@@ -156,8 +156,9 @@ class MFM(Objective):
         return StepOutput(loss, {"zero_predictor": nothing})
 
     def loss(self, prediction: Tensor, target: Tensor, removed: Frequencies, counts: Tensor) -> Tensor:
-        """Scalar: the mean distance of the spectra of two images (B, C, H, W) float32 over the removed frequencies, of
-        which there are `counts` (B, 1); the others have a gradient of zero.
+        """Return the mean distance of the spectra of two images (B, C, H, W) over removed frequencies, a scalar.
+
+        There are `counts` (B, 1) of them; the gradient of the other frequencies is zero.
         """
         # The transform is linear: the difference of two spectra is the spectrum of the difference.
         sums = removed.sum(magnitude(removed.transform(prediction - target), self.gamma, self.eps))

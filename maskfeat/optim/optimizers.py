@@ -47,8 +47,8 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """
     if [len(group["params"]) for group in state["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
         raise ValueError(
-            "the optimizer state is of other parameter groups: SOLVER.LAYER_DECAY, SOLVER.ZERO_WD_1D_PARAM or the "
-            "model changed. Set them back, or start anew in another OUTPUT_DIR"
+            "the optimizer state has other parameter groups: SOLVER.LAYER_DECAY, SOLVER.ZERO_WD_1D_PARAM or the "
+            "model changed. Restore them, or start a new run in another OUTPUT_DIR"
         )
     kept = ("fused", "foreach", "layer_decay", "weight_decay")
     # Before loading: PyTorch reads there whether steps are counted on the device.

@@ -174,5 +174,5 @@ def test_a_run_on_a_full_disk_goes_on(forks: Forks, image_data: Path, tmp_path: 
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     assert forks.run(arguments(PRETRAINING, image_data, tmp_path), tmp_path / "log") == 2
     said = (tmp_path / "log").read_text()
-    assert said.count("NOT SAVED, training goes on: ") == 2 and "error: " in said
+    assert said.count("NOT SAVED, training continues: ") == 2 and "error: " in said
     assert str(checkpoint_path(tmp_path, "pt", Position(3))) in said

@@ -44,5 +44,5 @@ def augmentation(cfg: CfgNode) -> dict[str, Any]:
 
 
 def num_views(cfg: CfgNode, request: DatasetRequest) -> int:
-    """Return how many augmentations of each sample stand in a batch."""
+    """Return the number of augmented views of each sample in a batch."""
     return int(cfg.AUG.NUM_SAMPLE) if request.augmented and cfg.AUG.ENABLE else 1
