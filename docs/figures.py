@@ -110,7 +110,7 @@ def batch_figure() -> str:
             30,
             330,
             220,
-            ["clip (B, C, [T,] H, W)", "hidden (B, *mask_grid)", "label, index"],
+            ["pixels as bytes", "hidden (B, *mask_grid)", "label, index"],
             "data/collate.py: PackedBatch",
         ),
         _arrow((200, 206), (200, 248)),

@@ -13,6 +13,8 @@ from urllib.error import URLError
 from zipfile import BadZipFile
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.hub import HASH_REGEX
 from torchvision.models import get_weight
@@ -63,11 +65,6 @@ def _load(path: Path) -> Any:
 
 def _load_safetensors(path: Path) -> Any:
     """Load a file that holds tensors alone; its reader compares all sizes with the file."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise RefusedFile("reading it takes the package safetensors") from error
     try:
         return load_file(path, device="cpu")
     except SafetensorError as error:
