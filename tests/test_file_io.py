@@ -74,7 +74,7 @@ def test_checkpoints(box: Box) -> None:
     with pytest.raises(ValueError, match="there is no checkpoint at box://b.pyth"):
         read_checkpoint("box://b.pyth")
     (box.folder / "c.pyth").write_bytes(b"nothing that a checkpoint holds")
-    with pytest.raises(ValueError, match="box://c.pyth is damaged"):
+    with pytest.raises(ValueError, match="box://c.pyth is not loaded"):
         read_checkpoint("box://c.pyth")
 
 

@@ -31,7 +31,7 @@ HEADERS = (
     "Input",
     "Input of the model\ngrey: hidden patches",
     "HOG target\nblack background: hidden patches\nblue background: visible patches",
-    "HOG prediction\nyellow on black: prediction for hidden patches\ndim on blue: target of visible patches",
+    "HOG prediction\nblack background: hidden patches\ndim on blue: target of visible patches",
 )
 
 SPECTRUM_HEADERS = (

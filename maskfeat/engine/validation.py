@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from yacs.config import CfgNode
@@ -94,7 +95,8 @@ class Validator:
     def forget(self) -> None:
         """Forget the validations of an earlier run in this folder."""
         if self._trainer.world.is_main:
-            self._record.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that cannot be written is reported where a checkpoint is saved
+                self._record.unlink(missing_ok=True)
 
     def run(self, epoch: int) -> None:
         """Validate the weights, and their average where there is one, and write a line; collective."""
