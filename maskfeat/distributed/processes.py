@@ -21,10 +21,9 @@ def die_with_parent() -> None:
     if sys.platform != "linux":
         return
     parent = multiprocessing.parent_process()
-    parent_pid = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if parent is not None and parent.pid == parent_pid and os.getppid() != parent_pid:
-        os.kill(os.getpid(), signal.SIGKILL)  # the parent died before the call
+    if parent is not None and os.getppid() != parent.pid:
+        os.kill(os.getpid(), signal.SIGKILL)  # the parent died before the call, as it may while this process imports
 
 
 def exit_now(code: int) -> NoReturn:
