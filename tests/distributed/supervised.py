@@ -164,6 +164,8 @@ def _worker(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    # As at a terminal: a job that a shell starts in the background begins with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(format="%(message)s")
     job, place = globals()[sys.argv[1]], Path(sys.argv[2])
     if job is parent:
