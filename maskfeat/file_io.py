@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+from pathlib import Path
 from typing import BinaryIO
 
 from iopath.common.file_io import PathManager
@@ -38,6 +39,17 @@ def local_path(path: str | os.PathLike[str]) -> str:
             "maskfeat.file_io.path_manager.register_handler, or give a local path"
         )
     return str(local)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that its readers see either all of it or what it held before. The disk is not waited for.
+
+    Raises:
+        OSError: it cannot be written; the file holds what it held before.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from maskfeat.config.recipes import find_recipe
 from maskfeat.config.schema import Schema, get_defaults, schema
 from maskfeat.config.validate import validate
 from maskfeat.config.yaml_io import Entry, read_chain
+from maskfeat.file_io import replace_text
 
 __all__ = ["dump_config", "get_defaults", "load_config", "save_config", "validate"]
 
@@ -92,11 +92,5 @@ def save_config(path: str | Path | None, opts: Sequence[object], cfg: CfgNode, o
         given += "\n"
     for key, entry in override_entries(opts).items():  # as JSON: one line, whatever the value holds
         given += f"# override: {json.dumps([key, entry.value], default=str)}\n"
-    _write(folder / "config_given.yaml", given)
-    _write(folder / "config.yaml", dump_config(cfg))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    replace_text(folder / "config_given.yaml", given)
+    replace_text(folder / "config.yaml", dump_config(cfg))

@@ -16,6 +16,7 @@ import av
 from PIL import Image
 
 from maskfeat.demos.scenes import MOTIONS, SHAPES, Pixels, render_clip, render_image
+from maskfeat.file_io import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -197,9 +198,7 @@ def _read_stamp(root: Path) -> dict[str, Any] | None:
 
 def _write_stamp(root: Path, stamp: dict[str, Any]) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    draft = root / f".{STAMP}.part"
-    draft.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, root / STAMP)
+    replace_text(root / STAMP, json.dumps(stamp, indent=2) + "\n")
 
 
 def _reported(jobs: Sequence[Any], what: str, every: float = 5.0) -> Iterator[Any]:

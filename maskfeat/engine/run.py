@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from yacs.config import CfgNode
 
-from maskfeat.build import build_loader, build_objective
+from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.data.loader import BatchLoader
 from maskfeat.distributed.launch import check_devices, launch, read_launch_environment
@@ -19,7 +19,6 @@ from maskfeat.engine.resume import load_for_testing
 from maskfeat.engine.session import EXPECTED, Session
 from maskfeat.engine.setup import CommandLine, prepare_training
 from maskfeat.engine.trainer import precision_of
-from maskfeat.engine.validation import objectives_to_evaluate
 from maskfeat.objectives.base import Objective
 from maskfeat.registry import dataset_spec
 
@@ -91,7 +90,7 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
                     log_period=cfg.LOG_PERIOD,
                     max_skipped=cfg.TRAIN.MAX_SKIPPED_STEPS,
                 )
-            objectives = objectives_to_evaluate(trainer, lambda: build_objective(cfg).to(session.device))
+            objectives = validator.objectives()
         if cfg.TEST.ENABLE:
             if not objectives or cfg.TEST.CHECKPOINT_FILE_PATH:
                 objectives = load_for_testing(cfg, session.device)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from maskfeat.distributed.fsdp import gather_into
 from maskfeat.engine.evaluate import Heartbeat, validate
 from maskfeat.engine.metrics_log import MetricsLog
 from maskfeat.engine.trainer import Trainer
+from maskfeat.file_io import replace_text
 from maskfeat.objectives.base import Objective
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,10 @@ class Validator:
         """
         return run_on_main(self._last) > epoch
 
+    def objectives(self) -> dict[str, Objective]:
+        """Return what is validated now, see `objectives_to_evaluate`; collective."""
+        return objectives_to_evaluate(self._trainer, self._new)
+
     def forget(self) -> None:
         """Forget the validations of an earlier run in this folder."""
         if self._trainer.world.is_main:
@@ -102,7 +106,7 @@ class Validator:
         """Validate the weights, and their average where there is one, and write a line; collective."""
         assert self._loader is not None
         trainer, values = self._trainer, {}
-        for name, objective in objectives_to_evaluate(trainer, self._new).items():
+        for name, objective in self.objectives().items():
             found = validate(objective, self._loader, trainer.device, trainer.precision, self._heartbeat)
             values.update({f"{name}_{key}" if name else key: value for key, value in found.items()})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
@@ -119,10 +123,8 @@ class Validator:
             return 0
 
     def _remember(self, values: dict[str, float]) -> None:
-        draft = self._record.with_name(f".{self._record.name}.partial")
         try:
             self._record.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps(values) + "\n", encoding="utf-8")
-            os.replace(draft, self._record)
+            replace_text(self._record, json.dumps(values) + "\n")
         except OSError as error:
             logger.warning("%s was not written (%s): a run that resumes here validates again", self._record, error)

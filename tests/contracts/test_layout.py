@@ -20,6 +20,7 @@ ALLOWED = {
     "objectives": {"batch", "masking", "registry", "distributed", "models", "checkpoint"},
     "build": {"masking", "registry", "distributed", "data", "models", "objectives", "optim"},
     "engine": {
+        "file_io",
         "batch",
         "config",
         "registry",
@@ -32,7 +33,18 @@ ALLOWED = {
         "build",
     },
     "analysis": {"batch", "config", "distributed", "data", "models", "checkpoint", "objectives", "build", "engine"},
-    "demos": {"config", "distributed", "data", "models", "checkpoint", "objectives", "build", "engine", "analysis"},
+    "demos": {
+        "file_io",
+        "config",
+        "distributed",
+        "data",
+        "models",
+        "checkpoint",
+        "objectives",
+        "build",
+        "engine",
+        "analysis",
+    },
     **{name: set() for name in GROUND},
     "__main__": {"cli"},
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.reliability.harness import wait_until
 from tests.small import REPO
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
@@ -34,13 +35,6 @@ if __name__ == "__main__":
 """
 
 
-def wait_for(path: Path) -> None:
-    end = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < end, f"no {path.name}"
-        time.sleep(0.02)
-
-
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and waits to be collected does not."""
     try:
@@ -54,8 +48,9 @@ def test_a_child_dies_with_its_parent(tmp_path: Path, killed: str) -> None:
     """Also where the parent is killed before the child has tied itself to it."""
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), killed], env=environment)
-    wait_for(tmp_path / ("started" if killed == "first" else "tied"))
-    pid = int((tmp_path / "started").read_text())
+    started, tied = tmp_path / "started", tmp_path / "tied"
+    wait_until(lambda: started.exists() and started.read_text() and (killed == "first" or tied.exists()), 60, "a child")
+    pid = int(started.read_text())
     parent.send_signal(signal.SIGKILL)
     parent.wait(30)
     (tmp_path / "killed").touch()
@@ -66,7 +61,7 @@ def test_a_child_dies_with_its_parent(tmp_path: Path, killed: str) -> None:
     if alive:
         os.kill(pid, signal.SIGKILL)
     assert not alive
-    assert (tmp_path / "tied").exists() == (killed == "later")
+    assert tied.exists() == (killed == "later")
 
 
 def test_a_process_without_a_parent_of_ours_lives(tmp_path: Path) -> None:
