@@ -15,6 +15,7 @@ from benchmarks.reading import measure_decode, measure_images, measure_video
 from benchmarks.report import machine, machine_line, table, training_table, write_json
 from benchmarks.steps import measure_step
 from benchmarks.training import Training, measure_training
+from maskfeat.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +84,10 @@ def options_of(args: argparse.Namespace) -> Options:
     for name in ("batch", "files", "repeats", "steps", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
+            raise UserError(f"--{name} must be at least 1, not {value}")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine shows no CUDA device, leave the option out")
+        raise UserError("--device cuda: this machine shows no CUDA device, leave the option out")
     return Options(
         device=device,
         cfg=args.cfg,
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NotTheSame as error:
         logger.error("not the same: %s", error)
         return 1
-    except (ValueError, OSError) as error:
+    except UserError as error:
         logger.error("error: %s", error)
         return 2
     finally:

@@ -16,6 +16,7 @@ from benchmarks.reference_step import frames_of, reference_target
 from maskfeat.batch import Batch
 from maskfeat.build import build_backbone, build_objective
 from maskfeat.engine.parallelize import apply_compile
+from maskfeat.errors import UserError
 from maskfeat.models.attention import PoolingAttention
 from maskfeat.models.layers import set_impl
 from maskfeat.objectives.hog import sobel
@@ -28,7 +29,7 @@ def maskfeat_objective(cfg: CfgNode) -> MaskFeat:
     """The objective of a recipe. ValueError where that is not MaskFeat, the one with a reference form here."""
     objective = build_objective(cfg)
     if not isinstance(objective, MaskFeat):
-        raise ValueError(f"--cfg must be a recipe of MaskFeat pre-training (MODEL.MODEL_NAME MaskMViT), not {cfg.TASK}")
+        raise UserError(f"--cfg must be a recipe of MaskFeat pre-training (MODEL.MODEL_NAME MaskMViT), not {cfg.TASK}")
     return objective
 
 
@@ -143,7 +144,7 @@ def distinct_attentions(cfg: CfgNode) -> list[tuple[str, PoolingAttention]]:
         shape = (module.grid, module.q_grid, module.kv_grid, module.num_heads, module.head_width)
         found.setdefault(shape, []).append((number, module))
     if not found:
-        raise ValueError("--cfg must be a recipe of an MViTv2 to measure its attention: this one pools nothing")
+        raise UserError("--cfg must be a recipe of an MViTv2 to measure its attention: this one pools nothing")
     return [(_block_name([number for number, _ in same]), same[0][1]) for same in found.values()]
 
 

@@ -23,6 +23,7 @@ from maskfeat.data.rng import SPAN_STREAM, sample_generator, seeded
 from maskfeat.data.transforms import random_resized_crop_box
 from maskfeat.data.video.decoder import VideoInfo, decode_frames
 from maskfeat.data.video.temporal_sampling import clip_length, clip_span, frame_indices
+from maskfeat.errors import UserError
 
 BACKEND = "DATA_LOADER.IMAGE_BACKEND"
 CHECKED = 16  # images whose pixels are compared
@@ -73,7 +74,7 @@ def measure_images(options: Options) -> Iterator[Row]:
 def _images(cfg: CfgNode, loader: BatchLoader, backend: str, is_default: bool, repeats: int) -> Row:
     dataset = loader.dataset
     if not isinstance(dataset, ImageFolder):
-        raise ValueError("--cfg must be a recipe for images (TRAIN.DATASET imagenet) to measure how they are read")
+        raise UserError("--cfg must be a recipe for images (TRAIN.DATASET imagenet) to measure how they are read")
     data = cfg.DATA
     plain = ReferenceImages(
         dataset.samples[: len(loader) * loader.batch_size],
@@ -132,7 +133,7 @@ def _image_size(path: str) -> tuple[int, int]:
 
 def _video_dataset(loader: BatchLoader) -> VideoClips:
     if not isinstance(loader.dataset, VideoClips):
-        raise ValueError("--cfg must be a recipe for clips (TRAIN.DATASET kinetics) to measure how they are read")
+        raise UserError("--cfg must be a recipe for clips (TRAIN.DATASET kinetics) to measure how they are read")
     return loader.dataset
 
 

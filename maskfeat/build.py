@@ -15,6 +15,7 @@ from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.loader import BatchLoader, LabelledSamples, Loader
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.distributed.world import World, available_cores
+from maskfeat.errors import UserError
 from maskfeat.masking import MaskSampler
 from maskfeat.models.base import Backbone
 from maskfeat.objectives.base import Objective
@@ -89,7 +90,7 @@ def build_loader(
         plain: "train" as "val" shows its samples: in order, not augmented, every one (probes of frozen features).
 
     Raises:
-        ValueError: where the data is not there or smaller than a batch; the message names the key.
+        UserError: where the data is not there or smaller than a batch; the message names the key.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
@@ -98,7 +99,7 @@ def build_loader(
     # A classifier of ResNet features takes any size; transformers have positions for one, MFM a disc.
     fixed = not (objective.classifies and backbone_spec(cfg).any_size)
     if not trains and fixed and cfg.DATA.TEST_CROP_SIZE != cfg.DATA.TRAIN_CROP_SIZE:
-        raise ValueError(
+        raise UserError(
             f"DATA.TEST_CROP_SIZE is {cfg.DATA.TEST_CROP_SIZE} and DATA.TRAIN_CROP_SIZE {cfg.DATA.TRAIN_CROP_SIZE}: "
             "ViT, MViTv2 and MFM are built for one size, set both to it"
         )
@@ -107,13 +108,13 @@ def build_loader(
     request = DatasetRequest(split, trains, build_mask_sampler(cfg), num_clips)
     dataset: LabelledSamples = dataset_spec(cfg, "TEST" if split == "test" else "TRAIN").build(cfg, request)
     if objective.classifies and max(dataset.labels) >= cfg.MODEL.NUM_CLASSES:
-        raise ValueError(
+        raise UserError(
             f"labels of {split} go up to {max(dataset.labels)}, but MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}"
         )
     per_process, left = divmod(section.BATCH_SIZE, world.local_size)
     if left or not per_process:
         key = "TEST.BATCH_SIZE" if split == "test" else "TRAIN.BATCH_SIZE"
-        raise ValueError(
+        raise UserError(
             f"{key} is {section.BATCH_SIZE} a machine, which {world.local_size} processes cannot share evenly"
         )
     sampler = EpochSampler(

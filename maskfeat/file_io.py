@@ -8,6 +8,8 @@ from typing import BinaryIO
 
 from iopath.common.file_io import PathManager
 
+from maskfeat.errors import UserError, UserFileError
+
 path_manager = PathManager()
 """Resolves paths with a scheme. It has no handler of its own: a plugin registers them, for example
 `path_manager.register_handler(S3PathHandler())`."""
@@ -15,7 +17,7 @@ path_manager = PathManager()
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
-class NotReadable(OSError):
+class NotReadable(UserFileError):
     """A path that is not a regular file with content, or that may not be read; its text is the cause alone."""
 
 
@@ -26,7 +28,7 @@ def local_path(path: str | os.PathLike[str]) -> str:
         path: a local path, which is returned unchanged, or one such as s3://bucket/file.pyth.
 
     Raises:
-        ValueError: no handler is registered for the scheme.
+        UserError: no handler is registered for the scheme.
     """
     given = os.fspath(path)
     scheme = _SCHEME.match(given)
@@ -34,7 +36,7 @@ def local_path(path: str | os.PathLike[str]) -> str:
         return given
     local = path_manager.get_local_path(given)
     if local == given:  # the answer of iopath's handler of local files, to which other paths fall back
-        raise ValueError(
+        raise UserError(
             f"{given} cannot be read: no handler is registered for {scheme[1]}://. Register one with "
             "maskfeat.file_io.path_manager.register_handler, or give a local path"
         )

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskfeat.errors import UserError
+
 MaskSampler = Callable[[np.random.Generator], np.ndarray]
 """Draws a mask: a generator -> a bool array of the shape of the mask grid, True = removed from the model's view."""
 
@@ -173,10 +175,10 @@ def mask_sampler(
         max_block: largest number of patches of a block, in space; None = no limit.
 
     Raises:
-        ValueError: a ratio outside [0, 1).
+        UserError: a ratio outside [0, 1).
     """
     if not 0.0 <= ratio < 1.0:
-        raise ValueError(f"AUG.MASK_RATIO is {ratio}, expected at least 0 and below 1")
+        raise UserError(f"AUG.MASK_RATIO is {ratio}, expected at least 0 and below 1")
     if ratio == 0.0:
         return lambda rng: np.zeros(tuple(grid), dtype=bool)
     num_hidden = round(ratio * math.prod(grid))
@@ -196,7 +198,7 @@ def resize_mask(hidden: Tensor, grid: Sequence[int]) -> Tensor:
     """Resize a mask (B, *from_grid) to (B, *grid) by nearest neighbours: index i is taken from floor(i * from / to).
 
     Raises:
-        ValueError: the mask and the grid differ in their number of axes.
+        UserError: the mask and the grid differ in their number of axes.
     """
     hidden = hidden.bool()
     if hidden.dim() != len(grid) + 1:

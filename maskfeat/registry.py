@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from yacs.config import CfgNode
 
+from maskfeat.errors import UserError
+
 BUILT_IN = (
     "maskfeat.models.mvit_config",
     "maskfeat.models.resnet",
@@ -183,7 +185,7 @@ def register(spec: S) -> S:
     """Make a spec known under its names, and return it.
 
     Raises:
-        ValueError: a name is taken.
+        UserError: a name is taken.
     """
     for name in spec.names:
         taken = _specs.get((type(spec), name))
@@ -224,7 +226,7 @@ def load(plugins: Sequence[str] = ()) -> Registered:
         plugins: dotted names of modules.
 
     Raises:
-        ValueError: a plugin's name is not a dotted name, or the module cannot be imported, registers nothing, or
+        UserError: a plugin's name is not a dotted name, or the module cannot be imported, registers nothing, or
             registers a name that is taken. The message names PLUGINS and the module.
     """
     for module in BUILT_IN:
@@ -244,7 +246,7 @@ def _by_name(specs: Iterable[Spec], kind: type[S]) -> dict[str, S]:
 def _import_plugin(name: str) -> list[Spec]:
     """Import a module and return the specs that it registers."""
     if not _DOTTED.fullmatch(name):
-        raise ValueError(
+        raise UserError(
             "PLUGINS must hold dotted names of modules that Python can import, such as my_package.my_module; "
             f"given {name[:200]!r}"
         )
@@ -254,7 +256,7 @@ def _import_plugin(name: str) -> list[Spec]:
     except Exception as error:  # a module may raise anything while it is imported
         _specs.clear()
         _specs.update(before)
-        raise ValueError(f"PLUGINS: the module {name} cannot be imported: {_in_one_line(error)}") from error
+        raise UserError(f"PLUGINS: the module {name} cannot be imported: {_in_one_line(error)}") from error
     # A module that was imported before PLUGINS named it has registered its specs already.
     added = [
         spec
@@ -262,7 +264,7 @@ def _import_plugin(name: str) -> list[Spec]:
         if key not in before or spec.module == name or spec.module.startswith(f"{name}.")
     ]
     if not added:
-        raise ValueError(
+        raise UserError(
             f"PLUGINS: the module {name} registers no objective, backbone or data set; it must call "
             "maskfeat.registry.register"
         )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from maskfeat.errors import UserError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -47,12 +49,12 @@ def figure_type() -> type[Figure]:
     """Return matplotlib's `Figure`, which keeps no global state, unlike pyplot.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        UserError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("charts need matplotlib, which is not installed: pip install '.[plots]'") from error
+        raise UserError("charts need matplotlib, which is not installed: pip install '.[plots]'") from error
     return Figure
 
 
@@ -62,7 +64,7 @@ def chart_figure(charts: Sequence[Chart], columns: int = 2) -> Figure:
     Several runs of a line are drawn thin and their mean thick. The legend is below the axes, so that it covers no line.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        UserError: matplotlib is not installed.
     """
     rows, across = -(-len(charts) // columns), min(columns, len(charts))
     figure = figure_type()(figsize=(_SIZE[0] * across, _SIZE[1] * rows), dpi=100, layout="constrained")

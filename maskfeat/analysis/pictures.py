@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from maskfeat.errors import UserError
+
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -61,11 +63,11 @@ def tokens_to_cells(tokens: Floats, bins: int = 9, cells: int = 2) -> Floats:
         (3, bins, H * cells, W * cells).
 
     Raises:
-        ValueError: the last axis has another length.
+        UserError: the last axis has another length.
     """
     height, width, numbers = tokens.shape
     if numbers != 3 * bins * cells * cells:
-        raise ValueError(
+        raise UserError(
             f"tokens of {numbers} values given: expected 3 x {bins} bins x {cells} x {cells} cells = "
             f"{3 * bins * cells * cells}"
         )
@@ -272,7 +274,7 @@ def tile_grid(
         gap: pixels between tiles.
 
     Raises:
-        ValueError: the numbers of tiles, headers and captions differ.
+        UserError: the numbers of tiles, headers and captions differ.
     """
     if not rows or any(len(row) != len(headers) for row in rows):
         raise ValueError(f"rows of {[len(row) for row in rows]} tiles given: expected {len(headers)} in each")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from maskfeat.data.loader import BatchLoader
 from maskfeat.engine.parallelize import autocast
+from maskfeat.errors import UserError
 from maskfeat.models.base import Backbone
 
 BLOCKS = 4
@@ -51,7 +52,7 @@ def features(backbone: Backbone, loader: BatchLoader, device: torch.device, prec
         precision: "off", "bf16" or "fp16".
 
     Raises:
-        ValueError: a sample cannot be read.
+        UserError: a sample cannot be read.
     """
     backbone.eval()
     rows, labels = [], []
@@ -63,7 +64,7 @@ def features(backbone: Backbone, loader: BatchLoader, device: torch.device, prec
     try:
         for batch in loader:
             if batch.bad:
-                raise ValueError(
+                raise UserError(
                     f"{batch.bad[0].path} cannot be read ({batch.bad[0].cause}): remove it from the data set"
                 )
             assert batch.label is not None
@@ -93,13 +94,13 @@ def estimator_types() -> tuple[type[Any], type[Any]]:
     """Return scikit-learn's `LogisticRegression` and `KNeighborsClassifier`.
 
     Raises:
-        ValueError: scikit-learn is not installed.
+        UserError: scikit-learn is not installed.
     """
     try:
         from sklearn.linear_model import LogisticRegression
         from sklearn.neighbors import KNeighborsClassifier
     except ImportError as error:
-        raise ValueError("probes need scikit-learn, which is not installed: pip install '.[probes]'") from error
+        raise UserError("probes need scikit-learn, which is not installed: pip install '.[probes]'") from error
     return LogisticRegression, KNeighborsClassifier
 
 
@@ -128,7 +129,7 @@ def linear_probe(train: Features, test: Features, strengths: Sequence[float] = S
     others; the classifier is then fitted to all training samples. Test samples are used for the final accuracy alone.
 
     Raises:
-        ValueError: scikit-learn is not installed.
+        UserError: scikit-learn is not installed.
     """
     train, test = standardised(train, test)
     held = torch.arange(len(train.label)) % 5 == 0
@@ -143,7 +144,7 @@ def nearest_neighbours(train: Features, test: Features, k: int = NEIGHBOURS) -> 
     The k training samples with the largest cosine similarity vote, each with weight exp(cosine / TEMPERATURE).
 
     Raises:
-        ValueError: scikit-learn is not installed.
+        UserError: scikit-learn is not installed.
     """
     train, test = standardised(train, test)
     _, neighbours = estimator_types()

@@ -21,6 +21,7 @@ from maskfeat.build import build_loader, build_objective
 from maskfeat.checkpoint.files import given_or_latest_checkpoint
 from maskfeat.checkpoint.reading import model_state
 from maskfeat.config import load_config
+from maskfeat.errors import UserError, naming
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.mfm import LUMA, MFM
 from maskfeat.objectives.spectrum import inverse_spectrum, spectrum
@@ -114,14 +115,12 @@ def _pretrained(cfg: CfgNode) -> tuple[MaskFeat | MFM, str]:
     """
     objective = build_objective(cfg)
     if not isinstance(objective, MaskFeat | MFM):
-        raise ValueError(
+        raise UserError(
             f"MODEL.MODEL_NAME is {cfg.MODEL.MODEL_NAME}, expected MaskMViT or MFM: only pre-training predicts features"
         )
     found = given_or_latest_checkpoint(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
     if found is None:
-        raise ValueError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this recipe: give TEST.CHECKPOINT_FILE_PATH"
-        )
+        raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this recipe: give TEST.CHECKPOINT_FILE_PATH")
     path, content = found
     objective.load_released_state(model_state(content))
     return objective, str(path)
@@ -186,9 +185,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         found = drawing(load_config(args.cfg, args.opts), args.num)
         output = Path(args.output or found.name)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        found.figure(Path(found.path).name).save(output)
-    except (ValueError, OSError) as error:
+        figure = found.figure(Path(found.path).name)
+        with naming(f"--output {output} cannot be written"):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            figure.save(output)
+    except UserError as error:
         logger.error("error: %s", error)
         return 2
     logger.info("wrote %s", output)

@@ -17,6 +17,8 @@ from urllib.error import HTTPError, URLError
 
 from torch.hub import get_dir
 
+from maskfeat.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 SCHEMES = ("http://", "https://")
@@ -67,7 +69,7 @@ def download(url: str) -> Path:
     """Return the path of a URL's file, downloading it unless it is in the cache.
 
     Raises:
-        ValueError: if it cannot be fetched or is larger than MAX_BYTES.
+        UserError: if it cannot be fetched or is larger than MAX_BYTES.
         OSError: if the cache cannot be written.
     """
     path = cached_path(url)
@@ -82,17 +84,17 @@ def download(url: str) -> Path:
             while block := response.read(min(_BLOCK, left + 1)):
                 left -= len(block)
                 if left < 0:
-                    raise ValueError(f"{url} is larger than {MAX_BYTES >> 30} GiB and is not fetched")
+                    raise UserError(f"{url} is larger than {MAX_BYTES >> 30} GiB and is not fetched")
                 file.write(block)
             declared = response.headers.get("Content-Length", "")
             if declared.isdecimal() and int(declared) != MAX_BYTES - left:
                 raise URLError(f"only {MAX_BYTES - left} of {declared} bytes were received")
         shutil.move(temporary, path)
     except HTTPError as error:
-        raise ValueError(f"{url} could not be fetched: the server answers {error.code} {error.reason}") from error
+        raise UserError(f"{url} could not be fetched: the server answers {error.code} {error.reason}") from error
     except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
         cause = getattr(error, "reason", None) or error
-        raise ValueError(f"{url} could not be fetched: {cause}") from error
+        raise UserError(f"{url} could not be fetched: {cause}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return path

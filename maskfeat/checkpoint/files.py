@@ -26,6 +26,7 @@ from maskfeat.checkpoint import sharded
 from maskfeat.checkpoint.atomic import fsync_dir, fsync_file, sha256, write_and_fsync
 from maskfeat.checkpoint.reading import read_checkpoint, trained_model
 from maskfeat.checkpoint.sharded_files import verify
+from maskfeat.errors import UserError, UserFileError
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     to it. (Between the two renames there is no checksum; see `verify_checkpoint`.)
 
     Raises:
-        OSError: if the disk is full or fails; the message names the file, and no partial file is left behind.
+        UserFileError: if the disk is full or fails; the message names the file, and no partial file is left behind.
     """
     partial, checksum = _temporary_path(path), _checksum_path(path)
     partial_checksum = _temporary_path(checksum)
@@ -126,7 +127,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"could not write the checkpoint {path}: {cause}") from error
+        raise UserFileError(f"could not write the checkpoint {path}: {cause}") from error
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -136,7 +137,7 @@ def verify_checkpoint(path: Path) -> None:
     PyTorch's reader compares neither, so flipped bits would silently become weights.
 
     Raises:
-        ValueError: if it is damaged.
+        UserError: if it is damaged.
     """
     try:
         if path.is_dir():
@@ -145,14 +146,14 @@ def verify_checkpoint(path: Path) -> None:
         if checksum.exists():
             words = checksum.read_text(encoding="ascii").split()
             if not words or words[0] != sha256(path):
-                raise ValueError(f"{path} is damaged: its SHA-256 differs from the one in {checksum.name}")
+                raise UserError(f"{path} is damaged: its SHA-256 differs from the one in {checksum.name}")
             return
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is not None:
-            raise ValueError(f"{path} is damaged: {broken} in it fails its CRC-32 check")
+            raise UserError(f"{path} is damaged: {broken} in it fails its CRC-32 check")
     except (OSError, UnicodeDecodeError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def prune_checkpoints(output_dir: str | Path, task: str, newest: Position, keep: int) -> None:
@@ -193,7 +194,7 @@ def open_checkpoint(given: str | Path) -> dict[str, Any]:
     """Load a checkpoint, with full tensors on the CPU. Of a sharded one, `optimizer_state` is left out.
 
     Raises:
-        ValueError: as `reading.read_checkpoint` and `sharded.full_tensors`.
+        UserError: as `reading.read_checkpoint` and `sharded.full_tensors`.
     """
     if Path(given).suffix == SHARDED and Path(given).is_dir():
         return {
@@ -208,7 +209,7 @@ def latest_checkpoint(output_dir: str | Path, task: str, model_name: str) -> Pat
     passed over.
 
     Raises:
-        ValueError: if there are checkpoints and all are damaged; or if they have this run's names but were written by
+        UserError: if there are checkpoints and all are damaged; or if they have this run's names but were written by
             another model (pre-training and fine-tuning with the same TASK and OUTPUT_DIR), which this run would
             overwrite.
     """
@@ -217,11 +218,11 @@ def latest_checkpoint(output_dir: str | Path, task: str, model_name: str) -> Pat
         try:
             verify_checkpoint(path)
             written_by = trained_model(open_checkpoint(path))
-        except ValueError as error:
+        except UserError as error:
             logger.error("CHECKPOINT PASSED OVER: %s", error)
             continue
         if written_by not in (None, model_name):
-            raise ValueError(
+            raise UserError(
                 f"{path} was written by MODEL.MODEL_NAME {written_by}, this run trains {model_name}: "
                 "give it an OUTPUT_DIR or a TASK of its own"
             )
@@ -229,7 +230,7 @@ def latest_checkpoint(output_dir: str | Path, task: str, model_name: str) -> Pat
             logger.error("GOING BACK to %s, the newest checkpoint that is not damaged", path)
         return path
     if found:
-        raise ValueError(
+        raise UserError(
             f"all {len(found)} checkpoints of this run in {found[0].parent} are damaged: restore one from a backup, "
             "or start again in another OUTPUT_DIR"
         )

@@ -12,6 +12,8 @@ import zipfile
 import zlib
 from typing import Any, BinaryIO, NamedTuple
 
+from maskfeat.errors import UserError
+
 MAX_PICKLE = 16 << 20
 """Bytes of a pickle. It holds names and shapes; the numbers are stored outside of it."""
 MAX_OPCODES = 1_000_000
@@ -23,7 +25,7 @@ _UPDATES = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # opcodes that
 _LEGACY_PICKLES = 5  # magic number, protocol, system, object, storage keys
 
 
-class RefusedFile(ValueError):
+class RefusedFile(UserError):
     """A file that is damaged, exceeds a limit, or holds more than weights; the message is the cause alone."""
 
 

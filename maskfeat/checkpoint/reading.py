@@ -22,6 +22,7 @@ from torchvision.models import get_weight
 from maskfeat.checkpoint.download import download, is_url
 from maskfeat.checkpoint.limits import MAX_DEPTH, RefusedFile, check_file
 from maskfeat.config.yaml_io import parse_entries
+from maskfeat.errors import UserError
 from maskfeat.file_io import NotReadable, local_path, open_regular_file
 
 # Training scripts save the options of the run beside the parameters. Both classes hold values and run nothing. PyTorch
@@ -35,7 +36,7 @@ def _torchvision_file(name: str) -> Path:
     try:
         url = get_weight(name).url
     except (ValueError, AttributeError, KeyError) as error:
-        raise ValueError(f"torchvision knows no weights {name}: see TRAIN.CHECKPOINT_FILE_PATH") from error
+        raise UserError(f"torchvision knows no weights {name}: see TRAIN.CHECKPOINT_FILE_PATH") from error
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ def _torchvision_file(name: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), expected and expected.group(1), progress=False)
         except URLError as error:
-            raise ValueError(f"{name} could not be fetched from {url}: {error.reason}") from error
+            raise UserError(f"{name} could not be fetched from {url}: {error.reason}") from error
     return path
 
 
@@ -118,7 +119,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         what the file holds: tensors, plain values and containers of them.
 
     Raises:
-        ValueError: if the file is missing or damaged, holds other objects, or exceeds the limits in `limits`.
+        UserError: if the file is missing or damaged, holds other objects, or exceeds the limits in `limits`.
     """
     given = str(path)
     local = _local_file(given)
@@ -126,10 +127,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         content = _load(local)
     except NotReadable as error:
         if not local.exists():
-            raise ValueError(f"there is no checkpoint at {given}: see TRAIN.CHECKPOINT_FILE_PATH") from error
-        raise ValueError(f"{given} is not a readable checkpoint: {error}") from error
+            raise UserError(f"there is no checkpoint at {given}: see TRAIN.CHECKPOINT_FILE_PATH") from error
+        raise UserError(f"{given} is not a readable checkpoint: {error}") from error
     except (pickle.UnpicklingError, RefusedFile) as error:
-        raise ValueError(f"{given} is not loaded: {_cause(error)}") from error
+        raise UserError(f"{given} is not loaded: {_cause(error)}") from error
     # What PyTorch's reader raises on damaged files.
     except (
         ArithmeticError,
@@ -144,9 +145,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         TypeError,
         ValueError,
     ) as error:
-        raise ValueError(f"{given} is not a readable checkpoint: {_cause(error)}") from error
+        raise UserError(f"{given} is not a readable checkpoint: {_cause(error)}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{given} holds a {type(content).__name__}, expected a dict of parameters")
+        raise UserError(f"{given} holds a {type(content).__name__}, expected a dict of parameters")
     return content
 
 
@@ -158,21 +159,21 @@ def model_state(content: Mapping[str, Any], key: str | None = None) -> Mapping[s
         key: the entry that holds them; None = `model_state`, `model`, `state_dict`, or else the file itself.
 
     Raises:
-        ValueError: if there are none.
+        UserError: if there are none.
     """
     for entry in ("model_state", "model", "state_dict") if key is None else (key,):
         if isinstance(content.get(entry), Mapping):
             return content[entry]
     if content and all(isinstance(value, Tensor) for value in content.values()):
         return content
-    raise ValueError(f"no parameters in this file: it holds {sorted(map(str, content))[:8]}")
+    raise UserError(f"no parameters in this file: it holds {sorted(map(str, content))[:8]}")
 
 
 def trained_model(content: Mapping[str, Any]) -> str | None:
     """Return MODEL.MODEL_NAME of the run that wrote a checkpoint; None if the file does not say."""
     try:
         entries = parse_entries(content["cfg"], Path("cfg")) if isinstance(content.get("cfg"), str) else {}
-    except ValueError:
+    except UserError:
         return None
     name = entries["MODEL.MODEL_NAME"].value if "MODEL.MODEL_NAME" in entries else None
     return name if isinstance(name, str) else None

@@ -26,6 +26,7 @@ from maskfeat.checkpoint.atomic import fsync_dir, sha256, write_and_fsync
 from maskfeat.checkpoint.sharded_files import METADATA, PLAIN, SUMS, Reader, TensorMetadata, sums_of, tensors_of, verify
 from maskfeat.checkpoint.weights import ReleasedModule, list_problems
 from maskfeat.distributed.collectives import broadcast_buffers
+from maskfeat.errors import UserError, UserFileError
 
 SUFFIX = ".dcp"
 MODEL, OPTIMIZER = "model.", "optim."
@@ -56,7 +57,7 @@ def load_training(folder: str | Path, objective: ReleasedModule, optimizer: Opti
     """Load weights and optimizer state in place. Collective; `group` as in `load_sharded`.
 
     Raises:
-        ValueError: as `load_sharded`, on every rank.
+        UserError: as `load_sharded`, on every rank.
     """
     names = {id(parameter): objective.released_name(name) for name, parameter in objective.named_parameters()}
 
@@ -101,8 +102,8 @@ class SaveHandle:
         """Wait until the checkpoint is complete.
 
         Raises:
-            OSError: on every rank, if it could not be written; the message names the folder, and an earlier checkpoint
-                of this name is unchanged.
+            UserFileError: on every rank, if it could not be written; the message names the folder, and an earlier
+                checkpoint of this name is unchanged.
         """
         self._waited_for = True
         self._work.result()
@@ -111,7 +112,7 @@ class SaveHandle:
         """Wait before another checkpoint is begun; raises an error only if `wait` has not been called.
 
         Raises:
-            OSError: as `wait`.
+            UserFileError: as `wait`.
         """
         if self._waited_for:
             self._work.exception()
@@ -139,7 +140,7 @@ def save_sharded(
             a process group, this process writes alone.
 
     Raises:
-        OSError: if the folder cannot be created, or the previous checkpoint could not be written.
+        UserFileError: if the folder cannot be created, or the previous checkpoint could not be written.
     """
     global _pending
     if _pending is not None:
@@ -159,7 +160,7 @@ def save_sharded(
         _on_all_ranks(create_folder, group, OSError)
         writing = dcp.async_save(dict(tensors), storage_writer=_Writer(partial), process_group=group)
     except OSError as error:
-        raise OSError(f"could not write the checkpoint {folder}: {error}") from error
+        raise UserFileError(f"could not write the checkpoint {folder}: {error}") from error
     assert isinstance(writing, Future)  # only an asynchronous stager would return something else
     worker = ThreadPoolExecutor(1, "sharded_checkpoint")
     _pending = SaveHandle(folder, worker.submit(_finish, writing, partial, folder, text, rank, group))
@@ -209,23 +210,23 @@ def _finish(writing: "Future[Any]", partial: Path, folder: Path, plain: str, ran
         raise _failed(folder, partial, rank, error) from error
 
 
-def _failed(folder: Path, partial: Path, rank: int, why: object) -> OSError:
+def _failed(folder: Path, partial: Path, rank: int, why: object) -> UserFileError:
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-    return OSError(f"could not write the checkpoint {folder}: {why}")
+    return UserFileError(f"could not write the checkpoint {folder}: {why}")
 
 
 def read_sharded_plain(folder: str | Path) -> dict[str, Any]:
     """Read what `save_sharded` was given as `plain`.
 
     Raises:
-        ValueError: if it is missing or damaged.
+        UserError: if it is missing or damaged.
     """
     folder = Path(folder)
     verify(folder, [PLAIN])
     content = json.loads((folder / PLAIN).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError(f"{folder / PLAIN} holds a {type(content).__name__}, expected an object")
+        raise UserError(f"{folder / PLAIN} holds a {type(content).__name__}, expected an object")
     return content
 
 
@@ -239,7 +240,7 @@ def load_sharded(folder: str | Path, tensors: Mapping[str, Tensor], group: Group
         group: a process group of all ranks; None = the default group.
 
     Raises:
-        ValueError: on all ranks, if a file is missing or damaged or holds more than tensors, or if names, shapes or
+        UserError: on all ranks, if a file is missing or damaged or holds more than tensors, or if names, shapes or
             dtypes differ.
     """
     folder = Path(folder)
@@ -253,7 +254,7 @@ def full_tensors(folder: str | Path, prefix: str = MODEL) -> dict[str, Tensor]:
     """Load full tensors on the CPU by their names after `prefix`. Not collective.
 
     Raises:
-        ValueError: as `load_sharded`.
+        UserError: as `load_sharded`.
     """
     folder = Path(folder)
     verify(folder)
@@ -276,7 +277,7 @@ def _check_names(folder: Path, found: TensorMetadata, tensors: Mapping[str, Tens
             if theirs != (tuple(tensor.shape), tensor.dtype):
                 problems.append(f"{name} is {theirs}, expected {tuple(tensor.shape), tensor.dtype}")
     if problems:
-        raise ValueError(f"{folder} is of another model or optimizer than this run:\n  {list_problems(problems)}")
+        raise UserError(f"{folder} is of another model or optimizer than this run:\n  {list_problems(problems)}")
 
 
 def _load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -284,7 +285,7 @@ def _load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         dcp.load(dict(tensors), storage_reader=Reader(folder), no_dist=True)
     except dcp.CheckpointException as error:
-        raise ValueError(
+        raise UserError(
             f"{folder} cannot be read: {[str(failure) for failure, _ in error.failures.values()]}"
         ) from error
 

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from maskfeat.checkpoint.atomic import sha256
+from maskfeat.errors import UserError
 
 SUMS, METADATA, PLAIN = "SHA256SUMS", ".metadata", "plain.json"
 
@@ -27,31 +28,31 @@ def verify(folder: str | Path, names: Iterable[str] | None = None) -> None:
     """Verify that the files in `folder` are those listed in SHA256SUMS, and the checksums of `names`; None = of all.
 
     Raises:
-        ValueError: naming the file that is missing, damaged or not listed.
+        UserError: naming the file that is missing, damaged or not listed.
     """
     folder = Path(folder)
     sums = sums_of(folder)
     unlisted = sorted({path.name for path in folder.iterdir()} - {*sums, SUMS})
     if unlisted:
-        raise ValueError(f"{folder / unlisted[0]} is not listed in {SUMS}: one of the two is damaged")
+        raise UserError(f"{folder / unlisted[0]} is not listed in {SUMS}: one of the two is damaged")
     for name in sums if names is None else names:
         path = folder / name
         if path.is_symlink() or not path.is_file():
-            raise ValueError(f"{path} is missing: the checkpoint is incomplete")
+            raise UserError(f"{path} is missing: the checkpoint is incomplete")
         if sha256(path) != sums[name]:
-            raise ValueError(f"{path} is damaged: its SHA-256 differs from the one in {SUMS}")
+            raise UserError(f"{path} is damaged: its SHA-256 differs from the one in {SUMS}")
 
 
 def sums_of(folder: Path) -> dict[str, str]:
     """Read SHA256SUMS: SHA-256 by file name."""
     path = folder / SUMS
     if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path} is missing: {folder} is not a complete sharded checkpoint")
+        raise UserError(f"{path} is missing: {folder} is not a complete sharded checkpoint")
     lines = path.read_bytes().decode("ascii", "replace").split("\n")
     found = [_LINE.fullmatch(line) for line in lines[:-1]]
     sums = {match[2]: match[1] for match in found if match}
     if lines[-1] or len(sums) != len(found) or not {METADATA, PLAIN} <= set(sums):
-        raise ValueError(f"{path} is damaged: it is not a list of SHA-256 sums with {METADATA} and {PLAIN}")
+        raise UserError(f"{path} is damaged: it is not a list of SHA-256 sums with {METADATA} and {PLAIN}")
     return sums
 
 
@@ -85,7 +86,7 @@ def tensors_of(folder: Path) -> TensorMetadata:
     """Read size, dtype and shards of the tensors in a checkpoint, by name.
 
     Raises:
-        ValueError: if the metadata is missing or damaged, or refers to more than tensors in files of the folder.
+        UserError: if the metadata is missing or damaged, or refers to more than tensors in files of the folder.
     """
     return {name: value for name, value in _metadata(folder).state_dict_metadata.items() if _is_tensor(value)}
 
@@ -106,7 +107,7 @@ def _metadata(folder: Path) -> Metadata:
         ValueError,
         RuntimeError,
     ) as error:
-        raise ValueError(f"{path} holds more than the metadata of tensors and is not loaded: {error}") from error
+        raise UserError(f"{path} holds more than the metadata of tensors and is not loaded: {error}") from error
     sums = sums_of(folder)
     tensors = getattr(metadata, "state_dict_metadata", None)
     shards = getattr(metadata, "storage_data", None)
@@ -115,11 +116,11 @@ def _metadata(folder: Path) -> Metadata:
         or not (isinstance(tensors, dict) and all(map(_is_tensor, tensors.values())))
         or not (isinstance(shards, dict) and all(_is_inside(shard, sums) for shard in shards.values()))
     ):
-        raise ValueError(f"{path} refers to more than tensors in the files listed in {SUMS} and is not loaded")
+        raise UserError(f"{path} refers to more than tensors in the files listed in {SUMS} and is not loaded")
     declared = sum(value.size.numel() * value.properties.dtype.itemsize for value in tensors.values())
     held = sum((folder / name).stat().st_size for name in sums)
     if declared > held:
-        raise ValueError(f"{path} declares tensors of {declared} bytes, but its files hold {held}: it is not loaded")
+        raise UserError(f"{path} declares tensors of {declared} bytes, but its files hold {held}: it is not loaded")
     return metadata
 
 

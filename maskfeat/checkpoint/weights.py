@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskfeat.distributed.fsdp import shard_like
+from maskfeat.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _all_of(state: Mapping[str, Tensor], first: str, names: Sequence[str]) -> li
     try:
         return [state[name] for name in names]
     except KeyError as missing:
-        raise ValueError(f"the file has {first} but not {missing}: q, k and v must all be present") from missing
+        raise UserError(f"the file has {first} but not {missing}: q, k and v must all be present") from missing
 
 
 def fuse_qkv(state: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
@@ -203,7 +204,7 @@ def _usable(state: Mapping[str, Tensor], dropped: Sequence[str]) -> tuple["Order
             usable[name] = value.float() if value.is_floating_point() and value.itemsize == 1 else value
     problems = [f"{name} is {kind}" for name, kind in others.items() if not _matches(name, dropped)]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{len(problems)} entries cannot be loaded into parameters:\n  {list_problems(problems)}\n"
             "Save them as dense tensors of floats, or leave them out: TRAIN.CHECKPOINT_ALLOW \"['name.*']\""
         )
@@ -235,7 +236,7 @@ def fit_state(
         tensors for the model by name, and the report.
 
     Raises:
-        ValueError: listing every parameter that is missing, unexpected, of a different shape, or no dense tensor.
+        UserError: listing every parameter that is missing, unexpected, of a different shape, or no dense tensor.
     """
     report = LoadReport()
     problems: list[str] = []
@@ -274,12 +275,12 @@ def fit_state(
         else:
             problems.append(f"{name} is in the file but not in the model")
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{len(problems)} parameters do not fit the model:\n  {list_problems(problems)}\n"
             "To load the rest, list their names or patterns of them: TRAIN.CHECKPOINT_ALLOW \"['name.*']\""
         )
     if not report.loaded and not report.resized:
-        raise ValueError("no parameter in the file fits the model: is it a checkpoint of this architecture?")
+        raise UserError("no parameter in the file fits the model: is it a checkpoint of this architecture?")
     return fitted, report
 
 
@@ -309,7 +310,7 @@ class ReleasedModule(nn.Module):
             average: how 2-D patch kernels are inflated to 3-D, see `fit_state`.
 
         Raises:
-            ValueError: naming each parameter that is missing, unexpected or of a different shape, and
+            UserError: naming each parameter that is missing, unexpected or of a different shape, and
                 TRAIN.CHECKPOINT_ALLOW, which allows it.
         """
         own = self.released_state()

@@ -14,6 +14,7 @@ from maskfeat.config.recipes import find_recipe
 from maskfeat.config.schema import Schema, get_defaults, schema
 from maskfeat.config.validate import validate
 from maskfeat.config.yaml_io import Entry, read_chain
+from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
 
 __all__ = ["dump_config", "get_defaults", "load_config", "save_config", "validate"]
@@ -37,7 +38,7 @@ def load_config(
         models) are listed in one warning, unless they come from one of the project's own recipes.
 
     Raises:
-        ValueError: a file, key or value is not valid, or values contradict one another. The message says what was
+        UserError: a file, key or value is not valid, or values contradict one another. The message says what was
             given, what was expected, and which key to change.
     """
     layers = [] if path is None else read_chain(path)
@@ -66,8 +67,8 @@ def _schema(layers: Sequence[Mapping[str, Entry]]) -> Schema:
     assert isinstance(names, list)
     try:
         return schema(names)
-    except ValueError as error:
-        raise ValueError(f"{given[-1].where}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{given[-1].where}: {error}") from error
 
 
 def dump_config(cfg: CfgNode) -> str:
@@ -86,11 +87,12 @@ def save_config(path: str | Path | None, opts: Sequence[object], cfg: CfgNode, o
         output_dir: the folder; created if it does not exist.
     """
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     given = "" if not path else find_recipe(path).read_text(encoding="utf-8-sig")
     if given and not given.endswith("\n"):
         given += "\n"
     for key, entry in override_entries(opts).items():  # as JSON: one line, whatever the value holds
         given += f"# override: {json.dumps([key, entry.value], default=str)}\n"
-    replace_text(folder / "config_given.yaml", given)
-    replace_text(folder / "config.yaml", dump_config(cfg))
+    with naming(f"OUTPUT_DIR {folder} cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / "config_given.yaml", given)
+        replace_text(folder / "config.yaml", dump_config(cfg))

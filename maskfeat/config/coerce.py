@@ -5,6 +5,7 @@ from ast import literal_eval
 from collections.abc import Callable, Mapping
 
 from maskfeat.config.yaml_io import Entry
+from maskfeat.errors import UserError
 
 _MAX_LITERAL = 20_000
 _WORDS = {
@@ -45,7 +46,7 @@ def coerce(key: str, entry: Entry, kind: str, default: object) -> object:
         default: of the key; where it is a tuple, so is the result.
 
     Raises:
-        ValueError: the value is not of that type; names the key, the value and what was expected.
+        UserError: the value is not of that type; names the key, the value and what was expected.
     """
     of_key = kind
     try:
@@ -58,7 +59,7 @@ def coerce(key: str, entry: Entry, kind: str, default: object) -> object:
             kind = kind.removesuffix(" or None")
         result = _convert(value, kind)
     except _Mismatch as error:
-        raise ValueError(f"{entry.where}: {key} must be {_describe(of_key)}; given {entry.value!r}{error}") from None
+        raise UserError(f"{entry.where}: {key} must be {_describe(of_key)}; given {entry.value!r}{error}") from None
     return tuple(result) if isinstance(default, tuple) and isinstance(result, list) else result
 
 

@@ -10,6 +10,7 @@ from maskfeat.config.coerce import coerce, plain
 from maskfeat.config.defaults import INERT_KEYS, INERT_SECTIONS
 from maskfeat.config.schema import Schema, is_inert
 from maskfeat.config.yaml_io import Entry
+from maskfeat.errors import UserError
 
 
 def merge_entries(cfg: CfgNode, entries: Mapping[str, Entry], schema: Schema) -> list[str]:
@@ -21,7 +22,7 @@ def merge_entries(cfg: CfgNode, entries: Mapping[str, Entry], schema: Schema) ->
         schema: every effective key, its kind and its default.
 
     Raises:
-        ValueError: an unknown key (names the nearest known one), or a value of the wrong type.
+        UserError: an unknown key (names the nearest known one), or a value of the wrong type.
     """
     known, kinds = schema.known, schema.rules.kinds
     sections = {key.rsplit(".", 1)[0] for key in known if "." in key} | set(INERT_SECTIONS)
@@ -31,13 +32,13 @@ def merge_entries(cfg: CfgNode, entries: Mapping[str, Entry], schema: Schema) ->
             _set(cfg, key, coerce(key, entry, kinds[key], known[key]), entry)
         elif key in sections:
             if entry.value is not None:  # a section with nothing below it (all commented out) is fine
-                raise ValueError(f"{entry.where}: {key} is a section and takes keys below it; given {entry.value!r}")
+                raise UserError(f"{entry.where}: {key} is a section and takes keys below it; given {entry.value!r}")
         elif is_inert(key):
             _set(cfg, key, plain(entry.value), entry)
             if not entry.shipped:
                 inert.append(key)
         else:
-            raise ValueError(_unknown(key, entry, known))
+            raise UserError(_unknown(key, entry, known))
     return inert
 
 
@@ -45,17 +46,17 @@ def override_entries(opts: Sequence[object]) -> dict[str, Entry]:
     """Return a flat list KEY VALUE KEY VALUE ... as entries. Values may be text or Python objects.
 
     Raises:
-        ValueError: an odd number of items, or a key that is not text.
+        UserError: an odd number of items, or a key that is not text.
     """
     if isinstance(opts, str):
-        raise ValueError(f"overrides must be a list [KEY, VALUE, ...]; given the text {opts!r}")
+        raise UserError(f"overrides must be a list [KEY, VALUE, ...]; given the text {opts!r}")
     if len(opts) % 2:
         hint = "; write KEY VALUE, not KEY=VALUE" if any("=" in str(o) for o in opts[::2]) else ""
-        raise ValueError(f"overrides must come in pairs KEY VALUE; given {len(opts)} items: {list(opts)!r}{hint}")
+        raise UserError(f"overrides must come in pairs KEY VALUE; given {len(opts)} items: {list(opts)!r}{hint}")
     entries = {}
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if not isinstance(key, str):
-            raise ValueError(f"overrides must come in pairs KEY VALUE; {key!r} is not a key")
+            raise UserError(f"overrides must come in pairs KEY VALUE; {key!r} is not a key")
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
         entries[key] = Entry(value, value if isinstance(value, str) else None, "command line")
     return entries
@@ -69,9 +70,9 @@ def _set(cfg: CfgNode, key: str, value: object, entry: Entry) -> None:
             node[part] = CfgNode()
         node = node[part]
         if not isinstance(node, CfgNode):
-            raise ValueError(f"{entry.where}: {key} lies below {part}, which already has a value")
+            raise UserError(f"{entry.where}: {key} lies below {part}, which already has a value")
     if isinstance(node.get(name), CfgNode):
-        raise ValueError(f"{entry.where}: {key} is a section and takes keys below it; given the value {value!r}")
+        raise UserError(f"{entry.where}: {key} is a section and takes keys below it; given the value {value!r}")
     node[name] = value
 
 

@@ -4,6 +4,7 @@ import difflib
 import os
 from pathlib import Path
 
+from maskfeat.errors import UserError
 from maskfeat.file_io import local_path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -46,14 +47,14 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
             recipe of the same name.
 
     Raises:
-        ValueError: there is neither a file nor a recipe; the message lists the nearest recipes.
+        UserError: there is neither a file nor a recipe; the message lists the nearest recipes.
     """
     path = os.path.expanduser(local_path(name))
     if os.path.isfile(path):
         return Path(path)
     shipped = shipped_file(name)
     if shipped is None:
-        raise ValueError(
+        raise UserError(
             f"config file {os.fspath(name)} does not exist (or is not a file), and no recipe has this name; --cfg "
             f"takes the path of a YAML file or the name of a recipe; the nearest names are {', '.join(_nearest(name))}"
         )

@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 from maskfeat.config.coerce import is_kind
 from maskfeat.config.defaults import INERT_KEYS, INERT_SECTIONS, KINDS, shared_defaults
 from maskfeat.config.ranges import CHOICES, LENGTHS, RANGES, lookup
+from maskfeat.errors import UserError
 from maskfeat.registry import Registered, Rules, Spec, load
 
 V = TypeVar("V")
@@ -49,7 +50,7 @@ def schema(plugins: Sequence[str] = ()) -> Schema:
     """Return the keys of the package and of these plugins.
 
     Raises:
-        ValueError: a plugin cannot be used, see `maskfeat.registry.load`; or it changes a key that exists, or its
+        UserError: a plugin cannot be used, see `maskfeat.registry.load`; or it changes a key that exists, or its
             rules name a key that does not.
     """
     registered = load(plugins)
@@ -100,13 +101,13 @@ def _add_keys(cfg: CfgNode, keys: Callable[[CfgNode], None], spec: Spec) -> None
     after = {key: lookup(cfg, key) for key in full_keys(cfg)}
     changed = [key for key, value in before.items() if key not in after or after[key] != value]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"PLUGINS: {spec.module} sets {', '.join(changed)}, which other code has declared; `keys` of "
             f"{spec.name!r} may only add keys"
         )
     for key, default in after.items():
         if key not in before and not is_kind(spec.kinds.get(key, type(default).__name__)):
-            raise ValueError(
+            raise UserError(
                 f"PLUGINS: {spec.module}: the default {default!r} of {key} does not show its type; give it in `kinds` "
                 f"of {spec.name!r}, such as 'list[int]' or 'float or None'"
             )
@@ -117,6 +118,6 @@ def _check_rules(spec: Spec, known: Mapping[str, object]) -> None:
     for name, table in tables.items():
         missing = [key for key in table if key not in known and not is_inert(key)]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"PLUGINS: {spec.module}: `{name}` of {spec.name!r} has rules for {', '.join(missing)}, which is no key"
             )

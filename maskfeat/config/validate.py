@@ -6,6 +6,7 @@ from yacs.config import CfgNode
 
 from maskfeat.config.ranges import check_single_keys, lookup
 from maskfeat.config.schema import schema
+from maskfeat.errors import UserError
 from maskfeat.registry import Registered, backbone_spec, datasets_in_use, load, objective_spec
 
 
@@ -13,16 +14,16 @@ def validate(cfg: CfgNode) -> None:
     """Validate a whole config. No file is read: data and checkpoints are looked for when they are opened.
 
     Raises:
-        ValueError: lists all problems of the first stage that has any. Stages: single values; objective, backbone and
+        UserError: lists all problems of the first stage that has any. Stages: single values; objective, backbone and
             data; lists of blocks; combinations.
     """
     rules = schema(cfg.PLUGINS).rules
     for stage in (lambda cfg: check_single_keys(cfg, rules), _methods, _lists, _combinations):
         problems = list(stage(cfg))
         if len(problems) == 1:
-            raise ValueError(problems[0])
+            raise UserError(problems[0])
         if problems:
-            raise ValueError(f"the config has {len(problems)} problems:\n- " + "\n- ".join(problems))
+            raise UserError(f"the config has {len(problems)} problems:\n- " + "\n- ".join(problems))
 
 
 def _either(words: Iterable[str]) -> str:

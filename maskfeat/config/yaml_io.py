@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from maskfeat.config.recipes import CONFIG_ROOT, find_recipe, shipped_file
+from maskfeat.errors import UserError
 
 logger = logging.getLogger("maskfeat.config")
 
@@ -66,7 +67,7 @@ def read_chain(path: str | os.PathLike[str]) -> list[dict[str, Entry]]:
     the YAML that the user named (or below it), or in the project's own configs/ folder.
 
     Raises:
-        ValueError: a file is missing, too large or not a mapping; `_BASE_` leaves them or is a cycle.
+        UserError: a file is missing, too large or not a mapping; `_BASE_` leaves them or is a cycle.
     """
     first = find_recipe(path).resolve()
     roots = (first.parent, CONFIG_ROOT)
@@ -76,9 +77,9 @@ def read_chain(path: str | os.PathLike[str]) -> list[dict[str, Entry]]:
     while current is not None:
         if current in seen:
             names = " -> ".join(p.name for p in [*seen, current])
-            raise ValueError(f"{path}: {BASE_KEY} is a cycle: {names}; remove it from one of these files")
+            raise UserError(f"{path}: {BASE_KEY} is a cycle: {names}; remove it from one of these files")
         if len(seen) > MAX_BASES:
-            raise ValueError(f"{path}: more than {MAX_BASES} files in the {BASE_KEY} chain")
+            raise UserError(f"{path}: more than {MAX_BASES} files in the {BASE_KEY} chain")
         seen.append(current)
         entries = read_entries(current)
         base = entries.pop(BASE_KEY, None)
@@ -93,17 +94,17 @@ def _base_path(base: Entry, file: Path, roots: tuple[Path, ...]) -> Path:
         f"it) of the YAML that was named, or in the project's configs/ folder"
     )
     if not isinstance(base.value, str) or not base.value or "://" in base.value:
-        raise ValueError(f"{rule}; given {base.value!r}")
+        raise UserError(f"{rule}; given {base.value!r}")
     try:
         found = (file.parent / base.value).resolve()
         if not found.is_file():
             found = shipped_file(base.value) or found
     except (OSError, ValueError) as error:
-        raise ValueError(f"{rule}; given {base.value[:200]!r}") from error
+        raise UserError(f"{rule}; given {base.value[:200]!r}") from error
     if not any(found.is_relative_to(root) for root in roots):
-        raise ValueError(f"{rule}; given {base.value!r}, which lies outside")
+        raise UserError(f"{rule}; given {base.value!r}, which lies outside")
     if not found.is_file():
-        raise ValueError(f"{base.where}: {BASE_KEY} {base.value!r} does not exist")
+        raise UserError(f"{base.where}: {BASE_KEY} {base.value!r} does not exist")
     return found
 
 
@@ -113,30 +114,30 @@ def read_entries(path: Path) -> dict[str, Entry]:
     A duplicate key is logged as a warning with both lines; the last one wins, as in every YAML loader.
 
     Raises:
-        ValueError: the file is too large, not UTF-8 text, not YAML, or not a mapping of sections.
+        UserError: the file is too large, not UTF-8 text, not YAML, or not a mapping of sections.
     """
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"config file {path} is not UTF-8 text: {error}") from error
+        raise UserError(f"config file {path} is not UTF-8 text: {error}") from error
     return parse_entries(text, path)
 
 
 def parse_entries(text: str, path: Path) -> dict[str, Entry]:
     """Return the entries of YAML text, as `read_entries` does; `path` is used in messages."""
     if len(text) > MAX_BYTES:
-        raise ValueError(f"config file {path} has more than {MAX_BYTES} characters; it is no config")
+        raise UserError(f"config file {path} has more than {MAX_BYTES} characters; it is no config")
     try:
         _check_size(text, path)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
-        raise ValueError(f"config file {path} must hold sections and keys (a YAML mapping); it holds a {_word(node)}")
+        raise UserError(f"config file {path} must hold sections and keys (a YAML mapping); it holds a {_word(node)}")
     return _flatten(_Reader(path).mapping(node, ""), path)
 
 
@@ -149,9 +150,9 @@ def _check_size(text: str, path: Path) -> None:
             depth -= 1
         aliases += isinstance(event, yaml.AliasEvent)
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR:
-            raise ValueError(f"config file {path} is too large: a value has at most {MAX_SCALAR} characters")
+            raise UserError(f"config file {path} is too large: a value has at most {MAX_SCALAR} characters")
         if depth > MAX_DEPTH or aliases > MAX_ALIASES or count > MAX_EVENTS:
-            raise ValueError(
+            raise UserError(
                 f"config file {path} is too large: at most {MAX_EVENTS} values, {MAX_ALIASES} aliases and "
                 f"{MAX_DEPTH} levels"
             )
@@ -171,12 +172,12 @@ class _Reader:
     def check(self, node: yaml.Node, depth: int = 0) -> None:
         self.count += 1
         if self.count > MAX_EVENTS or depth > MAX_DEPTH:
-            raise ValueError(f"{self.where(node)}: aliases make this file too large or refer to themselves")
+            raise UserError(f"{self.where(node)}: aliases make this file too large or refer to themselves")
 
     def mapping(self, node: yaml.MappingNode, prefix: str, depth: int = 0) -> Tree:
         self.check(node, depth)
         if node.tag != "tag:yaml.org,2002:map":
-            raise ValueError(f"{self.where(node)}: tag {node.tag!r} is not allowed in a config")
+            raise UserError(f"{self.where(node)}: tag {node.tag!r} is not allowed in a config")
         tree: Tree = {}
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
@@ -207,14 +208,14 @@ class _Reader:
         tree: Tree = {}
         for part in nodes:
             if not isinstance(part, yaml.MappingNode):
-                raise ValueError(f"{self.where(node)}: '<<' takes a mapping")
+                raise UserError(f"{self.where(node)}: '<<' takes a mapping")
             for key, value in self.mapping(part, prefix, depth + 1).items():
                 tree.setdefault(key, value)
         return tree
 
     def key(self, node: yaml.Node) -> str:
         if not isinstance(node, yaml.ScalarNode):
-            raise ValueError(f"{self.where(node)}: a key must be a name, not a {_word(node)}")
+            raise UserError(f"{self.where(node)}: a key must be a name, not a {_word(node)}")
         return str(node.value)
 
     def leaf(self, node: yaml.Node, key_node: yaml.Node, depth: int) -> Entry:
@@ -228,17 +229,17 @@ class _Reader:
             if node.tag in _NAMES:
                 return str(node.value)
             if node.tag in _NUMBERS and len(node.value) > MAX_NUMBER:
-                raise ValueError(f"{self.where(node)}: a number has {MAX_NUMBER} characters at most")
+                raise UserError(f"{self.where(node)}: a number has {MAX_NUMBER} characters at most")
             if node.tag in _PLAIN:
                 try:
                     return self.scalars.construct_object(node)
                 except (ValueError, yaml.YAMLError) as error:
-                    raise ValueError(f"{self.where(node)}: cannot read {node.value!r}: {error}") from error
+                    raise UserError(f"{self.where(node)}: cannot read {node.value!r}: {error}") from error
         elif isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
             return [self.plain(item, depth + 1) for item in node.value]
         elif isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
             return {self.key(k): self.plain(v, depth + 1) for k, v in node.value}
-        raise ValueError(f"{self.where(node)}: tag {node.tag!r} is not allowed in a config")
+        raise UserError(f"{self.where(node)}: tag {node.tag!r} is not allowed in a config")
 
 
 def _flatten(tree: Tree, path: Path) -> dict[str, Entry]:

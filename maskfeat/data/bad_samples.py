@@ -10,6 +10,7 @@ from typing import BinaryIO, Protocol, TypeVar
 
 from maskfeat import file_io
 from maskfeat.batch import BadSample
+from maskfeat.errors import UserError
 
 try:
     import fcntl
@@ -27,7 +28,7 @@ MAX_ATTEMPTS = 100
 """How many samples are tried in place of one that cannot be read, itself included."""
 
 
-class UnreadableSample(ValueError):
+class UnreadableSample(UserError):
     """A file that cannot be decoded into an image or a clip.
 
     Attributes:
@@ -42,7 +43,7 @@ class UnreadableSample(ValueError):
         super().__init__(f"{self.path}: {cause}" if cause else self.path)
 
 
-class TooManyBadSamples(RuntimeError):
+class TooManyBadSamples(UserError):
     """More samples cannot be read than DATA.MAX_BAD_FRACTION allows."""
 
 
@@ -133,7 +134,7 @@ class BadSampleLog:
         self, output_dir: str | os.PathLike[str] | None, num_samples: int, max_fraction: float, split: str
     ) -> None:
         if not 0.0 <= max_fraction <= 1.0:
-            raise ValueError(f"DATA.MAX_BAD_FRACTION must lie in [0, 1], not be {max_fraction}")
+            raise UserError(f"DATA.MAX_BAD_FRACTION must lie in [0, 1], not be {max_fraction}")
         self.path = None if output_dir is None else Path(output_dir) / "bad_samples.jsonl"
         self.num_samples = num_samples
         self.max_fraction = max_fraction

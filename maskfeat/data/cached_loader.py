@@ -28,6 +28,7 @@ from maskfeat.data.rng import MASK_STREAM, VIEW_STREAM, draw_mask, sample_genera
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, as_tensor
 from maskfeat.distributed.processes import signals_blocked
+from maskfeat.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class CachedLoader(BatchLoader):
         num_workers: number of processes that decode; 0 = decode in this process.
 
     Raises:
-        ValueError: images of several sizes.
+        UserError: images of several sizes.
         TooManyBadSamples: more than DATA.MAX_BAD_FRACTION cannot be read.
     """
 
@@ -189,7 +190,7 @@ class CachedLoader(BatchLoader):
             for image, index, bad in chunk:
                 if pixels and image.shape != pixels[0].shape:
                     sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (pixels[0].shape, image.shape))
-                    raise ValueError(
+                    raise UserError(
                         f"{self.dataset.path(index)}: images of {sizes} pixels; DATA_LOADER.RESIDENT takes data sets "
                         "of one size: set it to False"
                     )

@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import InterpolationMode, RandAugment
 
+from maskfeat.errors import UserError
+
 _PIL_MODES = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -35,13 +37,13 @@ def make_rand_augment(policy: str, short_side: int, interpolation: str, fill: Se
         fill: RGB 0-255 of pixels from outside the image; None = timm's grey.
 
     Raises:
-        ValueError: not a RandAugment policy, or an unknown interpolation (AUG.AA_TYPE, AUG.INTERPOLATION).
+        UserError: not a RandAugment policy, or an unknown interpolation (AUG.AA_TYPE, AUG.INTERPOLATION).
     """
     match = _TORCHVISION_POLICY.fullmatch(policy)
     if match:
         magnitude, bins = int(match[1]), int(match[2])
         if magnitude >= bins:
-            raise ValueError(f"AUG.AA_TYPE {policy!r}: the magnitude must be below the number of bins, ra_6_10 for one")
+            raise UserError(f"AUG.AA_TYPE {policy!r}: the magnitude must be below the number of bins, ra_6_10 for one")
         mode = InterpolationMode(interpolation)
         return RandAugment(magnitude=magnitude, num_magnitude_bins=bins, interpolation=mode)
     params: dict[str, Any] = {"translate_const": max(int(short_side * _TRANSLATE), 1)}
@@ -52,7 +54,7 @@ def make_rand_augment(policy: str, short_side: int, interpolation: str, fill: Se
     try:
         augment = rand_augment_transform(policy, params)
     except (AssertionError, ValueError, KeyError) as error:
-        raise ValueError(f"AUG.AA_TYPE must be a policy such as 'rand-m9-mstd0.5-inc1', not {policy!r}") from error
+        raise UserError(f"AUG.AA_TYPE must be a policy such as 'rand-m9-mstd0.5-inc1', not {policy!r}") from error
     for op in augment.ops:
         if op.name.startswith("Posterize"):
             op.aug_fn = _posterize

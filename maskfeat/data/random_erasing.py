@@ -9,6 +9,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from maskfeat.data.device_transforms import Box
+from maskfeat.errors import UserError
 
 ERASING_MODES = ("const", "rand", "pixel")
 
@@ -22,12 +23,12 @@ def make_random_erasing(probability: float, mode: str, count: int) -> RandomEras
         count: the largest number of boxes.
 
     Raises:
-        ValueError: an unknown mode or a probability outside [0, 1].
+        UserError: an unknown mode or a probability outside [0, 1].
     """
     if mode not in ERASING_MODES:
-        raise ValueError(f"AUG.RE_MODE must be one of {', '.join(ERASING_MODES)}, not {mode!r}")
+        raise UserError(f"AUG.RE_MODE must be one of {', '.join(ERASING_MODES)}, not {mode!r}")
     if not 0.0 <= probability <= 1.0:
-        raise ValueError(f"AUG.RE_PROB must lie in [0, 1], not be {probability}")
+        raise UserError(f"AUG.RE_PROB must lie in [0, 1], not be {probability}")
     return RandomErasing(probability, mode=mode, max_count=count, device="cpu")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from maskfeat.batch import SampleKey
+from maskfeat.errors import UserError
 
 
 class EpochSampler(Sampler[list[SampleKey]]):
@@ -31,7 +32,7 @@ class EpochSampler(Sampler[list[SampleKey]]):
             next to each other. An epoch keeps its length and uses the first 1 / repeats of the shuffled samples.
 
     Raises:
-        ValueError: with `drop_last`, if the data set does not fill a single global batch.
+        UserError: with `drop_last`, if the data set does not fill a single global batch.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class EpochSampler(Sampler[list[SampleKey]]):
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
         self.epoch, self.start = 0, 0
         if drop_last and self.num_items < batch_size * world_size:
-            raise ValueError(
+            raise UserError(
                 f"{num_samples} training samples do not fill one batch of {batch_size * world_size} "
                 f"({world_size} processes x {batch_size}): lower TRAIN.BATCH_SIZE"
             )

@@ -22,6 +22,7 @@ from maskfeat.data.device_transforms import Box, DeferredTransform, resize_and_c
 from maskfeat.data.rand_augment import augment_frames, make_rand_augment, pil_mode
 from maskfeat.data.random_erasing import draw_erasing, make_random_erasing
 from maskfeat.data.sample import Sample
+from maskfeat.errors import UserError
 
 MAX_ASPECT_RATIO = 8
 """Images of a larger aspect ratio are cropped before they are resized, to bound the size of the resized image."""
@@ -207,7 +208,7 @@ class ImageEvalTransform:
         self.short_side = int(256 / 224 * crop) if short_side is None else short_side
         self.mode = pil_mode(interpolation)
         if self.short_side < crop:
-            raise ValueError(f"a crop of {crop} needs a short side of at least that, not {self.short_side}")
+            raise UserError(f"a crop of {crop} needs a short side of at least that, not {self.short_side}")
 
     def __call__(self, image: RGBImage, rng: np.random.Generator | None = None) -> Sample:
         """Transform an RGB image of any size into a sample of shape (3, crop, crop). Not random; `rng` is not used."""
@@ -262,7 +263,7 @@ class ClipTrainTransform:
         self.mean, self.std = tuple(mean), tuple(std)
         self.short_sides = tuple(short_sides)
         if not self.scale and min(self.short_sides) < crop:
-            raise ValueError(
+            raise UserError(
                 f"DATA.TRAIN_JITTER_SCALES {self.short_sides} must not lie below DATA.TRAIN_CROP_SIZE {crop}"
             )
         self.flip = flip
@@ -305,9 +306,9 @@ class ClipTestTransform:
 
     def __init__(self, crop: int, short_side: int, num_crops: int, mean: Sequence[float], std: Sequence[float]) -> None:
         if num_crops not in (1, 3):
-            raise ValueError(f"TEST.NUM_SPATIAL_CROPS must be 1 or 3, not {num_crops}")
+            raise UserError(f"TEST.NUM_SPATIAL_CROPS must be 1 or 3, not {num_crops}")
         if short_side < crop:
-            raise ValueError(f"a crop of {crop} needs a short side of at least that, not {short_side}")
+            raise UserError(f"a crop of {crop} needs a short side of at least that, not {short_side}")
         self.crop, self.short_side, self.num_crops = crop, short_side, num_crops
         self.mean, self.std = tuple(mean), tuple(std)
 

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from maskfeat.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -55,13 +57,11 @@ def _from_archive(path: Path) -> Iterator[Labelled]:
             assert file is not None
             data = file.read(10_000 * _RECORD + 1)
             if not data or len(data) % _RECORD or len(data) > 10_000 * _RECORD:
-                raise ValueError(
-                    f"{path}: {member.name} does not consist of records of {_RECORD} bytes: download again"
-                )
+                raise UserError(f"{path}: {member.name} does not consist of records of {_RECORD} bytes: download again")
             split = found[1] or "train"
             for record in np.frombuffer(data, np.uint8).reshape(-1, _RECORD):
                 if record[0] >= len(CLASSES):
-                    raise ValueError(f"{path}: {member.name} has a label {record[0]}, expected 0 to 9: download again")
+                    raise UserError(f"{path}: {member.name} has a label {record[0]}, expected 0 to 9: download again")
                 number = count[split, int(record[0])]
                 count[split, int(record[0])] += 1
                 content = io.BytesIO()
@@ -80,9 +80,9 @@ def _from_zip(path: Path) -> Iterator[Labelled]:
             if found is None or found[2] not in CLASSES:
                 continue
             if info.file_size > _LARGEST:
-                raise ValueError(f"{path}: {info.filename} claims {info.file_size} bytes, too many for 32 x 32 pixels")
+                raise UserError(f"{path}: {info.filename} claims {info.file_size} bytes, too many for 32 x 32 pixels")
             if info.flag_bits & 1:
-                raise ValueError(f"{path}: {info.filename} is encrypted, expected a zip without a password")
+                raise UserError(f"{path}: {info.filename} is encrypted, expected a zip without a password")
             with archive.open(info) as file:  # the declared size may be false: unpack no more than the limit
                 yield found[1], found[2], found[3], file.read(_LARGEST + 1)
 
@@ -97,7 +97,7 @@ def _images(source: Path) -> Iterator[Labelled]:
     elif source.is_file() and source.name.endswith(".tar.gz") and "python" not in source.name:
         yield from _from_archive(source)
     else:
-        raise ValueError(
+        raise UserError(
             f"{source}: expected {ARCHIVE}, a folder that holds it, or a folder with train.zip and test.zip. The "
             "archive 'for Python' is a pickle, which could run anything, and is not read"
         )
@@ -117,7 +117,7 @@ def prepare(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> P
         the folder.
 
     Raises:
-        ValueError: the source is not one of these, or is damaged; or the output exists and is not complete.
+        UserError: the source is not one of these, or is damaged; or the output exists and is not complete.
     """
     root, done = Path(output), Path(output) / "complete"
     if done.is_file():
@@ -125,7 +125,7 @@ def prepare(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> P
         return root
     there = [str(root / share) for share in SHARES if (root / share).exists()]
     if there:
-        raise ValueError(
+        raise UserError(
             f"{' and '.join(there)} exists and was not laid out here to its end: remove it, or name another"
         )
     draft = root / ".partial"
@@ -139,12 +139,12 @@ def prepare(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> P
                     _write_or_link(draft / share / relative, content, draft / "all" / relative)
             counts[split, name] += 1
     except _NotWritten as error:
-        raise ValueError(f"{root} cannot be written: {error}") from error
+        raise UserError(f"{root} cannot be written: {error}") from error
     except _DAMAGE as error:
-        raise ValueError(f"{source} cannot be read: {error}") from error
+        raise UserError(f"{source} cannot be read: {error}") from error
     missing = [f"{split}/{name}" for split in SPLITS for name in CLASSES if not counts[split, name]]
     if missing:
-        raise ValueError(f"{source} has no picture of {', '.join(missing)}: download it again")
+        raise UserError(f"{source} has no picture of {', '.join(missing)}: download it again")
     for share in SHARES:
         (draft / share).rename(root / share)
     draft.rmdir()
@@ -191,6 +191,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         prepare(args.source, args.output)
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     return 0

@@ -16,6 +16,7 @@ import av
 from PIL import Image
 
 from maskfeat.demos.scenes import MOTIONS, SHAPES, Pixels, render_clip, render_image
+from maskfeat.errors import UserError
 from maskfeat.file_io import replace_text
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,11 @@ def write_video(path: Path, frames: Pixels, fps: int) -> str:
         the name of the encoder.
 
     Raises:
-        ValueError: PyAV has none of them.
+        UserError: PyAV has none of them.
     """
     encoder = next((name for name in ENCODERS if name in av.codecs_available), None)
     if encoder is None:
-        raise ValueError(f"PyAV here can write none of {', '.join(ENCODERS)}: install the `av` wheel")
+        raise UserError(f"PyAV here can write none of {', '.join(ENCODERS)}: install the `av` wheel")
     quality = {"crf": "20", "preset": "veryfast"} if encoder == "libx264" else {}
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream(encoder, rate=fps, options=quality)
@@ -76,7 +77,7 @@ def make_images(
         the folder.
 
     Raises:
-        ValueError: invalid arguments, or a folder that holds anything else.
+        UserError: invalid arguments, or a folder that holds anything else.
     """
     counts = {"train": train_per_class, "val": val_per_class}
     root = Path(root)
@@ -116,7 +117,7 @@ def make_clips(
     root = Path(root)
     stamp = _stamp("clips", MOTIONS, classes, counts, size, seed, difficulty)
     if num_frames < 1 or fps < 1 or size[0] % 2 or size[1] % 2:
-        raise ValueError(
+        raise UserError(
             f"num_frames {num_frames}, fps {fps} and size {tuple(size)} given: expected at least 1 frame and "
             "1 frame a second, and an even height and width (H.264 stores colour at half size)"
         )
@@ -149,13 +150,13 @@ def _stamp(
     """Return the content of `dataset.json`: everything that the pixels depend on."""
     unknown = sorted(set(classes) - set(known))
     if unknown or not classes or len(set(classes)) != len(classes):
-        raise ValueError(f"classes {list(classes)} given: expected distinct names of {', '.join(known)}")
+        raise UserError(f"classes {list(classes)} given: expected distinct names of {', '.join(known)}")
     if min(counts.values()) < 1:
-        raise ValueError(f"{counts} samples of a class given: expected at least 1 in each split")
+        raise UserError(f"{counts} samples of a class given: expected at least 1 in each split")
     if len(size) != 2 or min(size) < 32:
-        raise ValueError(f"size {tuple(size)} given: expected (height, width) of at least 32 pixels")
+        raise UserError(f"size {tuple(size)} given: expected (height, width) of at least 32 pixels")
     if not 0.0 <= difficulty <= 1.0:
-        raise ValueError(f"difficulty {difficulty} given: expected a number from 0 to 1")
+        raise UserError(f"difficulty {difficulty} given: expected a number from 0 to 1")
     return {
         "made_by": "maskfeat make-synthetic",
         "version": VERSION,
@@ -172,15 +173,15 @@ def _stamp(
 def _claim(root: Path, stamp: dict[str, Any], files: Sequence[Path]) -> bool:
     """Return whether the files still have to be written; refuse a folder that holds anything but this data set."""
     if root.exists() and not root.is_dir():
-        raise ValueError(f"{root} is a file: give the name of a folder")
+        raise UserError(f"{root} is a file: give the name of a folder")
     if root.is_dir() and any(root.iterdir()):
         found = _read_stamp(root)
         if found is None:
-            raise ValueError(f"{root} is not empty and was not made here: give a new or an empty folder")
+            raise UserError(f"{root} is not empty and was not made here: give a new or an empty folder")
         differing = sorted(k for k in stamp if k != "complete" and found.get(k) != stamp[k])
         if differing:
             given = ", ".join(f"{k} {found.get(k)} (now {stamp[k]})" for k in differing)
-            raise ValueError(f"{root} holds a data set made with {given}: give another folder, or remove this one")
+            raise UserError(f"{root} holds a data set made with {given}: give another folder, or remove this one")
         if found.get("complete") and all(path.is_file() for path in files):
             logger.info("%s: %d files already there", root, len(files))
             return False
@@ -258,7 +259,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             make_images(args.images, **common, **_given(counts))
         if args.clips:
             make_clips(args.clips, num_frames=args.frames, fps=args.fps, **common, **_given(counts | tests))
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     return 0
 

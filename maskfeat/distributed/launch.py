@@ -11,6 +11,7 @@ import torch
 
 from maskfeat.distributed.supervise import run_processes
 from maskfeat.distributed.world import World, available_cores
+from maskfeat.errors import UserError
 
 # Step ids from here on are not numbered steps but the batch script, an interactive shell or a pending step.
 _FIRST_RESERVED_STEP = 0xFFFFFFF0
@@ -55,17 +56,17 @@ class LaunchEnvironment:
             num_shards: NUM_SHARDS of the config.
 
         Raises:
-            ValueError: It does not.
+            UserError: It does not.
         """
         if self.num_shards != num_shards:
-            raise ValueError(
+            raise UserError(
                 f"{self.launcher} started {self.num_shards} machine(s), but NUM_SHARDS is {num_shards}: leave "
                 f"NUM_SHARDS out, or set NUM_SHARDS {self.num_shards} (learning rates scale by it, see "
                 "SOLVER.BASE_LR_SCALE_NUM_SHARDS)"
             )
         processes = self.numbers().get("NUM_GPUS", num_gpus)
         if num_gpus not in (0, processes):
-            raise ValueError(
+            raise UserError(
                 f"{self.launcher} started {processes} process(es) a machine, but NUM_GPUS is {num_gpus}: leave "
                 f"NUM_GPUS out, or set NUM_GPUS {processes} (0 for the CPU)"
             )
@@ -78,7 +79,7 @@ def read_launch_environment(env: Mapping[str, str] = os.environ) -> LaunchEnviro
         None if neither of them started this process as one of several.
 
     Raises:
-        ValueError: srun started different numbers of tasks on its machines.
+        UserError: srun started different numbers of tasks on its machines.
     """
     return _from_torchrun(env) or _from_srun(env)
 
@@ -104,7 +105,7 @@ def _from_srun(env: Mapping[str, str]) -> LaunchEnvironment | None:
     num_shards = int(env["SLURM_STEP_NUM_NODES"])
     counts = env["SLURM_STEP_TASKS_PER_NODE"]
     if size % num_shards or len(set(re.sub(r"\(x\d+\)", "", counts).split(","))) > 1:
-        raise ValueError(
+        raise UserError(
             f"srun started {size} tasks unevenly on {num_shards} machines ({counts} a machine): use "
             "--ntasks-per-node, because every machine must run the same number of processes"
         )
@@ -131,13 +132,13 @@ def check_devices(num_gpus: int, backend: str) -> None:
     Several processes on the CPU are requested by NUM_GPUS > 1 with DIST_BACKEND gloo on a machine without GPUs.
 
     Raises:
-        ValueError: It has fewer.
+        UserError: It has fewer.
     """
     available = torch.cuda.device_count()
     if num_gpus <= available or (available == 0 and num_gpus > 1 and backend == "gloo"):
         return
     hint = " to run on the CPU" if available == 0 else ""
-    raise ValueError(
+    raise UserError(
         f"NUM_GPUS is {num_gpus}, but this machine shows {available} CUDA device(s): set NUM_GPUS {available}{hint}"
     )
 
@@ -190,7 +191,7 @@ def launch(
         The exit code; see `run_processes`.
 
     Raises:
-        ValueError: The numbers differ from those of torchrun or srun, or `init_method` is missing.
+        UserError: The numbers differ from those of torchrun or srun, or `init_method` is missing.
     """
     launched = read_launch_environment()
     if launched is not None:
@@ -204,6 +205,6 @@ def launch(
     if size == 1:
         return job(World(), "", *args)
     if num_shards > 1 and not init_method:
-        raise ValueError(f"NUM_SHARDS is {num_shards}: give --init_method tcp://HOST:PORT of the first machine")
+        raise UserError(f"NUM_SHARDS is {num_shards}: give --init_method tcp://HOST:PORT of the first machine")
     first = World(shard_id * here, size, 0, here)
     return run_processes(_run_local_rank, (job, first, init_method or free_address(), args), here, first.rank)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from maskfeat.errors import UserError
+
 
 @dataclass(frozen=True)
 class World:
@@ -38,12 +40,12 @@ def choose_device(num_gpus: int, local_rank: int) -> torch.device:
         The GPU with the number of the local rank; the CPU if `num_gpus` is 0 or there is no GPU.
 
     Raises:
-        ValueError: This machine has GPUs, but fewer than processes.
+        UserError: This machine has GPUs, but fewer than processes.
     """
     if num_gpus == 0 or torch.cuda.device_count() == 0:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"process {local_rank} of this machine has no GPU of its own: start at most "
             f"{torch.cuda.device_count()} (torchrun --nproc_per_node, NUM_GPUS)"
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from maskfeat.config import load_config
+from maskfeat.errors import UserError
 from maskfeat.optim.schedule import lr_at_epoch
 
 _SAME = 1e-9  # relative tolerance for learning rates that were rounded in YAMLs and overrides
@@ -68,7 +69,7 @@ def load_recipe(path: str | Path) -> CfgNode | None:
     logger.setLevel(logging.ERROR)  # its warnings were logged when the run's own config was loaded
     try:
         return load_config(path)
-    except ValueError:
+    except UserError:
         return None
     finally:
         logger.setLevel(level)

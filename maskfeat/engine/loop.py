@@ -10,6 +10,7 @@ from maskfeat.engine.progress import ProgressMeter
 from maskfeat.engine.saver import Saver
 from maskfeat.engine.trainer import Trainer
 from maskfeat.engine.validation import Validator
+from maskfeat.errors import NotFinite
 
 
 def train(
@@ -79,11 +80,11 @@ def train(
 
 
 def _check_skipped(trainer: Trainer, steps: int, most: int) -> None:
-    """Raise FloatingPointError where too many steps in a row were skipped; called right after metrics were read."""
+    """Raise NotFinite where too many steps in a row were skipped; called right after metrics were read."""
     streak, ago = trainer.skipped.read()
     if streak >= most:
         epoch, step = divmod(trainer.position.epochs * steps + trainer.position.step - 1 - ago, steps)
-        raise FloatingPointError(
+        raise NotFinite(
             f"{streak} steps in a row, from epoch {epoch + 1}, step {step + 1} on, had gradients that are not finite "
             f"and were skipped (TRAIN.MAX_SKIPPED_STEPS {most}): try a lower SOLVER.BASE_LR, "
             "SOLVER.CLIP_GRAD_L2NORM, or TRAIN.MIXED_PRECISION bf16"

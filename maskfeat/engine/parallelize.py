@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from maskfeat.distributed.world import World
+from maskfeat.errors import UserError
 from maskfeat.objectives.base import Objective
 
 PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,11 +50,11 @@ def apply_compile(objective: Objective, device: torch.device) -> None:
     `apply_activation_checkpointing`.
 
     Raises:
-        ValueError: this machine has no compiler.
+        UserError: this machine has no compiler.
     """
     wanted = [os.environ.get("CXX", ""), "g++", "clang++"] if device.type == "cpu" else ["gcc", "cc", "clang"]
     if not any(name and shutil.which(name) for name in wanted):
-        raise ValueError(
+        raise UserError(
             f"TRAIN.COMPILE is True, but this machine has no compiler ({', '.join(filter(None, wanted))}): "
             "install one, or set TRAIN.COMPILE False"
         )

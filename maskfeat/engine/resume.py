@@ -23,6 +23,7 @@ from maskfeat.checkpoint.sharded import load_training
 from maskfeat.checkpoint.weights import LoadReport, clean_names
 from maskfeat.distributed.collectives import run_on_main
 from maskfeat.engine.trainer import Trainer
+from maskfeat.errors import UserError
 from maskfeat.objectives.base import Objective
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ def _load_weights(
     try:
         average = cfg.TRAIN.CHECKPOINT_INFLATE == "average"
         report = objective.load_released_state(state, cfg.TRAIN.CHECKPOINT_ALLOW, average)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     logger.info("%s from %s\n%s", "averaged weights" if key else "weights", path, report.table())
     return report
 
@@ -66,7 +67,7 @@ class CheckpointSource:
         """Load the weights into `objective`.
 
         Raises:
-            ValueError: they are those of another model.
+            UserError: they are those of another model.
         """
         if not self.path:
             return
@@ -76,7 +77,7 @@ class CheckpointSource:
         report = objective.load_released_state(model_state(self.content))
         changed = [*report.resized, *report.dropped]
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} belongs to another model than this run ({len(changed)} parameters differ, such as "
                 f"{changed[0]}): restore the crop, frames and MVIT keys, or start a new run in another OUTPUT_DIR"
             )
@@ -89,7 +90,7 @@ class CheckpointSource:
             samples_per_step: of this run, of all processes together.
 
         Raises:
-            ValueError: the checkpoint lacks a part of the state, or it belongs to another model.
+            UserError: the checkpoint lacks a part of the state, or it belongs to another model.
         """
         if not self.resumes:
             return
@@ -100,11 +101,11 @@ class CheckpointSource:
             else:
                 trainer.load_state_dict(self.content)
         except KeyError as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} has no {error}: only its weights can be used, TRAIN.CHECKPOINT_EPOCH_RESET True"
             ) from error
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
         if trainer.position.step:
             trainer.position = self._in_these_steps(trainer.position, steps, samples_per_step)
         logger.info("resumed from %s, after %s", self.path, trainer.position)
@@ -145,7 +146,7 @@ def find_source(cfg: CfgNode) -> CheckpointSource:
     content = read_verified_checkpoint(given)
     averaged = cfg.TRAIN.CHECKPOINT_AVERAGE
     if averaged and AVERAGE not in content:
-        raise ValueError(f"{given} has no average of the weights ({AVERAGE}): set TRAIN.CHECKPOINT_AVERAGE False")
+        raise UserError(f"{given} has no average of the weights ({AVERAGE}): set TRAIN.CHECKPOINT_AVERAGE False")
     resumes = not cfg.TRAIN.CHECKPOINT_EPOCH_RESET and not averaged and trained_model(content) == name
     return CheckpointSource(given, content, resumes, averaged)
 
@@ -160,7 +161,7 @@ def load_for_testing(cfg: CfgNode, device: torch.device) -> dict[str, Objective]
     if found is None and cfg.TRAIN.CHECKPOINT_FILE_PATH:
         found = cfg.TRAIN.CHECKPOINT_FILE_PATH, read_verified_checkpoint(cfg.TRAIN.CHECKPOINT_FILE_PATH)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"nothing to test: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this run, and neither "
             "TEST.CHECKPOINT_FILE_PATH nor TRAIN.CHECKPOINT_FILE_PATH is given"
         )
@@ -171,7 +172,7 @@ def load_for_testing(cfg: CfgNode, device: torch.device) -> dict[str, Objective]
         objective = build_objective(cfg)
         report = _load_weights(cfg, objective, str(path), content, key)
         if report.fresh and not cfg.TRAIN.CHECKPOINT_ALLOW:
-            raise ValueError(
+            raise UserError(
                 f"{path} has no classifier ({', '.join(report.fresh)}): a pre-trained checkpoint is fine-tuned "
                 "before it is tested; see TEST.CHECKPOINT_FILE_PATH"
             )

@@ -16,9 +16,10 @@ from maskfeat.distributed.world import World
 from maskfeat.engine.evaluate import multi_view_test
 from maskfeat.engine.loop import train
 from maskfeat.engine.resume import load_for_testing
-from maskfeat.engine.session import EXPECTED, Session
+from maskfeat.engine.session import Session
 from maskfeat.engine.setup import CommandLine, prepare_training
 from maskfeat.engine.trainer import precision_of
+from maskfeat.errors import UserError, naming
 from maskfeat.objectives.base import Objective
 from maskfeat.registry import dataset_spec
 
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         started = read_launch_environment()
         cfg = load_config(args.cfg, opts, started.numbers() if started else {})
         if not (cfg.TRAIN.ENABLE or cfg.TEST.ENABLE):
-            raise ValueError("TRAIN.ENABLE and TEST.ENABLE are both False: there is nothing to do, set one of them")
+            raise UserError("TRAIN.ENABLE and TEST.ENABLE are both False: there is nothing to do, set one of them")
         check_devices(cfg.NUM_GPUS, cfg.DIST_BACKEND)
         _make_folder(cfg.OUTPUT_DIR)
         return launch(
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             shard_id=cfg.SHARD_ID,
             init_method=args.init_method,
         )
-    except EXPECTED as error:
+    except UserError as error:
         say("error: %s", error)
         return 2
     except KeyboardInterrupt:
@@ -162,7 +163,5 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _make_folder(folder: str) -> None:
-    try:
+    with naming(f"OUTPUT_DIR {folder} cannot be made"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"OUTPUT_DIR {folder} cannot be made: {error.strerror}") from error

@@ -20,6 +20,7 @@ from maskfeat.config import dump_config
 from maskfeat.distributed.collectives import new_cpu_group, run_on_main
 from maskfeat.distributed.preemption import Preempted
 from maskfeat.engine.trainer import Trainer
+from maskfeat.errors import UserFileError
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Saver:
                 room before the next checkpoint.
 
         Raises:
-            OSError: on every rank, where the checkpoint must be saved and could not be.
+            UserFileError: on every rank, where the checkpoint must be saved and could not be.
         """
         self._at = time.monotonic()
         try:
@@ -76,7 +77,7 @@ class Saver:
                 self._begin(self._trainer.position)
             if must:
                 self.finish()
-        except OSError as error:
+        except UserFileError as error:
             if must:
                 raise
             logger.error("NOT SAVED, training continues: %s", error)
@@ -86,14 +87,14 @@ class Saver:
         if self._pending is not None and self._pending[1].done():
             try:
                 self.finish()
-            except OSError as error:
+            except UserFileError as error:
                 logger.error("NOT SAVED, training continues: %s", error)
 
     def finish(self) -> None:
         """Wait for a sharded checkpoint that is being written.
 
         Raises:
-            OSError: it could not be written.
+            UserFileError: it could not be written.
         """
         if self._pending is not None:
             (position, handle), self._pending = self._pending, None

@@ -1,33 +1,46 @@
 """What surrounds the work of a process: logging, process group, watchdog, signals, and errors as exit codes."""
 
+import hashlib
 import logging
-from contextlib import ExitStack
+import queue
+import threading
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from torch.distributed import DistStoreError, Store
 from yacs.config import CfgNode
 
-from maskfeat.data.bad_samples import TooManyBadSamples
 from maskfeat.distributed.collectives import destroy_process_group, init_process_group, is_collective_error
 from maskfeat.distributed.hang_watchdog import HangWatchdog
 from maskfeat.distributed.preemption import PREEMPTED, Preempted, StopRequest
 from maskfeat.distributed.world import World, choose_device
 from maskfeat.engine.metrics_log import MetricsLog, setup_logging
 from maskfeat.engine.oom import explain_oom
+from maskfeat.errors import UserError, naming
 
 logger = logging.getLogger(__name__)
 
-# What the user, or the administrator of the machine, can fix: reported in one line, without a traceback.
-EXPECTED = (ValueError, TooManyBadSamples, FloatingPointError, OSError)
+ANSWER = 0.75
+"""Seconds that a rank waits for rank 0 to meet the error that it has met."""
+
+
+def _appears(store: Store, key: str) -> bool:
+    """Whether a key is set within ANSWER seconds."""
+    try:
+        store.wait([key], timedelta(seconds=ANSWER))
+    except DistStoreError:
+        return False
+    return True
 
 
 class Session:
     """What one process of a run works with, as a context manager that turns errors into an exit code.
 
-    An error that a user can fix, a preemption and the loss of another process are logged and end in `exit_code`; any
-    other error is raised.
+    A `UserError`, memory that ran out, a preemption and the loss of another process are logged in a line each, and any
+    other error with its traceback. All end in `exit_code`.
 
     Args:
         cfg: the config of the run.
@@ -46,6 +59,7 @@ class Session:
     def __init__(self, cfg: CfgNode, world: World) -> None:
         self.cfg, self.world = cfg, world
         self.stop, self.exit_code = StopRequest(), 0
+        self._store: Store | None = None
         self._signals, self._closing = ExitStack(), ExitStack()
 
     def start(self, init_method: str = "") -> None:
@@ -55,13 +69,14 @@ class Session:
             init_method: tcp:// address at which the processes meet; "" where there is only one.
         """
         cfg, world = self.cfg, self.world
-        setup_logging(cfg.OUTPUT_DIR, world)
+        with naming(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written"):
+            setup_logging(cfg.OUTPUT_DIR, world)
         self._signals.enter_context(self.stop.listening())
         self.device = choose_device(cfg.NUM_GPUS, world.local_rank)
         # Collectives time out after the watchdog does, whose report says more than their error.
         timeout = timedelta(minutes=cfg.HANG_MINUTES + 5) if cfg.HANG_MINUTES else timedelta(days=1)
-        store = init_process_group(world, cfg.DIST_BACKEND, self.device, init_method, timeout)
-        self.watchdog = HangWatchdog(world, store, 60 * cfg.HANG_MINUTES, self.stop)
+        self._store = init_process_group(world, cfg.DIST_BACKEND, self.device, init_method, timeout)
+        self.watchdog = HangWatchdog(world, self._store, 60 * cfg.HANG_MINUTES, self.stop)
         self._closing.callback(self.watchdog.close)
         folder = Path(cfg.OUTPUT_DIR) / cfg.TENSORBOARD.LOG_DIR if cfg.TENSORBOARD.ENABLE else None
         self.metrics_log = MetricsLog(world, folder)
@@ -78,27 +93,57 @@ class Session:
             code = None
             if isinstance(error, Preempted):
                 code = self._preempted(str(error))
-            elif isinstance(error, (*EXPECTED, RuntimeError, MemoryError, EOFError)):
+            elif isinstance(error, Exception):
                 code = self._explain(error)
             self.exit_code = code or 0
             return code is not None
 
     def _explain(self, error: Exception) -> int | None:
-        """Log what ended the process; its exit code, or None where the traceback says more."""
+        """Log what ended the process; its exit code, or None where its traceback is to be printed."""
         world = self.world
-        memory = None if isinstance(error, TooManyBadSamples) else explain_oom(error, self.cfg, world.local_size)
-        if memory is not None or isinstance(error, EXPECTED):
-            if world.is_main or memory or isinstance(error, TooManyBadSamples | OSError):
-                logger.error("error: %s", memory or error)
+        if isinstance(error, UserError):
+            if self._is_to_say(str(error)):
+                logger.error("error: %s", error)
             return 2
-        if self.stop and world.size > 1:  # the other ranks have left, in the middle of something that needs no saving
-            return self._preempted(self.stop.reason)
+        memory = explain_oom(error, self.cfg, world.local_size)
+        if memory is not None:
+            logger.error("error: %s", memory)
+            return 2
+        if self.stop and world.size > 1 and isinstance(error, RuntimeError | OSError | EOFError):
+            return self._preempted(self.stop.reason)  # the others have left, in the middle of what needs no saving
+        if not is_collective_error(error):
+            logger.error("a bug, of this program or of a module in PLUGINS, on rank %d:", world.rank, exc_info=error)
+            return 1
         watchdog = getattr(self, "watchdog", None)
-        gone = watchdog.gone(1.0) if watchdog is not None and is_collective_error(error) else ""
+        gone = watchdog.gone(1.0) if watchdog is not None else ""
         if not gone:
             return None
         logger.error("error: gone, or cut off from this process (rank %d): %s: %s", world.rank, gone, error)
         return 1
+
+    def _is_to_say(self, text: str) -> bool:
+        """Whether this rank logs an error: rank 0 if it meets it, too, for its lines are kept; else one of the others.
+
+        The ranks ask the store. Where its host is frozen or gone, each logs for itself.
+        """
+        store, answers = self._store, queue.SimpleQueue[bool]()
+        if store is None:
+            return True
+        key = f"error/{hashlib.sha256(text.encode()).hexdigest()}"
+
+        def ask() -> None:
+            with suppress(Exception):
+                if self.world.is_main:
+                    store.set(key, "")
+                elif not _appears(store, key):
+                    answers.put(store.add(f"{key}/others", 1) == 1)
+                else:
+                    answers.put(False)
+
+        threading.Thread(target=ask, daemon=True).start()
+        with suppress(queue.Empty):
+            return answers.get(timeout=0.1 if self.world.is_main else 2 * ANSWER)
+        return True
 
     def _preempted(self, reason: str) -> int:
         if self.world.is_main:

@@ -45,7 +45,7 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
     """Build a training from a config, restored from its last checkpoint where there is one; collective.
 
     Raises:
-        ValueError: data, checkpoint or config cannot be used.
+        UserError: data, checkpoint or config cannot be used.
         Preempted: the run was asked to stop during a validation that is repeated.
     """
     world, device = session.world, session.device

@@ -172,7 +172,7 @@ class Trainer:
 
         Raises:
             KeyError: the checkpoint lacks a part of the state.
-            ValueError: the state belongs to another model or to other parameter groups.
+            UserError: the state belongs to another model or to other parameter groups.
         """
         load_optimizer_state(self.optimizer, content["optimizer_state"])
         if self.ema is not None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from yacs.config import CfgNode
 
+from maskfeat.errors import UserError
 from maskfeat.models.mvit import MViT
 from maskfeat.models.vit import ViT
 from maskfeat.registry import AT_LEAST_0, AT_LEAST_1, BELOW_1, POSITIVE, BackboneSpec, Range, datasets_in_use, register
@@ -162,7 +163,7 @@ def _mask_grid(cfg: CfgNode) -> tuple[int, ...]:
     side = cfg.DATA.TRAIN_CROP_SIZE
     grid = tuple(side // stride for stride in cfg.MVIT.PATCH_STRIDE)
     if math.prod(grid) == 0:
-        raise ValueError(f"DATA.TRAIN_CROP_SIZE {side} is smaller than a patch, MVIT.PATCH_STRIDE")
+        raise UserError(f"DATA.TRAIN_CROP_SIZE {side} is smaller than a patch, MVIT.PATCH_STRIDE")
     return grid
 
 
@@ -199,7 +200,7 @@ def _build_mvit(cfg: CfgNode, maskable: bool) -> MViT:
     frames = () if mvit.PATCH_2D else (cfg.DATA.NUM_FRAMES,)
     axes = len(mvit.PATCH_KERNEL)  # images leave the first of (t, h, w) out
     if mvit.POOL_KVQ_KERNEL is None and _pools(cfg):
-        raise ValueError("MVIT.POOL_KVQ_KERNEL is None, expected a kernel such as [3, 3, 3] where queries are pooled")
+        raise UserError("MVIT.POOL_KVQ_KERNEL is None, expected a kernel such as [3, 3, 3] where queries are pooled")
     position = "none"
     if mvit.USE_ABS_POS:
         position = "separate" if mvit.SEP_POS_EMBED and not mvit.PATCH_2D else "joint"

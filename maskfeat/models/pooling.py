@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskfeat.errors import UserError
 from maskfeat.models.base import conv_grid
 from maskfeat.models.layers import full_precision, is_reference
 
@@ -146,14 +147,14 @@ def _triton_kernels() -> ModuleType | None:
     """Return the module of the Triton kernels if MASKFEAT_TRITON is 1, otherwise None.
 
     Raises:
-        ValueError: if they are asked for and Triton is not installed.
+        UserError: if they are asked for and Triton is not installed.
     """
     if os.environ.get("MASKFEAT_TRITON") != "1":
         return None
     try:
         from maskfeat.models import pooling_triton
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"MASKFEAT_TRITON is 1, but the Triton kernels cannot be imported ({error}): install triton, or unset "
             "MASKFEAT_TRITON to pool with PyTorch's convolutions"
         ) from error

@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 
 from maskfeat.batch import Batch, StepOutput
 from maskfeat.checkpoint.weights import LoadRules
+from maskfeat.errors import UserError
 from maskfeat.models.base import Backbone
 from maskfeat.models.heads import ClassifierHead, pool_tokens, token_norm
 from maskfeat.objectives.base import Objective
@@ -74,7 +75,7 @@ class Classification(Objective):
     def forward(self, batch: Batch) -> StepOutput:
         """Return the mean loss, and the accuracy only where targets are hard and nothing was mixed."""
         if batch.label is None:
-            raise ValueError("classification got a batch without labels: the data set must carry them")
+            raise UserError("classification got a batch without labels: the data set must carry them")
         batch = self.prepare(batch)
         clip, label = batch.clip, batch.label
         assert label is not None
@@ -107,7 +108,7 @@ class Classification(Objective):
             and len(label)
             and not 0 <= int(label.min()) <= int(label.max()) < self.num_classes
         ):
-            raise ValueError(
+            raise UserError(
                 f"labels run from {int(label.min())} to {int(label.max())}, but MODEL.NUM_CLASSES is {self.num_classes}"
             )
 

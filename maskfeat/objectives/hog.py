@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskfeat.errors import UserError
 from maskfeat.models.layers import is_reference
 
 
@@ -60,12 +61,12 @@ def pixel_weights(images: Tensor, cell: int, window: int) -> Tensor | None:
         (H, W), of the dtype of `images`; None if `window` is 0.
 
     Raises:
-        ValueError: if H or W is not divisible by `cell` or `window`.
+        UserError: if H or W is not divisible by `cell` or `window`.
     """
     height, width = images.shape[-2:]
     for name, side in (("MASK.HOG_CELL", cell), ("MASK.HOG_GAUSSIAN_WINDOW", window or cell)):
         if height % side or width % side:
-            raise ValueError(f"an image of {height} x {width} pixels is not divisible by {name} = {side}")
+            raise UserError(f"an image of {height} x {width} pixels is not divisible by {name} = {side}")
     return gaussian_window(window, images).repeat(height // window, width // window) if window else None
 
 
@@ -168,7 +169,7 @@ def hog(images: Tensor, bins: int = 9, cell: int = 8, window: int = 0, impl: str
         (N, 3, bins, H / cell, W / cell), of the dtype of `images`, values in [0, 1].
 
     Raises:
-        ValueError: if H or W is not divisible by `cell` or `window`.
+        UserError: if H or W is not divisible by `cell` or `window`.
     """
     weight = pixel_weights(images, cell, window)
     if is_reference(impl):

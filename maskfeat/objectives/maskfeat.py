@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 
 from maskfeat.batch import Batch, StepOutput
 from maskfeat.checkpoint.weights import LoadRules
+from maskfeat.errors import UserError
 from maskfeat.masking import resize_mask
 from maskfeat.models.base import Backbone
 from maskfeat.models.layers import full_precision, is_reference, layer_norm
@@ -73,13 +74,13 @@ class MaskFeat(Objective):
     ) -> None:
         super().__init__()
         if not backbone.supports_hidden:
-            raise ValueError(
+            raise UserError(
                 f"MaskFeat hides patches, and {type(backbone).__name__} has no mask token: it supports ViT and MViTv2 "
                 "(MODEL.ARCH), built with one"
             )
         height, width = backbone.token_pixels
         if height != width or height % cell:
-            raise ValueError(
+            raise UserError(
                 f"an output token stands for {height} x {width} pixels, which MASK.HOG_CELL = {cell} does not divide "
                 "into whole cells of a square: change MASK.HOG_CELL or the crop and patch sizes"
             )
@@ -92,7 +93,7 @@ class MaskFeat(Objective):
     def hidden_tokens(self, batch: Batch) -> Tensor:
         """Return (B, prod(grid)) bool: the batch's mask on the output grid, flattened."""
         if batch.hidden is None:
-            raise ValueError("MaskFeat got a batch without a mask: set AUG.GEN_MASK_LOADER True")
+            raise UserError("MaskFeat got a batch without a mask: set AUG.GEN_MASK_LOADER True")
         return resize_mask(batch.hidden, self.backbone.grid).flatten(1)
 
     def target(self, clip: Tensor) -> Tensor:

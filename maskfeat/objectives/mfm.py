@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from maskfeat.batch import Batch, StepOutput
 from maskfeat.checkpoint.weights import LoadRules
+from maskfeat.errors import UserError
 from maskfeat.masking import MaskSampler, band_sampler
 from maskfeat.models.base import Backbone, check_clip_size
 from maskfeat.models.heads import token_norm
@@ -63,13 +64,13 @@ class MFM(Objective):
     ) -> None:
         super().__init__()
         if len(backbone.clip_size) != 2:
-            raise ValueError(
+            raise UserError(
                 "MFM is for images (TRAIN.DATASET imagenet, MVIT.PATCH_2D True), and got a backbone of clips"
             )
         height, width = backbone.clip_size
         stride = backbone.token_pixels[0]
         if backbone.token_pixels != (stride, stride) or height % stride or width % stride:
-            raise ValueError(
+            raise UserError(
                 f"{height} x {width} pixels are not made of whole square tokens of {backbone.token_pixels}: MFM needs "
                 "a DATA.TRAIN_CROP_SIZE that is a multiple of them"
             )
@@ -106,7 +107,7 @@ class MFM(Objective):
         if hidden.shape[1:] == (1, 1):
             return Frequencies(torch.where(hidden, self._low, ~self._low).unsqueeze(1), self._width)
         if hidden.shape[1:] != size:
-            raise ValueError(
+            raise UserError(
                 f"MFM got masks of shape {tuple(hidden.shape)}, expected (B, {size[0]}, {size[1]}): one value for each "
                 "frequency of an image of DATA.TRAIN_CROP_SIZE; or (B, 1, 1)"
             )

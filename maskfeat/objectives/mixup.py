@@ -5,6 +5,8 @@ import torch
 from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from torch import Tensor
 
+from maskfeat.errors import UserError
+
 
 class Mixup:
     """Mix every sample of a batch with the sample at the same position of the reversed batch.
@@ -21,7 +23,7 @@ class Mixup:
         smooth_others: distribute eps over the other classes alone: 1 - eps for the class, eps/(K - 1) for the others.
 
     Raises:
-        ValueError: if both are disabled.
+        UserError: if both are disabled.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class Mixup:
         smooth_others: bool = False,
     ) -> None:
         if alpha <= 0 and cutmix_alpha <= 0:
-            raise ValueError(
+            raise UserError(
                 f"MIXUP.ALPHA is {alpha} and MIXUP.CUTMIX_ALPHA is {cutmix_alpha}: expected one above 0, "
                 "or MIXUP.ENABLE False"
             )

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from maskfeat.distributed.fsdp import global_norm, local_shard, shard_like
+from maskfeat.errors import UserError
 
 
 def make_optimizer(
@@ -31,7 +32,7 @@ def make_optimizer(
         return torch.optim.AdamW(initial, lr=lr, betas=(betas[0], betas[1]), eps=1e-8, fused=True)
     if method == "sgd":
         return torch.optim.SGD(initial, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, fused=True)
-    raise ValueError(f"SOLVER.OPTIMIZING_METHOD is {method!r}, expected 'adamw' or 'sgd'")
+    raise UserError(f"SOLVER.OPTIMIZING_METHOD is {method!r}, expected 'adamw' or 'sgd'")
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -43,10 +44,10 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
             the parameters are sharded, each rank takes its shards.
 
     Raises:
-        ValueError: the file has other parameter groups than this model.
+        UserError: the file has other parameter groups than this model.
     """
     if [len(group["params"]) for group in state["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
-        raise ValueError(
+        raise UserError(
             "the optimizer state has other parameter groups: SOLVER.LAYER_DECAY, SOLVER.ZERO_WD_1D_PARAM or the "
             "model changed. Restore them, or start a new run in another OUTPUT_DIR"
         )

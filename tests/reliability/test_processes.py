@@ -61,7 +61,7 @@ def test_a_stopped_process_is_named(who: int, image_data: Path, tmp_path: Path) 
         os.killpg(process.pid, signal.SIGKILL)
     said = log.read_text()
     assert re.search(rf"not answering: rank {who} \(.*, process {pid}; silent for \d+ s, last epoch \d+", said), said
-    assert "train.py" in stack_of(who, said)
+    assert "loop.py" in stack_of(who, said)
     assert "most recent call first" in said, "the stacks of the one that reports"
     assert named < 6 + 10
     note(6, f"SIGSTOP of rank {who}: named after {named:.1f} s (HANG_MINUTES 6 s), all ended after {ended:.1f} s")

@@ -17,6 +17,7 @@ from maskfeat.data.image_reader import READERS, SUFFIXES
 from maskfeat.data.rng import draw_mask, seeded
 from maskfeat.data.sample import Sample, unreadable_sample
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, ImageTransform, RGBImage
+from maskfeat.errors import UserError
 from maskfeat.masking import MaskSampler
 from maskfeat.registry import DatasetSpec, register
 
@@ -45,17 +46,17 @@ def list_image_folder(
         [(path, class index)] sorted by class and name, and the class names.
 
     Raises:
-        ValueError: the folder does not exist, contains no image, or contains a class that is not in `classes`.
+        UserError: the folder does not exist, contains no image, or contains a class that is not in `classes`.
     """
     root = Path(root)
     layout = "DATA.PATH_TO_DATA_DIR must hold train/ and val/ with one folder a class: train/<class>/<image>.JPEG"
     if not root.is_dir():
-        raise ValueError(f"no folder {root}: {layout}")
+        raise UserError(f"no folder {root}: {layout}")
     folders = class_folders(root)
     names = folders if classes is None else list(classes)
     unknown = sorted(set(folders) - set(names))
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{root} has {len(unknown)} class folders that the training set lacks ({', '.join(unknown[:5])}): {layout}"
         )
     class_index = {name: index for index, name in enumerate(names)}
@@ -67,7 +68,7 @@ def list_image_folder(
         if not files:
             empty.append(folder)
     if not samples:
-        raise ValueError(f"no image ({', '.join(SUFFIXES)}) in the class folders of {root}: {layout}")
+        raise UserError(f"no image ({', '.join(SUFFIXES)}) in the class folders of {root}: {layout}")
     if empty:
         logger.warning("%d class folders of %s hold no image: %s", len(empty), root, ", ".join(empty[:20]))
     return samples, names

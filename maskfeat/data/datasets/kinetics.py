@@ -19,6 +19,7 @@ from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform, Clip
 from maskfeat.data.video import torchcodec_decoder
 from maskfeat.data.video.decoder import VideoInfo, decode_frames
 from maskfeat.data.video.temporal_sampling import clip_length, clip_span, frame_indices
+from maskfeat.errors import UserError
 from maskfeat.file_io import NotReadable, local_path, open_regular_file
 from maskfeat.masking import MaskSampler
 from maskfeat.registry import DatasetSpec, register
@@ -44,17 +45,17 @@ def read_video_list(csv_path: str | os.PathLike[str], separator: str = " ", pref
         [(path, label)] in the order of the file.
 
     Raises:
-        ValueError: the list does not exist or is empty, its scheme has no handler, a line cannot be parsed, or a path
+        UserError: the list does not exist or is empty, its scheme has no handler, a line cannot be parsed, or a path
             is a URL or leaves `prefix`.
     """
     if not separator:
-        raise ValueError("DATA.PATH_LABEL_SEPARATOR must not be empty")
+        raise UserError("DATA.PATH_LABEL_SEPARATOR must not be empty")
     videos: VideoList = []
     for number, line in enumerate(_lines(csv_path), start=1):
         if line.strip():
             videos.append(_parse_line(line.strip(), f"{csv_path}, line {number}", separator, prefix))
     if not videos:
-        raise ValueError(f"the list of videos {csv_path} is empty: a line is 'path{separator}label'")
+        raise UserError(f"the list of videos {csv_path} is empty: a line is 'path{separator}label'")
     return videos
 
 
@@ -64,35 +65,35 @@ def _lines(csv_path: str | os.PathLike[str]) -> Iterator[str]:
         with io.TextIOWrapper(open_regular_file(local_path(csv_path)), encoding="utf-8-sig") as file:
             while line := file.readline(MAX_LINE + 1):
                 if len(line) > MAX_LINE:
-                    raise ValueError(f"the list of videos {csv_path} has a line of more than {MAX_LINE} characters")
+                    raise UserError(f"the list of videos {csv_path} has a line of more than {MAX_LINE} characters")
                 yield line
     except NotReadable as error:
-        raise ValueError(
+        raise UserError(
             f"the list of videos {csv_path} cannot be read ({error}): "
             "DATA.PATH_TO_DATA_DIR must hold train.csv, val.csv and test.csv"
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"the list of videos {csv_path} is not UTF-8 text ({error})") from error
+        raise UserError(f"the list of videos {csv_path} is not UTF-8 text ({error})") from error
 
 
 def _parse_line(line: str, location: str, separator: str, prefix: str) -> tuple[str, int]:
     path, found, label = line.rpartition(separator)
     path, label = path.strip(), label.strip()
     if not found or not path or not (label.isascii() and label.isdigit()):
-        raise ValueError(
+        raise UserError(
             f"{location}: {line!r} is not 'path{separator}label' with a label of 0 or more "
             f"(DATA.PATH_LABEL_SEPARATOR is {separator!r})"
         )
     if "://" in path or "\0" in path:
-        raise ValueError(f"{location}: {path!r} is not a local file; download the videos first")
+        raise UserError(f"{location}: {path!r} is not a local file; download the videos first")
     if prefix and os.path.isabs(path):
-        raise ValueError(
+        raise UserError(
             f"{location}: {path!r} is absolute although DATA.PATH_PREFIX is {prefix!r}; make one of them empty"
         )
     if not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir:
-        raise ValueError(f"{location}: {path!r} leaves DATA.PATH_PREFIX {prefix!r}, which is not allowed")
+        raise UserError(f"{location}: {path!r} leaves DATA.PATH_PREFIX {prefix!r}, which is not allowed")
     if len(label) > 18:
-        raise ValueError(f"{location}: a label of {len(label)} digits")
+        raise UserError(f"{location}: a label of {len(label)} digits")
     # Without any `..`, which after a symbolic link would point elsewhere than it seems to.
     return os.path.join(prefix, path if os.path.isabs(path) else os.path.normpath(path)), int(label)
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from maskfeat.data.bad_samples import open_regular_file
 from maskfeat.data.video.decoder import MAX_BYTES, Video, VideoInfo, open_video
+from maskfeat.errors import UserError
 
 _TOLERANCE = 1e-4
 """Largest difference of timestamps in seconds, for rounding to float64."""
@@ -31,13 +32,13 @@ def load_decoder() -> Any:
     """Import and return torchcodec's VideoDecoder.
 
     Raises:
-        ValueError: torchcodec is not installed, or does not find the FFmpeg libraries.
+        UserError: torchcodec is not installed, or does not find the FFmpeg libraries.
     """
     try:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, RuntimeError, OSError) as error:
         cause = str(error).strip().splitlines()
-        raise ValueError(
+        raise UserError(
             "DATA.DECODING_BACKEND torchcodec needs the package torchcodec (pip install '.[torchcodec]') and FFmpeg's "
             f"libraries: {cause[0] if cause else type(error).__name__}"
         ) from error

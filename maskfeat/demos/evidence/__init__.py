@@ -15,6 +15,7 @@ from maskfeat.demos.evidence.report import FILE, Report
 from maskfeat.demos.evidence.runs import Runs, Stopped, run_seed
 from maskfeat.demos.evidence.suites import SUITES
 from maskfeat.demos.synthetic import make_clips
+from maskfeat.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +32,12 @@ def make_data(
         clips: number of synthetic clips per class for training, validation and testing.
 
     Raises:
-        ValueError: CIFAR-10 is neither in `folder` nor given.
+        UserError: CIFAR-10 is neither in `folder` nor given.
     """
     if suite == "cifar10":
         if not (folder / "complete").is_file() and source is None:
             prepared_by = shlex.join(program("prepare-cifar10", "prepare_cifar10.py"))
-            raise ValueError(
+            raise UserError(
                 f"{folder} has no CIFAR-10: give --source, the official binary archive (cifar-10-binary.tar.gz) or a "
                 f"folder with train.zip and test.zip; or lay it out with `{prepared_by}` and give --data"
             )
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     runs = Runs(SUITES[args.suite], args.budget, args.output, data, tuple(args.opts))
     try:
         if args.seeds < 1:
-            raise ValueError(f"--seeds is {args.seeds}, expected at least 1")
+            raise UserError(f"--seeds is {args.seeds}, expected at least 1")
         figure_type(), estimator_types()  # a missing package is reported now, not after hours of training
         if args.data is None or args.suite == "cifar10":
             make_data(args.suite, data, args.source)
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         section = report.write()
     except Stopped as stopped:  # the run has logged the reason
         return stopped.code
-    except (ValueError, OSError) as error:
+    except UserError as error:
         logger.error("error: %s", error)
         return 2
     logger.info("\n%s\n\nwritten to %s", section, args.docs / FILE)

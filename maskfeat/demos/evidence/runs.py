@@ -30,6 +30,7 @@ from maskfeat.engine.metrics_log import read_json_stats
 from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.run import main as run_net
 from maskfeat.engine.trainer import precision_of
+from maskfeat.errors import UserError
 from maskfeat.objectives.maskfeat import MaskFeat
 
 logger = logging.getLogger("maskfeat.evidence")
@@ -119,14 +120,14 @@ class Runs:
             work: does the run and returns what it measured.
 
         Raises:
-            ValueError: the run was started with other overrides.
+            UserError: the run was started with other overrides.
         """
         folder = self.folder(seed, name)
         folder.mkdir(parents=True, exist_ok=True)
         begun = folder / ASKED
         given = json.loads(begun.read_text(encoding="utf-8")) if begun.is_file() else asked
         if given != asked:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was made with other settings: {shlex.join(given)}; now asked for: {shlex.join(asked)}. Give "
                 "another --output, or remove that folder"
             )
