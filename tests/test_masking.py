@@ -109,3 +109,29 @@ def test_resize_mask() -> None:
     assert (resize_mask(up, (2, 2, 3)) == hidden).all()
     with pytest.raises(ValueError, match="grid"):
         resize_mask(hidden, (4, 8))
+
+
+def test_blocks_and_cubes_lie_and_stand() -> None:
+    """The aspect ratio is as often above 1 as below it."""
+    for first in (
+        lambda rng: block_mask((14, 14), 18, rng, max_block=18),
+        lambda rng: cube_mask((1, 14, 14), 18, rng, min_area=15, max_area=18)[0],
+    ):
+        taller, wider = 0, 0
+        for rng in draws(300):
+            hidden = first(rng)
+            height, width = hidden.any(1).sum(), hidden.any(0).sum()
+            if hidden.sum() == height * width:  # one block alone
+                taller, wider = taller + (height > width), wider + (width > height)
+        assert taller > 50 and wider > 50 and 0.6 < taller / wider < 1.6, (taller, wider)
+
+
+def test_cubes_last_from_one_frame_to_all() -> None:
+    """How long the first cube lasts: as often one frame, two, three and all four."""
+    lasting = []
+    for rng in draws(400):
+        hidden = cube_mask((4, 9, 9), 9 * 4, rng, min_area=9, max_area=9, min_aspect=1.0)
+        columns = hidden.reshape(4, -1)
+        lasting.append(int(columns.all(axis=0).sum()))
+    # A cube of 3 x 3 that lasts for all four frames hides all 36 patches; shorter ones are spread over the grid.
+    assert 60 < sum(count == 9 for count in lasting) < 140

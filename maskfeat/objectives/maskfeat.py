@@ -5,7 +5,7 @@ in the order of the flattened (B, *grid); F = 3 channels x bins x cells^2 number
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,18 @@ class _PredictionHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projections[0](self.transforms[0](x))
+
+
+def most_hidden_tokens(max_hidden: int, cells: Sequence[int], tokens: Sequence[int]) -> int:
+    """Return how many tokens a mask can hide at most, rounded up to a multiple of 16: one shape for nearly all batches.
+
+    Args:
+        max_hidden: hidden cells of the mask.
+        cells: grid of the mask.
+        tokens: grid of the tokens.
+    """
+    per_cell = math.prod(math.ceil(size / cell) for size, cell in zip(tokens, cells, strict=True))
+    return min(math.ceil(max_hidden * per_cell / 16) * 16, math.prod(tokens))
 
 
 class MaskFeat(Objective):
@@ -157,10 +169,7 @@ class MaskFeat(Objective):
             most = int(hidden.sum(dim=1).max())
         else:
             assert batch.hidden is not None
-            # A cell of the mask covers so many tokens at most. Multiples of 16: one shape for nearly all batches.
-            sizes = zip(self.backbone.grid, batch.hidden.shape[1:], strict=True)
-            most = batch.max_hidden * math.prod(math.ceil(tokens / cells) for tokens, cells in sizes)
-            most = min(math.ceil(most / 16) * 16, hidden.shape[1])
+            most = most_hidden_tokens(batch.max_hidden, batch.hidden.shape[1:], self.backbone.grid)
         order = hidden.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : max(most, 1)]
         return order, hidden.gather(1, order)
 

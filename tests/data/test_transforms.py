@@ -298,3 +298,38 @@ def test_transforms_are_a_function_of_the_seed_alone() -> None:
         assert torch.equal(*outcomes)
         with seeded(7, 1, 6, 0) as rng:
             assert not torch.equal(clip_of(maker(image, rng)), outcomes[0])
+
+
+def test_rand_augment_fills_with_the_mean_of_the_images() -> None:
+    """Pixels from outside of an image: those of DATA.MEAN; of a clip, timm's grey."""
+    mean = (0.1, 0.5, 0.9)
+    expected = [round(255 * m) for m in mean]
+    white = Image.fromarray(np.full((64, 64, 3), 255, np.uint8))
+    transform = ImageTrainTransform(64, (1.0, 1.0), (1.0, 1.0), mean, STD, auto_augment="rand-m10-n1-p1-inc1")
+    filled = 0
+    moves = [op for op in transform.augment.ops if op.name.startswith(("Rotate", "Shear", "Translate"))]
+    assert len(moves) == 5
+    for op in moves:
+        for index in range(4):
+            with seeded(0, 0, index, 0):
+                colours = np.unique(np.asarray(op(white)).reshape(-1, 3), axis=0)
+            filled += any(np.array_equal(colour, expected) for colour in colours)
+    assert filled == 20
+    clip = make_rand_augment("rand-m10-n1-p1-inc1", 64, "nearest")
+    for op in (op for op in clip.ops if op.name.startswith("Rotate")):
+        with seeded(0, 0, 0, 0):
+            assert (np.asarray(op(white)).reshape(-1, 3) == 128).all(axis=1).any()
+
+
+def test_colour_jitter_changes_brightness_contrast_and_saturation() -> None:
+    transform = ImageTrainTransform(32, (1.0, 1.0), (1.0, 1.0), MEAN, STD, color_jitter=0.4)
+    for strength in ("brightness", "contrast", "saturation"):
+        assert getattr(transform.augment, strength) == pytest.approx((0.6, 1.4))
+    # Saturation alone changes how far apart the channels of a pixel are, brightness and contrast scale them alike.
+    image = Image.fromarray(np.stack([np.full((32, 32), v, np.uint8) for v in (90, 100, 110)], axis=-1))
+    ratios = []
+    for index in range(20):
+        with seeded(0, 0, index, 0):
+            red, green, blue = np.asarray(transform.augment(image), dtype=float).mean(axis=(0, 1))
+        ratios.append((blue - red) / green)
+    assert max(ratios) / min(ratios) > 1.3

@@ -1,20 +1,27 @@
 """The trainer: its state, and the way from the command line to a step."""
 
 import copy
+import random
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import maskfeat
-from maskfeat.batch import Batch
+from maskfeat.batch import BadSample, Batch
 from maskfeat.build import build_objective
 from maskfeat.checkpoint.files import Position
 from maskfeat.config import load_config
+from maskfeat.distributed.world import World
+from maskfeat.engine import saver
+from maskfeat.engine.evaluate import validate
+from maskfeat.engine.resume import CheckpointSource
 from maskfeat.engine.run import main
 from maskfeat.engine.trainer import Trainer, build_trainer
 from tests.small import MFM_PT, MFM_RECIPES, RECIPES, VIT_PT, images
@@ -99,3 +106,71 @@ def test_few_calls_lead_to_a_step(image_data: Path, tmp_path: Path) -> None:
     finally:
         handle.remove()
     assert seen == {("main", "launch", "work", "train", "train_step")}
+
+
+def test_a_step_has_the_rate_of_where_it_begins() -> None:
+    path, opts = CASES["vit"]
+    trainer = build_trainer(load_config(path, opts), CPU)
+    trainer.lr = lambda epoch: epoch
+    trainer.position = Position(2, 3)
+    assert trainer.begin_step(steps_per_epoch=10) == pytest.approx(2.3)
+    for group in trainer.optimizer.param_groups:
+        assert group["lr"] == pytest.approx(2.3 * group.get("lr_scale", 1.0))
+
+
+def test_ranks_draw_for_themselves_and_steps_repeat() -> None:
+    """What is drawn on a rank in a step (mixup, drop path, MFM's masks) depends on seed, step and rank alone."""
+    path, opts = CASES["vit"]
+    drawn = {}
+    for rank in (0, 1, 0):
+        trainer = build_trainer(load_config(path, opts), CPU)
+        trainer.world = World(rank, 2, rank, 2)
+        for step in (0, 1):
+            trainer.position = Position(0, step)
+            trainer.begin_step(steps_per_epoch=10)
+            now = (np.random.rand(), random.random(), torch.rand(1).item())
+            assert drawn.setdefault((rank, step), now) == now
+    assert len({value for values in drawn.values() for value in values}) == 12
+
+
+def test_resuming_with_other_steps_repeats_samples_and_skips_none() -> None:
+    for before, after, step, expected in ((8, 5, 3, 4), (8, 16, 3, 1), (8, 8, 3, 3), (6, 4, 1, 1), (64, 8, 5, 10)):
+        source = CheckpointSource("x", {"samples_per_step": before}, resumes=True)
+        position = source._in_these_steps(Position(4, step), steps=10, samples_per_step=after)
+        assert position.epochs == 4 and position.step == expected
+        assert position.step * after <= step * before, "no sample is left out"
+
+
+def test_checkpoints_by_the_clock(image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRAIN.CHECKPOINT_MINUTES saves within an epoch once they have passed since the last checkpoint."""
+    clock = [0.0]
+    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    path, opts = CASES["vit"]
+    cfg = load_config(path, [*opts, "OUTPUT_DIR", str(tmp_path), "TRAIN.CHECKPOINT_MINUTES", "2.0"])
+    one = saver.Saver(cfg, build_trainer(cfg, CPU))
+    due = []
+    for now in (0.0, 119.0, 120.0, 121.0):
+        clock[0] = now
+        due.append(one.is_due)
+    assert due == [False, False, True, True]
+    one.save()
+    assert not one.is_due
+    clock[0] = 250.0
+    assert one.is_due
+    cfg.merge_from_list(["TRAIN.CHECKPOINT_MINUTES", 0.0])
+    assert not one.is_due, "0 = only after epochs"
+
+
+def test_unreadable_samples_are_wrong_in_validation() -> None:
+    """A classifier that is right about every row, one of which could not be read."""
+    objective = SimpleNamespace(
+        eval=lambda: None, classifies=True, predict=lambda batch: torch.eye(4)[batch.label], num_classes=4
+    )
+    batch = Batch(
+        torch.zeros(4, 3, 2, 2),
+        label=torch.arange(4),
+        index=torch.tensor([5, 6, 7, 8]),
+        bad=(BadSample(7, "seven.jpg", "damaged"),),
+    )
+    found = validate(objective, [batch], CPU, "off")
+    assert found == {"top1": 75.0, "top5": 75.0}

@@ -1,5 +1,7 @@
 """Backbones behind their protocol: grids, initialisation, the mask token, other sizes and axes."""
 
+import math
+
 import pytest
 import torch
 
@@ -114,6 +116,22 @@ def test_adaptive_strides_follow_the_queries() -> None:
 def test_drop_path_grows_linearly() -> None:
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in small_mvit(drop_path=0.3).blocks]
     assert rates == pytest.approx([0.0, 0.15, 0.3])
+
+
+def test_drop_path_drops_attention_and_mlp() -> None:
+    """At a rate of 1 neither branch of a block adds to its residual path in training; both do in evaluation."""
+    mvit, vit = small_mvit(drop_path=0.3).blocks[-1], small_vit(drop_path=0.3).blocks[-1]
+    for path in (mvit.drop_path, vit.drop_path1, vit.drop_path2):
+        assert path.drop_prob == pytest.approx(0.3)
+        path.drop_prob = 1.0
+    tokens = torch.randn(4, mvit.prefix + math.prod(mvit.grid), mvit.norm1.weight.numel())
+    residual = mvit._skip(tokens)
+    residual = residual if mvit.proj is None else mvit.proj(mvit.norm2(residual))
+    torch.testing.assert_close(mvit(tokens), residual)
+    assert not torch.allclose(mvit.eval()(tokens), residual)
+    tokens = torch.randn(4, 7, 24)
+    torch.testing.assert_close(vit(tokens), tokens)
+    assert not torch.allclose(vit.eval()(tokens), tokens)
 
 
 def test_layers() -> None:

@@ -1,5 +1,7 @@
 """MaskFeat and classification: what the loss looks at, what it does not, and what a step means."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,13 +9,14 @@ from torch import Tensor
 
 from maskfeat.batch import Batch
 from maskfeat.engine.trainer import Trainer
+from maskfeat.masking import resize_mask
 from maskfeat.models import attention, pooling
 from maskfeat.models.layers import set_impl
 from maskfeat.models.mvit import MViT
 from maskfeat.models.vit import ViT
 from maskfeat.objectives import hog
 from maskfeat.objectives.classification import Classification
-from maskfeat.objectives.maskfeat import MaskFeat
+from maskfeat.objectives.maskfeat import MaskFeat, most_hidden_tokens
 from maskfeat.objectives.mixup import Mixup
 
 
@@ -308,3 +311,45 @@ def test_binary_cross_entropy_by_the_definition() -> None:
         expected = -(target * chance.log() + (1 - target) * (1 - chance).log()).mean()
         assert objective(Batch(clip, label=label)).loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert objective(Batch(clip, label=hard)).metrics.keys() == {"top1"}
+
+
+def test_mixup_and_cutmix_draw_from_their_own_beta() -> None:
+    """Beta(1000, 1000) lies at a half, Beta(0.001, 0.001) at 0 or 1."""
+    clip, label = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
+
+    def shares(**changes: float) -> list[float]:
+        return [mix(clip, label, seed, **changes)[1][0, 0].item() for seed in range(20)]
+
+    assert all(abs(s - 0.5) < 0.1 for s in shares(alpha=1000.0, cutmix_alpha=0.001, switch_prob=0.0))
+    assert all(min(s, 1 - s) < 0.1 for s in shares(alpha=0.001, cutmix_alpha=1000.0, switch_prob=0.0))
+    # The box of half the area is cut off at the border of the image; with a Beta at 0 and 1 it is nothing or all of it.
+    assert all(0.4 < s < 0.95 for s in shares(alpha=0.001, cutmix_alpha=1000.0, switch_prob=1.0))
+    assert sum(s == 1.0 for s in shares(alpha=1000.0, cutmix_alpha=0.001, switch_prob=1.0)) > 5
+
+
+@pytest.mark.parametrize(
+    ("cells", "tokens"),
+    [
+        ((14, 14), (14, 14)),
+        ((7, 7), (14, 14)),
+        ((8, 7, 7), (8, 14, 14)),
+        ((4, 3, 3), (8, 7, 7)),
+        ((8, 14, 14), (8, 7, 7)),
+        ((5,), (7,)),
+    ],
+)
+def test_most_hidden_tokens_holds_every_mask(cells: tuple[int, ...], tokens: tuple[int, ...]) -> None:
+    """The count that is used on devices, where a mask is not counted: never below what a mask hides."""
+    rng = np.random.default_rng(0)
+    for count in (0, 1, 2, 5, math.prod(cells) // 2, math.prod(cells)):
+        if count > math.prod(cells):
+            continue
+        most = most_hidden_tokens(count, cells, tokens)
+        assert most <= math.prod(tokens) and (most % 16 == 0 or most == math.prod(tokens))
+        seen = []
+        for _ in range(20):
+            mask = np.zeros(math.prod(cells), dtype=bool)
+            mask[rng.permutation(mask.size)[:count]] = True
+            seen.append(int(resize_mask(torch.from_numpy(mask.reshape(1, *cells)), tokens).sum()))
+        assert most >= max(seen)
+        assert most < max(seen) + 16 or any(t % c for t, c in zip(tokens, cells, strict=True)) or tokens < cells
