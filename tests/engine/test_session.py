@@ -1,0 +1,77 @@
+"""How errors end a run: a line for what a user can mend, the traceback of everything else, on whichever rank."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maskfeat.errors import UserError, UserFileError, naming
+from tests.small import RECIPES, REPO, VIT_PT, images
+
+MESSAGE = "error: the data are upside down: set DATA.UPSIDE_DOWN"
+
+
+def run(fault: str, data: Path, output_dir: Path, *more: str) -> tuple[int, str]:
+    """A run with `tests/engine/faulty.py`; its exit code, and all that it prints."""
+    recipe = str(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml")
+    opts = (*VIT_PT, *images(data), "PLUGINS", "[tests.engine.faulty]", "MODEL.MODEL_NAME", "Faulty")
+    opts = (*opts, "OUTPUT_DIR", str(output_dir), *more)
+    ended = subprocess.run(
+        [sys.executable, str(REPO / "tools" / "run_net.py"), "--cfg", recipe, *opts],
+        env={**os.environ, "FAULT": fault, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    return ended.returncode, ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("unpack", "ValueError: not enough values to unpack"),
+        ("shape", "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+        ("file", "FileNotFoundError: .*/no/such/file"),
+    ],
+)
+def test_a_bug_keeps_its_traceback(fault: str, says: str, image_data: Path, tmp_path: Path) -> None:
+    """Whatever type of error it is; also in the log of the run."""
+    code, said = run(fault, image_data, tmp_path)
+    assert code == 1
+    for text in (said, (tmp_path / "stdout.log").read_text()):
+        assert re.search(says, text) and "faulty.py" in text and text.count("Traceback") == 1
+        assert "error: " not in text
+
+
+def test_what_a_user_can_mend_is_one_line(image_data: Path, tmp_path: Path) -> None:
+    code, said = run("user", image_data, tmp_path)
+    assert code == 2 and said.count(MESSAGE) == 1 and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_on_another_rank_than_0(image_data: Path, tmp_path: Path) -> None:
+    """The rank that meets an error says so; what all ranks meet is in the log of the run, once."""
+    two = ("NUM_GPUS", "2", "DIST_BACKEND", "gloo")
+    code, said = run("user@1", image_data, tmp_path / "a", *two)
+    assert code == 2 and said.count(MESSAGE) == 1 and f"[rank 1] {MESSAGE}" in said
+    code, said = run("unpack@1", image_data, tmp_path / "b", *two)
+    assert code == 1 and "on rank 1:" in said and "faulty.py" in said and "not enough values to unpack" in said
+    code, said = run("user@0,1", image_data, tmp_path / "c", *two)
+    assert code == 2 and said.count(MESSAGE) == 1
+    assert MESSAGE in (tmp_path / "c" / "stdout.log").read_text()
+
+
+def test_errors_of_files_are_named(tmp_path: Path) -> None:
+    made = "OUTPUT_DIR x cannot be made"
+    with pytest.raises(UserFileError, match=f"{made}: File exists") as caught, naming(made):
+        tmp_path.mkdir()
+    assert isinstance(caught.value, UserError) and isinstance(caught.value, OSError)
+    with pytest.raises(UserError, match="^as it is$"), naming("nothing"):
+        raise UserFileError("as it is")
+    with pytest.raises(KeyError), naming("nothing"):
+        raise KeyError("a bug")
