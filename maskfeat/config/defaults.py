@@ -87,7 +87,8 @@ def _test(cfg: CfgNode) -> None:
     cfg.TEST.BATCH_SIZE = 8  # views per step and machine, split over its GPUs
     # ours: of validation and test, as TRAIN.MIXED_PRECISION is of training; False: in float32, as published
     cfg.TEST.MIXED_PRECISION = False
-    cfg.TEST.CHECKPOINT_FILE_PATH = ""  # weights to test; "" = the newest in OUTPUT_DIR
+    # weights to test; "" = the newest in OUTPUT_DIR (published accuracies may be those of the best epoch)
+    cfg.TEST.CHECKPOINT_FILE_PATH = ""
     cfg.TEST.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"
     cfg.TEST.NUM_ENSEMBLE_VIEWS = 10  # clips per video, evenly spaced
     cfg.TEST.NUM_TEMPORAL_CLIPS = []  # numbers of clips per video to test in turn; [] = TEST.NUM_ENSEMBLE_VIEWS

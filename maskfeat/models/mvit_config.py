@@ -30,7 +30,8 @@ def _keys(cfg: CfgNode) -> None:
     cfg.MVIT.MLP_RATIO = 4.0  # hidden width of an MLP over the width of its block
     cfg.MVIT.QKV_BIAS = True  # biases of the q, k and v projections
     cfg.MVIT.DROPOUT_RATE = 0.0  # after attention and in MLPs, 0 .. 1
-    cfg.MVIT.DROPPATH_RATE = 0.1  # of the last block, 0 .. 1; grows linearly from 0
+    # of the last block, 0 .. 1; grows linearly from 0; every process drops its own paths (published: all the same)
+    cfg.MVIT.DROPPATH_RATE = 0.1
     cfg.MVIT.LAYER_SCALE_INIT_VALUE = 0.0  # only 0.0: no layer scale
     cfg.MVIT.DEPTH = 16  # blocks
     cfg.MVIT.NORM = "layernorm"  # only "layernorm"

@@ -124,7 +124,8 @@ class Classification(Objective):
 
 def _keys(cfg: CfgNode) -> None:
     cfg.MIXUP = CfgNode()
-    cfg.MIXUP.ENABLE = False  # mixup, cutmix and label smoothing
+    # mixup, cutmix and label smoothing; every process draws its own ratio and box (published: one draw for all of them)
+    cfg.MIXUP.ENABLE = False
     cfg.MIXUP.ALPHA = 0.8  # parameter of the Beta distribution of mixup; 0 = no mixup
     cfg.MIXUP.CUTMIX_ALPHA = 1.0  # the same of cutmix; 0 = no cutmix
     cfg.MIXUP.PROB = 1.0  # probability of mixup or cutmix
