@@ -17,6 +17,8 @@ MaskSampler = Callable[[np.random.Generator], np.ndarray]
 
 # Attempts to place one block before giving up, as published: for images (BEiT) and for clips.
 _TRIES_2D, _TRIES_3D = 10, 100
+# The smallest block is a fifth of the patches to hide, the smallest cube a fifth of a frame, as published.
+_SMALLEST = 5
 
 
 def _uniform(low: float, high: float, rng: np.random.Generator) -> float:
@@ -35,7 +37,7 @@ def block_mask(
     grid: tuple[int, int],
     num_hidden: int,
     rng: np.random.Generator,
-    min_block: int = 15,
+    min_block: int | None = None,
     max_block: int | None = None,
     min_aspect: float = 0.3,
 ) -> np.ndarray:
@@ -47,13 +49,15 @@ def block_mask(
         grid: (H, W) of the mask.
         num_hidden: number of patches to hide.
         rng: source of randomness.
-        min_block, max_block: smallest and largest number of patches of a block; None = as many as are left to hide.
+        min_block, max_block: smallest and largest number of patches of a block; None = a fifth of `num_hidden`, and as
+            many as are left to hide.
         min_aspect: the aspect ratio of a block is log-uniform in [min_aspect, 1 / min_aspect].
 
     Returns:
         (H, W) bool with at most `num_hidden` True.
     """
     height, width = grid
+    smallest = max(1, num_hidden // _SMALLEST) if min_block is None else min_block
     hidden = np.zeros(grid, dtype=bool)
     count = 0
     while count < num_hidden:
@@ -61,8 +65,8 @@ def block_mask(
         largest = missing if max_block is None else min(missing, max_block)
         added = 0
         for _ in range(_TRIES_2D):
-            # With fewer than `min_block` patches left, the area lies between the two; too large blocks are rejected.
-            area = _uniform(min_block, largest, rng)
+            # With fewer than `smallest` patches left, the area lies between the two; too large blocks are rejected.
+            area = _uniform(smallest, largest, rng)
             h, w = _rectangle(area, min_aspect, rng)
             if not (0 < h < height and 0 < w < width):
                 continue
@@ -97,14 +101,14 @@ def cube_mask(
         grid: (T, H, W) of the mask.
         num_hidden: number of patches to hide.
         rng: source of randomness.
-        min_area, max_area: patches of a cube in space (published: 9 to 49 on 7 x 7); None = that share of the grid.
+        min_area, max_area: patches of a cube in space; None = a fifth of a frame and a frame (9 and 49 on 7 x 7).
         min_aspect: the aspect ratio in space is log-uniform in [min_aspect, 1 / min_aspect].
 
     Returns:
         (T, H, W) bool with at most `num_hidden` True.
     """
     frames, height, width = grid
-    smallest = max(1, round(9 * height * width / 49)) if min_area is None else min_area
+    smallest = max(1, height * width // _SMALLEST) if min_area is None else min_area
     largest = height * width if max_area is None else max_area
     hidden = np.zeros(grid, dtype=bool)
     count = 0
@@ -132,21 +136,16 @@ def cube_mask(
     return hidden
 
 
-def tube_mask(grid: tuple[int, int, int], num_hidden: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw one blockwise image mask and repeat it in every frame ("tube" masking): (T, H, W) bool."""
+def tube_mask(grid: tuple[int, int, int], per_frame: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw one blockwise mask of `per_frame` patches and repeat it in every frame ("tube" masking): (T, H, W) bool."""
     frames, height, width = grid
-    per_frame = num_hidden // frames
-    # The published smallest block, 15 of 14 x 14 patches, scaled to the grid.
-    smallest = max(1, min(per_frame, round(15 * height * width / 196)))
-    return np.repeat(block_mask((height, width), per_frame, rng, min_block=smallest)[None], frames, axis=0)
+    return np.repeat(block_mask((height, width), per_frame, rng)[None], frames, axis=0)
 
 
-def frame_mask(grid: tuple[int, int, int], num_hidden: int, rng: np.random.Generator) -> np.ndarray:
-    """Hide round(num_hidden / (H W)) whole frames ("frame" masking): (T, H, W) bool."""
-    frames, height, width = grid
+def frame_mask(grid: tuple[int, int, int], num_frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Hide `num_frames` whole frames ("frame" masking): (T, H, W) bool."""
     hidden = np.zeros(grid, dtype=bool)
-    chosen = rng.permutation(frames)[: round(num_hidden / (height * width))]
-    hidden[chosen] = True
+    hidden[rng.permutation(grid[0])[:num_frames]] = True
     return hidden
 
 
@@ -169,10 +168,11 @@ def mask_sampler(
     Args:
         grid: (H, W) for blocks, (T, H, W) for cubes, tubes or frames.
         ratio: share of the patches to hide, in [0, 1); round(ratio x number of patches) of them, 78 of 14 x 14 and 157
-            of 8 x 7 x 7 at 0.4. A sampler may hide fewer.
+            of 8 x 7 x 7 at 0.4; for tubes, of each frame (20 of 7 x 7, 160 in all), and of the frames (3 of 8). A
+            sampler of blocks, cubes or tubes may hide fewer.
         tube: repeat one mask in every frame instead of drawing cubes.
         frames: hide whole frames instead of drawing cubes.
-        max_block: largest number of patches of a block, in space; None = no limit.
+        max_block: largest number of patches of a block, or of a cube in space; None = no limit.
 
     Raises:
         UserError: a ratio outside [0, 1).
@@ -184,13 +184,14 @@ def mask_sampler(
     num_hidden = round(ratio * math.prod(grid))
     if len(grid) == 2:
         height, width = grid
-        smallest = max(1, min(15, round(15 * height * width / 196)))
-        return lambda rng: block_mask((height, width), num_hidden, rng, smallest, max_block)
+        return lambda rng: block_mask((height, width), num_hidden, rng, max_block=max_block)
     time, height, width = grid
     if frames:
-        return lambda rng: frame_mask((time, height, width), num_hidden, rng)
+        num_frames = round(ratio * time)
+        return lambda rng: frame_mask((time, height, width), num_frames, rng)
     if tube:
-        return lambda rng: tube_mask((time, height, width), num_hidden, rng)
+        per_frame = round(ratio * height * width)
+        return lambda rng: tube_mask((time, height, width), per_frame, rng)
     return lambda rng: cube_mask((time, height, width), num_hidden, rng, max_area=max_block)
 
 

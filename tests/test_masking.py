@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from maskfeat import masking
 from maskfeat.masking import _uniform, block_mask, cube_mask, frame_mask, mask_sampler, resize_mask, tube_mask
 
 
@@ -25,7 +26,7 @@ def test_image_blocks_aim_at_78_of_196() -> None:
 def test_first_block_has_the_published_size_and_aspect() -> None:
     """To hide as many patches as the smallest block has, one rectangle of about 15 patches is hidden."""
     for rng in draws():
-        hidden = block_mask((14, 14), 18, rng)
+        hidden = block_mask((14, 14), 18, rng, min_block=15)
         rows, columns = np.where(hidden.any(1))[0], np.where(hidden.any(0))[0]
         if not hidden.any():
             continue
@@ -59,12 +60,63 @@ def test_tubes_are_the_same_in_every_frame() -> None:
         hidden = sampler(rng)
         assert (hidden == hidden[:1]).all()
         assert 0 < hidden.sum() <= 0.4 * hidden.size
-    assert tube_mask((8, 7, 7), 157, np.random.default_rng(0)).sum() <= 157
+    assert tube_mask((8, 7, 7), 20, np.random.default_rng(0)).sum() <= 160
+
+
+@pytest.mark.parametrize(("ratio", "most"), [(0.4, 160), (0.6, 232), (0.75, 296), (0.9, 352)])
+def test_tubes_aim_at_the_share_of_a_frame(ratio: float, most: int) -> None:
+    """Each frame of 7 x 7 loses round(ratio x 49) patches: 20 at 0.4, and not the 19 that 157 leaves to each of 8."""
+    sampler = mask_sampler((8, 7, 7), ratio, tube=True)
+    counts = np.array([sampler(rng).sum() for rng in draws(100)])
+    assert counts.max() == most and counts.mean() > 0.97 * most
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio", "smallest", "largest"),
+    [
+        ((14, 14), 0.4, 15, 78),
+        ((14, 14), 0.6, 23, 118),
+        ((14, 14), 0.75, 29, 147),
+        ((24, 24), 0.4, 46, 230),
+        ((8, 7, 7), 0.4, 9, 49),
+        ((8, 7, 7), 0.9, 9, 49),
+        ((4, 14, 14), 0.4, 39, 196),
+    ],
+)
+def test_areas_of_blocks_and_cubes(
+    grid: tuple[int, ...], ratio: float, smallest: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As published: a block has a fifth to all of the patches to hide, a cube in space a fifth to all of a frame."""
+    asked = []
+
+    def uniform(low: float, high: float, rng: np.random.Generator) -> float:
+        asked.append((low, high))
+        return _uniform(low, high, rng)
+
+    monkeypatch.setattr(masking, "_uniform", uniform)
+    mask_sampler(grid, ratio)(np.random.default_rng(0))
+    areas = [bounds for bounds in asked if bounds[0] > 0]  # the others are logarithms of aspect ratios
+    assert areas[0] == (smallest, largest) and {low for low, _ in areas} == {smallest}
+
+
+@pytest.mark.parametrize(("ratio", "smallest"), [(0.4, 15), (0.6, 23), (0.75, 29)])
+def test_masks_hold_a_block_of_the_smallest_size(ratio: float, smallest: int) -> None:
+    """Rounded to whole patches, no first block is much smaller: such a rectangle fits into what is hidden."""
+    for rng in draws(50):
+        hidden = mask_sampler((14, 14), ratio)(rng)
+        corners = np.pad(hidden.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        full = (
+            h * w
+            for h in range(1, 14)
+            for w in range(1, 14)
+            if (corners[h:, w:] - corners[:-h, w:] - corners[h:, :-w] + corners[:-h, :-w] == h * w).any()
+        )
+        assert max(full) >= 0.8 * smallest
 
 
 def test_frames_are_hidden_whole() -> None:
-    hidden = frame_mask((8, 7, 7), 157, np.random.default_rng(0))
-    assert hidden.all(axis=(1, 2)).sum() == round(157 / 49) == hidden.any(axis=(1, 2)).sum()
+    hidden = frame_mask((8, 7, 7), 3, np.random.default_rng(0))
+    assert hidden.all(axis=(1, 2)).sum() == 3 == hidden.any(axis=(1, 2)).sum()
     assert mask_sampler((8, 7, 7), 0.4, frames=True)(np.random.default_rng(0)).sum() == hidden.sum()
 
 

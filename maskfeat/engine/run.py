@@ -53,7 +53,7 @@ def run_testing(
             loader,
             loader.labels,
             session.device,
-            precision_of(cfg),
+            precision_of(cfg.TEST),
             _results_path(cfg, views + suffix) if session.world.is_main else None,
             session.watchdog.proceed,
         )

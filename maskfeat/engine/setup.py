@@ -67,6 +67,7 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
         val_loader,
         epochs,
         lambda: build_objective(cfg).to(device),
+        precision_of(cfg.TEST),
         session.metrics_log,
         validation_record(cfg),
         session.watchdog.proceed,
@@ -92,12 +93,12 @@ def _announce(cfg: CfgNode, command_line: CommandLine, objective: Objective, ses
         for line in ("The backbone, for one view:", *cost_table(module_costs(twin))):
             logger.info(line)
     logger.info(
-        "%s, %.2f M parameters, on %d x %s, %s precision",
+        "%s, %.2f M parameters, on %d x %s, %s precision (evaluation: %s)",
         type(objective).__name__,
         count / 1e6,
         world.size,
         torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        {"off": "fp32"}.get(precision_of(cfg), precision_of(cfg)),
+        *({"off": "fp32"}.get(kind, kind) for kind in (precision_of(cfg.TRAIN), precision_of(cfg.TEST))),
     )
     step, recipe = step_size(cfg, world.local_size), load_recipe(command_line.path)
     differences = () if recipe is None else compare(cfg, step, recipe, Path(command_line.path).name)

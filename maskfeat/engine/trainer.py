@@ -188,9 +188,9 @@ class Trainer:
         self.position = Position(int(content["epoch"]) + 1, int(content.get("step", 0)))
 
 
-def precision_of(cfg: CfgNode) -> str:
-    """Return TRAIN.MIXED_PRECISION as "off", "bf16" or "fp16" (True is fp16, as in PySlowFast)."""
-    return {False: "off", True: "fp16"}.get(cfg.TRAIN.MIXED_PRECISION, cfg.TRAIN.MIXED_PRECISION)
+def precision_of(section: CfgNode) -> str:
+    """Return MIXED_PRECISION of TRAIN or TEST as "off", "bf16" or "fp16" (True is fp16, as in PySlowFast)."""
+    return {False: "off", True: "fp16"}.get(section.MIXED_PRECISION, section.MIXED_PRECISION)
 
 
 def build_trainer(
@@ -221,7 +221,7 @@ def build_trainer(
         world=world,
         max_epoch=cfg.SOLVER.MAX_EPOCH,
         seed=cfg.RNG_SEED,
-        precision=precision_of(cfg),
+        precision=precision_of(cfg.TRAIN),
         clip_norm=cfg.SOLVER.CLIP_GRAD_L2NORM,
         clip_value=cfg.SOLVER.CLIP_GRAD_VAL,
         micro_batch=cfg.TRAIN.MICRO_BATCH_SIZE,

@@ -63,6 +63,7 @@ class Validator:
         loader: of the validation set; None where there is nothing to do.
         epochs: counted from 0, after which to validate.
         new: see `objectives_to_evaluate`.
+        precision: of the forward pass, "off", "bf16" or "fp16".
         metrics_log: where results are written.
         record: file of the last validation, by which a resumed run knows whether one was interrupted.
         heartbeat: receives the status at every step; it may raise `Preempted`.
@@ -74,13 +75,14 @@ class Validator:
         loader: BatchLoader | None,
         epochs: list[int],
         new: Callable[[], Objective],
+        precision: str,
         metrics_log: MetricsLog,
         record: Path,
         heartbeat: Heartbeat,
     ) -> None:
         assert loader is not None or not epochs
         self._trainer, self._loader, self._epochs, self._new = trainer, loader, set(epochs), new
-        self._metrics_log, self._record, self._heartbeat = metrics_log, record, heartbeat
+        self._precision, self._metrics_log, self._record, self._heartbeat = precision, metrics_log, record, heartbeat
 
     def is_due(self, epoch: int) -> bool:
         """Return whether to validate after `epoch`, counted from 0."""
@@ -107,7 +109,7 @@ class Validator:
         assert self._loader is not None
         trainer, values = self._trainer, {}
         for name, objective in self.objectives().items():
-            found = validate(objective, self._loader, trainer.device, trainer.precision, self._heartbeat)
+            found = validate(objective, self._loader, trainer.device, self._precision, self._heartbeat)
             values.update({f"{name}_{key}" if name else key: value for key, value in found.items()})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         stats = {"epoch": f"{epoch + 1}/{trainer.max_epoch}", **values}

@@ -5,7 +5,7 @@ Shape legend: B samples, C channels, D token width, N tokens (the class token, i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -101,15 +101,65 @@ def layer_id(name: str, num_blocks: int) -> int:
     return num_blocks + 1
 
 
+InitLayer = Callable[[nn.Module], None]
+"""Initialises one layer, in place; does nothing to modules that are no layers."""
+
+
 def init_weights(module: nn.Module) -> None:
-    """Initialise a layer as published: truncated normal weights of std 0.02, biases 0.02, LayerNorm weights 1."""
+    """Initialise a layer as PySlowFast: truncated normal weights of std 0.02, LayerNorm weights 1, biases 0.02; that of
+    a convolution stays as PyTorch draws it.
+    """
     if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.constant_(module.bias, 0.02)
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
+    if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
         nn.init.constant_(module.bias, 0.02)
+
+
+def _init_cut(weight: Tensor) -> None:
+    """Draw from a normal distribution of std 0.02, cut at one standard deviation: what is left has std 0.0108."""
+    nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
+
+
+def init_layer_beit(module: nn.Module) -> None:
+    """Initialise a layer as the code of BEiT and of MFM's paper: normal weights of std 0.02 cut at one standard
+    deviation, LayerNorm weights 1, biases 0.
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+        _init_cut(module.weight)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d | nn.LayerNorm) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+INITS: dict[str, InitLayer] = {"pyslowfast": init_weights, "beit": init_layer_beit}
+"""MVIT.INIT -> how a layer is initialised."""
+
+
+def init_transformer(backbone: nn.Module, blocks: Sequence[nn.Module], init: str) -> InitLayer:
+    """Initialise a transformer, in place.
+
+    With "beit", tokens and positions are drawn like weights, and the last layers of both branches of block i, counted
+    from 1, are divided by sqrt(2 i), so that the residual stream does not grow with depth.
+
+    Args:
+        backbone: with its tables of tokens and positions, see `token_parameter`, as parameters of its own.
+        blocks: of the backbone, in order; each has `attn.proj` and `mlp.fc2`.
+        init: a key of `INITS`.
+
+    Returns:
+        what initialises a layer on top of this backbone.
+    """
+    backbone.apply(INITS[init])
+    if init == "beit":
+        for table in backbone.parameters(recurse=False):
+            _init_cut(table)
+        for number, block in enumerate(blocks, start=1):
+            for name in ("attn.proj.weight", "mlp.fc2.weight"):
+                block.get_parameter(name).data.div_(math.sqrt(2 * number))
+    return INITS[init]
 
 
 def token_parameter(*shape: int) -> nn.Parameter:

@@ -3,8 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from maskfeat.models.base import Backbone, Tokens, init_weights
+from maskfeat.models.base import Backbone, InitLayer, Tokens, init_weights
 from maskfeat.models.layers import layer_norm
+
+
+def init_on(backbone: Backbone) -> InitLayer:
+    """Return what initialises a layer on top of a backbone: its `init_layer`, where it has one."""
+    init: InitLayer = getattr(backbone, "init_layer", init_weights)
+    return init
 
 
 class ClassifierHead(nn.Module):
@@ -16,15 +22,23 @@ class ClassifierHead(nn.Module):
         dropout: rate before the linear layer.
         init_scale: factor on the weights and biases of the published initialisation of transformers; None = PyTorch's
             default initialisation, which torchvision's ResNets use.
+        init: that initialisation.
     """
 
-    def __init__(self, width: int, num_classes: int, dropout: float, init_scale: float | None) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        dropout: float,
+        init_scale: float | None,
+        init: InitLayer = init_weights,
+    ) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.projection = nn.Linear(width, num_classes)
         if init_scale is None:
             return
-        init_weights(self.projection)
+        init(self.projection)
         with torch.no_grad():
             self.projection.weight.mul_(init_scale)
             self.projection.bias.mul_(init_scale)
@@ -35,11 +49,11 @@ class ClassifierHead(nn.Module):
 
 
 def token_norm(backbone: Backbone) -> nn.Module:
-    """Return the final LayerNorm for a backbone's tokens, initialised as published; identity if it needs none."""
+    """Return the final LayerNorm for a backbone's tokens, initialised like its layers; identity if it needs none."""
     if not backbone.needs_norm:
         return nn.Identity()
     norm = layer_norm(backbone.width)
-    init_weights(norm)
+    init_on(backbone)(norm)
     return norm
 
 

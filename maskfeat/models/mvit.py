@@ -16,7 +16,7 @@ from maskfeat.models.base import (
     Tokens,
     check_clip_size,
     conv_grid,
-    init_weights,
+    init_transformer,
     layer_id,
     token_parameter,
 )
@@ -186,6 +186,7 @@ class MViT(nn.Module):
         dropout: rate on the outputs of attention and MLP.
         position: absolute positions: "none", "joint" (one table) or "separate" (a table for space and one for time).
         maskable: whether to have a mask token, so that `forward_tokens` takes `hidden`.
+        init: of the weights, see `init_transformer`.
 
     The other arguments are those of `PoolingAttention`.
     """
@@ -221,6 +222,7 @@ class MViT(nn.Module):
         relative_zero_init: bool = False,
         residual_pooling: bool = True,
         maskable: bool = False,
+        init: str = "pyslowfast",
     ) -> None:
         super().__init__()
         self.clip_size, self.num_blocks = tuple(clip_size), depth
@@ -264,7 +266,7 @@ class MViT(nn.Module):
         self.grid, self.width = grid, plans[-1].width_out
         self.token_pixels = (clip_size[-2] // grid[-2], clip_size[-1] // grid[-1])
         self.frame_stride = clip_size[0] // grid[0] if len(grid) == 3 else 1
-        self.apply(init_weights)
+        self.init_layer = init_transformer(self, blocks, init)
 
     def _add_positions(self, position: str, width: int, class_token: bool) -> None:
         if position not in ("none", "joint", "separate"):

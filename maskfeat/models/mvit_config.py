@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from yacs.config import CfgNode
 
 from maskfeat.errors import UserError
+from maskfeat.models.base import INITS
 from maskfeat.models.mvit import MViT
 from maskfeat.models.vit import ViT
 from maskfeat.registry import AT_LEAST_0, AT_LEAST_1, BELOW_1, POSITIVE, BackboneSpec, Range, datasets_in_use, register
@@ -29,7 +30,8 @@ def _keys(cfg: CfgNode) -> None:
     cfg.MVIT.MLP_RATIO = 4.0  # hidden width of an MLP over the width of its block
     cfg.MVIT.QKV_BIAS = True  # biases of the q, k and v projections
     cfg.MVIT.DROPOUT_RATE = 0.0  # after attention and in MLPs, 0 .. 1
-    cfg.MVIT.DROPPATH_RATE = 0.1  # of the last block, 0 .. 1; grows linearly from 0
+    # of the last block, 0 .. 1; grows linearly from 0; every process drops its own paths (published: all the same)
+    cfg.MVIT.DROPPATH_RATE = 0.1
     cfg.MVIT.LAYER_SCALE_INIT_VALUE = 0.0  # only 0.0: no layer scale
     cfg.MVIT.DEPTH = 16  # blocks
     cfg.MVIT.NORM = "layernorm"  # only "layernorm"
@@ -51,6 +53,9 @@ def _keys(cfg: CfgNode) -> None:
     cfg.MVIT.ZERO_DECAY_POS_CLS = True  # no weight decay on positions and the class token
     cfg.MVIT.USE_MEAN_POOLING = False  # classify the mean of the tokens, not the class token
     cfg.MVIT.HEAD_INIT_SCALE = 1.0  # factor on the classifier's first weights
+    # ours: first weights: "pyslowfast" | "beit", that of MFM's paper: cut at one standard deviation (what is left has
+    # 0.0108 for 0.0200), the last layers of both branches of block i over sqrt(2 i), and biases 0 for 0.02
+    cfg.MVIT.INIT = "pyslowfast"
 
 
 KINDS = {
@@ -67,6 +72,7 @@ KINDS = {
 CHOICES: dict[str, tuple[object, ...]] = {
     "MVIT.MODE": ("conv",),
     "MVIT.NORM": ("layernorm",),
+    "MVIT.INIT": tuple(INITS),
     "MVIT.LAYER_SCALE_INIT_VALUE": (0.0,),
     "MVIT.POOL_FIRST": (False,),
     "MVIT.NORM_STEM": (False,),
@@ -192,6 +198,7 @@ def _build_vit(cfg: CfgNode, maskable: bool) -> ViT:
         class_token=mvit.CLS_EMBED_ON,
         position=mvit.USE_ABS_POS,
         maskable=maskable,
+        init=mvit.INIT,
     )
 
 
@@ -229,6 +236,7 @@ def _build_mvit(cfg: CfgNode, maskable: bool) -> MViT:
         relative_zero_init=mvit.REL_POS_ZERO_INIT,
         residual_pooling=mvit.RESIDUAL_POOLING,
         maskable=maskable,
+        init=mvit.INIT,
     )
 
 

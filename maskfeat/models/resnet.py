@@ -33,6 +33,8 @@ class ResNet(TorchvisionResNet):
     Args:
         depth: a key of `STAGES`.
         image_size: (H, W) in pixels for which `grid` is reported.
+        zero_init: start the last batch norm of every residual block with weight 0, so that each block begins as its
+            skip path (Goyal et al., 2017, section 5.1).
     """
 
     supports_hidden = False
@@ -40,9 +42,9 @@ class ResNet(TorchvisionResNet):
     classifier = "fc."
     frame_stride = 1
 
-    def __init__(self, *, depth: int = 50, image_size: Sequence[int] = (224, 224)) -> None:
+    def __init__(self, *, depth: int = 50, image_size: Sequence[int] = (224, 224), zero_init: bool = False) -> None:
         block, blocks = STAGES[depth]
-        super().__init__(block, blocks)
+        super().__init__(block, blocks, zero_init_residual=zero_init)
         self.width = self.fc.in_features
         del self.avgpool, self.fc
         self.clip_size: tuple[int, ...] = (image_size[0], image_size[1])
@@ -96,6 +98,9 @@ class ResNet(TorchvisionResNet):
 def _keys(cfg: CfgNode) -> None:
     cfg.RESNET = CfgNode()
     cfg.RESNET.DEPTH = 50  # 18 | 34 | 50 | 101 | 152, torchvision's; 10 for trials on small machines
+    # start the last batch norm of each residual block with weight 0, as MFM's paper: the gradient of its first step is
+    # then ten times smaller
+    cfg.RESNET.ZERO_INIT_FINAL_BN = False
 
 
 def _check(cfg: CfgNode) -> Iterator[str]:
@@ -109,7 +114,11 @@ def _check(cfg: CfgNode) -> Iterator[str]:
 def build_resnet(cfg: CfgNode, maskable: bool = False) -> ResNet:
     """Return the ResNet of RESNET.DEPTH."""
     assert not maskable, "a ResNet has no mask token"
-    return ResNet(depth=cfg.RESNET.DEPTH, image_size=(cfg.DATA.TRAIN_CROP_SIZE,) * 2)
+    return ResNet(
+        depth=cfg.RESNET.DEPTH,
+        image_size=(cfg.DATA.TRAIN_CROP_SIZE,) * 2,
+        zero_init=cfg.RESNET.ZERO_INIT_FINAL_BN,
+    )
 
 
 register(

@@ -7,7 +7,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from maskfeat.models.base import CLASSIFIER, Tokens, check_clip_size, init_weights, layer_id, token_parameter
+from maskfeat.models.base import CLASSIFIER, Tokens, check_clip_size, init_transformer, layer_id, token_parameter
 from maskfeat.models.layers import Mlp, drop_path_rates, hide_tokens, layer_norm
 
 
@@ -24,6 +24,7 @@ class ViT(nn.Module):
         class_token: whether to prepend a class token.
         position: whether to add learned absolute positions.
         maskable: whether to have a mask token, so that `forward_tokens` takes `hidden`.
+        init: of the weights, see `init_transformer`.
     """
 
     needs_norm = True
@@ -45,6 +46,7 @@ class ViT(nn.Module):
         class_token: bool = True,
         position: bool = True,
         maskable: bool = False,
+        init: str = "pyslowfast",
     ) -> None:
         super().__init__()
         size, patch_size = (image_size[0], image_size[1]), (patch[0], patch[1])
@@ -72,7 +74,7 @@ class ViT(nn.Module):
             )
             for rate in drop_path_rates(drop_path, depth)
         )
-        self.apply(init_weights)
+        self.init_layer = init_transformer(self, list(self.blocks), init)
 
     def forward_tokens(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
         """Compute the tokens of an image.

@@ -15,7 +15,7 @@ from maskfeat.batch import Batch, StepOutput
 from maskfeat.checkpoint.weights import LoadRules
 from maskfeat.errors import UserError
 from maskfeat.models.base import Backbone
-from maskfeat.models.heads import ClassifierHead, pool_tokens, token_norm
+from maskfeat.models.heads import ClassifierHead, init_on, pool_tokens, token_norm
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.mixup import Mixup
 from maskfeat.registry import AT_LEAST_0, BELOW_1, SHARE, ObjectiveSpec, backbone_spec, register
@@ -57,7 +57,7 @@ class Classification(Objective):
         self.num_classes, self.mean_pooling = num_classes, mean_pooling
         self.mixup, self.binary = mixup, binary
         self.norm = token_norm(backbone)
-        self.head = ClassifierHead(backbone.width, num_classes, dropout, head_init_scale)
+        self.head = ClassifierHead(backbone.width, num_classes, dropout, head_init_scale, init_on(backbone))
 
     def logits(self, clip: Tensor) -> Tensor:
         """Return logits (B, K) of clip (B, C, [T,] H, W)."""
@@ -124,7 +124,8 @@ class Classification(Objective):
 
 def _keys(cfg: CfgNode) -> None:
     cfg.MIXUP = CfgNode()
-    cfg.MIXUP.ENABLE = False  # mixup, cutmix and label smoothing
+    # mixup, cutmix and label smoothing; every process draws its own ratio and box (published: one draw for all of them)
+    cfg.MIXUP.ENABLE = False
     cfg.MIXUP.ALPHA = 0.8  # parameter of the Beta distribution of mixup; 0 = no mixup
     cfg.MIXUP.CUTMIX_ALPHA = 1.0  # the same of cutmix; 0 = no cutmix
     cfg.MIXUP.PROB = 1.0  # probability of mixup or cutmix

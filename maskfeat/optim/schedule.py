@@ -21,6 +21,7 @@ def lr_at_epoch(cfg: CfgNode, epoch: float) -> float:
     """Return the learning rate at a fractional epoch, counted from 0.
 
     Linear warm-up from WARMUP_START_LR to the policy's value at WARMUP_EPOCHS, then the policy. With
+    SOLVER.WARMUP_TO_BASE_LR the warm-up aims at BASE_LR instead, as timm's cosine schedule does. With
     SOLVER.BASE_LR_SCALE_NUM_SHARDS every rate is multiplied by NUM_SHARDS (machines), since TRAIN.BATCH_SIZE is per
     machine. With SOLVER.LR_PER_EPOCH a whole epoch has the rate of its first step.
     """
@@ -29,7 +30,7 @@ def lr_at_epoch(cfg: CfgNode, epoch: float) -> float:
         epoch = float(math.floor(epoch))
     lr = _after_warmup(cfg, epoch)
     if epoch < solver.WARMUP_EPOCHS:
-        target = _after_warmup(cfg, solver.WARMUP_EPOCHS)
+        target = solver.BASE_LR if solver.WARMUP_TO_BASE_LR else _after_warmup(cfg, solver.WARMUP_EPOCHS)
         lr = solver.WARMUP_START_LR + (target - solver.WARMUP_START_LR) * epoch / solver.WARMUP_EPOCHS
     return lr * (cfg.NUM_SHARDS if solver.BASE_LR_SCALE_NUM_SHARDS else 1)
 

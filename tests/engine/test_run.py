@@ -19,6 +19,8 @@ from maskfeat.checkpoint.reading import read_checkpoint
 from maskfeat.config import load_config
 from maskfeat.distributed.launch import launch
 from maskfeat.engine.run import main
+from maskfeat.models.base import Tokens
+from maskfeat.models.vit import ViT
 from maskfeat.objectives.maskfeat import MaskFeat
 from tests.small import MFM_RECIPES, MVIT_FT, MVIT_PT, R50_FT, RECIPES, REPO, VIT_FT, VIT_PT, clips, images
 from tests.worker import json_stats, losses, run_in_processes
@@ -137,6 +139,40 @@ def test_mixed_precision(precision: str, image_data: Path, tmp_path: Path) -> No
     find_checkpoints(tmp_path / "mixed", "ssl")[1].rename(tmp_path / "kept.pyth")
     run(PT, opts, tmp_path / "mixed")
     assert_same_bits(final_state(tmp_path / "mixed", "ssl"), read_checkpoint(tmp_path / "kept.pyth")["model_state"])
+
+
+@pytest.mark.parametrize(
+    ("training", "evaluation", "dtype"),
+    [("bf16", None, None), ("fp16", "off", None), ("bf16", "bf16", torch.bfloat16), ("off", "fp16", torch.float16)],
+)
+@pytest.mark.parametrize("recipe", [PT, FT])
+def test_evaluation_is_in_float32_unless_asked(
+    recipe: str,
+    training: str,
+    evaluation: str | None,
+    dtype: torch.dtype | None,
+    image_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TRAIN.MIXED_PRECISION is of training alone: validation and test have a key of their own."""
+    seen: dict[bool, set[torch.dtype | None]] = {True: set(), False: set()}
+    forward = ViT.forward_tokens
+
+    def noted(self: ViT, clip: torch.Tensor, hidden: torch.Tensor | None = None) -> Tokens:
+        lower = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        seen[self.training].add(lower)
+        return forward(self, clip, hidden)
+
+    monkeypatch.setattr(ViT, "forward_tokens", noted)
+    opts = [*(VIT_PT if recipe == PT else VIT_FT), *images(image_data), "SOLVER.MAX_EPOCH", "1"]
+    opts += ["LOG_MODEL_INFO", "False", "TRAIN.EVAL_PERIOD", "1", "TRAIN.MIXED_PRECISION", training]
+    opts += [] if evaluation is None else ["TEST.MIXED_PRECISION", evaluation]
+    tested = recipe == FT
+    out = run(recipe, [*opts, "TEST.ENABLE", str(tested)], tmp_path)
+    assert json_stats(out, "val_epoch") and bool(json_stats(out, "test_final")) == tested
+    train_dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[training]
+    assert seen == {True: {train_dtype}, False: {dtype}}
 
 
 def test_clips_multi_view(clip_data: Path, tmp_path: Path) -> None:

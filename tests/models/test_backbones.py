@@ -1,6 +1,7 @@
 """Backbones behind their protocol: grids, initialisation, the mask token, other sizes and axes."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -93,13 +94,51 @@ def test_wrong_size_names_the_keys() -> None:
 def test_initialisation() -> None:
     for backbone in (small_vit(width=96, maskable=True), small_mvit(width=96, maskable=True)):
         for name, parameter in backbone.named_parameters():
-            if name.endswith("bias"):
+            if name == "patch_embed.proj.bias":
+                # PyTorch's: uniform within one over the root of the inputs of a patch.
+                bound = backbone.get_parameter("patch_embed.proj.weight")[0].numel() ** -0.5
+                assert parameter.abs().max() <= bound
+                assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.25)
+                assert parameter.abs().max() > 0.8 * bound and parameter.mean().abs() < 0.2 * bound
+            elif name.endswith("bias"):
                 assert (parameter == 0.02).all(), name
             elif ".norm" in name:
                 assert (parameter == 1.0).all(), name
             elif parameter.numel() > 3000:
                 assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
     assert (small_mvit(relative_zero_init=True).blocks[0].attn.rel_pos_h == 0).all()
+
+
+@pytest.mark.parametrize("make", [small_vit, small_mvit])
+def test_initialisation_of_beit(make: Callable[..., ViT | MViT]) -> None:
+    """Weights are cut at one standard deviation of 0.02, of which 0.0108 is left; branches end smaller with depth."""
+    backbone = make(width=96, depth=3, maskable=True, init="beit")
+    drawn = {
+        name
+        for name, parameter in backbone.named_parameters()
+        if parameter.numel() > 3000 and ".norm" not in name and ".rel_pos" not in name and ".pool" not in name
+    }
+    assert {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight", "blocks.2.mlp.fc2.weight"} <= drawn
+    for name, parameter in backbone.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0.0).all(), name
+        elif ".norm" in name:
+            assert (parameter == 1.0).all(), name
+        elif ".rel_pos" not in name:
+            factor = (2 * backbone.layer_id(name)) ** -0.5 if name.endswith(("attn.proj.weight", "fc2.weight")) else 1.0
+            assert 0.9 * 0.02 * factor < parameter.abs().max() <= 0.02001 * factor, name
+            if name in drawn:
+                assert parameter.std().item() == pytest.approx(0.0108 * factor, rel=0.03), name
+
+
+def test_only_the_chosen_initialisation_draws() -> None:
+    """Weights of a seed are those of earlier versions: nothing more is drawn by default."""
+    states = []
+    for init in ({}, {"init": "pyslowfast"}):
+        torch.manual_seed(3)
+        states.append(small_vit(maskable=True, **init).state_dict())
+        states[-1]["next draw"] = torch.rand(1)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_adaptive_strides_follow_the_queries() -> None:

@@ -46,6 +46,21 @@ def test_a_new_classifier_starts_as_torchvisions() -> None:
     assert bias.abs().max() <= bound and bias.std() > 0
 
 
+@pytest.mark.parametrize("depth", [10, 50])
+def test_blocks_may_begin_as_their_skip_path(depth: int) -> None:
+    """The last batch norm of each block, and no other, starts with weight 0: block by block the input comes through."""
+    last = "bn3" if depth == 50 else "bn2"
+    for zero_init in (True, False):
+        backbone = ResNet(depth=depth, zero_init=zero_init)
+        norms = {n: m for n, m in backbone.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+        zero = {name for name, norm in norms.items() if (norm.weight == 0).all()}
+        assert zero == ({name for name in norms if name.endswith(last)} if zero_init else set())
+        assert all((norm.weight == 1).all() for name, norm in norms.items() if name not in zero)
+        assert len(zero) in (0, backbone.num_blocks)
+    assert load_config(FT).RESNET.ZERO_INIT_FINAL_BN is False
+    assert build_objective(load_config(FT, ["RESNET.DEPTH", "10"])).backbone.layer1[0].bn2.weight.min() == 1
+
+
 def test_layers_for_layer_decay() -> None:
     backbone = ResNet(depth=50)
     assert backbone.num_blocks == 16

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from maskfeat.batch import Batch
+from maskfeat.build import build_objective
+from maskfeat.config import load_config
 from maskfeat.models.mvit import MViT
 from maskfeat.models.resnet import ResNet
 from maskfeat.models.vit import ViT
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.mfm import LUMA, MFM
+from tests.small import REPO
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PAPER = {
@@ -224,3 +227,55 @@ def test_a_few_steps_learn_more_than_nothing(changes: dict[str, object]) -> None
         out.loss.backward()
         optimizer.step()
     assert out.loss < 0.97 * out.metrics["zero_predictor"] and out.loss < 0.5 * first.loss
+
+
+CONFIGS = REPO / "configs"
+SMALL = ["MVIT.EMBED_DIM", "192", "MVIT.NUM_HEADS", "3", "MVIT.DEPTH", "4", "DATA.TRAIN_CROP_SIZE", "64"]
+SMALL += ["DATA.TEST_CROP_SIZE", "64", "DATA.TEST_SHORT_SIDE", "0"]
+
+
+@pytest.mark.parametrize("name", ["in1k_VIT_B_MFM_PT", "in1k_VIT_B_MFM_FT"])
+def test_first_weights_of_the_papers_vit(name: str) -> None:
+    """Tensor by tensor: normal of 0.02 cut at one standard deviation, later branches smaller, every bias 0."""
+    torch.manual_seed(0)
+    objective = build_objective(load_config(CONFIGS / "mfm" / f"{name}.yaml", SMALL))
+    seen = 0
+    for tensor_name, tensor in objective.released_state().items():
+        if tensor_name.startswith("decoder."):
+            continue
+        if tensor_name.endswith("bias"):
+            assert (tensor == 0).all(), tensor_name
+        elif "norm" in tensor_name:
+            assert (tensor == 1).all(), tensor_name
+        elif tensor.numel() > 2000:
+            layer = objective.layer_id(tensor_name)
+            factor = 1 / (2 * layer) ** 0.5 if tensor_name.endswith(("attn.proj.weight", "mlp.fc2.weight")) else 1
+            factor *= 0.001 if tensor_name == "head.projection.weight" else 1
+            assert tensor.std().item() == pytest.approx(0.010793 * factor, rel=0.03), tensor_name
+            assert tensor.abs().max() <= 0.0200001 * factor, tensor_name
+            seen += 1
+    assert seen == 4 * 4 + (3 if name.endswith("FT") else 2)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["masked_ssl/in1k_VIT_B_MaskFeat_FT", "masked_ssl/in1k_VIT_L_MaskFeat_FT", "cifar10/cifar10_VIT_FT"]
+)
+def test_first_weights_of_other_recipes_stay(recipe: str) -> None:
+    objective = build_objective(load_config(CONFIGS / f"{recipe}.yaml", SMALL))
+    state = objective.released_state()
+    assert state["blocks.3.mlp.fc2.weight"].std().item() == pytest.approx(0.02, rel=0.03)
+    assert (state["blocks.3.norm1.bias"] == 0.02).all() and (state["norm.bias"] == 0.02).all()
+
+
+def test_the_papers_resnet_begins_as_its_skip_paths() -> None:
+    """The gradient of the first step is many times smaller than with all batch norms at 1."""
+    norms = {}
+    for value in ("True", "False"):
+        torch.manual_seed(0)
+        opts = ["RESNET.DEPTH", "50", "DATA.TRAIN_CROP_SIZE", "64", "RESNET.ZERO_INIT_FINAL_BN", value]
+        opts = opts[:4] if value == "True" else opts  # as the recipe has it
+        objective = build_objective(load_config(CONFIGS / "mfm" / "in1k_R50_MFM_paper_PT.yaml", opts)).train()
+        hidden = torch.tensor([False, True, False, True]).view(4, 1, 1)
+        objective(Batch(torch.randn(4, 3, 64, 64), hidden=hidden)).loss.backward()
+        norms[value] = sum(float(p.grad.square().sum()) for p in objective.parameters() if p.grad is not None) ** 0.5
+    assert norms["True"] < norms["False"] / 3

@@ -163,12 +163,12 @@ class Runs:
                 objective.load_released_state(model_state(open_checkpoint(weights)))
             objective.to(device)
             found: dict[str, Any] = {}
-            test = features(objective.backbone, self._plain(cfg, "val", device), device, precision_of(cfg))
+            test = features(objective.backbone, self._plain(cfg, "val", device), device, precision_of(cfg.TRAIN))
             for labels in self.budget.labels.values():
                 loader = self._plain(
                     load_config(CONFIGS / method.pretraining, [*opts, *self._data(labels)]), "train", device
                 )
-                train = features(objective.backbone, loader, device, precision_of(cfg))
+                train = features(objective.backbone, loader, device, precision_of(cfg.TRAIN))
                 found[labels] = {
                     "linear": linear_probe(train, test),
                     "knn": nearest_neighbours(train, test),

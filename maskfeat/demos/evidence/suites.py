@@ -86,8 +86,9 @@ class Suite:
     of_clips: bool = False
 
 
-_CPU = ("NUM_GPUS", "0", "TRAIN.MIXED_PRECISION", "bf16")
-_GPU = ("NUM_GPUS", "1", "TRAIN.MIXED_PRECISION", "bf16", "TRAIN.COMPILE", "True", "DATA_LOADER.NUM_WORKERS", "8")
+_BF16 = ("TRAIN.MIXED_PRECISION", "bf16", "TEST.MIXED_PRECISION", "bf16")
+_CPU = ("NUM_GPUS", "0", *_BF16)
+_GPU = ("NUM_GPUS", "1", *_BF16, "TRAIN.COMPILE", "True", "DATA_LOADER.NUM_WORKERS", "8")
 
 _BIG = ("TRAIN.BATCH_SIZE", "512", "SOLVER.BASE_LR", "2e-3")
 
