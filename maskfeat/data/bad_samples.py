@@ -37,7 +37,7 @@ class UnreadableSample(UserError):
     """
 
     def __init__(self, path: str | os.PathLike[str], cause: str = "") -> None:
-        # `cause` has a default because a DataLoader re-raises a worker's error from its message alone.
+        # `cause` has a default because an error of a worker is made anew from its message, then gets its attributes.
         self.path = os.fspath(path)
         self.cause = cause
         super().__init__(f"{self.path}: {cause}" if cause else self.path)
@@ -63,14 +63,16 @@ def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
 def error_context(path: str | os.PathLike[str]) -> Iterator[None]:
     """Add the sample's path to any error raised in the block that does not contain it yet.
 
-    A worker's error reaches the user as text only, and "index 3 is out of bounds" does not tell which of a million
-    files caused it. No error is suppressed.
+    "index 3 is out of bounds" does not tell which of a million files caused it. No error is suppressed, and a
+    `UserError` stays one.
     """
     try:
         yield
     except Exception as error:
         if os.fspath(path) in str(error):
             raise
+        if isinstance(error, UserError):
+            raise UserError(f"{os.fspath(path)}: {error}") from error
         raise RuntimeError(f"while loading {os.fspath(path)}: {type(error).__name__}: {error}") from error
 
 
