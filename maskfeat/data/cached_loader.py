@@ -199,7 +199,7 @@ class CachedLoader(BatchLoader):
                 if bad and not self.dataset.replace_bad:
                     self._bad[index] = bad[0]
                 if bad_samples is not None:
-                    bad_samples.record(bad)
+                    bad_samples.record(bad, (index,))
         return torch.stack(pixels), torch.tensor(indices)
 
     @property

@@ -36,6 +36,8 @@ class LabelledSamples(Protocol):
 
     def __getitem__(self, key: Any, /) -> list[Sample]: ...
 
+    def path(self, index: int) -> str: ...
+
 
 class BatchLoader:
     """Base class of loaders: iterates over the batches of a data set for one process.
@@ -188,7 +190,7 @@ class Loader(BatchLoader):
             batches = iter(self._loader)
         for packed in raising(batches):
             if self.bad_samples is not None:
-                self.bad_samples.record(packed.bad)
+                self.bad_samples.record(packed.bad, packed.index.tolist())
             yield packed.to_batch(self.device)
 
     def iter_samples(self, indices: Sequence[int]) -> Iterator[Batch]:
