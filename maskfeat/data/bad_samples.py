@@ -176,6 +176,7 @@ class BadSampleLog:
         self.split = split
         self._known: dict[str, BadSample] = {}  # by path, of all runs and ranks
         self._seen: set[str] = set()  # paths recorded by this process
+        self._back = 0  # how many were taken off the list
         self._tried = np.zeros(num_samples, dtype=bool)  # by this process
         if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
@@ -241,9 +242,10 @@ class BadSampleLog:
             return
         for path in paths:
             self._known.pop(path, None)
+        self._back += len(paths)
         logger.info(
-            "%d samples of %s that an earlier run listed as bad can be read again: taken off the list",
-            len(paths),
+            "%d samples of %s that were listed as bad can be read again so far: taken off the list",
+            self._back,
             self.split,
         )
         if self.path is None or not self.path.exists():
