@@ -128,7 +128,7 @@ def build_loader(
         views=dataset.views,
         repeats=cfg.AUG.REPEATS if trains else 1,
     )
-    bad_samples = BadSampleLog(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split)
+    bad_samples = BadSampleLog(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split, dataset)
     # More workers than cores only take each other's time; how many there are changes nothing in the data.
     workers = min(cfg.DATA_LOADER.NUM_WORKERS, max(available_cores() // world.local_size, 1))
     if cfg.DATA_LOADER.RESIDENT and isinstance(dataset, ImageFolder):

@@ -13,7 +13,7 @@ from maskfeat.build import build_loader
 from maskfeat.checkpoint.files import read_verified_checkpoint
 from maskfeat.checkpoint.reading import read_checkpoint
 from maskfeat.config import load_config, save_config
-from maskfeat.data.datasets.kinetics import read_video_list
+from maskfeat.data.datasets.video_list import read_video_list
 from maskfeat.file_io import local_path
 
 
@@ -94,7 +94,9 @@ def test_lists_of_videos(box: Box) -> None:
     with pytest.raises(ValueError, match="box://none.csv cannot be read .no such file."):
         read_video_list("box://none.csv")
     recipe = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "clips_ft.yaml"
-    cfg = load_config(recipe, ["NUM_GPUS", "0", "DATA.PATH_TO_DATA_DIR", "box://", "DATA.PATH_PREFIX", "/data"])
+    (box.folder / "b.mp4").write_bytes(b"one of them is there")
+    prefix = str(box.folder)
+    cfg = load_config(recipe, ["NUM_GPUS", "0", "DATA.PATH_TO_DATA_DIR", "box://", "DATA.PATH_PREFIX", prefix])
     box.asked.clear()
     assert list(build_loader(cfg, "val").labels) == [3, 1]
     assert box.asked == ["box://val.csv"]

@@ -100,8 +100,8 @@ def _test(cfg: CfgNode) -> None:
 def _data(cfg: CfgNode) -> None:
     cfg.DATA = CfgNode()
     cfg.DATA.PATH_TO_DATA_DIR = ""  # holds train/ and val/, or train.csv, val.csv and test.csv
-    cfg.DATA.PATH_PREFIX = ""  # prefix of every path in a list of videos
-    cfg.DATA.PATH_LABEL_SEPARATOR = " "  # between path and label in a line of the list
+    cfg.DATA.PATH_PREFIX = ""  # folder that the paths in a list of videos are relative to
+    cfg.DATA.PATH_LABEL_SEPARATOR = " "  # between path and label in a line of the list; \t = a tab
     cfg.DATA.MEAN = [0.45, 0.45, 0.45]  # per colour channel, of pixels in [0, 1]
     cfg.DATA.STD = [0.225, 0.225, 0.225]  # the same
     cfg.DATA.NUM_FRAMES = 8  # frames per clip; 1 for images
@@ -119,7 +119,9 @@ def _data(cfg: CfgNode) -> None:
     cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE = []  # [low, high]: area of a crop relative to the image
     cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE = []  # [low, high]: width / height of such a crop
     cfg.DATA.RANDOM_FLIP = True  # horizontal flip with probability 0.5
-    cfg.DATA.MAX_BAD_FRACTION = 0.01  # ours: fraction of unreadable samples above which the run stops
+    # ours: fraction of unreadable samples above which the run stops; 0 = none; else at least 3 may be (of fewer than 6
+    # samples, half), and never all
+    cfg.DATA.MAX_BAD_FRACTION = 0.01
 
 
 def _aug(cfg: CfgNode) -> None:

@@ -4,12 +4,14 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
+
+import numpy as np
 
 from maskfeat import file_io
-from maskfeat.batch import BadSample
+from maskfeat.batch import BadSample, SampleKey
 from maskfeat.errors import UserError
 
 try:
@@ -24,6 +26,9 @@ T = TypeVar("T")
 MAX_LISTED = 20
 """How many bad samples the error lists before it refers to the file."""
 
+FEW = 3
+"""How many samples may be bad in a set so small that DATA.MAX_BAD_FRACTION of it is fewer, up to half of the set."""
+
 MAX_ATTEMPTS = 100
 """How many samples are tried in place of one that cannot be read, itself included."""
 
@@ -37,7 +42,7 @@ class UnreadableSample(UserError):
     """
 
     def __init__(self, path: str | os.PathLike[str], cause: str = "") -> None:
-        # `cause` has a default because a DataLoader re-raises a worker's error from its message alone.
+        # `cause` has a default because an error of a worker is made anew from its message, then gets its attributes.
         self.path = os.fspath(path)
         self.cause = cause
         super().__init__(f"{self.path}: {cause}" if cause else self.path)
@@ -63,14 +68,16 @@ def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
 def error_context(path: str | os.PathLike[str]) -> Iterator[None]:
     """Add the sample's path to any error raised in the block that does not contain it yet.
 
-    A worker's error reaches the user as text only, and "index 3 is out of bounds" does not tell which of a million
-    files caused it. No error is suppressed.
+    "index 3 is out of bounds" does not tell which of a million files caused it. No error is suppressed, and a
+    `UserError` stays one.
     """
     try:
         yield
     except Exception as error:
         if os.fspath(path) in str(error):
             raise
+        if isinstance(error, UserError):
+            raise UserError(f"{os.fspath(path)}: {error}") from error
         raise RuntimeError(f"while loading {os.fspath(path)}: {type(error).__name__}: {error}") from error
 
 
@@ -116,34 +123,65 @@ def read_with_fallback(
     return None, index, tuple(bad)
 
 
+class ListedDataset(Protocol):
+    """What `BadSampleLog` needs of a data set to read a sample again: its path, and its views by a SampleKey."""
+
+    def path(self, index: int) -> str: ...
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
+def allowed_bad(num_samples: int, max_fraction: float) -> int:
+    """Return how many samples of a set may be bad.
+
+    They are `max_fraction` of it, but at least FEW or half of a set that is smaller than twice FEW; none if
+    `max_fraction` is 0, and never all of them.
+    """
+    if max_fraction == 0:
+        return 0
+    # A fraction such as 0.29 of 100 is 28.999... as a product.
+    return min(max(int(max_fraction * num_samples + 1e-6), min(FEW, num_samples // 2)), num_samples - 1)
+
+
 class BadSampleLog:
     """The samples of one split that cannot be read: each is logged once, and too many of them stop the run.
 
     They are listed in OUTPUT_DIR/bad_samples.jsonl, one object per line with the keys split, index, path and cause.
     The list is kept across runs: samples listed by an earlier run, or by another rank, are counted and not written
-    again.
+    again. Those that this process has not met are read again before they stop the run, and a sample of an earlier run
+    is taken off the list once it can be read.
 
     Args:
         output_dir: the folder of bad_samples.jsonl, created when needed; None keeps the list in memory only.
         num_samples: number of samples of the split.
-        max_fraction: the largest share of them that may be bad, 0 to 1.
+        max_fraction: the largest share of them that may be bad, 0 to 1, see `allowed_bad`.
         split: "train", "val" or "test".
+        dataset: the split, to read listed samples again; None = they count as they are.
     """
 
     def __init__(
-        self, output_dir: str | os.PathLike[str] | None, num_samples: int, max_fraction: float, split: str
+        self,
+        output_dir: str | os.PathLike[str] | None,
+        num_samples: int,
+        max_fraction: float,
+        split: str,
+        dataset: ListedDataset | None = None,
     ) -> None:
         if not 0.0 <= max_fraction <= 1.0:
             raise UserError(f"DATA.MAX_BAD_FRACTION must lie in [0, 1], not be {max_fraction}")
+        self.dataset = dataset
         self.path = None if output_dir is None else Path(output_dir) / "bad_samples.jsonl"
         self.num_samples = num_samples
         self.max_fraction = max_fraction
         self.split = split
         self._known: dict[str, BadSample] = {}  # by path, of all runs and ranks
         self._seen: set[str] = set()  # paths recorded by this process
+        self._back = 0  # how many were taken off the list
+        self._tried = np.zeros(num_samples, dtype=bool)  # by this process
         if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
                 self._parse(file.read())
+        self._earlier = {sample.index: path for path, sample in self._known.items()}  # not met by this process yet
 
     @property
     def indices(self) -> frozenset[int]:
@@ -153,20 +191,74 @@ class BadSampleLog:
     def __len__(self) -> int:
         return len(self._known)
 
-    def record(self, bad: Iterable[BadSample]) -> None:
-        """Record the samples of a batch that could not be read.
+    def record(self, bad: Iterable[BadSample], shown: Iterable[int] = ()) -> None:
+        """Record what became of the samples of a batch.
+
+        Args:
+            bad: those that could not be read.
+            shown: the indices of all rows of the batch.
 
         Raises:
-            TooManyBadSamples: more than `max_fraction` of the split is bad by now.
+            TooManyBadSamples: more samples of the split are bad by now than may be, see `allowed_bad`.
         """
+        bad, shown = list(bad), list(shown)
+        self._tried[[*shown, *(sample.index for sample in bad)]] = True
+        for sample in bad:
+            self._earlier.pop(sample.index, None)
+        if self._earlier:
+            self._take_off({self._earlier.pop(index) for index in set(shown) & self._earlier.keys()})
         new = {sample.path: sample for sample in bad if sample.path not in self._seen}
         if not new:
             return
         self._seen |= new.keys()
         self._append({path: sample for path, sample in new.items() if path not in self._known})
+        allowed = allowed_bad(self.num_samples, self.max_fraction)
         # Checked even if all of them are listed already: restarting must not get around the limit.
-        if len(self._known) > self.max_fraction * self.num_samples:
-            raise TooManyBadSamples(self._error_message())
+        if len(self._known) > allowed:
+            self._read_again()
+        if len(self._known) > allowed:
+            raise TooManyBadSamples(self._error_message(allowed))
+
+    def _read_again(self) -> None:
+        """Read the listed samples that this process has not met, and take those off the list that can be read."""
+        if self.dataset is None:
+            return
+        back = set()
+        for path, sample in self._known.items():
+            if path in self._seen:
+                continue
+            try:
+                views = self.dataset[SampleKey(0, sample.index)]
+            except UnreadableSample:
+                continue
+            if all(other.path != path for view in views for other in view.bad):
+                back.add(path)
+        self._earlier.clear()
+        self._take_off(back)
+
+    def _take_off(self, paths: Collection[str]) -> None:
+        """Remove samples that can be read from the list."""
+        if not paths:
+            return
+        for path in paths:
+            self._known.pop(path, None)
+        self._back += len(paths)
+        logger.info(
+            "%d samples of %s that were listed as bad can be read again so far: taken off the list",
+            self._back,
+            self.split,
+        )
+        if self.path is None or not self.path.exists():
+            return
+        with self.path.open("r+b") as file, _locked(file):
+            kept = [line for line in file.read().splitlines(keepends=True) if not self._names(line, paths)]
+            file.seek(0)
+            file.writelines(kept)
+            file.truncate()
+
+    def _names(self, line: bytes, paths: Collection[str]) -> bool:
+        sample = self._of_split(line)
+        return sample is not None and sample.path in paths
 
     def _append(self, new: dict[str, BadSample]) -> None:
         """Write the samples that no rank has listed yet, and log a warning for each."""
@@ -203,27 +295,38 @@ class BadSampleLog:
 
     def _parse(self, text: bytes) -> None:
         for line in text.splitlines():
-            try:
-                entry = json.loads(line)
-                split, index = entry["split"], int(entry["index"])
-                sample = BadSample(index=index, path=str(entry["path"]), cause=str(entry["cause"]))
-            except (ValueError, KeyError, TypeError):
-                continue  # an incomplete line of a killed run: the sample is recorded again when it is read again
-            if split == self.split and 0 <= index < self.num_samples:
+            sample = self._of_split(line)
+            # Where files were removed from the set, an index has become that of another file.
+            if sample and (self.dataset is None or self.dataset.path(sample.index) == sample.path):
                 self._known.setdefault(sample.path, sample)
 
-    def _error_message(self) -> str:
+    def _of_split(self, line: bytes) -> BadSample | None:
+        """Return the sample of a line; None if it is of another split, or cut off as a killed run leaves it."""
+        try:
+            entry = json.loads(line)
+            split, index = entry["split"], int(entry["index"])
+            sample = BadSample(index=index, path=str(entry["path"]), cause=str(entry["cause"]))
+        except (ValueError, KeyError, TypeError):
+            return None  # the sample is recorded again when it is read again
+        return sample if split == self.split and 0 <= index < self.num_samples else None
+
+    def _error_message(self, allowed: int) -> str:
         samples = sorted(self._known.values(), key=lambda sample: sample.index)
+        tried = int(self._tried.sum())
         lines = [
             f"{len(samples)} of {self.num_samples} samples of {self.split} cannot be read, more than "
-            f"DATA.MAX_BAD_FRACTION = {self.max_fraction:g} allows:"
+            f"DATA.MAX_BAD_FRACTION = {self.max_fraction:g} allows ({allowed}):"
         ]
         lines += [f"  {sample.index}: {sample.path}: {sample.cause}" for sample in samples[:MAX_LISTED]]
         if len(samples) > MAX_LISTED:
             lines.append(f"  ... and {len(samples) - MAX_LISTED} more")
-        if self.path is not None:
-            lines.append(f"All of them are listed in {self.path}.")
-        lines.append("Fix or remove these files (and delete that list), or raise DATA.MAX_BAD_FRACTION.")
+        rest = "every sample was tried" if tried == self.num_samples else "further ones may follow"
+        where = "" if self.path is None else f"; the list is {self.path}"
+        lines.append(f"These were found so far; this process has tried {tried} of {self.num_samples}: {rest}{where}.")
+        lines.append(
+            "Repair these files or remove them from the data set, or raise DATA.MAX_BAD_FRACTION; files that can be "
+            "read again are taken off the list."
+        )
         return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from maskfeat.batch import BadSample, Batch
 from maskfeat.data.bad_samples import BadSampleLog, error_context, read_with_fallback
 from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.device_transforms import normalisation
-from maskfeat.data.loader import BatchLoader, worker_options
+from maskfeat.data.loader import BatchLoader, CollateOrError, ErrorsAsItems, raising, worker_options
 from maskfeat.data.rng import MASK_STREAM, VIEW_STREAM, draw_mask, sample_generator
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, as_tensor
@@ -173,10 +173,10 @@ class CachedLoader(BatchLoader):
     def _read(self, bad_samples: BadSampleLog | None, num_workers: int) -> tuple[Tensor, Tensor]:
         """Decode all images: (N, h, w, 3) uint8, and (N,) int64, the index of the sample that each was read from."""
         loader: DataLoader[Any] = DataLoader(
-            _DecodedImages(self.dataset),
+            ErrorsAsItems(_DecodedImages(self.dataset)),
             _DECODE_BATCH_SIZE,
             num_workers=num_workers,
-            collate_fn=list,
+            collate_fn=CollateOrError(list),
             generator=torch.Generator(),  # not the global one, see `Loader`
             **worker_options(num_workers),
         )
@@ -186,7 +186,7 @@ class CachedLoader(BatchLoader):
             chunks = iter(loader)
         pixels: list[Tensor] = []
         indices: list[int] = []
-        for chunk in chunks:
+        for chunk in raising(chunks):
             for image, index, bad in chunk:
                 if pixels and image.shape != pixels[0].shape:
                     sizes = " and ".join(f"{shape[1]}x{shape[0]}" for shape in (pixels[0].shape, image.shape))
@@ -199,7 +199,7 @@ class CachedLoader(BatchLoader):
                 if bad and not self.dataset.replace_bad:
                     self._bad[index] = bad[0]
                 if bad_samples is not None:
-                    bad_samples.record(bad)
+                    bad_samples.record(bad, (index,))
         return torch.stack(pixels), torch.tensor(indices)
 
     @property

@@ -2,11 +2,11 @@
 
 import gc
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from maskfeat.batch import Batch, SampleKey
 from maskfeat.data.bad_samples import BadSampleLog
@@ -14,6 +14,9 @@ from maskfeat.data.collate import collate
 from maskfeat.data.sample import Sample
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.distributed.processes import leave_signals_to_parent, signals_blocked
+from maskfeat.errors import UserError
+
+T = TypeVar("T")
 
 
 class LabelledSamples(Protocol):
@@ -32,6 +35,8 @@ class LabelledSamples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: Any, /) -> list[Sample]: ...
+
+    def path(self, index: int) -> str: ...
 
 
 class BatchLoader:
@@ -80,6 +85,44 @@ class BatchLoader:
         raise AssertionError("a loader implements iter_samples")
 
 
+class ErrorsAsItems(Dataset[Any]):
+    """A data set whose items are those of another one; a `UserError` of an item comes in its place.
+
+    What a worker raises reaches the main process as the text of a traceback in an error of PyTorch's making. What it
+    returns arrives as it is.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error
+
+
+class CollateOrError(Generic[T]):
+    """Collates items of `ErrorsAsItems`, or returns the first error among them."""
+
+    def __init__(self, collate: Callable[[Sequence[Any]], T]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Sequence[Any]) -> T | UserError:
+        return next((item for item in items if isinstance(item, UserError)), None) or self.collate(items)
+
+
+def raising(batches: Iterable[T | UserError]) -> Iterator[T]:
+    """Yield the batches that `CollateOrError` returned, and raise the first error among them."""
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
 def worker_options(num_workers: int) -> dict[str, Any]:
     """Return the arguments of a DataLoader that concern its worker processes, if it has any."""
     if num_workers == 0:
@@ -123,10 +166,10 @@ class Loader(BatchLoader):
         if num_workers > 0:
             workers |= {"persistent_workers": True, "prefetch_factor": prefetch_factor}
         self._loader: DataLoader[Any] = DataLoader(
-            dataset,  # type: ignore[arg-type]  # its keys are SampleKeys, not integers
+            ErrorsAsItems(dataset),  # its keys are SampleKeys, not integers
             batch_sampler=sampler,
             num_workers=num_workers,
-            collate_fn=collate,
+            collate_fn=CollateOrError(collate),
             pin_memory=pin_memory and self.device.type == "cuda",
             # The DataLoader draws a seed for its workers every epoch, which must not advance the global generator.
             generator=torch.Generator(),
@@ -145,9 +188,9 @@ class Loader(BatchLoader):
             self._forks = False
         with signals_blocked():
             batches = iter(self._loader)
-        for packed in batches:
+        for packed in raising(batches):
             if self.bad_samples is not None:
-                self.bad_samples.record(packed.bad)
+                self.bad_samples.record(packed.bad, packed.index.tolist())
             yield packed.to_batch(self.device)
 
     def iter_samples(self, indices: Sequence[int]) -> Iterator[Batch]:

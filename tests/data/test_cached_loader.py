@@ -379,7 +379,7 @@ def test_bad_training_samples_are_replaced_and_logged_once(
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     samples = noise(tmp_path, [(20, 30)] * 8)
     Path(samples[1][0]).write_bytes(b"")
-    log = BadSampleLog(None, 8, 0.1, "train")
+    log = BadSampleLog(None, 8, 0.0, "train")
     with pytest.raises(TooManyBadSamples, match="DATA.MAX_BAD_FRACTION"):
         CachedLoader(folder(samples), EpochSampler(8, 4), log)
     for path, _ in samples:

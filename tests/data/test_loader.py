@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from maskfeat.batch import BadSample, Batch, SampleKey
-from maskfeat.data.bad_samples import BadSampleLog, TooManyBadSamples
+from maskfeat.data.bad_samples import BadSampleLog, TooManyBadSamples, UnreadableSample
+from maskfeat.data.cached_loader import CachedLoader
 from maskfeat.data.collate import collate
 from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder
 from maskfeat.data.device_transforms import DeferredTransform
@@ -24,6 +25,7 @@ from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 from maskfeat.data.video.decoder import decode_frames
 from maskfeat.demos.synthetic import write_video
+from maskfeat.errors import UserError, UserFileError
 from tests.data.datasets.test_imagenet import draw, make_folder
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -233,6 +235,34 @@ def test_an_error_in_a_worker_names_the_sample(samples: list[tuple[str, int]], w
         list(loader)
 
 
+class Refusing(ImageEvalTransform):
+    def __call__(self, image: object, rng: object = None) -> Sample:
+        raise UserFileError("a file of yours: set that key")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_user_can_mend_arrives_from_a_worker_as_it_is(
+    samples: list[tuple[str, int]], tmp_path: Path, workers: int
+) -> None:
+    refusing = ImageFolder(samples, Refusing(24, MEAN, STD), seed=0)
+    loader = Loader(refusing, EpochSampler(16, 4, shuffle=False), num_workers=workers)
+    with pytest.raises(UserError) as caught:
+        list(loader)
+    assert str(caught.value) == f"{samples[0][0]}: a file of yours: set that key"
+    gone = [(str(tmp_path / f"{n}.jpg"), 0) for n in range(8)]
+    for loader in (
+        Loader(dataset(gone), EpochSampler(8, 4, shuffle=False), num_workers=workers),
+        Loader(dataset(gone[:1] * 8), EpochSampler(8, 4), num_workers=workers, pin_memory=True),
+    ):
+        with pytest.raises(UnreadableSample) as unreadable:
+            list(loader)
+        assert str(unreadable.value) == f"{gone[0][0]}: no such file; nor can any of the 7 samples after it be read"
+        assert unreadable.value.path == gone[0][0] and unreadable.value.cause.startswith("no such file")
+    with pytest.raises(UnreadableSample) as unreadable:
+        CachedLoader(dataset(gone), EpochSampler(8, 4), num_workers=workers)
+    assert str(unreadable.value).startswith(f"{gone[0][0]}: no such file; nor")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_samples_are_logged(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
     listed, _ = list_image_folder(make_folder(tmp_path / "images", {"a": 8, "b": 8}))
@@ -248,7 +278,7 @@ def test_bad_samples_are_logged(tmp_path: Path, workers: int, caplog: pytest.Log
     assert log.indices == {3, 9}
     assert len((tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()) == 2
     assert sum("bad sample" in record.message for record in caplog.records) == 2
-    strict = Loader(dataset(listed), EpochSampler(16, 4), BadSampleLog(None, 16, 0.01, "train"), num_workers=workers)
+    strict = Loader(dataset(listed), EpochSampler(16, 4), BadSampleLog(None, 16, 0.0, "train"), num_workers=workers)
     with pytest.raises(TooManyBadSamples, match="DATA.MAX_BAD_FRACTION"):
         list(strict)
 
@@ -257,6 +287,9 @@ class CollectsGarbage(Dataset[list[Sample]]):
     """Collects the garbage of its process."""
 
     labels = [0] * 4
+
+    def __len__(self) -> int:
+        return 4
 
     def __getitem__(self, key: object) -> list[Sample]:
         gc.collect()

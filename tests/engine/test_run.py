@@ -245,6 +245,51 @@ def test_test_data_is_looked_for_before_training(
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_videos_are_looked_for_before_training(
+    split: str, workers: str, clip_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A list whose paths lead nowhere stops the run in one line, whichever split it is of."""
+    data = shutil.copytree(clip_data, tmp_path / "data")
+    lines = (data / f"{split}.csv").read_text().splitlines()
+    (data / f"{split}.csv").write_text("".join(f"elsewhere/{line}\n" for line in lines))
+    opts = [*MVIT_FT, *clips(data), "DATA_LOADER.NUM_WORKERS", workers, "TEST.ENABLE", "True"]
+    recipe = str(RECIPES / "k400_MVITv2_S_16x4_FT.yaml")
+    assert main(["--cfg", recipe, *opts, "OUTPUT_DIR", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().out
+    (error,) = [line for line in said.splitlines() if "error" in line]
+    assert f"no video of {data}/{split}.csv was found" in error and f"DATA.PATH_PREFIX {str(data)!r}" not in error
+    assert f"{data}/elsewhere/" in error and "DATA.PATH_PREFIX" in error and "no such file" in error
+    assert "Caught" not in said and "Traceback" not in said and "step 1/" not in said
+
+
+def test_files_that_are_away_for_a_while(image_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same command goes on once they are back."""
+    broken = break_some(image_data, tmp_path / "data", "train", 6)
+    away = {path: Path(path).read_bytes() for path in broken}
+    opts = [*VIT_PT, *images(tmp_path / "data"), "DATA_LOADER.NUM_WORKERS", "2"]
+    assert main(["--cfg", PT, *opts, "OUTPUT_DIR", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().out
+    assert "of 40 samples of train cannot be read" in said and "further ones may follow" in said
+    for path in list(away)[1:]:
+        shutil.copy(image_data / Path(path).relative_to(tmp_path / "data"), path)
+    run(PT, opts, tmp_path / "out")
+    assert "can be read again" in capsys.readouterr().out
+    listed = [json.loads(line)["path"] for line in (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()]
+    assert listed == [broken[0]]
+
+
+@pytest.mark.parametrize("separator", ["\\t", "\t"])
+def test_a_tab_from_a_shell(separator: str, clip_data: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(clip_data, tmp_path / "data")
+    for path in data.glob("*.csv"):
+        path.write_text("".join("\t".join(line.rsplit(" ", 1)) + "\n" for line in path.read_text().splitlines()))
+    recipe = str(RECIPES / "k400_MVITv2_S_16x4_FT.yaml")
+    cfg = load_config(recipe, [*MVIT_FT, *clips(data), "DATA.PATH_LABEL_SEPARATOR", separator])
+    assert set(build_loader(cfg, "val").labels) == {0, 1, 2}
+
+
 def test_machines_that_the_config_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Learning rates scale by NUM_SHARDS, so that torchrun's machines must be those of the config."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
@@ -283,7 +328,7 @@ def test_bad_samples_in_training(image_data: Path, tmp_path: Path, capsys: pytes
     assert all(log.count(path) == 1 for path in broken)
     for _ in range(3):  # running again does not get past the limit
         capsys.readouterr()
-        assert main(["--cfg", PT, *opts, "0.01", "OUTPUT_DIR", str(tmp_path / "strict")]) == 2
+        assert main(["--cfg", PT, *opts, "0", "OUTPUT_DIR", str(tmp_path / "strict")]) == 2
         said = capsys.readouterr()
         assert "DATA.MAX_BAD_FRACTION" in said.out + said.err
         assert any(path in said.out + said.err for path in broken)

@@ -131,7 +131,7 @@ def read(case: dict[str, Any]) -> Any:
 
     from maskfeat.checkpoint.reading import read_checkpoint, trained_model
     from maskfeat.config import dump_config, load_config
-    from maskfeat.data.datasets.kinetics import read_video_list
+    from maskfeat.data.datasets.video_list import read_video_list
     from maskfeat.data.image_reader import READERS
     from maskfeat.data.video.decoder import decode_frames
 

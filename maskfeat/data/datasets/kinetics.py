@@ -1,6 +1,5 @@
 """Video data sets in the layout of Kinetics: a csv file per split lists the videos and their labels."""
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,89 +12,17 @@ from yacs.config import CfgNode
 from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.bad_samples import error_context, read_with_fallback
 from maskfeat.data.datasets.base import DatasetRequest, augmentation, num_views
+from maskfeat.data.datasets.video_list import check_some_exist, read_video_list
 from maskfeat.data.rng import SPAN_STREAM, draw_mask, sample_generator, seeded
 from maskfeat.data.sample import Sample, unreadable_sample
 from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform, ClipTransform
 from maskfeat.data.video import torchcodec_decoder
 from maskfeat.data.video.decoder import VideoInfo, decode_frames
 from maskfeat.data.video.temporal_sampling import clip_length, clip_span, frame_indices
-from maskfeat.errors import UserError
-from maskfeat.file_io import NotReadable, local_path, open_regular_file
 from maskfeat.masking import MaskSampler
-from maskfeat.registry import DatasetSpec, register
-
-VideoList = list[tuple[str, int]]
-
-MAX_LINE = 16_384
-"""Largest number of characters in a line; the longest path on Linux has 4,096 bytes."""
+from maskfeat.registry import DatasetSpec, objective_spec, register
 
 MODES = ("train", "val", "test")
-
-
-def read_video_list(csv_path: str | os.PathLike[str], separator: str = " ", prefix: str = "") -> VideoList:
-    """Read a list of videos, one `path label` per line.
-
-    Args:
-        csv_path: the list, a local path or one whose scheme has a handler (`file_io.path_manager`). Blank lines are
-            skipped.
-        separator: DATA.PATH_LABEL_SEPARATOR. The last one in a line separates the label, so that paths may contain it.
-        prefix: DATA.PATH_PREFIX, the folder that paths are relative to.
-
-    Returns:
-        [(path, label)] in the order of the file.
-
-    Raises:
-        UserError: the list does not exist or is empty, its scheme has no handler, a line cannot be parsed, or a path
-            is a URL or leaves `prefix`.
-    """
-    if not separator:
-        raise UserError("DATA.PATH_LABEL_SEPARATOR must not be empty")
-    videos: VideoList = []
-    for number, line in enumerate(_lines(csv_path), start=1):
-        if line.strip():
-            videos.append(_parse_line(line.strip(), f"{csv_path}, line {number}", separator, prefix))
-    if not videos:
-        raise UserError(f"the list of videos {csv_path} is empty: a line is 'path{separator}label'")
-    return videos
-
-
-def _lines(csv_path: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield the lines of a list, none longer than a path and a label can be."""
-    try:
-        with io.TextIOWrapper(open_regular_file(local_path(csv_path)), encoding="utf-8-sig") as file:
-            while line := file.readline(MAX_LINE + 1):
-                if len(line) > MAX_LINE:
-                    raise UserError(f"the list of videos {csv_path} has a line of more than {MAX_LINE} characters")
-                yield line
-    except NotReadable as error:
-        raise UserError(
-            f"the list of videos {csv_path} cannot be read ({error}): "
-            "DATA.PATH_TO_DATA_DIR must hold train.csv, val.csv and test.csv"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the list of videos {csv_path} is not UTF-8 text ({error})") from error
-
-
-def _parse_line(line: str, location: str, separator: str, prefix: str) -> tuple[str, int]:
-    path, found, label = line.rpartition(separator)
-    path, label = path.strip(), label.strip()
-    if not found or not path or not (label.isascii() and label.isdigit()):
-        raise UserError(
-            f"{location}: {line!r} is not 'path{separator}label' with a label of 0 or more "
-            f"(DATA.PATH_LABEL_SEPARATOR is {separator!r})"
-        )
-    if "://" in path or "\0" in path:
-        raise UserError(f"{location}: {path!r} is not a local file; download the videos first")
-    if prefix and os.path.isabs(path):
-        raise UserError(
-            f"{location}: {path!r} is absolute although DATA.PATH_PREFIX is {prefix!r}; make one of them empty"
-        )
-    if not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir:
-        raise UserError(f"{location}: {path!r} leaves DATA.PATH_PREFIX {prefix!r}, which is not allowed")
-    if len(label) > 18:
-        raise UserError(f"{location}: a label of {len(label)} digits")
-    # Without any `..`, which after a symbolic link would point elsewhere than it seems to.
-    return os.path.join(prefix, path if os.path.isabs(path) else os.path.normpath(path)), int(label)
 
 
 class VideoClips(Dataset[list[Sample]]):
@@ -106,7 +33,7 @@ class VideoClips(Dataset[list[Sample]]):
     crop.
 
     Args:
-        videos: [(path, label)], see `read_video_list`.
+        videos: [(path, label)], see `video_list.read_video_list`.
         transform: the augmentation, see `ClipTransform`.
         num_frames, sampling_rate, target_fps: a clip spans num_frames x sampling_rate frames at target_fps.
         seed: of all random draws.
@@ -259,7 +186,11 @@ def build_kinetics(cfg: CfgNode, request: DatasetRequest) -> VideoClips:
     """Return a split of DATA.PATH_TO_DATA_DIR, which holds train.csv, val.csv and test.csv."""
     data = cfg.DATA
     path = os.path.join(data.PATH_TO_DATA_DIR, f"{request.split}.csv")  # as text: a Path would turn s3:// into s3:/
-    return build_video_clips(cfg, request, read_video_list(path, data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX))
+    # Pre-training needs no labels, except where its training samples are shown plainly, to be told apart by a probe.
+    labelled = objective_spec(cfg).classifies or (request.split == "train" and not request.augmented)
+    videos = read_video_list(path, data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX, labelled)
+    check_some_exist(videos, path, data.PATH_PREFIX, data.PATH_TO_DATA_DIR)
+    return build_video_clips(cfg, request, videos)
 
 
 register(

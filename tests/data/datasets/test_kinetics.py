@@ -8,7 +8,8 @@ import torch
 
 from maskfeat.batch import SampleKey
 from maskfeat.data.datasets import kinetics
-from maskfeat.data.datasets.kinetics import VideoClips, read_video_list
+from maskfeat.data.datasets.kinetics import VideoClips
+from maskfeat.data.datasets.video_list import read_video_list
 from maskfeat.data.device_transforms import DeferredTransform
 from maskfeat.data.loader import Loader
 from maskfeat.data.sample import Sample
