@@ -14,6 +14,7 @@ _WORDS = {
     "float": "a number",
     "number": "a number",
     "str": "text",
+    "path": "a path",
     "precision": "False (off), True (fp16), bf16 or fp16",
     "inflation": "False, True (both center), center or average",
     "recomputation": "False, True or light",
@@ -50,7 +51,7 @@ def coerce(key: str, entry: Entry, kind: str, default: object) -> object:
     """
     of_key = kind
     try:
-        if kind == "str":
+        if kind in ("str", "path"):
             return _text(entry)
         value = decode(entry.value)
         if kind.endswith(" or None"):
@@ -172,6 +173,7 @@ _SCALARS: dict[str, Callable[[object], object]] = {
     "float": _float,
     "number": _number,
     "str": _str,
+    "path": _str,
     "precision": _precision,
     "inflation": _inflation,
     "recomputation": _recomputation,
