@@ -90,7 +90,8 @@ def _test(cfg: CfgNode) -> None:
     cfg.TEST.NUM_ENSEMBLE_VIEWS = 10  # clips per video, evenly spaced
     cfg.TEST.NUM_TEMPORAL_CLIPS = []  # numbers of clips per video to test in turn; [] = TEST.NUM_ENSEMBLE_VIEWS
     cfg.TEST.NUM_SPATIAL_CROPS = 3  # spatial crops per clip: 1 (centre) | 3
-    # JSON file of predictions in OUTPUT_DIR; the number of views is added to its name; "" = test_results.json
+    # JSON file of predictions in OUTPUT_DIR; the number of views is added to its name, and another suffix than .json
+    # replaced; "" = test_results.json
     cfg.TEST.SAVE_RESULTS_PATH = ""
 
 

@@ -6,6 +6,7 @@ an untrusted file can neither run code nor hang the program.
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,9 @@ MAX_NUMBER = 64
 """Characters of a number: YAML reads 1:1:1:... to the base of 60, in time that grows with its square."""
 
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
+_OTHER_BASE = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9_.]+(:[0-9_.]+)+")
+"""Numbers that YAML reads to the base of 8 or 60 although they look decimal: 010, 1:30. They are kept as text."""
+
 _NUMBERS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float")}
 _NAMES = {"tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}  # a date, or "=": text in a config
 _MERGE = "tag:yaml.org,2002:merge"
@@ -230,10 +234,10 @@ class _Reader:
         """Return the node as None, bool, int, float, str, list or dict."""
         self.check(node, depth)
         if isinstance(node, yaml.ScalarNode):
-            if node.tag in _NAMES:
-                return str(node.value)
             if node.tag in _NUMBERS and len(node.value) > MAX_NUMBER:
                 raise UserError(f"{self.where(node)}: a number has {MAX_NUMBER} characters at most")
+            if node.tag in _NAMES or (node.tag in _NUMBERS and _OTHER_BASE.fullmatch(node.value)):
+                return str(node.value)
             if node.tag in _PLAIN:
                 try:
                     return self.scalars.construct_object(node)

@@ -34,9 +34,15 @@ def _test_loaders(cfg: CfgNode, world: World, device: torch.device) -> dict[str,
 
 
 def _results_path(cfg: CfgNode, what: str) -> Path:
-    """TEST.SAVE_RESULTS_PATH, or test_results.json in OUTPUT_DIR; what was tested is put into the name."""
+    """TEST.SAVE_RESULTS_PATH, or test_results.json in OUTPUT_DIR; what was tested is put into the name.
+
+    PySlowFast pickles its results to a name such as results.pkl; ours are JSON, and their file says so.
+    """
     path = Path(cfg.OUTPUT_DIR) / (cfg.TEST.SAVE_RESULTS_PATH or "test_results.json")
-    return path.with_name(f"{path.stem}_{what}{path.suffix or '.json'}")
+    found = path.with_name(f"{path.stem}_{what}.json")
+    if path.suffix not in ("", ".json"):
+        logger.info("TEST.SAVE_RESULTS_PATH %s: results are JSON, written to %s", path, found)
+    return found
 
 
 def run_testing(
