@@ -1,9 +1,16 @@
 """Installs the `maskfeat` package: `pip install -e .` (add `[dev]` for the test tools)."""
 
+import os
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+# Where a frontend such as pip runs this file, it compares `python_requires` itself, and says so in one line.
+FRONTENDS = ("_PYPROJECT_HOOKS_BUILD_BACKEND", "PEP517_BUILD_BACKEND")
+if sys.version_info < (3, 10) and not any(name in os.environ for name in FRONTENDS):
+    sys.exit("maskfeat needs Python 3.10 or newer; this is Python " + sys.version.split()[0])
 
 ROOT = Path(__file__).resolve().parent
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "maskfeat" / "__init__.py").read_text(), re.M)

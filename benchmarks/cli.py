@@ -15,6 +15,7 @@ from benchmarks.reading import measure_decode, measure_images, measure_video
 from benchmarks.report import machine, machine_line, table, training_table, write_json
 from benchmarks.steps import measure_step
 from benchmarks.training import Training, measure_training
+from maskfeat.config.arguments import ConfigParser
 from maskfeat.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -58,9 +59,9 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """What to measure, then options, then overrides of the config."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = ConfigParser(add_help=False)
+    common.add_cfg("the YAML of a recipe (default: those that each is about)", required=False)
     add = common.add_argument
-    add("--cfg", metavar="FILE", help="the YAML of a recipe (default: those that each is about)")
     add("--data", metavar="DIR", help="real files in the recipe's layout (default: made for the while)")
     add("--batch", type=int, metavar="N", help="samples a batch (default: by measurement)")
     add("--files", type=int, metavar="N", help="files that are made without --data")
@@ -70,9 +71,9 @@ def parser() -> argparse.ArgumentParser:
     add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     add("--compile", action="store_true", help="ours with TRAIN.COMPILE True")
     add("--json", metavar="FILE", help="write everything here, too")
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the config, at the end")
+    common.add_overrides("overrides of the config")
     form = argparse.RawDescriptionHelpFormatter
-    found = argparse.ArgumentParser(description=DESCRIPTION, epilog=EXAMPLES, formatter_class=form)
+    found = ConfigParser(description=DESCRIPTION, epilog=EXAMPLES, formatter_class=form)
     commands = found.add_subparsers(dest="what", required=True, metavar="WHAT", title="what")
     for name, text in WHAT.items():
         commands.add_parser(name, parents=[common], help=text, description=text, epilog=EXAMPLES, formatter_class=form)

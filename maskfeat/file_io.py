@@ -4,6 +4,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from string import Template
 from typing import BinaryIO
 
 from iopath.common.file_io import PathManager
@@ -41,6 +42,35 @@ def local_path(path: str | os.PathLike[str]) -> str:
             "maskfeat.file_io.path_manager.register_handler, or give a local path"
         )
     return str(local)
+
+
+def expand_path(path: str) -> str:
+    """Return a path with ~, ~user, $VARIABLE and ${VARIABLE} replaced as a shell does; $$ stands for a dollar sign.
+
+    An address (with a scheme, such as https://) is returned unchanged: a config of someone else must not send what the
+    environment holds to a server.
+
+    Raises:
+        UserError: no such user or variable; its text is the cause and how to mend it.
+    """
+    if _SCHEME.match(path):
+        return path
+    home = os.path.expanduser(path)
+    if path.startswith("~") and home == path:
+        raise UserError(f"there is no home folder of {path.partition('/')[0]}; a folder of that name is ./{path}")
+    try:
+        return Template(home).substitute(os.environ)
+    except KeyError as error:
+        raise UserError(
+            f"the environment variable {error.args[0]} is not set: export it, or write $$ for a dollar sign"
+        ) from None
+    except ValueError:
+        raise UserError("a $ must be followed by the name of an environment variable; $$ is a dollar sign") from None
+
+
+def unexpanded_path(path: str) -> str:
+    """Return the text that `expand_path` turns into this path again."""
+    return path if _SCHEME.match(path) else path.replace("$", "$$")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ imported when they are first asked for. This module is below all of them, and be
 """
 
 import importlib
+import math
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,18 +36,46 @@ Check = Callable[[CfgNode], Iterable[str]]
 
 
 class Range(NamedTuple):
-    """A range in words, and its test."""
+    """The numbers from `low` to `high`.
 
-    words: str
-    holds: Callable[[float], bool]
+    Attributes:
+        above: whether `low` itself is outside.
+        below: whether `high` itself is outside.
+        note: added to the range in words.
+        too_high: what a larger number looks like and how to mend it, added to the message about one.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    note: str = ""
+    too_high: str = ""
+
+    @property
+    def words(self) -> str:
+        """The range in words, such as "between 0 and 1"."""
+        low, high = f"{self.low:.10g}", f"{self.high:.10g}"
+        if math.isinf(self.high):
+            words = f"{'above' if self.above else 'at least'} {low}"
+        elif self.above or self.below:
+            words = f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
+        else:
+            words = f"between {low} and {high}"
+        return words + self.note
+
+    def holds(self, value: float) -> bool:
+        """Return whether a number lies in the range."""
+        low = self.low < value if self.above else self.low <= value
+        return low and (value < self.high if self.below else value <= self.high)
 
 
-AT_LEAST_0 = Range("at least 0", lambda v: v >= 0)
-AT_LEAST_1 = Range("at least 1", lambda v: v >= 1)
-POSITIVE = Range("above 0", lambda v: v > 0)
-SHARE = Range("between 0 and 1", lambda v: 0 <= v <= 1)
-BELOW_1 = Range("at least 0 and below 1", lambda v: 0 <= v < 1)
-ABOVE_0_TO_1 = Range("above 0 and at most 1", lambda v: 0 < v <= 1)
+AT_LEAST_0 = Range(0)
+AT_LEAST_1 = Range(1)
+POSITIVE = Range(0, above=True)
+SHARE = Range(0, 1)
+BELOW_1 = Range(0, 1, below=True)
+ABOVE_0_TO_1 = Range(0, 1, above=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -278,6 +307,16 @@ def _in_one_line(error: Exception) -> str:
         return f"{text}; install it, or put its folder on PYTHONPATH"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {text} ({frame.filename}, line {frame.lineno})"
+
+
+def lookup(cfg: CfgNode, key: str) -> Any:
+    """Return the value of a full key; None for an inert key that was not given."""
+    node: Any = cfg
+    for part in key.split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            return None
+        node = node[part]
+    return node
 
 
 def objective_spec(cfg: CfgNode) -> ObjectiveSpec:

@@ -129,7 +129,7 @@ def test_commands_that_demos_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert installed == "maskfeat train --cfg quickstart/images_pt OUTPUT_DIR 'a b'"
     assert commands.program("evidence", "evidence.py") == ["maskfeat", "evidence"]
     shown, kept = (parse_args(shlex.split(command)[2:]) for command in (installed, expected))
-    assert load_config(shown.cfg, shown.opts) == load_config(kept.cfg, kept.opts)
+    assert load_config(*shown.cfg, shown.opts) == load_config(*kept.cfg, kept.opts)
 
 
 RECORD = (
@@ -155,7 +155,8 @@ def test_documented_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
         if self.prog == "maskfeat":
             return parsed
         if "cfg" in parsed:
-            load_config(parsed.cfg, parsed.opts)
+            for path in [parsed.cfg] if isinstance(parsed.cfg, str) else parsed.cfg:
+                load_config(path, parsed.opts)
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", check)

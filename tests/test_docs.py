@@ -101,7 +101,8 @@ def test_commands_parse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         parser_of("tools/quickstart.py").parse_args(arguments)
     elif tool == "tools/run_net.py":
         args = parse_args(arguments)
-        load_config(args.cfg, args.opts)
+        for path in args.cfg:
+            load_config(path, args.opts)
     elif "--cfg" in arguments:  # tools that take their own options first and overrides of a config after them
         parser = parser_of(tool)
         args = parser.parse_args(arguments)

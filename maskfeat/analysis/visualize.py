@@ -3,7 +3,6 @@
 Shape legend: B samples, T frames, H x W pixels, grid = output tokens ([T',] H', W'), F values per token.
 """
 
-import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from maskfeat.build import build_loader, build_objective
 from maskfeat.checkpoint.files import given_or_latest_checkpoint
 from maskfeat.checkpoint.reading import model_state
 from maskfeat.config import load_config
+from maskfeat.config.arguments import ConfigParser
 from maskfeat.errors import UserError, naming
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.mfm import LUMA, MFM
@@ -165,24 +165,21 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         argv: the command line; None = sys.argv.
         prog: name of the command in its help.
     """
-    parser = argparse.ArgumentParser(
+    parser = ConfigParser(
         prog=prog,
         description="Draw the predictions of a pre-trained checkpoint beside its inputs and targets: HOG (MaskFeat) or "
         "spectra (MFM).",
         epilog="The checkpoint is TEST.CHECKPOINT_FILE_PATH, or else the newest one in OUTPUT_DIR.",
     )
-    parser.add_argument(
-        "--cfg",
-        required=True,
-        metavar="RECIPE",
-        help="a pre-training recipe: path of a YAML file or name below configs/",
-    )
+    parser.add_cfg("a pre-training recipe: path of a YAML file or name below configs/")
     parser.add_argument("--output", metavar="PNG", help="default: hog_predictions.png or spectrum_predictions.png")
     parser.add_argument("--num", type=int, default=4, help="validation samples to draw (default: %(default)s)")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides")
+    parser.add_overrides("overrides")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        if args.num < 1:
+            raise UserError(f"--num must be at least 1; given {args.num}")
         found = drawing(load_config(args.cfg, args.opts), args.num)
         output = Path(args.output or found.name)
         figure = found.figure(Path(found.path).name)

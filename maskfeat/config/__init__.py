@@ -9,17 +9,20 @@ from yacs.config import CfgNode
 
 from maskfeat.config.coerce import coerce
 from maskfeat.config.defaults import KINDS
-from maskfeat.config.merge import merge_entries, override_entries
+from maskfeat.config.merge import expand_paths, merge_entries, override_entries
 from maskfeat.config.recipes import find_recipe
 from maskfeat.config.schema import Schema, get_defaults, schema
 from maskfeat.config.validate import validate
-from maskfeat.config.yaml_io import Entry, read_chain
+from maskfeat.config.yaml_io import WRITTEN, Entry, read_chain
 from maskfeat.errors import UserError, naming
-from maskfeat.file_io import replace_text
+from maskfeat.file_io import replace_text, unexpanded_path
+from maskfeat.registry import lookup
 
 __all__ = ["dump_config", "get_defaults", "load_config", "save_config", "validate"]
 
 logger = logging.getLogger("maskfeat.config")
+
+_NAMED = 3  # keys without effect that the warning about them names
 
 
 def load_config(
@@ -51,11 +54,24 @@ def load_config(
     counted = {key: Entry(value, None, "launch") for key, value in (started or {}).items() if cfg[key]}
     for entries in (counted, overrides):
         inert.update(dict.fromkeys(merge_entries(cfg, entries, allowed)))
+    expand_paths(cfg, [*layers, overrides], allowed)
     if inert:
-        logger.warning("Keys of other models, accepted and without effect here: %s", ", ".join(inert))
+        _name_inert(list(inert))
     validate(cfg)
     cfg.freeze()
     return cfg
+
+
+def _name_inert(keys: Sequence[str]) -> None:
+    count, first = len(keys), ", ".join(keys[:_NAMED])
+    logger.warning(
+        "%d key%s of PySlowFast's other models and tools, without effect here: %s%s",
+        count,
+        "" if count == 1 else "s",
+        first,
+        f" and {count - _NAMED} more" if count > _NAMED else "",
+    )
+    logger.debug("keys without effect: %s", ", ".join(keys))
 
 
 def _schema(layers: Sequence[Mapping[str, Entry]]) -> Schema:
@@ -73,7 +89,14 @@ def _schema(layers: Sequence[Mapping[str, Entry]]) -> Schema:
 
 def dump_config(cfg: CfgNode) -> str:
     """Return the whole config as YAML text, which `load_config` (and yacs) reads back to the same values."""
-    return str(cfg.dump(default_flow_style=None, sort_keys=True, width=100))
+    written = cfg.clone()
+    written.defrost()
+    for key, kind in schema(cfg.PLUGINS).rules.kinds.items():
+        if kind == "path":
+            *sections, name = key.split(".")
+            node = lookup(written, ".".join(sections)) if sections else written
+            node[name] = unexpanded_path(node[name])
+    return WRITTEN + str(written.dump(default_flow_style=None, sort_keys=True, width=100))
 
 
 def save_config(path: str | Path | None, opts: Sequence[object], cfg: CfgNode, output_dir: str | Path) -> None:

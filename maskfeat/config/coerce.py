@@ -1,6 +1,7 @@
 """Convert a value to the type of its key, as yacs does, but never with a loss of information."""
 
 import math
+import re
 from ast import literal_eval
 from collections.abc import Callable, Mapping
 
@@ -14,10 +15,14 @@ _WORDS = {
     "float": "a number",
     "number": "a number",
     "str": "text",
+    "path": "a path",
     "precision": "False (off), True (fp16), bf16 or fp16",
     "inflation": "False, True (both center), center or average",
     "recomputation": "False, True or light",
 }
+
+
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
 
 
 class _Mismatch(Exception):
@@ -50,7 +55,7 @@ def coerce(key: str, entry: Entry, kind: str, default: object) -> object:
     """
     of_key = kind
     try:
-        if kind == "str":
+        if kind in ("str", "path"):
             return _text(entry)
         value = decode(entry.value)
         if kind.endswith(" or None"):
@@ -59,8 +64,18 @@ def coerce(key: str, entry: Entry, kind: str, default: object) -> object:
             kind = kind.removesuffix(" or None")
         result = _convert(value, kind)
     except _Mismatch as error:
-        raise UserError(f"{entry.where}: {key} must be {_describe(of_key)}; given {entry.value!r}{error}") from None
+        hint = " (a leading 0 means octal in YAML: leave it out)" if _has_leading_zero(entry.value) else ""
+        raise UserError(
+            f"{entry.where}: {key} must be {_describe(of_key)}; given {entry.value!r}{error}{hint}"
+        ) from None
     return tuple(result) if isinstance(default, tuple) and isinstance(result, list) else result
+
+
+def _has_leading_zero(value: object) -> bool:
+    """Return whether a value is, or a list of it holds, a whole number with a leading 0."""
+    if isinstance(value, list | tuple):
+        return any(map(_has_leading_zero, value))
+    return isinstance(value, str) and any(map(_LEADING_ZERO.fullmatch, re.split(r"[\[\](),\s]+", value)))
 
 
 def decode(value: object) -> object:
@@ -172,6 +187,7 @@ _SCALARS: dict[str, Callable[[object], object]] = {
     "float": _float,
     "number": _number,
     "str": _str,
+    "path": _str,
     "precision": _precision,
     "inflation": _inflation,
     "recomputation": _recomputation,

@@ -93,7 +93,8 @@ def _test(cfg: CfgNode) -> None:
     cfg.TEST.NUM_ENSEMBLE_VIEWS = 10  # clips per video, evenly spaced
     cfg.TEST.NUM_TEMPORAL_CLIPS = []  # numbers of clips per video to test in turn; [] = TEST.NUM_ENSEMBLE_VIEWS
     cfg.TEST.NUM_SPATIAL_CROPS = 3  # spatial crops per clip: 1 (centre) | 3
-    # JSON file of predictions in OUTPUT_DIR; the number of views is added to its name; "" = test_results.json
+    # JSON file of predictions in OUTPUT_DIR; the number of views is added to its name, and another suffix than .json
+    # replaced; "" = test_results.json
     cfg.TEST.SAVE_RESULTS_PATH = ""
 
 
@@ -113,7 +114,8 @@ def _data(cfg: CfgNode) -> None:
     cfg.DATA.INPUT_CHANNEL_NUM = [3]  # only [3]: one pathway of colour images
     cfg.DATA.TRAIN_CROP_SIZE = 224  # side of the training crop in pixels
     cfg.DATA.TEST_CROP_SIZE = 256  # side of the test crop in pixels
-    cfg.DATA.TEST_SHORT_SIDE = 0  # ours: short side of images before the crop; 0 = 256/224 of DATA.TEST_CROP_SIZE
+    cfg.DATA.IN_VAL_CROP_RATIO = 0.875  # images in evaluation: crop size over their short side before the crop
+    cfg.DATA.TEST_SHORT_SIDE = 0  # ours: that short side in pixels; 0 = DATA.TEST_CROP_SIZE / DATA.IN_VAL_CROP_RATIO
     cfg.DATA.TEST_INTERPOLATION = "bicubic"  # ours: resizing of images in evaluation
     cfg.DATA.TRAIN_JITTER_SCALES = [256, 320]  # range of the short side in pixels; used where the next key is []
     cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE = []  # [low, high]: area of a crop relative to the image
@@ -191,9 +193,17 @@ def _solver(cfg: CfgNode) -> None:
     cfg.SOLVER.CLIP_GRAD_L2NORM = None  # clip the L2 norm of the gradient; None = no clipping
 
 
-# The type of keys whose default does not show it. The others have the type of their default.
+# The type of keys whose default does not show it. The others have the type of their default. In a "path", ~ and
+# $VARIABLE are expanded.
 KINDS: dict[str, str] = {
     "PLUGINS": "list[str]",
+    "OUTPUT_DIR": "path",
+    "TENSORBOARD.LOG_DIR": "path",
+    "TRAIN.CHECKPOINT_FILE_PATH": "path",
+    "TEST.CHECKPOINT_FILE_PATH": "path",
+    "TEST.SAVE_RESULTS_PATH": "path",
+    "DATA.PATH_TO_DATA_DIR": "path",
+    "DATA.PATH_PREFIX": "path",
     "TRAIN.MIXED_PRECISION": "precision",
     "TEST.MIXED_PRECISION": "precision",
     "TRAIN.CHECKPOINT_INFLATE": "inflation",
@@ -249,7 +259,6 @@ INERT_KEYS = (
     "DATA.IN22K_TRAINVAL",
     "DATA.IN22k_VAL_IN1K",
     "DATA.INV_UNIFORM_SAMPLE",
-    "DATA.IN_VAL_CROP_RATIO",
     "DATA.LOADER_CHUNK_OVERALL_SIZE",
     "DATA.LOADER_CHUNK_SIZE",
     "DATA.MULTI_LABEL",

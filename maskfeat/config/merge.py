@@ -2,29 +2,36 @@
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from yacs.config import CfgNode
 
 from maskfeat.config.coerce import coerce, plain
 from maskfeat.config.defaults import INERT_KEYS, INERT_SECTIONS
-from maskfeat.config.schema import Schema, is_inert
+from maskfeat.config.schema import Schema, is_inert, schema
 from maskfeat.config.yaml_io import Entry
 from maskfeat.errors import UserError
+from maskfeat.file_io import expand_path
+from maskfeat.registry import lookup
+
+_KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
+_NOTHING = object()
 
 
-def merge_entries(cfg: CfgNode, entries: Mapping[str, Entry], schema: Schema) -> list[str]:
+def merge_entries(cfg: CfgNode, entries: Mapping[str, Entry], allowed: Schema) -> list[str]:
     """Write entries into `cfg` and return the inert keys among them that do not come from a shipped recipe.
 
     Args:
         cfg: changed in place.
         entries: full key -> value as given.
-        schema: every effective key, its kind and its default.
+        allowed: every effective key, its kind and its default.
 
     Raises:
         UserError: an unknown key (names the nearest known one), or a value of the wrong type.
     """
-    known, kinds = schema.known, schema.rules.kinds
+    known, kinds = allowed.known, allowed.rules.kinds
     sections = {key.rsplit(".", 1)[0] for key in known if "." in key} | set(INERT_SECTIONS)
     inert = []
     for key, entry in entries.items():
@@ -42,24 +49,58 @@ def merge_entries(cfg: CfgNode, entries: Mapping[str, Entry], schema: Schema) ->
     return inert
 
 
-def override_entries(opts: Sequence[object]) -> dict[str, Entry]:
-    """Return a flat list KEY VALUE KEY VALUE ... as entries. Values may be text or Python objects.
+def expand_paths(cfg: CfgNode, layers: Sequence[Mapping[str, Entry]], allowed: Schema) -> None:
+    """Expand ~ and $VARIABLE in the paths of `cfg` that these layers gave. Values that were overridden are not seen.
 
     Raises:
-        UserError: an odd number of items, or a key that is not text.
+        UserError: an unknown user or variable; names the key.
+    """
+    given = {key: entry for entries in layers for key, entry in entries.items()}
+    for key, entry in given.items():
+        if allowed.rules.kinds.get(key) == "path":
+            path = lookup(cfg, key)
+            try:
+                _set(cfg, key, expand_path(path), entry)
+            except UserError as error:
+                raise UserError(f"{entry.where}: {key} {path!r}: {error}") from None
+
+
+def is_override(word: str) -> bool:
+    """Return whether a word of a command line is KEY or KEY=VALUE."""
+    return _KEY.fullmatch(word.partition("=")[0]) is not None
+
+
+def override_entries(opts: Sequence[object]) -> dict[str, Entry]:
+    """Return overrides as entries: KEY VALUE, or KEY=VALUE in one text. Values may be text or Python objects.
+
+    Raises:
+        UserError: a word that is no key, or a key without a value; names it.
     """
     if isinstance(opts, str):
         raise UserError(f"overrides must be a list [KEY, VALUE, ...]; given the text {opts!r}")
-    if len(opts) % 2:
-        hint = "; write KEY VALUE, not KEY=VALUE" if any("=" in str(o) for o in opts[::2]) else ""
-        raise UserError(f"overrides must come in pairs KEY VALUE; given {len(opts)} items: {list(opts)!r}{hint}")
-    entries = {}
-    for key, value in zip(opts[::2], opts[1::2], strict=True):
-        if not isinstance(key, str):
-            raise UserError(f"overrides must come in pairs KEY VALUE; {key!r} is not a key")
+    entries: dict[str, Entry] = {}
+    words = iter(opts)
+    after = ""
+    for word in words:
+        if not isinstance(word, str) or not is_override(word):
+            raise UserError(
+                f"overrides are KEY VALUE or KEY=VALUE, and {word!r}{after} is not a key; a value with spaces is quoted"
+            )
+        key, equals, text = word.partition("=")
+        value: object = text if equals else next(words, _NOTHING)
+        if value is _NOTHING or (not equals and isinstance(value, str) and value in _keys()):
+            follows = "" if value is _NOTHING else f": the next word is the key {value}"
+            raise UserError(f"overrides are KEY VALUE or KEY=VALUE, and {key} has no value{follows}")
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        entries.pop(key, None)  # the last one wins, and stands where it is given
         entries[key] = Entry(value, value if isinstance(value, str) else None, "command line")
+        after = f" (after {key} {value})"
     return entries
+
+
+@cache
+def _keys() -> frozenset[str]:
+    return frozenset(schema().known)
 
 
 def _set(cfg: CfgNode, key: str, value: object, entry: Entry) -> None:

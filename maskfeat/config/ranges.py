@@ -5,11 +5,10 @@ The tables are for the keys of `defaults`; the specs of objectives, backbones an
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from yacs.config import CfgNode
 
-from maskfeat.registry import ABOVE_0_TO_1, AT_LEAST_0, AT_LEAST_1, BELOW_1, POSITIVE, SHARE, Range, Rules, load
+from maskfeat.registry import ABOVE_0_TO_1, BELOW_1, SHARE, Range, Rules, load, lookup
 
 _RANDAUGMENT = re.compile(r"rand(-[a-z]+[0-9.]*)*|ra_\d+_\d+")
 _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
@@ -30,40 +29,79 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "MODEL.HEAD_ACT": ("softmax",),
     "SOLVER.OPTIMIZING_METHOD": ("sgd", "adamw"),
     "SOLVER.LR_POLICY": ("cosine", "steps_with_relative_lrs"),
-    # Without effect here, but the same YAML would train another model elsewhere if they were True.
+    # Not read here. With another value the same YAML would train or test another model elsewhere.
+    "DATA.COLOR_RND_GRAYSCALE": (0.0,),
+    "DATA.DUMMY_LOAD": (False,),
+    "DATA.ENSEMBLE_METHOD": ("sum",),
+    "DATA.IN22K_TRAINVAL": (False,),
+    "DATA.IN22k_VAL_IN1K": ("",),
+    "DATA.INV_UNIFORM_SAMPLE": (False,),
+    "DATA.LOADER_CHUNK_SIZE": (0,),
+    "DATA.MULTI_LABEL": (False,),
+    "DATA.REVERSE_INPUT_CHANNEL": (False,),
+    "DATA.SKIP_ROWS": (0,),
+    "DATA.SSL_COLOR_JITTER": (False,),
+    "DATA.SSL_MOCOV2_AUG": (False,),
+    "DATA.TIME_DIFF_PROB": (0.0,),
+    "DATA.TRAIN_CROP_NUM_SPATIAL": (1,),
+    "DATA.TRAIN_CROP_NUM_TEMPORAL": (1,),
+    "DATA.TRAIN_JITTER_FPS": (0.0,),
+    "DATA.TRAIN_JITTER_MOTION_SHIFT": (False,),
+    "DETECTION.ENABLE": (False,),
+    "MODEL.DETACH_FINAL_FC": (False,),
+    "MODEL.FP16_ALLREDUCE": (False,),
+    "MODEL.FROZEN_BN": (False,),
+    "MULTIGRID.LONG_CYCLE": (False,),
+    "MULTIGRID.SHORT_CYCLE": (False,),
     "SOLVER.LARS_ON": (False,),
+    "TRAIN.CHECKPOINT_IN_INIT": (False,),
 }
-"""The values that a key may have. A choice of one is a feature of PySlowFast that is not supported here."""
+"""The values that a key may have. A choice of one is a feature of PySlowFast that is not supported here: where the key
+changes results there, no other value is accepted, whether the key is read here or not."""
 
 
-_POSITIVE_OR_NONE = Range("above 0 (None = no clipping)", lambda v: v > 0)
+_CLIP = Range(0, 1e6, above=True, note=" (None = no clipping)")
+_UNIT = "; pixels are in [0, 1] here: values of pixels in 0 .. 255 must be divided by 255"
+_COUNT_MAX = 1_000_000
+_SIDE_MAX = 16_384
+_RATE_MAX = 10.0
+_WEEK = 7 * 24 * 60.0
 
+# Both bounds of every number. The upper ones are far above what a run uses, and catch a wrong unit or a digit too many.
 RANGES: dict[str, Range] = {
-    **dict.fromkeys(("RNG_SEED", "NUM_GPUS", "SHARD_ID", "DATA_LOADER.NUM_WORKERS"), AT_LEAST_0),
-    **dict.fromkeys(("NUM_SHARDS", "LOG_PERIOD", "TRAIN.MAX_SKIPPED_STEPS"), AT_LEAST_1),
-    **dict.fromkeys(("TRAIN.EVAL_PERIOD", "TRAIN.MICRO_BATCH_SIZE", "DATA.TEST_SHORT_SIDE"), AT_LEAST_0),
-    **dict.fromkeys(("HANG_MINUTES", "TRAIN.CHECKPOINT_MINUTES", "TRAIN.KEEP_CHECKPOINTS"), AT_LEAST_0),
+    "RNG_SEED": Range(0, 2**32 - 1),
+    "SHARD_ID": Range(0, 99_999),
+    "NUM_SHARDS": Range(1, 100_000),
+    **dict.fromkeys(("NUM_GPUS", "DATA_LOADER.NUM_WORKERS"), Range(0, 1024)),
+    **dict.fromkeys(("TRAIN.EVAL_PERIOD", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.MICRO_BATCH_SIZE"), Range(0, _COUNT_MAX)),
+    **dict.fromkeys(("LOG_PERIOD", "TRAIN.MAX_SKIPPED_STEPS", "TRAIN.CHECKPOINT_PERIOD"), Range(1, _COUNT_MAX)),
+    **dict.fromkeys(("HANG_MINUTES", "TRAIN.CHECKPOINT_MINUTES"), Range(0, _WEEK)),
+    **dict.fromkeys(("TRAIN.BATCH_SIZE", "TEST.BATCH_SIZE", "SOLVER.MAX_EPOCH"), Range(1, _COUNT_MAX)),
     "TRAIN.EMA": BELOW_1,
-    **dict.fromkeys(("TRAIN.BATCH_SIZE", "TEST.BATCH_SIZE", "TRAIN.CHECKPOINT_PERIOD"), AT_LEAST_1),
-    **dict.fromkeys(("TEST.NUM_ENSEMBLE_VIEWS", "TEST.NUM_TEMPORAL_CLIPS"), AT_LEAST_1),
-    **dict.fromkeys(("DATA.NUM_FRAMES", "DATA.SAMPLING_RATE", "DATA.TARGET_FPS"), AT_LEAST_1),
-    **dict.fromkeys(("DATA.TRAIN_CROP_SIZE", "DATA.TEST_CROP_SIZE", "DATA.TRAIN_JITTER_SCALES"), AT_LEAST_1),
-    **dict.fromkeys(("DATA.STD", "DATA.TRAIN_JITTER_ASPECT_RELATIVE"), POSITIVE),
+    **dict.fromkeys(("TEST.NUM_ENSEMBLE_VIEWS", "TEST.NUM_TEMPORAL_CLIPS", "DATA.TARGET_FPS"), Range(1, 1000)),
+    **dict.fromkeys(("DATA.NUM_FRAMES", "DATA.SAMPLING_RATE"), Range(1, 10_000)),
+    **dict.fromkeys(("DATA.TRAIN_CROP_SIZE", "DATA.TEST_CROP_SIZE", "DATA.TRAIN_JITTER_SCALES"), Range(1, _SIDE_MAX)),
+    "DATA.TEST_SHORT_SIDE": Range(0, _SIDE_MAX),
+    "DATA.MEAN": Range(0, 1, too_high=_UNIT),
+    "DATA.STD": Range(0.01, 1, too_high=_UNIT),
     "DATA.TRAIN_JITTER_SCALES_RELATIVE": ABOVE_0_TO_1,
+    "DATA.TRAIN_JITTER_ASPECT_RELATIVE": Range(0.05, 20),
+    "DATA.IN_VAL_CROP_RATIO": Range(0.1, 1),
     "DATA.MAX_BAD_FRACTION": SHARE,
-    **dict.fromkeys(("AUG.NUM_SAMPLE", "AUG.REPEATS", "AUG.RE_COUNT", "AUG.MASK_WINDOW_SIZE"), AT_LEAST_1),
+    **dict.fromkeys(("AUG.NUM_SAMPLE", "AUG.REPEATS", "AUG.RE_COUNT", "AUG.MASK_WINDOW_SIZE"), Range(1, 1000)),
     **dict.fromkeys(("AUG.RE_PROB", "AUG.MASK_RATIO"), SHARE),
-    "AUG.COLOR_JITTER": AT_LEAST_0,
-    "AUG.MAX_MASK_PATCHES_PER_BLOCK": AT_LEAST_1,
+    "AUG.COLOR_JITTER": Range(0, 2),
+    "AUG.MAX_MASK_PATCHES_PER_BLOCK": Range(1, _COUNT_MAX),
     "MODEL.DROPOUT_RATE": BELOW_1,
-    "MODEL.NUM_CLASSES": AT_LEAST_1,
-    **dict.fromkeys(("SOLVER.BASE_LR", "SOLVER.COSINE_END_LR", "SOLVER.WARMUP_START_LR"), AT_LEAST_0),
-    **dict.fromkeys(("SOLVER.WARMUP_EPOCHS", "SOLVER.WEIGHT_DECAY", "SOLVER.LRS", "SOLVER.STEPS"), AT_LEAST_0),
+    "MODEL.NUM_CLASSES": Range(1, _COUNT_MAX),
+    **dict.fromkeys(("SOLVER.BASE_LR", "SOLVER.COSINE_END_LR", "SOLVER.WARMUP_START_LR"), Range(0, _RATE_MAX)),
+    **dict.fromkeys(("SOLVER.WARMUP_EPOCHS", "SOLVER.STEPS"), Range(0, _COUNT_MAX)),
+    "SOLVER.LRS": Range(0, 100),
+    "SOLVER.WEIGHT_DECAY": SHARE,
     **dict.fromkeys(("SOLVER.MOMENTUM", "SOLVER.BETAS"), BELOW_1),
     "SOLVER.DAMPENING": SHARE,
     "SOLVER.LAYER_DECAY": ABOVE_0_TO_1,
-    "SOLVER.MAX_EPOCH": AT_LEAST_1,
-    **dict.fromkeys(("SOLVER.CLIP_GRAD_VAL", "SOLVER.CLIP_GRAD_L2NORM"), _POSITIVE_OR_NONE),
+    **dict.fromkeys(("SOLVER.CLIP_GRAD_VAL", "SOLVER.CLIP_GRAD_L2NORM"), _CLIP),
 }
 """The range of a number, or of every number of a list."""
 
@@ -84,16 +122,6 @@ _ASCENDING = (
 )
 
 
-def lookup(cfg: CfgNode, key: str) -> Any:
-    """Return the value of a full key; None for an inert key that was not given."""
-    node: Any = cfg
-    for part in key.split("."):
-        if not isinstance(node, CfgNode) or part not in node:
-            return None
-        node = node[part]
-    return node
-
-
 def check_single_keys(cfg: CfgNode, rules: Rules) -> Iterator[str]:
     """Yield one message for each invalid value: key, given value, expected values."""
     yield from _choices(cfg, rules)
@@ -106,7 +134,8 @@ def check_single_keys(cfg: CfgNode, rules: Rules) -> Iterator[str]:
         value = lookup(cfg, key)
         numbers = value if isinstance(value, list | tuple) else [] if value is None else [value]
         if not all(bounds.holds(number) for number in numbers):
-            yield f"{key} must be {bounds.words}; given {value!r}"
+            hint = bounds.too_high if any(number > bounds.high for number in numbers) else ""
+            yield f"{key} must be {bounds.words}; given {value!r}{hint}"
     for key in _ASCENDING:
         value = lookup(cfg, key)
         if isinstance(value, list) and value != sorted(value):

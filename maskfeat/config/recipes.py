@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from maskfeat.errors import UserError
-from maskfeat.file_io import local_path
+from maskfeat.file_io import expand_path, local_path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -49,7 +49,10 @@ def find_recipe(name: str | os.PathLike[str]) -> Path:
     Raises:
         UserError: there is neither a file nor a recipe; the message lists the nearest recipes.
     """
-    path = os.path.expanduser(local_path(name))
+    try:
+        path = local_path(expand_path(os.fspath(name)))
+    except UserError as error:
+        raise UserError(f"config file {os.fspath(name)}: {error}") from None
     if os.path.isfile(path):
         return Path(path)
     shipped = shipped_file(name)

@@ -9,9 +9,9 @@ from yacs.config import CfgNode
 
 from maskfeat.config.coerce import is_kind
 from maskfeat.config.defaults import INERT_KEYS, INERT_SECTIONS, KINDS, shared_defaults
-from maskfeat.config.ranges import CHOICES, LENGTHS, RANGES, lookup
+from maskfeat.config.ranges import CHOICES, LENGTHS, RANGES
 from maskfeat.errors import UserError
-from maskfeat.registry import Registered, Rules, Spec, load
+from maskfeat.registry import Registered, Rules, Spec, load, lookup
 
 V = TypeVar("V")
 

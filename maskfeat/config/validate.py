@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator
 
 from yacs.config import CfgNode
 
-from maskfeat.config.ranges import check_single_keys, lookup
+from maskfeat.config.ranges import check_single_keys
 from maskfeat.config.schema import schema
 from maskfeat.errors import UserError
-from maskfeat.registry import Registered, backbone_spec, datasets_in_use, load, objective_spec
+from maskfeat.registry import Registered, backbone_spec, datasets_in_use, load, lookup, objective_spec
 
 
 def validate(cfg: CfgNode) -> None:

@@ -6,6 +6,7 @@ an untrusted file can neither run code nor hang the program.
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,14 @@ import yaml
 
 from maskfeat.config.recipes import CONFIG_ROOT, find_recipe, shipped_file
 from maskfeat.errors import UserError
+from maskfeat.file_io import expand_path
 
 logger = logging.getLogger("maskfeat.config")
 
 BASE_KEY = "_BASE_"
+
+WRITTEN = "# The resolved config of a run, written by maskfeat.\n"
+"""The first line of a config that the program wrote itself: the user was told of its inert keys when it ran."""
 
 MAX_BYTES = 1_000_000
 MAX_EVENTS = 10_000
@@ -30,6 +35,9 @@ MAX_NUMBER = 64
 """Characters of a number: YAML reads 1:1:1:... to the base of 60, in time that grows with its square."""
 
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str")}
+_OTHER_BASE = re.compile(r"[-+]?0[0-9_]+|[-+]?[0-9_.]+(:[0-9_.]+)+")
+"""Numbers that YAML reads to the base of 8 or 60 although they look decimal: 010, 1:30. They are kept as text."""
+
 _NUMBERS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float")}
 _NAMES = {"tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value"}  # a date, or "=": text in a config
 _MERGE = "tag:yaml.org,2002:merge"
@@ -43,18 +51,13 @@ class Entry:
         value: plain Python (None, bool, int, float, str, list, dict), or any object given in code.
         text: the characters of a scalar, before YAML turned them into a number or a date; None for a list.
         where: file and line, or "command line", for messages.
-        file: the YAML file that has it; None for an override.
+        shipped: whether it comes from one of the project's own YAML files, or from one that a run wrote.
     """
 
     value: object
     text: str | None
     where: str
-    file: Path | None = None
-
-    @property
-    def shipped(self) -> bool:
-        """Whether it comes from one of the project's own YAML files."""
-        return self.file is not None and self.file.is_relative_to(CONFIG_ROOT)
+    shipped: bool = False
 
 
 Tree = dict[str, "Tree | Entry"]
@@ -96,9 +99,13 @@ def _base_path(base: Entry, file: Path, roots: tuple[Path, ...]) -> Path:
     if not isinstance(base.value, str) or not base.value or "://" in base.value:
         raise UserError(f"{rule}; given {base.value!r}")
     try:
-        found = (file.parent / base.value).resolve()
+        name = expand_path(base.value)
+    except UserError as error:
+        raise UserError(f"{base.where}: {BASE_KEY} {base.value!r}: {error}") from None
+    try:
+        found = (file.parent / name).resolve()
         if not found.is_file():
-            found = shipped_file(base.value) or found
+            found = shipped_file(name) or found
     except (OSError, ValueError) as error:
         raise UserError(f"{rule}; given {base.value[:200]!r}") from error
     if not any(found.is_relative_to(root) for root in roots):
@@ -138,7 +145,8 @@ def parse_entries(text: str, path: Path) -> dict[str, Entry]:
         return {}
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"config file {path} must hold sections and keys (a YAML mapping); it holds a {_word(node)}")
-    return _flatten(_Reader(path).mapping(node, ""), path)
+    shipped = path.is_relative_to(CONFIG_ROOT) or text.startswith(WRITTEN)
+    return _flatten(_Reader(path, shipped).mapping(node, ""), path)
 
 
 def _check_size(text: str, path: Path) -> None:
@@ -161,8 +169,8 @@ def _check_size(text: str, path: Path) -> None:
 class _Reader:
     """Convert the YAML nodes of one file to a tree of entries, and count them, since aliases repeat nodes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, shipped: bool) -> None:
+        self.path, self.shipped = path, shipped
         self.scalars = yaml.SafeLoader("")
         self.count = 0
 
@@ -220,16 +228,16 @@ class _Reader:
 
     def leaf(self, node: yaml.Node, key_node: yaml.Node, depth: int) -> Entry:
         text = node.value if isinstance(node, yaml.ScalarNode) else None
-        return Entry(self.plain(node, depth), text, self.where(key_node), self.path)
+        return Entry(self.plain(node, depth), text, self.where(key_node), self.shipped)
 
     def plain(self, node: yaml.Node, depth: int) -> object:
         """Return the node as None, bool, int, float, str, list or dict."""
         self.check(node, depth)
         if isinstance(node, yaml.ScalarNode):
-            if node.tag in _NAMES:
-                return str(node.value)
             if node.tag in _NUMBERS and len(node.value) > MAX_NUMBER:
                 raise UserError(f"{self.where(node)}: a number has {MAX_NUMBER} characters at most")
+            if node.tag in _NAMES or (node.tag in _NUMBERS and _OTHER_BASE.fullmatch(node.value)):
+                return str(node.value)
             if node.tag in _PLAIN:
                 try:
                     return self.scalars.construct_object(node)

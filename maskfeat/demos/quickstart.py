@@ -3,7 +3,6 @@
 Everything is written to one folder. Each stage logs the command that a user would type for it.
 """
 
-import argparse
 import logging
 import math
 import shutil
@@ -18,6 +17,7 @@ from maskfeat.analysis.pictures import hog_figure, spectrum_figure
 from maskfeat.analysis.visualize import Drawing, drawing
 from maskfeat.checkpoint.files import find_checkpoints
 from maskfeat.config import load_config
+from maskfeat.config.arguments import ConfigParser
 from maskfeat.config.recipes import CONFIG_ROOT
 from maskfeat.demos.commands import train_command
 from maskfeat.demos.synthetic import make_clips, make_images
@@ -204,7 +204,7 @@ def verdict(tuned: Outcome, scratch: Outcome) -> str:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the quickstart; return the exit code. `prog` is the name of the command in its help."""
-    parser = argparse.ArgumentParser(
+    parser = ConfigParser(
         prog=prog,
         description="Make a small data set; pre-train, fine-tune and test a ViT on images, an MViTv2 on clips "
         "(MaskFeat) and a ResNet on images (MFM); print a table; draw hog_predictions.png and spectrum_predictions.png."
@@ -214,9 +214,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--output", default="quickstart", metavar="DIR", help="folder of data and runs (default: %(default)s)"
     )
     parser.add_argument("--fresh", action="store_true", help="start over: delete the runs of an earlier quickstart")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for every run, such as NUM_GPUS 1"
-    )
+    parser.add_overrides("overrides for every run, such as NUM_GPUS 1")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     root = Path(args.output)

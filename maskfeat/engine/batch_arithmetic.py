@@ -16,6 +16,9 @@ from maskfeat.config import load_config
 from maskfeat.errors import UserError
 from maskfeat.optim.schedule import lr_at_epoch
 
+FEW_STEPS = 10
+"""Steps of the recipe that an epoch must have at least for its rates to say anything about another set."""
+
 _SAME = 1e-9  # relative tolerance for learning rates that were rounded in YAMLs and overrides
 
 
@@ -51,6 +54,36 @@ class StepSize:
     def forward(self) -> int:
         """Samples per forward pass of one process, at most: what its memory has to hold."""
         return min(self.micro or self.share, self.share)
+
+    @property
+    def smallest(self) -> int:
+        """Samples of the smallest forward pass of one process: the rest that full micro-batches leave, or all."""
+        return self.share % self.forward or self.forward
+
+
+def check_batch_norm(step: StepSize, positions: int) -> None:
+    """Check that batch norm has more than one value a channel in every forward pass of training.
+
+    Args:
+        step: of the run. The last batch of an epoch is not smaller: what does not fill one is left out.
+        positions: of one sample in the last feature map.
+
+    Raises:
+        UserError: it has one value, of which there is no variance.
+    """
+    if step.smallest * positions > 1:
+        return
+    process = f"a process has {_count(step.share, 'sample')} a step (TRAIN.BATCH_SIZE {step.batch}, NUM_GPUS)"
+    if step.forward < step.share:
+        process += f" in micro-batches of {step.micro}, the last of which has 1"
+        micro = min(n for n in range(2, step.share + 1) if step.share % n != 1)
+        mend = f"set TRAIN.MICRO_BATCH_SIZE {micro}" if step.share > 2 else "set TRAIN.MICRO_BATCH_SIZE 0"
+    else:
+        mend = f"set TRAIN.BATCH_SIZE {2 * step.processes} or more, or fewer NUM_GPUS"
+    raise UserError(
+        f"batch norm needs more than one value a channel in training, but {process}, and the last feature map of a "
+        f"sample is 1 x 1: {mend}, or a larger DATA.TRAIN_CROP_SIZE"
+    )
 
 
 def step_size(cfg: CfgNode, processes: int | None = None) -> StepSize:
@@ -148,10 +181,17 @@ def describe(cfg: CfgNode, step: StepSize, steps: int) -> str:
     return f"{line}; {_count(cfg.SOLVER.MAX_EPOCH, 'epoch')} of {_count(steps, 'step')}"
 
 
-def compare(cfg: CfgNode, step: StepSize, recipe: CfgNode, name: str) -> Iterator[str]:
+def compare(cfg: CfgNode, step: StepSize, recipe: CfgNode, name: str, steps: int | None = None) -> Iterator[str]:
     """Yield lines on how a run differs from its recipe, and on the overrides that restore it; none where it does not.
 
     A larger forward pass alone counts as a difference unless TRAIN.MICRO_BATCH_SIZE was set.
+
+    Args:
+        cfg, step: of the run.
+        recipe: the config of the recipe.
+        name: of the recipe, for the lines.
+        steps: of the run's epochs. Where an epoch has fewer than `FEW_STEPS` steps of the recipe, no overrides are
+            suggested. None = it has more.
     """
     theirs = step_size(recipe)
     rates = rate_overrides(cfg, recipe)
@@ -163,8 +203,15 @@ def compare(cfg: CfgNode, step: StepSize, recipe: CfgNode, name: str) -> Iterato
     if step.forward > theirs.forward:
         was.append(f"{theirs.forward} at once in a process")
         now.append(str(step.forward))
-    batch = batch_overrides(step, theirs)
     line = f"{name} as it stands: {', '.join(was)}; this run: {', '.join(now)}"
+    samples = None if steps is None else steps * step.samples
+    if samples is not None and samples < FEW_STEPS * theirs.samples:
+        yield (
+            f"{line}. An epoch has {samples} samples here, too few for steps of {theirs.samples}: neither the recipe's "
+            "step nor its rates, scaled or not, are meant for this set; try some SOLVER.BASE_LR and SOLVER.MAX_EPOCH"
+        )
+        return
+    batch = batch_overrides(step, theirs)
     if batch is None:
         ranks = f"{step.machines} x {step.processes} processes"
         yield f"{line}. {theirs.samples} samples cannot be shared evenly by {ranks}"

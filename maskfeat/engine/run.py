@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
+from maskfeat.config.arguments import ConfigParser
 from maskfeat.data.loader import BatchLoader
 from maskfeat.distributed.launch import check_devices, launch, read_launch_environment
 from maskfeat.distributed.world import World
@@ -33,9 +34,15 @@ def _test_loaders(cfg: CfgNode, world: World, device: torch.device) -> dict[str,
 
 
 def _results_path(cfg: CfgNode, what: str) -> Path:
-    """TEST.SAVE_RESULTS_PATH, or test_results.json in OUTPUT_DIR; what was tested is put into the name."""
+    """TEST.SAVE_RESULTS_PATH, or test_results.json in OUTPUT_DIR; what was tested is put into the name.
+
+    PySlowFast pickles its results to a name such as results.pkl; ours are JSON, and their file says so.
+    """
     path = Path(cfg.OUTPUT_DIR) / (cfg.TEST.SAVE_RESULTS_PATH or "test_results.json")
-    return path.with_name(f"{path.stem}_{what}{path.suffix or '.json'}")
+    found = path.with_name(f"{path.stem}_{what}.json")
+    if path.suffix not in ("", ".json"):
+        logger.info("TEST.SAVE_RESULTS_PATH %s: results are JSON, written to %s", path, found)
+    return found
 
 
 def run_testing(
@@ -101,27 +108,20 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
 
 
 def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
-    """The command line: --cfg RECIPE and KEY VALUE overrides; PySlowFast's cluster flags are taken as well."""
-    parser = argparse.ArgumentParser(
+    """The command line: --cfg RECIPE and KEY VALUE overrides, and PySlowFast's cluster flags, in any order."""
+    parser = ConfigParser(
         prog=prog,
         description="Pre-train, fine-tune and test as a YAML says.",
         epilog="example: %(prog)s --cfg masked_ssl/in1k_VIT_B_MaskFeat_PT "
         "DATA.PATH_TO_DATA_DIR /data/imagenet OUTPUT_DIR runs/pt NUM_GPUS 8 TRAIN.MIXED_PRECISION bf16",
     )
-    parser.add_argument(
-        "--cfg",
-        "--cfg_files",
-        dest="cfg",
-        required=True,
-        metavar="RECIPE",
-        help="path of a YAML file, or name of a recipe below configs/",
+    parser.add_cfg(
+        "path of a YAML file, or name of a recipe below configs/; several are run one after another", several=True
     )
     parser.add_argument("--num_shards", type=int, default=None, help="machines (default: NUM_SHARDS of the config)")
     parser.add_argument("--shard_id", type=int, default=None, help="this machine's number, from 0")
     parser.add_argument("--init_method", default="", help="tcp://HOST:PORT where several machines meet")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides, such as SOLVER.BASE_LR 1e-4"
-    )
+    parser.add_overrides("overrides, such as SOLVER.BASE_LR 1e-4 or SOLVER.BASE_LR=1e-4")
     return parser.parse_args(argv)
 
 
@@ -141,25 +141,37 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     say = logging.getLogger("maskfeat").error
     try:
         started = read_launch_environment()
-        cfg = load_config(args.cfg, opts, started.numbers() if started else {})
-        if not (cfg.TRAIN.ENABLE or cfg.TEST.ENABLE):
-            raise UserError("TRAIN.ENABLE and TEST.ENABLE are both False: there is nothing to do, set one of them")
-        check_devices(cfg.NUM_GPUS, cfg.DIST_BACKEND)
-        _make_folder(cfg.OUTPUT_DIR)
-        return launch(
-            work,
-            (cfg, CommandLine(args.cfg, tuple(opts))),
-            processes=cfg.NUM_GPUS,
-            num_shards=cfg.NUM_SHARDS,
-            shard_id=cfg.SHARD_ID,
-            init_method=args.init_method,
-        )
+        runs = [(path, load_config(path, opts, started.numbers() if started else {})) for path in args.cfg]
+        _check_runs([cfg for _, cfg in runs], several_at_once=started is not None)
+        for path, cfg in runs:
+            _make_folder(cfg.OUTPUT_DIR)
+            code = launch(
+                work,
+                (cfg, CommandLine(path, tuple(opts))),
+                processes=cfg.NUM_GPUS,
+                num_shards=cfg.NUM_SHARDS,
+                shard_id=cfg.SHARD_ID,
+                init_method=args.init_method,
+            )
+            if code:
+                return code
+        return 0
     except UserError as error:
         say("error: %s", error)
         return 2
     except KeyboardInterrupt:
         say("interrupted: the same command resumes from the newest checkpoint in OUTPUT_DIR")
         return 130
+
+
+def _check_runs(runs: Sequence[CfgNode], several_at_once: bool) -> None:
+    """Check what concerns the whole command; `several_at_once`: a launcher started this process among others."""
+    for cfg in runs:
+        if not (cfg.TRAIN.ENABLE or cfg.TEST.ENABLE):
+            raise UserError("TRAIN.ENABLE and TEST.ENABLE are both False: there is nothing to do, set one of them")
+        check_devices(cfg.NUM_GPUS, cfg.DIST_BACKEND)
+    if len(runs) > 1 and (several_at_once or any(cfg.NUM_SHARDS > 1 for cfg in runs)):
+        raise UserError("--cfg takes one file where a launcher or NUM_SHARDS starts a run on several machines")
 
 
 def _make_folder(folder: str) -> None:

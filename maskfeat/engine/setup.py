@@ -1,17 +1,19 @@
 """From a config to a training that is ready to run: checkpoint, data, trainer, and the lines that announce it."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from yacs.config import CfgNode
 
 from maskfeat.build import build_backbone, build_loader, build_objective
 from maskfeat.config import save_config
 from maskfeat.data.loader import BatchLoader
-from maskfeat.engine.batch_arithmetic import compare, describe, load_recipe, step_size
+from maskfeat.engine.batch_arithmetic import check_batch_norm, compare, describe, load_recipe, step_size
 from maskfeat.engine.flops import cost_table, module_costs
 from maskfeat.engine.resume import find_source
 from maskfeat.engine.rng import seed_everything
@@ -51,6 +53,8 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
     world, device = session.world, session.device
     seed_everything(cfg.RNG_SEED)
     objective = build_objective(cfg)
+    if any(isinstance(module, _BatchNorm) for module in objective.modules()):
+        check_batch_norm(step_size(cfg, world.local_size), math.prod(objective.backbone.grid))
     loader = build_loader(cfg, "train", world, device=device)
     _announce(cfg, command_line, objective, session, len(loader))
     epochs = validation_epochs(cfg, objective.classifies)
@@ -101,6 +105,6 @@ def _announce(cfg: CfgNode, command_line: CommandLine, objective: Objective, ses
         *({"off": "fp32"}.get(kind, kind) for kind in (precision_of(cfg.TRAIN), precision_of(cfg.TEST))),
     )
     step, recipe = step_size(cfg, world.local_size), load_recipe(command_line.path)
-    differences = () if recipe is None else compare(cfg, step, recipe, Path(command_line.path).name)
+    differences = () if recipe is None else compare(cfg, step, recipe, Path(command_line.path).name, steps)
     for line in (describe(cfg, step, steps), *differences):
         logger.info(line)

@@ -1,20 +1,22 @@
 """A run as a job of a Slurm cluster, submitted with submitit. `maskfeat submit` and tools/submit.py call `main`."""
 
-import argparse
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from maskfeat.config.arguments import ConfigParser
+from maskfeat.config.merge import override_entries
 from maskfeat.distributed.slurm import Job
 from maskfeat.engine.run import main as run_net
+from maskfeat.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(prog: str | None) -> ConfigParser:
+    parser = ConfigParser(
         prog=prog,
         description="Submit a run to a Slurm cluster. The job trains the recipe on all its nodes. If a signal stops it "
         "(preemption, or the end of its time limit), it saves a checkpoint, is queued again and resumes from there.",
@@ -30,10 +32,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--restarts", type=int, default=100, help="how often it may be queued again (default %(default)s)"
     )
-    parser.add_argument(
-        "--cfg", required=True, metavar="RECIPE", help="path of a YAML file, or name of a recipe below configs/"
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the recipe")
+    parser.add_cfg("path of a YAML file, or name of a recipe below configs/")
+    parser.add_overrides("overrides of the recipe")
     return parser
 
 
@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Submit the job and return the exit code; `prog` is the name of the command in its help."""
     parser = _parser(prog)
     args = parser.parse_args(argv)
+    try:
+        given = [] if "NUM_GPUS" in override_entries(args.opts) else ["NUM_GPUS", str(args.gpus)]
+    except UserError as error:
+        parser.error(str(error))
     os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # read when submitit is imported, here and in the job
     try:
         import submitit
@@ -63,7 +67,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         **({"gpus_per_node": args.gpus} if args.gpus else {}),
         **wide,
     )
-    given = [] if "NUM_GPUS" in args.opts else ["NUM_GPUS", str(args.gpus)]
     job = executor.submit(Job(run_net, str(Path.cwd()), ["--cfg", args.cfg, *args.opts, *given], args.restarts))
     logger.info("job %s, log %s", job.job_id, job.paths.stdout)
     return 0

@@ -54,6 +54,16 @@ class BlockPlan:
     stride_kv: tuple[int, ...]
 
 
+def adaptive_strides(start: Sequence[int], stride_q: Mapping[int, Sequence[int]], depth: int) -> list[tuple[int, ...]]:
+    """Return the key/value strides of every block: `start`, divided by the query stride of every block on the way, so
+    that the grid of keys and values stays the same.
+    """
+    strides, ones = [tuple(start)], (1,) * len(start)
+    for i in range(depth):
+        strides.append(tuple(max(kv // q, 1) for kv, q in zip(strides[-1], stride_q.get(i, ones), strict=True)))
+    return strides[1:]
+
+
 def plan_blocks(
     depth: int,
     width: int,
@@ -73,12 +83,11 @@ def plan_blocks(
         width_mul, head_mul: factors by which width and heads grow, by block. The width grows in the MLP of the previous
             block.
         stride_q, stride_kv: query and key/value strides by block; 1 where a block is missing.
-        stride_kv_adaptive: key/value stride of block 0, which is divided by the query stride of every block on the way,
-            so that the grid of keys and values stays the same. Replaces `stride_kv` if given.
+        stride_kv_adaptive: where `adaptive_strides` start. Replaces `stride_kv` if given.
         axes: number of axes of the grid, 2 or 3.
     """
     ones = (1,) * axes
-    adaptive = tuple(stride_kv_adaptive) if stride_kv_adaptive else None
+    adaptive = adaptive_strides(stride_kv_adaptive, stride_q, depth) if stride_kv_adaptive else None
     plans = []
     for i in range(depth):
         num_heads = int(make_divisible(num_heads * head_mul.get(i, 1.0), 1))
@@ -86,11 +95,7 @@ def plan_blocks(
         heads_next = int(make_divisible(num_heads * head_mul.get(i + 1, 1.0), 1))
         width_out = make_divisible(width * width_mul.get(i + 1, 1.0), heads_next)
         q = tuple(stride_q.get(i, ones))
-        if adaptive is not None:
-            adaptive = tuple(max(kv // s, 1) for kv, s in zip(adaptive, q, strict=True))
-            kv = adaptive
-        else:
-            kv = tuple(stride_kv.get(i, ones))
+        kv = tuple(stride_kv.get(i, ones)) if adaptive is None else adaptive[i]
         plans.append(BlockPlan(width, width_out, num_heads, q, kv))
     return plans
 

@@ -2,17 +2,22 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from yacs.config import CfgNode
 
 from maskfeat.errors import UserError
 from maskfeat.models.base import INITS
-from maskfeat.models.mvit import MViT
+from maskfeat.models.mvit import MViT, adaptive_strides
 from maskfeat.models.vit import ViT
-from maskfeat.registry import AT_LEAST_0, AT_LEAST_1, BELOW_1, POSITIVE, BackboneSpec, Range, datasets_in_use, register
+from maskfeat.registry import BELOW_1, BackboneSpec, Range, datasets_in_use, register
+
+N = TypeVar("N", int, float)
 
 _MUL_KEYS = ("DIM_MUL", "HEAD_MUL")
 _STRIDE_KEYS = ("POOL_Q_STRIDE", "POOL_KV_STRIDE")
+_FACTOR_MAX = 100
+_STRIDE_MAX = 1024
 
 
 def _keys(cfg: CfgNode) -> None:
@@ -40,7 +45,7 @@ def _keys(cfg: CfgNode) -> None:
     cfg.MVIT.DIM_MUL_IN_ATT = False  # only False: the MLP of the block before widens
     cfg.MVIT.HEAD_MUL = []  # [[block, factor], ...]: heads
     cfg.MVIT.POOL_Q_STRIDE = []  # [[block, t, h, w], ...]: stride of the query pooling
-    cfg.MVIT.POOL_KV_STRIDE = []  # the same for keys and values; [] where the next key is given
+    cfg.MVIT.POOL_KV_STRIDE = []  # the same for keys and values; [] (or what it gives) where the next key is given
     cfg.MVIT.POOL_KV_STRIDE_ADAPTIVE = None  # [t, h, w], divided by each query stride as it happens
     cfg.MVIT.POOL_KVQ_KERNEL = None  # [t, h, w]: pooling kernel; None = stride + 1 where there is a stride
     cfg.MVIT.RESIDUAL_POOLING = False  # add the pooled query to the attention's output
@@ -84,12 +89,14 @@ CHOICES: dict[str, tuple[object, ...]] = {
 }
 RANGES = {
     **dict.fromkeys(("MVIT.DROPOUT_RATE", "MVIT.DROPPATH_RATE"), BELOW_1),
-    **dict.fromkeys(("MVIT.EMBED_DIM", "MVIT.NUM_HEADS"), AT_LEAST_1),
-    "MVIT.DEPTH": Range("between 1 and 1000", lambda v: 1 <= v <= 1000),
-    **dict.fromkeys(("MVIT.PATCH_KERNEL", "MVIT.PATCH_STRIDE"), AT_LEAST_1),
-    **dict.fromkeys(("MVIT.POOL_KV_STRIDE_ADAPTIVE", "MVIT.POOL_KVQ_KERNEL"), AT_LEAST_1),
-    **dict.fromkeys(("MVIT.PATCH_PADDING", "MVIT.HEAD_INIT_SCALE"), AT_LEAST_0),
-    "MVIT.MLP_RATIO": POSITIVE,
+    "MVIT.EMBED_DIM": Range(1, 65_536),
+    "MVIT.NUM_HEADS": Range(1, 1024),
+    "MVIT.DEPTH": Range(1, 1000),
+    **dict.fromkeys(("MVIT.PATCH_KERNEL", "MVIT.PATCH_STRIDE"), Range(1, _STRIDE_MAX)),
+    **dict.fromkeys(("MVIT.POOL_KV_STRIDE_ADAPTIVE", "MVIT.POOL_KVQ_KERNEL"), Range(1, _STRIDE_MAX)),
+    "MVIT.PATCH_PADDING": Range(0, _STRIDE_MAX),
+    "MVIT.HEAD_INIT_SCALE": Range(0, 100),
+    "MVIT.MLP_RATIO": Range(0, 100, above=True),
 }
 LENGTHS = {"MVIT.POOL_KV_STRIDE_ADAPTIVE": (3,), "MVIT.POOL_KVQ_KERNEL": (3,)}
 
@@ -106,12 +113,17 @@ def _check_lists(cfg: CfgNode) -> Iterator[str]:
             )
     for key in _MUL_KEYS:
         for entry in mvit[key]:
-            if len(entry) != 2 or not isinstance(entry[0], int) or entry[1] <= 0:
-                yield f"MVIT.{key} must be a list of [block, factor above 0]; given {entry!r}"
+            if len(entry) != 2 or not isinstance(entry[0], int) or not 0 < entry[1] <= _FACTOR_MAX:
+                yield (
+                    f"MVIT.{key} must be a list of [block, factor above 0 and at most {_FACTOR_MAX}]; given {entry!r}"
+                )
     for key in _STRIDE_KEYS:
         for entry in mvit[key]:
-            if len(entry) != 4 or min(entry[1:]) < 1:
-                yield f"MVIT.{key} must be a list of [block, t, h, w] with strides of at least 1; given {entry!r}"
+            if len(entry) != 4 or min(entry[1:]) < 1 or max(entry[1:]) > _STRIDE_MAX:
+                yield (
+                    f"MVIT.{key} must be a list of [block, t, h, w] with strides of at least 1 and at most "
+                    f"{_STRIDE_MAX}; given {entry!r}"
+                )
     for key in (*_MUL_KEYS, *_STRIDE_KEYS):
         first = 1 if key == "DIM_MUL" else 0  # the width can only change after block 0
         outside = [str(entry[0]) for entry in mvit[key] if entry and not first <= entry[0] < mvit.DEPTH]
@@ -145,8 +157,22 @@ def _grids(cfg: CfgNode) -> Iterator[str]:
             f"DATA.NUM_FRAMES must be a multiple of the first number of MVIT.PATCH_STRIDE {stride}; "
             f"given {cfg.DATA.NUM_FRAMES}"
         )
-    if cfg.MVIT.POOL_KV_STRIDE and cfg.MVIT.POOL_KV_STRIDE_ADAPTIVE is not None:
-        yield "MVIT.POOL_KV_STRIDE must be [] where MVIT.POOL_KV_STRIDE_ADAPTIVE is given; both are given"
+    yield from _key_strides(cfg)
+
+
+def _key_strides(cfg: CfgNode) -> Iterator[str]:
+    """PySlowFast writes the strides that the adaptive one gives into the config that it saves: they may be given."""
+    mvit = cfg.MVIT
+    given, adaptive = _by_block(mvit.POOL_KV_STRIDE), mvit.POOL_KV_STRIDE_ADAPTIVE
+    if not given or not adaptive:
+        return
+    filled = [list(stride) for stride in adaptive_strides(adaptive, _by_block(mvit.POOL_Q_STRIDE), mvit.DEPTH)]
+    if given != dict(enumerate(filled)):
+        rows = [[block, *stride] for block, stride in enumerate(filled)]
+        yield (
+            f"MVIT.POOL_KV_STRIDE must be [] where MVIT.POOL_KV_STRIDE_ADAPTIVE is given, or what {adaptive} gives: "
+            f"{rows}; given {mvit.POOL_KV_STRIDE}; set one of the two, the other to [] or None"
+        )
 
 
 def _widths(cfg: CfgNode) -> Iterator[str]:
@@ -173,7 +199,7 @@ def _mask_grid(cfg: CfgNode) -> tuple[int, ...]:
     return grid
 
 
-def _by_block(rows: Sequence[Sequence[float]]) -> dict[int, list[float]]:
+def _by_block(rows: Sequence[Sequence[N]]) -> dict[int, list[N]]:
     """[[block, value, ...], ...] as the YAMLs write it -> {block: [value, ...]}."""
     return {int(block): list(values) for block, *values in rows}
 

@@ -9,7 +9,7 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 from yacs.config import CfgNode
 
 from maskfeat.models.base import Tokens
-from maskfeat.registry import BackboneSpec, register
+from maskfeat.registry import BackboneSpec, lookup, register
 
 STAGES: dict[int, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     10: (BasicBlock, [1, 1, 1, 1]),
@@ -103,7 +103,27 @@ def _keys(cfg: CfgNode) -> None:
     cfg.RESNET.ZERO_INIT_FINAL_BN = False
 
 
+# Keys of PySlowFast's ResNets that are not read here: with another value the same YAML would train another model there.
+_OTHERS: dict[str, object] = {
+    "BN.USE_PRECISE_STATS": False,
+    "BN.NORM_TYPE": "batchnorm",
+    "BN.WEIGHT_DECAY": 0.0,
+    "MODEL.DROPCONNECT_RATE": 0.0,
+    "RESNET.NUM_GROUPS": 1,
+    "RESNET.WIDTH_PER_GROUP": 64,
+    "RESNET.STRIDE_1X1": False,
+    "RESNET.SPATIAL_DILATIONS": [[1], [1], [1], [1]],
+    "RESNET.SPATIAL_STRIDES": [[1], [2], [2], [2]],
+    "RESNET.ZERO_INIT_FINAL_BN": False,
+    "RESNET.ZERO_INIT_FINAL_CONV": False,
+}
+
+
 def _check(cfg: CfgNode) -> Iterator[str]:
+    for key, only in _OTHERS.items():
+        given = lookup(cfg, key)
+        if given is not None and given != only:
+            yield f"{key} {given!r} is not supported for MODEL.ARCH 'resnet'; the only value is {only!r}"
     if cfg.MODEL.ACT_CHECKPOINT:
         yield (
             "MODEL.ACT_CHECKPOINT must be False for MODEL.ARCH 'resnet' (its batch norms would count a batch twice); "

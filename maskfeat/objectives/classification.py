@@ -18,7 +18,7 @@ from maskfeat.models.base import Backbone
 from maskfeat.models.heads import ClassifierHead, init_on, pool_tokens, token_norm
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.mixup import Mixup
-from maskfeat.registry import AT_LEAST_0, BELOW_1, SHARE, ObjectiveSpec, backbone_spec, register
+from maskfeat.registry import BELOW_1, SHARE, ObjectiveSpec, Range, backbone_spec, register
 
 # What pre-training files carry and a classifier has no use for.
 _PRETRAINING = ("pred_head.*", "mask_token", "hogs.*", "decoder.*")
@@ -178,7 +178,7 @@ def _register(name: str, backbones: tuple[str, ...], hint: str) -> None:
             requires={"MASK.ENABLE": False, "MASK.PRED_HOG": False},
             keys=_keys,
             ranges={
-                **dict.fromkeys(("MIXUP.ALPHA", "MIXUP.CUTMIX_ALPHA"), AT_LEAST_0),
+                **dict.fromkeys(("MIXUP.ALPHA", "MIXUP.CUTMIX_ALPHA"), Range(0, 100)),
                 **dict.fromkeys(("MIXUP.PROB", "MIXUP.SWITCH_PROB"), SHARE),
                 "MIXUP.LABEL_SMOOTH_VALUE": BELOW_1,
             },

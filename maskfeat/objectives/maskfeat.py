@@ -20,7 +20,7 @@ from maskfeat.models.layers import full_precision, is_reference, layer_norm
 from maskfeat.models.mvit_config import TRANSFORMER
 from maskfeat.objectives.base import Objective, check_patch_masks, sample_patches
 from maskfeat.objectives.hog import cut_patches, hog, hog_tokens, pad_border, patch_features, pixel_weights
-from maskfeat.registry import AT_LEAST_0, AT_LEAST_1, ObjectiveSpec, backbone_spec, register
+from maskfeat.registry import ObjectiveSpec, Range, backbone_spec, register
 
 
 class _SobelBuffers(nn.Module):
@@ -308,10 +308,13 @@ register(
             "MASK.MAE_ON": (False,),
             "MASK.MAE_RND_MASK": (False,),
             "MASK.PER_FRAME_MASKING": (False,),
+            # Not read here, but elsewhere it would start from other weights.
+            "MASK.SCALE_INIT_BY_DEPTH": (False,),
         },
         ranges={
-            **dict.fromkeys(("MASK.HOG_BINS", "MASK.HOG_CELL"), AT_LEAST_1),
-            "MASK.HOG_GAUSSIAN_WINDOW": AT_LEAST_0,
+            "MASK.HOG_BINS": Range(1, 360),
+            "MASK.HOG_CELL": Range(1, 1024),
+            "MASK.HOG_GAUSSIAN_WINDOW": Range(0, 1024),
         },
         check=_check,
     )

@@ -21,7 +21,7 @@ from maskfeat.models.heads import token_norm
 from maskfeat.models.layers import full_precision
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.spectrum import Frequencies, disc, half_of, magnitude
-from maskfeat.registry import POSITIVE, SHARE, ObjectiveSpec, backbone_spec, register
+from maskfeat.registry import SHARE, ObjectiveSpec, Range, backbone_spec, register
 
 LUMA = (0.299, 0.587, 0.114)
 """Grey of red, green and blue (ITU-R BT.601)."""
@@ -237,7 +237,9 @@ register(
         keys=_keys,
         choices={"MFM.INVERSE": ("modulus", "real"), "MFM.TARGET_CHANNELS": (1, 3)},
         ranges={
-            **dict.fromkeys(("MFM.RADIUS", "MFM.GAMMA", "MFM.EPS"), POSITIVE),
+            "MFM.RADIUS": Range(0, 8192, above=True),  # and at most half of the crop, see `_check`
+            "MFM.GAMMA": Range(0, 10, above=True),
+            "MFM.EPS": Range(0, 1, above=True),
             "MFM.LOW_PASS_PROB": SHARE,
         },
         check=_check,

@@ -150,7 +150,7 @@ def build_image_folder(cfg: CfgNode, request: DatasetRequest, samples: Sequence[
             data.TEST_CROP_SIZE,
             data.MEAN,
             data.STD,
-            short_side=data.TEST_SHORT_SIDE or None,
+            short_side=data.TEST_SHORT_SIDE or int(1 / data.IN_VAL_CROP_RATIO * data.TEST_CROP_SIZE),
             interpolation=data.TEST_INTERPOLATION,
         )
     return ImageFolder(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from maskfeat.analysis.curves import figure_type
 from maskfeat.analysis.probe import estimator_types
+from maskfeat.config.arguments import ConfigParser
 from maskfeat.demos.cifar10 import prepare
 from maskfeat.demos.commands import program
 from maskfeat.demos.evidence.report import FILE, Report
@@ -68,7 +69,7 @@ def write_share(source: Path, target: Path, every: int) -> None:
 
 def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
     """Parse the command line; `prog` is the name of the command in its help."""
-    parser = argparse.ArgumentParser(
+    parser = ConfigParser(
         prog=prog,
         description="Pre-train, probe frozen features, fine-tune and train from scratch, for several seeds; write the "
         "tables, charts and images of docs/evidence.md. The same command continues where an earlier one stopped.",
@@ -90,7 +91,7 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
     parser.add_argument(
         "--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of evidence.md (default: %(default)s)"
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides for every run")
+    parser.add_overrides("overrides for every run")
     return parser.parse_args(argv)
 
 
