@@ -176,6 +176,7 @@ def _register(name: str, backbones: tuple[str, ...], hint: str) -> None:
             backbone_hint=hint,
             requires={"MASK.ENABLE": False, "MASK.PRED_HOG": False},
             keys=_keys,
+            architecture=("MODEL.NUM_CLASSES", "MVIT.USE_MEAN_POOLING"),
             ranges={
                 **dict.fromkeys(("MIXUP.ALPHA", "MIXUP.CUTMIX_ALPHA"), AT_LEAST_0),
                 **dict.fromkeys(("MIXUP.PROB", "MIXUP.SWITCH_PROB"), SHARE),
