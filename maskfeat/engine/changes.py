@@ -134,10 +134,12 @@ def _effect(change: Change, cfg: CfgNode, roles: _Roles, own: bool, finished: bo
     return NOW
 
 
-def effects(changes: Iterable[Change], cfg: CfgNode, own: bool = True, finished: bool = False) -> dict[Change, str]:
+def effects(
+    changes: Iterable[Change], cfg: CfgNode, own: bool = True, finished: bool = False
+) -> list[tuple[Change, str]]:
     """Return what each changed key does in a run that resumes; arguments as `announce`."""
     roles = _Roles(cfg)
-    return {change: _effect(change, cfg, roles, own, finished) for change in changes if change.key not in _UNSAID}
+    return [(c, _effect(c, cfg, roles, own, finished)) for c in changes if c.key not in _UNSAID]
 
 
 def announce(path: str | Path, content: Mapping[str, Any], cfg: CfgNode, own: bool, finished: bool) -> None:
@@ -151,16 +153,19 @@ def announce(path: str | Path, content: Mapping[str, Any], cfg: CfgNode, own: bo
         UserError: a key changed with whose value the run cannot go on.
     """
     table = effects(find_changes(content, cfg), cfg, own, finished)
-    refused = [change for change, effect in table.items() if effect == REFUSED]
+    refused = [change for change, effect in table if effect == REFUSED]
     if refused:
         other = f"start a new run in another OUTPUT_DIR than {cfg.OUTPUT_DIR}"
         if not own:
             other = "load its weights alone, TRAIN.CHECKPOINT_EPOCH_RESET True"
         raise UserError(f"{path} cannot be resumed with this config: {listed(refused)}. Restore that, or {other}")
     if table:
-        rows = [(change.key, f"{change.was!r} -> {change.now!r}", effect) for change, effect in table.items()]
-        keys, values = (min(max(len(row[i]) for row in rows), 48) for i in (0, 1))
-        lines = [f"  {key:<{keys}}  {value:<{values}}  {effect}" for key, value, effect in rows]
+        rows = [("key", "was", "is", "effect")]
+        rows += [(change.key, repr(change.was), repr(change.now), effect) for change, effect in table]
+        wide = [min(max(len(row[i]) for row in rows), 32) for i in range(3)]
+        lines = [
+            "  " + "  ".join(f"{text:<{width}}" for text, width in zip(row, (*wide, 0), strict=True)) for row in rows
+        ]
         logger.info("the config changed since %s was written:\n%s", path, "\n".join(lines))
 
 

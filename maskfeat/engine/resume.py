@@ -60,7 +60,7 @@ def _load_to_train(
         classifier = objective.released_name("head.projection.")
         if not different or all(problem.startswith(classifier) for problem in error.problems):
             raise UserError(f"{path}: {error}{_in_brackets(different)}") from error
-        raise UserError(f"{path}: {error.summary}\n{_of_another_network(different)}") from error
+        raise UserError(f"{path} does not fit: {_of_another_network(different)}\n({error.summary})") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if different:
@@ -114,7 +114,7 @@ def _of_another_network(changes: Sequence[Change], path: str = "") -> str:
     """Return which keys make the network another one than that of a checkpoint, and how to give its own."""
     config = Path(path).parent.parent / "config.yaml"
     whole = f", or the run's whole config: --cfg {config}" if path and config.exists() else ""
-    return f"where it was trained {listed(changes)}. Give its values as overrides{whole}"
+    return f"it is of another network: {listed(changes)}. Give the former values as overrides{whole}"
 
 
 @dataclass
