@@ -103,6 +103,9 @@ class Spec(Rules):
         name: by which the config selects it.
         build: makes the object; its arguments depend on the kind of spec.
         keys: adds keys with their defaults to a config, as `config/defaults.py` does; None = it has none of its own.
+        architecture: keys, shared ones too, that say which network its weights belong to. A run does not resume, and
+            nothing is tested, with other values of them. Where a plugin names none, the shapes of its weights decide.
+        initial: keys that only initial weights depend on: they have no effect on a run that resumes.
         check_lists: yields problems of lists that `check` relies on; they are reported before `check` is called.
         check: yields problems of keys that contradict one another; called only where the spec is in use.
     """
@@ -110,6 +113,8 @@ class Spec(Rules):
     name: str
     build: Callable[..., Any]
     keys: Callable[[CfgNode], None] | None = None
+    architecture: tuple[str, ...] = ()
+    initial: tuple[str, ...] = ()
     check_lists: Check = lambda cfg: ()
     check: Check = lambda cfg: ()
 

@@ -18,9 +18,9 @@ from maskfeat.analysis.pictures import HogRow, SpectrumRow, grey_out, hog_figure
 from maskfeat.batch import Batch
 from maskfeat.build import build_loader, build_objective
 from maskfeat.checkpoint.files import given_or_latest_checkpoint
-from maskfeat.checkpoint.reading import model_state
 from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
+from maskfeat.engine.resume import load_to_evaluate
 from maskfeat.errors import UserError, naming
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.mfm import LUMA, MFM
@@ -122,7 +122,7 @@ def _pretrained(cfg: CfgNode) -> tuple[MaskFeat | MFM, str]:
     if found is None:
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this recipe: give TEST.CHECKPOINT_FILE_PATH")
     path, content = found
-    objective.load_released_state(model_state(content))
+    load_to_evaluate(cfg, objective, str(path), content)
     return objective, str(path)
 
 

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -213,28 +213,61 @@ def latest_checkpoint(output_dir: str | Path, task: str, model_name: str) -> Pat
             another model (pre-training and fine-tuning with the same TASK and OUTPUT_DIR), which this run would
             overwrite.
     """
-    found = find_checkpoints(output_dir, task)
+    newest = _newest_intact(find_checkpoints(output_dir, task))
+    if newest is None:
+        return None
+    path, content = newest
+    written_by = trained_model(content)
+    if written_by not in (None, model_name):
+        raise UserError(
+            f"{path} was written by MODEL.MODEL_NAME {written_by}, this run trains {model_name}: "
+            "give it an OUTPUT_DIR or a TASK of its own"
+        )
+    return path
+
+
+def _newest_intact(found: Sequence[Path]) -> tuple[Path, dict[str, Any]] | None:
+    """Return the last of these checkpoints that is not damaged, and its content; None if there are none.
+
+    Raises:
+        UserError: all are damaged.
+    """
     for path in reversed(found):
         try:
             verify_checkpoint(path)
-            written_by = trained_model(open_checkpoint(path))
+            content = open_checkpoint(path)
         except UserError as error:
             logger.error("CHECKPOINT PASSED OVER: %s", error)
             continue
-        if written_by not in (None, model_name):
-            raise UserError(
-                f"{path} was written by MODEL.MODEL_NAME {written_by}, this run trains {model_name}: "
-                "give it an OUTPUT_DIR or a TASK of its own"
-            )
         if path != found[-1]:
             logger.error("GOING BACK to %s, the newest checkpoint that is not damaged", path)
-        return path
+        return path, content
     if found:
         raise UserError(
             f"all {len(found)} checkpoints of this run in {found[0].parent} are damaged: restore one from a backup, "
             "or start again in another OUTPUT_DIR"
         )
     return None
+
+
+def latest_of_other_tasks(output_dir: str | Path, task: str, wanted: Callable[[dict[str, Any]], bool]) -> Path | None:
+    """Return the newest intact checkpoint in OUTPUT_DIR of another task than `task` whose content is `wanted`.
+
+    Raises:
+        UserError: several tasks have one, or those of a task are all damaged.
+    """
+    names = [path.name for path in (Path(output_dir) / "checkpoints").glob("*checkpoint_epoch_*")]
+    tasks = {name.rpartition("checkpoint_epoch_")[0].removesuffix("_") for name in names} - {task}
+    found: list[Path] = []
+    for other in sorted(tasks):
+        newest = _newest_intact(find_checkpoints(output_dir, other))
+        if newest is not None and wanted(newest[1]):
+            found.append(newest[0])
+    if len(found) > 1:
+        raise UserError(
+            f"weights to start from may be {' or '.join(map(str, found))}: name one as TRAIN.CHECKPOINT_FILE_PATH"
+        )
+    return found[0] if found else None
 
 
 def given_or_latest_checkpoint(

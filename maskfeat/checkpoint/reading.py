@@ -21,7 +21,7 @@ from torchvision.models import get_weight
 
 from maskfeat.checkpoint.download import download, is_url
 from maskfeat.checkpoint.limits import MAX_DEPTH, RefusedFile, check_file
-from maskfeat.config.yaml_io import parse_entries
+from maskfeat.config.yaml_io import Entry, parse_entries
 from maskfeat.errors import UserError
 from maskfeat.file_io import NotReadable, local_path, open_regular_file
 
@@ -169,11 +169,16 @@ def model_state(content: Mapping[str, Any], key: str | None = None) -> Mapping[s
     raise UserError(f"no parameters in this file: it holds {sorted(map(str, content))[:8]}")
 
 
+def saved_entries(content: Mapping[str, Any]) -> dict[str, Entry]:
+    """Return the config that a checkpoint carries; {} if it has none that can be read."""
+    try:
+        return parse_entries(content["cfg"], Path("cfg")) if isinstance(content.get("cfg"), str) else {}
+    except UserError:
+        return {}
+
+
 def trained_model(content: Mapping[str, Any]) -> str | None:
     """Return MODEL.MODEL_NAME of the run that wrote a checkpoint; None if the file does not say."""
-    try:
-        entries = parse_entries(content["cfg"], Path("cfg")) if isinstance(content.get("cfg"), str) else {}
-    except UserError:
-        return None
+    entries = saved_entries(content)
     name = entries["MODEL.MODEL_NAME"].value if "MODEL.MODEL_NAME" in entries else None
     return name if isinstance(name, str) else None

@@ -18,6 +18,33 @@ from maskfeat.distributed.fsdp import shard_like
 from maskfeat.errors import UserError
 
 
+class Misfit(UserError):
+    """Parameters of a file do not fit the model.
+
+    Args:
+        problems: one text for each parameter, which begins with its name.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__(list(problems))
+
+    @property
+    def problems(self) -> list[str]:
+        """One text for each parameter, which begins with its name."""
+        return list(self.args[0])
+
+    @property
+    def summary(self) -> str:
+        """The text without advice."""
+        return f"{len(self.problems)} parameters do not fit the model:\n  {list_problems(self.problems)}"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.summary}\n"
+            "To load the rest, list their names or patterns of them: TRAIN.CHECKPOINT_ALLOW \"['name.*']\""
+        )
+
+
 @dataclass(frozen=True)
 class LoadRules:
     """Patterns (`fnmatch`) of names by which an objective expects a file to differ from the model.
@@ -275,10 +302,7 @@ def fit_state(
         else:
             problems.append(f"{name} is in the file but not in the model")
     if problems:
-        raise UserError(
-            f"{len(problems)} parameters do not fit the model:\n  {list_problems(problems)}\n"
-            "To load the rest, list their names or patterns of them: TRAIN.CHECKPOINT_ALLOW \"['name.*']\""
-        )
+        raise Misfit(problems)
     if not report.loaded and not report.resized:
         raise UserError("no parameter in the file fits the model: is it a checkpoint of this architecture?")
     return fitted, report

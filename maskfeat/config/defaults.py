@@ -70,14 +70,17 @@ def _train(cfg: CfgNode) -> None:
     cfg.TRAIN.KEEP_CHECKPOINTS = 0  # ours: checkpoints to keep; 0 = all of ends of epochs, two within epochs
     cfg.TRAIN.CHECKPOINT_FORMAT = "gathered"  # ours: "gathered" (one file) | "sharded" (a folder, one shard a process)
     cfg.TRAIN.AUTO_RESUME = True  # resume from the newest checkpoint in OUTPUT_DIR
-    cfg.TRAIN.CHECKPOINT_FILE_PATH = ""  # weights to load before training: path, http(s) address or a torchvision name
+    # weights to load before training: path, http(s) address or a torchvision name; "" in fine-tuning: the newest
+    # pre-training checkpoint in OUTPUT_DIR, if there is one
+    cfg.TRAIN.CHECKPOINT_FILE_PATH = ""
     cfg.TRAIN.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"
     # 2-D patch kernels in a 3-D model: False = at the centre frame | "average" = spread evenly over all frames
     cfg.TRAIN.CHECKPOINT_INFLATE = False
     cfg.TRAIN.CHECKPOINT_EPOCH_RESET = False  # load weights only and start at epoch 0 with a new optimizer
     cfg.TRAIN.CHECKPOINT_AVERAGE = False  # ours: load the averaged weights of the file (TRAIN.EMA)
     cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN = ()  # strings to remove from the parameter names of the file
-    cfg.TRAIN.CHECKPOINT_ALLOW = []  # ours: glob patterns of parameters that may be missing in the file or left over
+    # ours: glob patterns of parameters that may be missing in the file or left over; in tests left over only
+    cfg.TRAIN.CHECKPOINT_ALLOW = []
 
 
 def _test(cfg: CfgNode) -> None:

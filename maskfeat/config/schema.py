@@ -24,11 +24,13 @@ class Schema:
         defaults: a fresh config, not frozen.
         known: every effective key and its default.
         rules: of all keys; `kinds` names that of every effective key.
+        declared_by: the function `keys` of a spec that declares a key; shared keys are not in it.
     """
 
     defaults: CfgNode
     known: Mapping[str, object]
     rules: Rules
+    declared_by: Mapping[str, Callable[[CfgNode], None]]
 
 
 def full_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -57,11 +59,12 @@ def schema(plugins: Sequence[str] = ()) -> Schema:
     specs = registered.specs
     cfg = shared_defaults()
     cfg.PLUGINS = list(plugins)
-    declared: set[Callable[[CfgNode], None]] = set()
+    declared_by: dict[str, Callable[[CfgNode], None]] = {}
     for spec in specs:
-        if spec.keys is not None and spec.keys not in declared:  # specs of one file may share a section
+        if spec.keys is not None and spec.keys not in declared_by.values():  # specs of one file may share a section
+            before = set(full_keys(cfg))
             _add_keys(cfg, spec.keys, spec)
-            declared.add(spec.keys)
+            declared_by.update(dict.fromkeys(set(full_keys(cfg)) - before, spec.keys))
     known = {key: lookup(cfg, key) for key in full_keys(cfg)}
     for spec in specs:
         _check_rules(spec, known)
@@ -72,7 +75,7 @@ def schema(plugins: Sequence[str] = ()) -> Schema:
         ranges=_merged(RANGES, *(spec.ranges for spec in specs)),
         lengths=_merged(LENGTHS, *(spec.lengths for spec in specs)),
     )
-    return Schema(cfg, known, rules)
+    return Schema(cfg, known, rules, declared_by)
 
 
 def _merged(*tables: Mapping[str, V]) -> dict[str, V]:
@@ -114,8 +117,8 @@ def _add_keys(cfg: CfgNode, keys: Callable[[CfgNode], None], spec: Spec) -> None
 
 
 def _check_rules(spec: Spec, known: Mapping[str, object]) -> None:
-    tables = {"kinds": spec.kinds, "choices": spec.choices, "ranges": spec.ranges, "lengths": spec.lengths}
-    for name, table in tables.items():
+    names = ("kinds", "choices", "ranges", "lengths", "architecture", "initial")
+    for name, table in ((name, getattr(spec, name)) for name in names):
         missing = [key for key in table if key not in known and not is_inert(key)]
         if missing:
             raise UserError(

@@ -1,7 +1,9 @@
 """The checkpoint to resume from, or whose weights to load."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,19 @@ from maskfeat.checkpoint.files import (
     Position,
     given_or_latest_checkpoint,
     latest_checkpoint,
+    latest_of_other_tasks,
     open_checkpoint,
     read_verified_checkpoint,
 )
 from maskfeat.checkpoint.reading import model_state, trained_model
 from maskfeat.checkpoint.sharded import load_training
-from maskfeat.checkpoint.weights import LoadReport, clean_names
+from maskfeat.checkpoint.weights import LoadReport, Misfit, clean_names
 from maskfeat.distributed.collectives import run_on_main
+from maskfeat.engine.changes import RESIZABLE, Change, announce, built_differently, listed, seen_differently
 from maskfeat.engine.trainer import Trainer
 from maskfeat.errors import UserError
 from maskfeat.objectives.base import Objective
+from maskfeat.registry import load, objective_spec
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +39,82 @@ def _load_weights(
 ) -> LoadReport:
     """Load the weights of a file as TRAIN.CHECKPOINT_* say; `key` as in `model_state`."""
     state = clean_names(model_state(content, key), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
-    try:
-        average = cfg.TRAIN.CHECKPOINT_INFLATE == "average"
-        report = objective.load_released_state(state, cfg.TRAIN.CHECKPOINT_ALLOW, average)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    average = cfg.TRAIN.CHECKPOINT_INFLATE == "average"
+    report = objective.load_released_state(state, cfg.TRAIN.CHECKPOINT_ALLOW, average)
     logger.info("%s from %s\n%s", "averaged weights" if key else "weights", path, report.table())
     return report
+
+
+def _load_to_train(
+    cfg: CfgNode, objective: Objective, path: str, content: dict[str, Any], key: str | None = None
+) -> None:
+    """Load weights that training starts from, with TRAIN.CHECKPOINT_ALLOW; `key` as in `model_state`.
+
+    Raises:
+        UserError: they do not fit; names the keys of the file's own config that differ.
+    """
+    different = built_differently(content, cfg)
+    try:
+        _load_weights(cfg, objective, path, content, key)
+    except Misfit as error:
+        classifier = objective.released_name("head.projection.")
+        if not different or all(problem.startswith(classifier) for problem in error.problems):
+            raise UserError(f"{path}: {error}{_in_brackets(different)}") from error
+        raise UserError(f"{path} does not fit: {_of_another_network(different)}\n({error.summary})") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if different:
+        logger.info("the network of %s was another one: %s", path, listed(different))
+
+
+def load_to_evaluate(
+    cfg: CfgNode, objective: Objective, path: str, content: dict[str, Any], key: str | None = None
+) -> None:
+    """Load weights that are evaluated as they are; `key` as in `model_state`.
+
+    TRAIN.CHECKPOINT_ALLOW may name what is left over in the file, and nothing of the model: no parameter stays random.
+
+    Raises:
+        UserError: a parameter is missing or does not fit, or the file's own config is that of another network.
+    """
+    different = built_differently(content, cfg)
+    try:
+        report = _load_weights(cfg, objective, path, content, key)
+    except Misfit as error:
+        why = _of_another_network(different, path) if different else error.summary
+        raise UserError(f"{path} cannot be evaluated: {why}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    parameters = {objective.released_name(name) for name, _ in objective.named_parameters()}
+    constant = objective.load_rules(model_state(content, key)).fresh
+    random = [name for name in report.fresh if name in parameters or not _matches(name, constant)]
+    if random:
+        what = "classifier" if objective.classifies else "prediction head"
+        advice = "a pre-trained checkpoint is fine-tuned before it is tested; " if objective.classifies else ""
+        raise UserError(
+            f"{path} has no {what} of this model{_in_brackets(different)}, it would be random ({', '.join(random)}): "
+            f"{advice}see TEST.CHECKPOINT_FILE_PATH (TRAIN.CHECKPOINT_ALLOW is for training alone)"
+        )
+    if any(change.key not in RESIZABLE for change in different):
+        raise UserError(f"{path} cannot be evaluated: {_of_another_network(different, path)}")
+    seen = [] if key else seen_differently(content, cfg)
+    if seen:
+        logger.warning("%s was trained with other inputs than it is shown now: %s", path, listed(seen))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _in_brackets(changes: Sequence[Change]) -> str:
+    return f" ({listed(changes)})" if changes else ""
+
+
+def _of_another_network(changes: Sequence[Change], path: str = "") -> str:
+    """Return which keys make the network another one than that of a checkpoint, and how to give its own."""
+    config = Path(path).parent.parent / "config.yaml"
+    whole = f", or the run's whole config: --cfg {config}" if path and config.exists() else ""
+    return f"it is of another network: {listed(changes)}. Give the former values as overrides{whole}"
 
 
 @dataclass
@@ -72,14 +146,20 @@ class CheckpointSource:
         if not self.path:
             return
         if not self.resumes:
-            _load_weights(cfg, objective, str(self.path), self.content, AVERAGE if self.averaged else None)
+            _load_to_train(cfg, objective, str(self.path), self.content, AVERAGE if self.averaged else None)
             return
-        report = objective.load_released_state(model_state(self.content))
-        changed = [*report.resized, *report.dropped]
+        try:
+            report = objective.load_released_state(model_state(self.content))
+            changed = [f"{name} {shapes}" for name, shapes in report.resized.items()]
+            changed += [f"{name} is not in this model" for name in report.dropped]
+        except Misfit as error:
+            changed = error.problems
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
         if changed:
             raise UserError(
-                f"{self.path} belongs to another model than this run ({len(changed)} parameters differ, such as "
-                f"{changed[0]}): restore the crop, frames and MVIT keys, or start a new run in another OUTPUT_DIR"
+                f"{self.path} belongs to another model than this run ({len(changed)} parameters differ: {changed[0]}): "
+                f"restore the keys of the model, or start a new run in another OUTPUT_DIR than {cfg.OUTPUT_DIR}"
             )
 
     def restore(self, trainer: Trainer, steps: int, samples_per_step: int) -> None:
@@ -102,7 +182,8 @@ class CheckpointSource:
                 trainer.load_state_dict(self.content)
         except KeyError as error:
             raise UserError(
-                f"{self.path} has no {error}: only its weights can be used, TRAIN.CHECKPOINT_EPOCH_RESET True"
+                f"{self.path} has no {error}: only its weights can be used, as TRAIN.CHECKPOINT_FILE_PATH of a run in "
+                "another OUTPUT_DIR, with TRAIN.CHECKPOINT_EPOCH_RESET True"
             ) from error
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
@@ -128,19 +209,23 @@ class CheckpointSource:
 
 
 def find_source(cfg: CfgNode) -> CheckpointSource:
-    """Return the checkpoint that a training begins with, the same on every rank.
+    """Return the checkpoint that a training begins with, the same on every rank, and log how the config changed since.
 
     A checkpoint of this very run in OUTPUT_DIR comes first (TRAIN.AUTO_RESUME), then TRAIN.CHECKPOINT_FILE_PATH:
     weights alone with TRAIN.CHECKPOINT_EPOCH_RESET, with TRAIN.CHECKPOINT_AVERAGE (their average) or where another
-    objective wrote it, everything otherwise.
+    objective wrote it, everything otherwise. Fine-tuning without such a file starts from the newest pre-training
+    checkpoint in OUTPUT_DIR, as in PySlowFast.
+
+    Raises:
+        UserError: it cannot be used with this config.
     """
     name = cfg.MODEL.MODEL_NAME
     found = run_on_main(lambda: latest_checkpoint(cfg.OUTPUT_DIR, cfg.TASK, name))
     if found is not None:
         if cfg.TRAIN.AUTO_RESUME:
-            return CheckpointSource(found, open_checkpoint(found), resumes=True)
+            return _resumed(cfg, CheckpointSource(found, open_checkpoint(found), resumes=True))
         logger.warning("%s is there, but TRAIN.AUTO_RESUME is False: it will be overwritten eventually", found)
-    given = cfg.TRAIN.CHECKPOINT_FILE_PATH
+    given = cfg.TRAIN.CHECKPOINT_FILE_PATH or _pretrained(cfg)
     if not given:
         return CheckpointSource()
     content = read_verified_checkpoint(given)
@@ -148,7 +233,35 @@ def find_source(cfg: CfgNode) -> CheckpointSource:
     if averaged and AVERAGE not in content:
         raise UserError(f"{given} has no average of the weights ({AVERAGE}): set TRAIN.CHECKPOINT_AVERAGE False")
     resumes = not cfg.TRAIN.CHECKPOINT_EPOCH_RESET and not averaged and trained_model(content) == name
-    return CheckpointSource(given, content, resumes, averaged)
+    source = CheckpointSource(given, content, resumes, averaged)
+    return _resumed(cfg, source) if resumes else source
+
+
+def _resumed(cfg: CfgNode, source: CheckpointSource) -> CheckpointSource:
+    """Log what changed since `source` was written, and return it."""
+    finished = int(source.content.get("epoch", -1)) + 1 >= cfg.SOLVER.MAX_EPOCH
+    announce(source.path, source.content, cfg, source.is_of(cfg), finished)
+    return source
+
+
+def _pretrained(cfg: CfgNode) -> Path | None:
+    """Return the newest checkpoint of pre-training in OUTPUT_DIR, where this run classifies; as its config says."""
+    objectives = load(cfg.PLUGINS).objectives
+
+    def pretrains(content: dict[str, Any]) -> bool:
+        spec = objectives.get(trained_model(content) or "")
+        return spec is not None and not spec.classifies
+
+    if not objective_spec(cfg).classifies:
+        return None
+    found = run_on_main(lambda: latest_of_other_tasks(cfg.OUTPUT_DIR, cfg.TASK, pretrains))
+    if found is not None:
+        logger.info(
+            "no TRAIN.CHECKPOINT_FILE_PATH is given: training starts from %s, the newest checkpoint of pre-training in "
+            "OUTPUT_DIR (from random weights in another OUTPUT_DIR)",
+            found,
+        )
+    return found
 
 
 def load_for_testing(cfg: CfgNode, device: torch.device) -> dict[str, Objective]:
@@ -156,10 +269,18 @@ def load_for_testing(cfg: CfgNode, device: torch.device) -> dict[str, Objective]
 
     Returns:
         objectives on `device`: "" = the weights, and with TRAIN.EMA "ema" = their average, where the file has one.
+
+    Raises:
+        UserError: there is none, or it cannot be evaluated with this config.
     """
     found = given_or_latest_checkpoint(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
     if found is None and cfg.TRAIN.CHECKPOINT_FILE_PATH:
         found = cfg.TRAIN.CHECKPOINT_FILE_PATH, read_verified_checkpoint(cfg.TRAIN.CHECKPOINT_FILE_PATH)
+        logger.warning(
+            "OUTPUT_DIR %s has no checkpoint of this run: TRAIN.CHECKPOINT_FILE_PATH %s is tested",
+            cfg.OUTPUT_DIR,
+            found[0],
+        )
     if found is None:
         raise UserError(
             f"nothing to test: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this run, and neither "
@@ -170,11 +291,6 @@ def load_for_testing(cfg: CfgNode, device: torch.device) -> dict[str, Objective]
     objectives = {}
     for name, key in {"": None, **({"ema": AVERAGE} if averaged else {})}.items():
         objective = build_objective(cfg)
-        report = _load_weights(cfg, objective, str(path), content, key)
-        if report.fresh and not cfg.TRAIN.CHECKPOINT_ALLOW:
-            raise UserError(
-                f"{path} has no classifier ({', '.join(report.fresh)}): a pre-trained checkpoint is fine-tuned "
-                "before it is tested; see TEST.CHECKPOINT_FILE_PATH"
-            )
+        load_to_evaluate(cfg, objective, str(path), content, key)
         objectives[name] = objective.to(device)
     return objectives

@@ -51,6 +51,7 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
         Preempted: the run was asked to stop during a validation that is repeated.
     """
     world, device = session.world, session.device
+    source = find_source(cfg)  # first: what changed since a checkpoint was written explains what comes then
     seed_everything(cfg.RNG_SEED)
     objective = build_objective(cfg)
     if any(isinstance(module, _BatchNorm) for module in objective.modules()):
@@ -59,7 +60,6 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
     _announce(cfg, command_line, objective, session, len(loader))
     epochs = validation_epochs(cfg, objective.classifies)
     val_loader = build_loader(cfg, "val", world, device=device) if epochs else None
-    source = find_source(cfg)
     source.load_weights(cfg, objective)
     trainer = build_trainer(cfg, device, world, objective)
     source.restore(trainer, len(loader), loader.batch_size * world.size)
@@ -83,7 +83,7 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
     elif not trainer.position.step and validator.is_due(epoch) and not validator.has_run(epoch):
         validator.run(epoch)  # it was interrupted
     if trainer.position.epochs >= trainer.max_epoch:
-        logger.info("nothing left to train: SOLVER.MAX_EPOCH is %d", trainer.max_epoch)
+        logger.info("nothing left to train: %s is done, SOLVER.MAX_EPOCH is %d", trainer.position, trainer.max_epoch)
     return Training(trainer, loader, saver, validator)
 
 

@@ -63,6 +63,18 @@ def _keys(cfg: CfgNode) -> None:
     cfg.MVIT.INIT = "pyslowfast"
 
 
+_INITIAL = ("MVIT.REL_POS_ZERO_INIT", "MVIT.HEAD_INIT_SCALE")
+# Of training, and of what classifies on top of the backbone.
+_OTHERS = ("MVIT.DROPOUT_RATE", "MVIT.DROPPATH_RATE", "MVIT.ZERO_DECAY_POS_CLS", "MVIT.USE_MEAN_POOLING")
+
+
+def _architecture() -> tuple[str, ...]:
+    cfg = CfgNode()
+    _keys(cfg)
+    names = [f"MVIT.{name}" for name in cfg.MVIT]
+    return (*(n for n in names if n not in (*_INITIAL, *_OTHERS)), "DATA.TRAIN_CROP_SIZE", "DATA.NUM_FRAMES")
+
+
 KINDS = {
     "MVIT.PATCH_KERNEL": "list[int]",
     "MVIT.PATCH_STRIDE": "list[int]",
@@ -282,6 +294,8 @@ TRANSFORMER = register(
         title="ViT and MViTv2",
         build=build_transformer,
         keys=_keys,
+        architecture=_architecture(),
+        initial=_INITIAL,
         kinds=KINDS,
         choices=CHOICES,
         ranges=RANGES,

@@ -147,6 +147,7 @@ register(
         title="torchvision's ResNet",
         build=build_resnet,
         keys=_keys,
+        architecture=("RESNET.DEPTH",),
         choices={"RESNET.DEPTH": (50, 10, 18, 34, 101, 152)},
         check=_check,
         media=("image",),

@@ -177,6 +177,7 @@ def _register(name: str, backbones: tuple[str, ...], hint: str) -> None:
             backbone_hint=hint,
             requires={"MASK.ENABLE": False, "MASK.PRED_HOG": False},
             keys=_keys,
+            architecture=("MODEL.NUM_CLASSES", "MVIT.USE_MEAN_POOLING"),
             ranges={
                 **dict.fromkeys(("MIXUP.ALPHA", "MIXUP.CUTMIX_ALPHA"), Range(0, 100)),
                 **dict.fromkeys(("MIXUP.PROB", "MIXUP.SWITCH_PROB"), SHARE),

@@ -302,6 +302,7 @@ register(
         mask_sampler=sample_patches,
         requires={"MASK.ENABLE": True, "MASK.PRED_HOG": True},
         keys=_keys,
+        architecture=("MASK.PRETRAIN_DEPTH", "MASK.HOG_BINS", "MASK.HOG_CELL"),
         kinds={"MASK.PRETRAIN_DEPTH": "list[int]"},
         choices={
             "MASK.HEAD_TYPE": ("separate",),

@@ -235,6 +235,7 @@ register(
         mask_sampler=_sample_bands,
         requires={"MASK.ENABLE": False, "MASK.PRED_HOG": False},
         keys=_keys,
+        architecture=("MFM.TARGET_CHANNELS",),
         choices={"MFM.INVERSE": ("modulus", "real"), "MFM.TARGET_CHANNELS": (1, 3)},
         ranges={
             "MFM.RADIUS": Range(0, 8192, above=True),  # and at most half of the crop, see `_check`

@@ -31,30 +31,41 @@ def make_optimizer(
     if method == "adamw":
         return torch.optim.AdamW(initial, lr=lr, betas=(betas[0], betas[1]), eps=1e-8, fused=True)
     if method == "sgd":
+        if nesterov and (not momentum or dampening):
+            raise UserError(
+                "SOLVER.NESTEROV True needs SOLVER.MOMENTUM above 0 and SOLVER.DAMPENING 0; given "
+                f"{momentum:g} and {dampening:g}"
+            )
         return torch.optim.SGD(initial, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov, fused=True)
     raise UserError(f"SOLVER.OPTIMIZING_METHOD is {method!r}, expected 'adamw' or 'sgd'")
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load moments and step counts into an optimizer, sharded or not. Which kernels run is this run's choice, not the
-    file's.
+    """Load moments and step counts into an optimizer, sharded or not. Everything else (rates, betas, momentum, weight
+    decay, which kernels run) stays as the optimizer was made.
 
     Args:
         state: of an unsharded optimizer, the same on every rank, as `fsdp.full_optimizer_state_dict` returns it; where
             the parameters are sharded, each rank takes its shards.
 
     Raises:
-        UserError: the file has other parameter groups than this model.
+        UserError: the file has other parameter groups than this model, or those of another method.
     """
+    of_adamw = ["betas" in group for group in (state["param_groups"][0], optimizer.param_groups[0])]
+    if of_adamw[0] != of_adamw[1]:
+        methods = ["adamw" if adamw else "sgd" for adamw in of_adamw]
+        raise UserError(
+            f"the optimizer state is that of {methods[0]}, and SOLVER.OPTIMIZING_METHOD is {methods[1]!r}: restore it, "
+            "or start a new run in another OUTPUT_DIR"
+        )
     if [len(group["params"]) for group in state["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
         raise UserError(
             "the optimizer state has other parameter groups: SOLVER.LAYER_DECAY, SOLVER.ZERO_WD_1D_PARAM or the "
             "model changed. Restore them, or start a new run in another OUTPUT_DIR"
         )
-    kept = ("fused", "foreach", "layer_decay", "weight_decay")
     # Before loading: PyTorch reads there whether steps are counted on the device.
     groups = [
-        {**theirs, **{key: mine[key] for key in kept if key in mine}}
+        {**mine, "params": theirs["params"]}
         for theirs, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     numbered = {
