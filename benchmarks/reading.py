@@ -182,6 +182,7 @@ def measure_video(options: Options) -> Iterator[Row]:
                 data.TRAIN_CROP_SIZE,
                 data.MEAN,
                 data.STD,
+                dataset.short_side,
             )
 
     apart = [_levels(_clip(dataset, i), cfg) - _levels(plain(i), cfg) for i in indices]

@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
+from maskfeat.data.video.scaling import Scaler, scaled_size
+
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in pixels."""
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -69,12 +71,13 @@ def reference_image(path: str, box: Box, flip: bool, crop: int, mean: Sequence[f
     return TF.normalize(TF.to_tensor(image), list(mean), list(std))
 
 
-def decode_all(path: str) -> np.ndarray:
-    """Every frame of a video: (T, H, W, C) uint8 RGB."""
+def decode_all(path: str, short_side: int | None = None) -> np.ndarray:
+    """Every frame of a video, scaled to a short side by averaging areas: (T, H, W, C) uint8 RGB."""
     with av.open(path) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1  # the workers of a loader are the parallelism
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        frames, scaler = container.decode(stream), Scaler()
+        return np.stack([scaler.to_rgb(f, *scaled_size(f.height, f.width, short_side)) for f in frames])
 
 
 def reference_clip(
@@ -85,6 +88,7 @@ def reference_clip(
     crop: int,
     mean: Sequence[float],
     std: Sequence[float],
+    short_side: int | None = None,
 ) -> Tensor:
     """A clip: (C, T, crop, crop) float32.
 
@@ -93,8 +97,9 @@ def reference_clip(
         draw_box: the box of the crop, from height and width.
         draw_flip: whether to mirror.
         crop, mean, std: as in `ReferenceImages`.
+        short_side: that frames are scaled to before the crop; None = their own.
     """
-    frames = decode_all(path)
+    frames = decode_all(path, short_side)
     clip = torch.from_numpy(frames[list(pick(len(frames)))]).float() / 255
     clip = ((clip - torch.tensor(mean)) / torch.tensor(std)).permute(3, 0, 1, 2)
     top, left, height, width = draw_box(*clip.shape[-2:])

@@ -114,13 +114,17 @@ def _data(cfg: CfgNode) -> None:
     cfg.DATA.USE_OFFSET_SAMPLING = False  # test clips start a whole number of frames apart
     # "pyav" and "torchvision" (the built-in PyAV decoder) | "torchcodec" (the same frames by that package)
     cfg.DATA.DECODING_BACKEND = "torchvision"
+    # ours: decode frames at the short side DATA.TRAIN_JITTER_SCALES[0], by averaging areas, before crops, augmentation
+    # and targets (as published) | False = at the file's own size, which is another recipe where files are not of that
+    # size
+    cfg.DATA.DECODER_SCALE = True
     cfg.DATA.INPUT_CHANNEL_NUM = [3]  # only [3]: one pathway of colour images
     cfg.DATA.TRAIN_CROP_SIZE = 224  # side of the training crop in pixels
     cfg.DATA.TEST_CROP_SIZE = 256  # side of the test crop in pixels
     cfg.DATA.IN_VAL_CROP_RATIO = 0.875  # images in evaluation: crop size over their short side before the crop
     cfg.DATA.TEST_SHORT_SIDE = 0  # ours: that short side in pixels; 0 = DATA.TEST_CROP_SIZE / DATA.IN_VAL_CROP_RATIO
     cfg.DATA.TEST_INTERPOLATION = "bicubic"  # ours: resizing of images in evaluation
-    cfg.DATA.TRAIN_JITTER_SCALES = [256, 320]  # range of the short side in pixels; used where the next key is []
+    cfg.DATA.TRAIN_JITTER_SCALES = [256, 320]  # range of the short side in pixels; see also DECODER_SCALE
     cfg.DATA.TRAIN_JITTER_SCALES_RELATIVE = []  # [low, high]: area of a crop relative to the image
     cfg.DATA.TRAIN_JITTER_ASPECT_RELATIVE = []  # [low, high]: width / height of such a crop
     cfg.DATA.RANDOM_FLIP = True  # horizontal flip with probability 0.5

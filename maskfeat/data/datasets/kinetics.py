@@ -45,6 +45,7 @@ class VideoClips(Dataset[list[Sample]]):
         replace_bad: True replaces a video that cannot be read by the next readable one (training); False replaces it by
             zeros.
         torchcodec: decode by torchcodec, which must be installed and returns the same frames, see `torchcodec_decoder`.
+        short_side: that frames are scaled to while they are decoded, see `decoder.open_video`; None = their own.
     """
 
     def __init__(
@@ -63,10 +64,12 @@ class VideoClips(Dataset[list[Sample]]):
         draw_hidden: MaskSampler | None = None,
         replace_bad: bool = True,
         torchcodec: bool = False,
+        short_side: int | None = None,
     ) -> None:
         if torchcodec:  # raises here, not at the first video, if it is not installed
             torchcodec_decoder.load_decoder()
         self.torchcodec = torchcodec
+        self.short_side = short_side
         assert mode in MODES, f"mode is one of {MODES}, not {mode!r}"
         self.videos = list(videos)
         self.labels = [label for _, label in self.videos]
@@ -104,11 +107,11 @@ class VideoClips(Dataset[list[Sample]]):
 
         decode = torchcodec_decoder.decode_frames if self.torchcodec else decode_frames
         if self.mode == "train":
-            return decode(self.path(index), wanted)[0]
+            return decode(self.path(index), wanted, short_side=self.short_side)[0]
         # The crops of a clip are requested in succession: decode it once.
         clip = (index, key.view // self.num_crops)
         if self._last is None or self._last[0] != clip:
-            self._last = clip, decode(self.path(index), wanted)[0]
+            self._last = clip, decode(self.path(index), wanted, short_side=self.short_side)[0]
         return self._last[1]
 
     def _span(self, info: VideoInfo, key: SampleKey) -> tuple[float, float]:
@@ -153,6 +156,7 @@ def build_video_clips(cfg: CfgNode, request: DatasetRequest, videos: Sequence[tu
     """Return clips of videos [(path, label)] with the transforms that the config describes."""
     data, split = cfg.DATA, request.split
     num_crops = cfg.TEST.NUM_SPATIAL_CROPS if split == "test" else 1
+    short_side = data.TRAIN_JITTER_SCALES[0]
     if request.augmented:
         transform: ClipTrainTransform | ClipTestTransform = ClipTrainTransform(
             scale=data.TRAIN_JITTER_SCALES_RELATIVE,
@@ -162,7 +166,7 @@ def build_video_clips(cfg: CfgNode, request: DatasetRequest, videos: Sequence[tu
         )
     else:
         # One crop is cut from the centre of a larger frame; several cover one whose short side is the crop.
-        short_side = max(data.TRAIN_JITTER_SCALES[0], data.TEST_CROP_SIZE) if num_crops == 1 else data.TEST_CROP_SIZE
+        short_side = max(short_side, data.TEST_CROP_SIZE) if num_crops == 1 else data.TEST_CROP_SIZE
         transform = ClipTestTransform(data.TEST_CROP_SIZE, short_side, num_crops, data.MEAN, data.STD)
     return VideoClips(
         videos,
@@ -179,6 +183,7 @@ def build_video_clips(cfg: CfgNode, request: DatasetRequest, videos: Sequence[tu
         draw_hidden=request.draw_hidden,
         replace_bad=request.augmented,
         torchcodec=data.DECODING_BACKEND == "torchcodec",
+        short_side=short_side if data.DECODER_SCALE else None,
     )
 
 

@@ -4,8 +4,9 @@ Frames are numbered from 0 in presentation order. A pass over the packets, which
 the time of decoding, collects the timestamps of all frames. Unknown frame counts, variable frame rates, streams that
 start late, edit lists and truncated files therefore need no special case: a frame is found by its timestamp, and only
 frames whose data is in the file are counted. The decoder then seeks to the key frame before the first requested frame,
-decodes up to the last one, and converts the requested ones to RGB. In H.264 and HEVC, frames that are neither requested
-nor used as references are not decoded; if that leads to any inconsistency, the range is decoded again in full.
+decodes up to the last one, and converts the requested ones to RGB, in the same pass scaled to the short side that was
+asked for. In H.264 and HEVC, frames that are neither requested nor used as references are not decoded; if that leads to
+any inconsistency, the range is decoded again in full.
 
 Damaged files: a packet that cannot be decoded is skipped, and its frame is replaced by the preceding one (or the first
 one that follows). A sample is unreadable only if no frame can be decoded.
@@ -28,6 +29,7 @@ from PIL import Image
 
 from maskfeat.data.bad_samples import UnreadableSample, open_regular_file
 from maskfeat.data.video.pts_index import PtsIndex
+from maskfeat.data.video.scaling import Scaler, scaled_size
 
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,flv"
 DECODERS = ("h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "libaom-av1", "mpeg4")
@@ -67,9 +69,11 @@ class VideoInfo:
 class Video:
     """An open video file, for decoding frames once. Use it as a context manager, see `open_video`."""
 
-    def __init__(self, path: str | os.PathLike[str], threads: int = 1) -> None:
+    def __init__(self, path: str | os.PathLike[str], threads: int = 1, short_side: int | None = None) -> None:
         self.path = os.fspath(path)
         self._threads = threads
+        self._short_side = short_side
+        self._scaler = Scaler()
         self._file: BinaryIO | None = None
         self._container: Any = None
         self._open()
@@ -100,7 +104,7 @@ class Video:
         """Decode frames by number, in the order given. Numbers may repeat; those out of range are clamped.
 
         Returns:
-            (T, H, W, 3) uint8 RGB, rotated and mirrored by the display matrix of the file.
+            (T, H, W, 3) uint8 RGB, scaled to the short side, rotated and mirrored by the display matrix of the file.
 
         Raises:
             UnreadableSample: no frame can be decoded, or the frames are too large.
@@ -124,6 +128,11 @@ class Video:
         if not images:
             raise UnreadableSample(self.path, "no frame could be decoded")
         return np.stack([images[number] for number in numbers.tolist()])
+
+    @property
+    def scales(self) -> bool:
+        """Whether frames have another short side than was asked for."""
+        return self._short_side not in (None, min(self.info.width, self.info.height))
 
     @property
     def stream_index(self) -> int:
@@ -295,12 +304,11 @@ class Video:
         return images
 
     def _to_rgb(self, frame: Any, wanted: list[int], images: dict[int, np.ndarray]) -> np.ndarray:
-        if frame.width * frame.height * 3 * len(wanted) > MAX_BYTES:
-            raise UnreadableSample(self.path, f"{len(wanted)} frames of {frame.width}x{frame.height} are too large")
+        height, width = scaled_size(frame.height, frame.width, self._short_side)
+        if width * height * 3 * len(wanted) > MAX_BYTES:
+            raise UnreadableSample(self.path, f"{len(wanted)} frames of {width}x{height} are too large")
         try:
-            # One thread: workers run in parallel already, and a converter with threads of its own in a process that
-            # forks would make the child hang when it is garbage-collected there.
-            image = _upright(frame.to_ndarray(format="rgb24", threads=1), frame)
+            image = _upright(self._scaler.to_rgb(frame, height, width), frame)
         except (av.FFmpegError, ValueError) as error:
             raise UnreadableSample(
                 self.path, f"a frame cannot be turned into RGB ({_describe_error(error)})"
@@ -312,23 +320,25 @@ class Video:
         return image
 
 
-def open_video(path: str | os.PathLike[str], threads: int = 1) -> Video:
+def open_video(path: str | os.PathLike[str], threads: int = 1, short_side: int | None = None) -> Video:
     """Open a video file: `with open_video(path) as video: video.frames([0, 4, 8])`.
 
     Args:
         path: a local, regular file.
         threads: of the decoder. Use one in data workers, which run in parallel already.
+        short_side: that frames are scaled to in pixels, see `scaling`; None = the file's own size.
 
     Raises:
         UnreadableSample: missing, empty, not a video, no video stream, a codec that is not allowed, or too large.
     """
-    return Video(path, threads)
+    return Video(path, threads, short_side)
 
 
 def decode_frames(
     path: str | os.PathLike[str],
     wanted: Callable[[VideoInfo], Sequence[int]] | Sequence[int],
     threads: int = 1,
+    short_side: int | None = None,
 ) -> tuple[np.ndarray, VideoInfo]:
     """Decode some frames of a video.
 
@@ -336,6 +346,7 @@ def decode_frames(
         path: a local, regular file.
         wanted: frame numbers, or a function that computes them from the properties of the video.
         threads: of the decoder.
+        short_side: that frames are scaled to, see `open_video`; None = the file's own size.
 
     Returns:
         (T, H, W, 3) uint8 RGB, upright, and the properties of the video.
@@ -343,7 +354,7 @@ def decode_frames(
     Raises:
         UnreadableSample: the file cannot be opened or no frame can be decoded, with the cause.
     """
-    with open_video(path, threads) as video:
+    with open_video(path, threads, short_side) as video:
         indices = wanted(video.info) if callable(wanted) else wanted
         return video.frames(indices), video.info
 

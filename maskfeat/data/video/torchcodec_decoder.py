@@ -7,10 +7,11 @@ then decodes it only if
 - its first bytes are those of MP4 or Matroska, so that another version of FFmpeg cannot take it for a playlist;
 - it contains no other images, subtitles or attachments, because torchcodec has no allow-list of decoders;
 - its timestamps are distinct, and torchcodec counts the same number of frames;
-- every decoded frame has the timestamp that belongs to its number.
+- every decoded frame has the timestamp that belongs to its number;
+- frames are not to be scaled: it cannot average areas, and averaging its RGB frames gives other pixels.
 
-All others (damaged or truncated files, other containers) are decoded by `decoder`. One check is weaker: the size limit
-does not apply to a stream whose frames become larger in its middle.
+All others (damaged or truncated files, other containers, other sizes) are decoded by `decoder`. One check is weaker: the
+size limit does not apply to a stream whose frames become larger in its middle.
 """
 
 import contextlib
@@ -49,9 +50,10 @@ def decode_frames(
     path: str | os.PathLike[str],
     wanted: Callable[[VideoInfo], Sequence[int]] | Sequence[int],
     threads: int = 1,
+    short_side: int | None = None,
 ) -> tuple[np.ndarray, VideoInfo]:
     """Decode some frames of a video. Arguments, results and errors are those of `decoder.decode_frames`."""
-    with open_video(path, threads) as video:
+    with open_video(path, threads, short_side) as video:
         indices = wanted(video.info) if callable(wanted) else wanted
         frames = _decode_with_torchcodec(video, indices, threads)
         return video.frames(indices) if frames is None else frames, video.info
@@ -65,6 +67,7 @@ def _decode_with_torchcodec(video: Video, indices: Sequence[int], threads: int) 
     times = video.seconds(distinct.tolist())
     if (
         times is None
+        or video.scales
         or not video.is_only_visual_stream
         or not _is_mp4_or_matroska(video.path)
         or info.width * info.height * 3 * len(distinct) > MAX_BYTES

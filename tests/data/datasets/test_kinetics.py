@@ -128,7 +128,9 @@ def test_clips_and_crops_of_testing(
 ) -> None:
     decoded = []
     plain = kinetics.decode_frames
-    monkeypatch.setattr(kinetics, "decode_frames", lambda *args: decoded.append(args[0]) or plain(*args))
+    monkeypatch.setattr(
+        kinetics, "decode_frames", lambda *args, **options: decoded.append(args[0]) or plain(*args, **options)
+    )
     raw = Raw()
     dataset = VideoClips(
         videos,
