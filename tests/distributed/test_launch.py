@@ -15,7 +15,7 @@ import torch
 from maskfeat.config import load_config
 from maskfeat.distributed import launch as launching
 from maskfeat.distributed.launch import LaunchEnvironment, first_host, launch, read_launch_environment
-from maskfeat.distributed.preemption import PREEMPTED
+from maskfeat.distributed.preemption import INTERRUPTED, PREEMPTED, StopRequest
 from maskfeat.distributed.world import World
 from maskfeat.errors import UserError
 from tests.reliability.harness import wait_until
@@ -494,16 +494,70 @@ def test_usr2_is_passed_on_and_ends_nobody(supervised: Callable[..., Program]) -
     assert program.end() == (0, "")
 
 
-def test_ctrl_c_is_for_the_parent(supervised: Callable[..., Program]) -> None:
-    """The terminal sends it to all of them."""
+@pytest.mark.parametrize("group", [True, False])
+def test_ctrl_c_is_passed_on(group: bool, supervised: Callable[..., Program]) -> None:
+    """A terminal sends it to all of them, and it counts once; others send it to the parent alone."""
+    program = supervised("heeds")
+    program.ranks()
+    (os.killpg if group else os.kill)(program.process.pid, signal.SIGINT)
+    code, said = program.end()
+    assert code == INTERRUPTED and "Traceback" not in said and said.count("Ctrl-C: saving") == 1, said
+    assert [path.read_text() for path in program.folder.glob("heard *")] == ["SIGINT"] * 2
+
+
+def test_ctrl_c_that_comes_early_is_kept(supervised: Callable[..., Program]) -> None:
+    program = supervised("heeds_late")
+    program.ranks()
+    for _ in range(3):
+        os.killpg(program.process.pid, signal.SIGINT)
+    (program.folder / "go on").touch()
+    code, said = program.end()
+    assert code == INTERRUPTED and "Traceback" not in said, said
+    assert [path.read_text() for path in program.folder.glob("heard *")] == ["SIGINT"] * 2
+
+
+def test_a_second_ctrl_c_ends_them(supervised: Callable[..., Program]) -> None:
     program = supervised("does_not_heed")
-    for pid in program.ranks():
-        os.kill(pid, signal.SIGINT)
-    time.sleep(0.2)
-    assert program.process.poll() is None, "they do not heed it"
-    program.process.send_signal(signal.SIGINT)
+    program.ranks()
+    os.killpg(program.process.pid, signal.SIGINT)
+    time.sleep(1.2)
+    assert program.process.poll() is None, "the first one is heeded where they listen"
+    os.killpg(program.process.pid, signal.SIGINT)
     code, said = program.end()
     assert code == -signal.SIGINT and "KeyboardInterrupt" in said and "rank" not in said
+
+
+def test_ctrl_c_in_a_process_that_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one asks, what comes within a second is the same one, a later one leaves."""
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
+    stop, now = StopRequest(), time.monotonic
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(time, "monotonic", lambda: now() + 2)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_after_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
+    stop = StopRequest()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.reason == "SIGTERM"
+
+
+def test_a_process_in_the_background_is_deaf_to_ctrl_c() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_children_die_with_their_parent(supervised: Callable[..., Program]) -> None:
