@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 from string import Template
 from typing import BinaryIO
@@ -80,8 +81,13 @@ def replace_text(path: Path, text: str) -> None:
         OSError: it cannot be written; the file holds what it held before.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    except OSError:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:

@@ -178,6 +178,7 @@ class BadSampleLog:
         self._seen: set[str] = set()  # paths recorded by this process
         self._back = 0  # how many were taken off the list
         self._tried = np.zeros(num_samples, dtype=bool)  # by this process
+        self._unwritten: dict[str, BadSample] = {}  # by path: there was no room for them in the list
         if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
                 self._parse(file.read())
@@ -267,6 +268,17 @@ class BadSampleLog:
         if self.path is None:
             self._add(new)
             return
+        try:
+            new = self._write(new)
+        except OSError as error:
+            if not self._unwritten:
+                logger.warning("%s cannot be written (%s): bad samples are listed later", self.path, error.strerror)
+            self._unwritten.update(new)
+        self._add(new)
+
+    def _write(self, new: dict[str, BadSample]) -> dict[str, BadSample]:
+        """Append samples to the list, and those that it had no room for before; those of `new` that nobody listed."""
+        assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file, _locked(file):
             file.seek(0)
@@ -275,11 +287,12 @@ class BadSampleLog:
             new = {path: sample for path, sample in new.items() if path not in self._known}
             lines = "".join(
                 json.dumps({"split": self.split, "index": s.index, "path": s.path, "cause": s.cause}) + "\n"
-                for s in new.values()
+                for s in (self._unwritten | new).values()
             )
             # A run killed while writing leaves an incomplete line: do not append to it.
             file.write((b"\n" if text and not text.endswith(b"\n") else b"") + lines.encode())
-        self._add(new)
+        self._unwritten = {}
+        return new
 
     def _add(self, new: dict[str, BadSample]) -> None:
         for sample in new.values():
@@ -306,7 +319,7 @@ class BadSampleLog:
             entry = json.loads(line)
             split, index = entry["split"], int(entry["index"])
             sample = BadSample(index=index, path=str(entry["path"]), cause=str(entry["cause"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None  # the sample is recorded again when it is read again
         return sample if split == self.split and 0 <= index < self.num_samples else None
 

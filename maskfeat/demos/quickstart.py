@@ -6,7 +6,6 @@ Everything is written to one folder. Each stage logs the command that a user wou
 import logging
 import math
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ from maskfeat.config.arguments import ConfigParser
 from maskfeat.config.recipes import CONFIG_ROOT
 from maskfeat.demos.commands import train_command
 from maskfeat.demos.synthetic import make_clips, make_images
-from maskfeat.engine.metrics_log import read_json_stats
+from maskfeat.engine.log_handlers import screen_handler
+from maskfeat.engine.metrics_log import last_json_stats, read_json_stats
 from maskfeat.engine.run import main as run_net
+from maskfeat.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +131,9 @@ class Quickstart:
         """Return the last checkpoint of a pre-training run."""
         return str(find_checkpoints(self.root / output, "pt")[-1])
 
-    def stats(self, output: str, kind: str) -> list[dict[str, Any]]:
-        """Return the metrics of one kind that a run logged."""
-        return read_json_stats(self.root / output / "stdout.log", kind)
+    def last(self, output: str, kind: str) -> dict[str, Any]:
+        """Return the last metrics of one kind that a run logged; UserFileError if there are none."""
+        return last_json_stats(self.root / output / "stdout.log", kind)
 
     def run_all(self) -> None:
         """Run all stages in order."""
@@ -171,17 +172,17 @@ class Quickstart:
 
     def outcome(self, output: str) -> Outcome:
         """Return the accuracy of the last test of a run."""
-        tested = self.stats(output, "test_final")[-1]
+        tested = self.last(output, "test_final")
         return Outcome(float(tested["top1"]) / 100, int(tested["samples"]))
 
     def table(self) -> str:
         """Return the results as a table in plain text."""
         lines = [f"{'':<18}{'first':>9}{'last':>9}{'held-out':>10}{'zero':>9}{'mean HOG':>10}   pre-training loss"]
         for kind in PARTS:
-            steps = self.stats(f"{kind}_pt", "train_iter")
-            held_out = self.stats(f"{kind}_pt", "val_epoch")[-1]
+            last, held_out = self.last(f"{kind}_pt", "train_iter"), self.last(f"{kind}_pt", "val_epoch")
+            first = read_json_stats(self.root / f"{kind}_pt" / "stdout.log", "train_iter")[0]
             constants = [held_out[name] for name in ("zero_predictor", "mean_hog_predictor") if name in held_out]
-            values = (steps[0]["loss"], steps[-1]["loss"], held_out["loss"], *constants)
+            values = (first["loss"], last["loss"], held_out["loss"], *constants)
             shown = [f"{float(value):.4f}" for value in values] + ["-"] * (2 - len(constants))
             lines.append(f"{kind:<18}{shown[0]:>9}{shown[1]:>9}{shown[2]:>10}{shown[3]:>9}{shown[4]:>10}")
         lines += ["", f"{'':<18}{'fine-tuned':>18}{'from scratch':>18}{'chance':>9}   top-1 on held-out samples"]
@@ -221,12 +222,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if args.fresh:
         for name in ("data", *(f"{kind}_{stage}" for kind in PARTS for stage in ("pt", "ft", "scratch"))):
             shutil.rmtree(root / name, ignore_errors=True)
-    return play(Quickstart(root, Size(opts=tuple(args.opts))))
+    try:
+        return play(Quickstart(root, Size(opts=tuple(args.opts))))
+    except UserError as error:
+        logger.error("error: %s", error)
+        return 2
 
 
 def play(quickstart: Quickstart) -> int:
     """Run all stages, then print the table and write the images; return the exit code."""
-    logger.handlers = [logging.StreamHandler(sys.stdout)]
+    logger.handlers = [screen_handler()]
     logger.setLevel(logging.INFO)
     logger.propagate = False
     quickstart.run_all()

@@ -1,9 +1,9 @@
-"""Launch a run: join the processes that torchrun or srun started, or spawn them here."""
+"""Launch a run: join the processes that torchrun, srun, mpirun or a cluster's operator started, or spawn them here."""
 
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +19,31 @@ _FIRST_RESERVED_STEP = 0xFFFFFFF0
 # Below the ephemeral ports of Linux (32768 and up).
 _FIRST_PORT, _PORTS = 15000, 17000
 
+# What launchers that start every process set: its rank, their number, its rank and their number on its machine.
+_OF_PROCESSES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # torchrun; the others are called mpirun
+    *(
+        (f"{prefix}_RANK", f"{prefix}_SIZE", f"{prefix}_LOCAL_RANK", f"{prefix}_LOCAL_SIZE")
+        for prefix in ("OMPI_COMM_WORLD", "MV2_COMM_WORLD", "MVP_COMM_WORLD", "JSM_NAMESPACE", "HOROVOD")
+    ),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
+    ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),  # Cray
+)
+# What operators of Kubernetes and the like set in each pod: the number of the pod, and how many there are.
+_OF_PODS = (("PET_NODE_RANK", "PET_NNODES"), ("RANK", "WORLD_SIZE"))
+_SIZES = dict.fromkeys(["PET_NNODES", *(names[column] for column in (1, 3) for names in _OF_PROCESSES)])
+
 
 @dataclass(frozen=True)
 class LaunchEnvironment:
-    """What the environment variables of torchrun or srun say about this process.
+    """What the environment variables of a launcher say about this process.
 
     Attributes:
-        launcher: "torchrun" or "srun".
+        launcher: "torchrun", "srun", "mpirun", or the variables of a pod.
         world: Rank and world size of this process.
         shard_id: Index of its machine.
         num_shards: Number of machines.
-        init_method: tcp://HOST:PORT at which the processes meet.
+        init_method: tcp://HOST:PORT at which the processes meet; "" if it is not said.
     """
 
     launcher: str
@@ -41,7 +55,7 @@ class LaunchEnvironment:
     def numbers(self) -> dict[str, int]:
         """Return the config keys that follow from how the run was launched.
 
-        NUM_GPUS is left to the config if srun started one task per machine, which may spawn several processes.
+        NUM_GPUS is left to the config if one process per machine was started (not by torchrun): it may spawn several.
         """
         numbers = {"NUM_SHARDS": self.num_shards}
         if self.launcher == "torchrun" or self.world.local_size > 1:
@@ -73,46 +87,119 @@ class LaunchEnvironment:
 
 
 def read_launch_environment(env: Mapping[str, str] = os.environ) -> LaunchEnvironment | None:
-    """Read the environment variables of torchrun or srun.
+    """Read the environment variables that name this process as one of several.
+
+    Launchers that were started by another one come first: torchrun, then mpirun, srun, and pods. One that started a
+    single process does not hide those around it, but for torchrun, whose user asked for it.
 
     Returns:
-        None if neither of them started this process as one of several.
+        None if this process is the only one.
 
     Raises:
-        UserError: srun started different numbers of tasks on its machines.
+        UserError: There are several, and the variables do not say which of them this is, or how many there are on each
+            machine; or there are different numbers on different machines.
     """
-    return _from_torchrun(env) or _from_srun(env)
+    env = {name: value for name, value in env.items() if value}
+    for names in _OF_PROCESSES:
+        if all(name in env for name in names):
+            if names is _OF_PROCESSES[0]:
+                return _one_of("torchrun", env, *names)
+            started, step = _one_of("mpirun", env, *names), _from_srun(env)
+            same = step is not None and (step.world.rank, step.world.size) == (started.world.rank, started.world.size)
+            if started.world.size > 1 and not same:  # srun sets variables of PMI as well
+                return started
+    found = _from_srun(env) or _from_pod(env)
+    if found is None:
+        _refuse_several(env)
+    return found
 
 
-def _from_torchrun(env: Mapping[str, str]) -> LaunchEnvironment | None:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if any(name not in env for name in names):
-        return None
-    rank, size, local_rank, local_size = (int(env[name]) for name in names)
-    init_method = f"tcp://{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '29500')}"
-    shard_id = int(env.get("GROUP_RANK", rank // local_size))
-    world = World(rank, size, local_rank, local_size)
-    return LaunchEnvironment("torchrun", world, shard_id, size // local_size, init_method)
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise UserError(f"{name} is {env[name]!r}, expected a number: correct it, or unset it") from None
+
+
+def _one_of(
+    launcher: str, env: Mapping[str, str], rank: str, size: str, local_rank: str = "", local_size: str = ""
+) -> LaunchEnvironment:
+    """Read complete variables, given their names; without local ones this process is the only one of its machine."""
+    here = _number(env, local_size) if local_size else 1
+    world = World(_number(env, rank), _number(env, size), _number(env, local_rank) if local_rank else 0, here)
+    if not (0 <= world.rank < world.size and 0 <= world.local_rank < here <= world.size):
+        given = ", ".join(f"{name} {env[name]}" for name in (rank, size, local_rank, local_size) if name)
+        raise UserError(f"{given} do not fit: ranks count from 0, up to the number of processes")
+    if world.size % here:
+        raise UserError(
+            f"{launcher} started {here} of {world.size} processes on this machine: every machine must run the same "
+            "number of processes"
+        )
+    default = "127.0.0.1" if launcher == "torchrun" else ""
+    host = env.get("MASTER_ADDR") or env.get("PET_MASTER_ADDR") or default
+    port = env.get("MASTER_PORT") or env.get("PET_MASTER_PORT") or "29500"
+    shard_id = _number(env, "GROUP_RANK") if launcher == "torchrun" and "GROUP_RANK" in env else world.rank // here
+    return LaunchEnvironment(launcher, world, shard_id, world.size // here, f"tcp://{host}:{port}" if host else "")
 
 
 def _from_srun(env: Mapping[str, str]) -> LaunchEnvironment | None:
     """Read the variables of a job step with several tasks. The shell of sbatch has a SLURM_PROCID but is in no step."""
-    if int(env.get("SLURM_STEP_ID", _FIRST_RESERVED_STEP)) >= _FIRST_RESERVED_STEP:
+    step = _number(env, "SLURM_STEP_ID") if "SLURM_STEP_ID" in env else _FIRST_RESERVED_STEP
+    tasks = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in env), "")
+    size = _number(env, tasks) if tasks else 1
+    if size == 1 or (step >= _FIRST_RESERVED_STEP and _number({"SLURM_PROCID": "0", **env}, "SLURM_PROCID") == 0):
         return None
-    size = int(env.get("SLURM_STEP_NUM_TASKS", 1))
-    if size == 1:
-        return None
-    num_shards = int(env["SLURM_STEP_NUM_NODES"])
+    needed = (
+        "SLURM_STEP_ID", "SLURM_JOB_ID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE", "SLURM_PROCID",
+        "SLURM_LOCALID", "SLURM_NODEID",
+    )  # fmt: skip
+    missing = [name for name in needed if name not in env]
+    if step >= _FIRST_RESERVED_STEP or missing:
+        raise _not_enough(env, [tasks, "SLURM_PROCID"], missing or ["SLURM_STEP_ID"])
+    num_shards = _number(env, "SLURM_STEP_NUM_NODES")
     counts = env["SLURM_STEP_TASKS_PER_NODE"]
     if size % num_shards or len(set(re.sub(r"\(x\d+\)", "", counts).split(","))) > 1:
         raise UserError(
             f"srun started {size} tasks unevenly on {num_shards} machines ({counts} a machine): use "
             "--ntasks-per-node, because every machine must run the same number of processes"
         )
-    host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
-    port = env.get("MASTER_PORT") or _port(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]))
-    world = World(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), size // num_shards)
-    return LaunchEnvironment("srun", world, int(env["SLURM_NODEID"]), num_shards, f"tcp://{host}:{port}")
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or ""
+    host = env.get("MASTER_ADDR") or first_host(nodes)
+    port = env.get("MASTER_PORT") or _port(_number(env, "SLURM_JOB_ID"), step)
+    world = World(_number(env, "SLURM_PROCID"), size, _number(env, "SLURM_LOCALID"), size // num_shards)
+    init_method = f"tcp://{host}:{port}" if host else ""
+    return LaunchEnvironment("srun", world, _number(env, "SLURM_NODEID"), num_shards, init_method)
+
+
+def _from_pod(env: Mapping[str, str]) -> LaunchEnvironment | None:
+    """Read the variables of a pod: its number and how many there are. Each counts as a machine."""
+    if "LOCAL_RANK" in env or env.get("LOCAL_WORLD_SIZE", "1") != "1":
+        return None  # one of several processes of a machine
+    for rank, size in _OF_PODS:
+        if rank in env and size in env:
+            return _one_of(f"the job ({rank}, {size})", env, rank, size) if _number(env, size) > 1 else None
+    return None
+
+
+def _refuse_several(env: Mapping[str, str]) -> None:
+    """Raise where variables name several processes, and too little is said to join them."""
+    # A pod that is the only one may be told how many processes it is to start.
+    sizes = [n for n in _SIZES if env.get(n, "1") != "1" and not (n == "WORLD_SIZE" and env.get("PET_NNODES") == "1")]
+    lost = "RANK" in env and "MASTER_ADDR" in env and env["RANK"] != "0"  # a rank on its own may be anything
+    if not sizes and not lost:
+        return
+    names = max(_OF_PROCESSES, key=lambda names: (bool(set(names) & set(sizes)), len(set(names) & set(env))))
+    missing = [name for name in names if name not in env]
+    raise _not_enough(env, [*sizes, *names], missing[:1] if names[0] in missing else missing)
+
+
+def _not_enough(env: Mapping[str, str], seen: Sequence[str], missing: Sequence[str]) -> UserError:
+    given = ", ".join(f"{name} {env[name]}" for name in dict.fromkeys(seen) if name in env)
+    return UserError(
+        f"{given}: the environment names more than one process, but has no {' and no '.join(missing)}. Start the run "
+        "with torchrun or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT for "
+        "every process; unset these variables to train in one process alone"
+    )
 
 
 def first_host(nodes: str) -> str:
@@ -175,7 +262,7 @@ def launch(
 ) -> int:
     """Run `job(world, init_method, *args)` in every process of this machine, and wait for them.
 
-    Under torchrun, and under srun with several tasks per machine, this process is one of them and runs the job itself.
+    Where a launcher started several processes per machine, this process is one of them and runs the job itself.
     Otherwise, if the run has several processes in all, `processes` of them are spawned and supervised here.
 
     Args:
@@ -183,20 +270,26 @@ def launch(
         args: Further arguments, picklable.
         processes: Number of processes on this machine, NUM_GPUS of the config; 0 = one, on the CPU.
         num_shards: Number of machines.
-        shard_id: Index of this machine; ignored where torchrun or srun gives it.
-        init_method: tcp://HOST:PORT at which the processes of several machines meet; "" = as torchrun or srun
-            gives it, or a free port if there is only one machine.
+        shard_id: Index of this machine; ignored where a launcher gives it.
+        init_method: tcp://HOST:PORT at which the processes of several machines meet; "" = as the launcher gives it, or
+            a free port if there is only one machine.
 
     Returns:
         The exit code; see `run_processes`.
 
     Raises:
-        UserError: The numbers differ from those of torchrun or srun, or `init_method` is missing.
+        UserError: The numbers differ from those of the launcher, or `init_method` is missing.
     """
     launched = read_launch_environment()
     if launched is not None:
         launched.check(processes, num_shards)
         shard_id, init_method = launched.shard_id, init_method or launched.init_method
+        if launched.world.size > 1 and not init_method:
+            raise UserError(
+                f"{launched.launcher} started {launched.world.size} processes, and nothing says where they meet: set "
+                "MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port of it, for every process, or give "
+                "--init_method tcp://HOST:PORT"
+            )
     here = max(processes, 1)
     if launched is not None and (launched.world.local_size > 1 or here == 1):
         _limit_threads(launched.world.local_size)

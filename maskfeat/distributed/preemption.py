@@ -1,14 +1,20 @@
 """Preemption: schedulers send SIGTERM or SIGUSR1 before they reclaim a node."""
 
+import multiprocessing
+import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from maskfeat.distributed.processes import signal_handler
 
 PREEMPTED = 75
 """Exit code of a run that was asked to stop and saved its state: EX_TEMPFAIL of sysexits.h, "try again"."""
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a run that was stopped by Ctrl-C: whoever stops it by hand does not want it to be queued again."""
 
 STOP_SIGNALS = (signal.SIGTERM, *(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)))
 
@@ -44,11 +50,51 @@ class StopRequest:
             raise Preempted(self.reason)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take SIGTERM and SIGUSR1 as requests to stop inside the block. No effect outside the main thread."""
+    def listening(self, announce: bool = False) -> Iterator[None]:
+        """Take SIGTERM, SIGUSR1 and a first Ctrl-C as requests to stop inside the block. No effect outside the main
+        thread; `announce` as in `heeding_ctrl_c`.
+        """
 
-        def handle(number: int, _: FrameType | None) -> None:
+        def handle(number: int, _: FrameType | None = None) -> None:
             self.ask(signal.Signals(number).name)
 
-        with signal_handler(STOP_SIGNALS, handle):
+        with signal_handler(STOP_SIGNALS, handle), heeding_ctrl_c(handle, announce):
             yield
+
+
+@contextmanager
+def heeding_ctrl_c(first: Callable[[int], object], announce: bool) -> Iterator[None]:
+    """Call `first` at the first SIGINT inside the block; a later one raises KeyboardInterrupt.
+
+    Within a second they count as one: a terminal signals every process of its group, and launchers pass it on. A
+    process that another one supervises (`supervise.run_processes`) leaves the later ones to that one, and one that
+    ignores SIGINT, as shells start jobs in the background, goes on ignoring it.
+
+    Args:
+        first: takes SIGINT.
+        announce: whether to say on standard error what happens now.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    supervised = multiprocessing.parent_process() is not None
+    came: list[float] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if came and not supervised and now - came[0] > 1:
+            raise KeyboardInterrupt
+        if not came:
+            came.append(now)
+            if announce and not supervised:
+                with suppress(OSError):
+                    os.write(2, b"\nCtrl-C: saving after this step, then leaving; Ctrl-C again leaves at once\n")
+            first(number)
+
+    with signal_handler([signal.SIGINT], handle):
+        # A supervised process starts with SIGINT blocked: one that came while it imported is delivered now.
+        before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -32,9 +32,17 @@ def exit_now(code: int) -> NoReturn:
     A normal exit of Python tears down all modules first, which takes seconds on busy cores, and joins child processes.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     os._exit(code)
+
+
+def _flush() -> None:
+    """Flush standard output and error; what a full disk or a closed pipe does not take is dropped."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python's exit fails on it, with 120
 
 
 def run_program(main: Callable[[], int]) -> NoReturn:
@@ -49,6 +57,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         code = 1
     if code:
         exit_now(code)
+    _flush()
     sys.exit(0)
 
 

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -21,7 +22,7 @@ from typing import Any
 
 from torch.multiprocessing import ProcessContext, get_context, start_processes
 
-from maskfeat.distributed.preemption import PREEMPTED, STOP_SIGNALS
+from maskfeat.distributed.preemption import INTERRUPTED, PREEMPTED, STOP_SIGNALS, heeding_ctrl_c
 from maskfeat.distributed.processes import die_with_parent, exit_now, signal_handler
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ GRACE_PERIOD = 2.0
 
 GRACE_PERIOD_AFTER_KILL = 0.5
 """Seconds that the others have to exit after one process was killed by a signal."""
+
+_WELL = (0, PREEMPTED, INTERRUPTED)  # exit codes that are no failure
 
 _CONNECTION_LOST = re.compile(r"Connection (closed|reset) by peer")
 """Found in the traceback of a rank whose peer is gone."""
@@ -45,7 +48,7 @@ _HINTS: dict[int, str] = {
 def run_processes(job: Callable[..., int], args: tuple[Any, ...], count: int, first_rank: int = 0) -> int:
     """Run `job(index, *args)` in `count` spawned processes and wait for them.
 
-    SIGTERM, SIGUSR1 and SIGUSR2 are forwarded to the processes. Ctrl-C is left to this process, which kills them.
+    SIGTERM, SIGUSR1, SIGUSR2 and a first Ctrl-C are forwarded to the processes; a second Ctrl-C kills them.
 
     Args:
         job: A function at the top level of a module; takes the index of the process on this node, returns an exit code.
@@ -54,9 +57,9 @@ def run_processes(job: Callable[..., int], args: tuple[Any, ...], count: int, fi
         first_rank: Rank of process 0, for messages.
 
     Returns:
-        0 if all processes succeeded; PREEMPTED if some of them exited with it and none failed, or if a forwarded
-        signal killed one that had no handler for it yet; otherwise the exit code of the process that failed first,
-        128 + n if signal n killed it.
+        0 if all processes succeeded; PREEMPTED or INTERRUPTED if some of them exited with it and none failed; PREEMPTED
+        if a forwarded signal killed one that had no handler for it yet; otherwise the exit code of the process that
+        failed first, 128 + n if signal n killed it.
     """
     processes: list[BaseProcess] = []
     received: list[int] = []
@@ -66,15 +69,19 @@ def run_processes(job: Callable[..., int], args: tuple[Any, ...], count: int, fi
         _send_signal(processes, number)
 
     readers, writers = zip(*(get_context("spawn").Pipe(duplex=False) for _ in range(count)), strict=True)
-    with signal_handler((*STOP_SIGNALS, signal.SIGUSR2), forward):
+    with signal_handler((*STOP_SIGNALS, signal.SIGUSR2), forward), heeding_ctrl_c(forward, announce=True):
         try:
-            with signal_handler([signal.SIGINT], signal.SIG_IGN):  # inherited by the processes, which keep it
+            resource_tracker.ensure_running()  # here: some versions of Python unblock SIGINT when they start it
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited, see `heeding_ctrl_c`
+            try:
                 context = start_processes(_run, (job, args, writers), count, join=False)
                 processes.extend(context.processes)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for number in list(received):  # those that came while the processes were being started
                 _send_signal(processes, number)
             exited = _wait(context)
-        finally:  # also after Ctrl-C
+        finally:  # also after a second Ctrl-C
             _send_signal(processes, signal.SIGKILL)
             for process in processes:
                 process.join()
@@ -119,7 +126,7 @@ def _wait(context: ProcessContext) -> list[int]:
             process = context.processes[index]
             process.join()
             exited.append(index)
-            if deadline is None and process.exitcode not in (0, PREEMPTED):
+            if deadline is None and process.exitcode not in _WELL:
                 deadline = time.monotonic() + (GRACE_PERIOD if process.exitcode > 0 else GRACE_PERIOD_AFTER_KILL)
     return exited
 
@@ -129,7 +136,7 @@ def _exit_code(exited: Sequence[BaseProcess], received: Sequence[int], readers: 
     codes = [process.exitcode or 0 for process in exited]
     if any(-code in STOP_SIGNALS and -code in received for code in codes):
         return PREEMPTED
-    failed = [index for index, code in enumerate(codes) if code not in (0, PREEMPTED)]
+    failed = [index for index, code in enumerate(codes) if code not in _WELL]
     if not failed:
         return max(codes)
     traces = {index: _traceback(readers[index]) for index in failed}

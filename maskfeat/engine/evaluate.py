@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -102,18 +101,17 @@ def multi_view_test(
     labels: Sequence[int],
     device: torch.device,
     precision: str,
-    results_path: Path | None = None,
     heartbeat: Heartbeat = lambda _: None,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], str]:
     """Test with every view of every video or image; softmax scores are summed over views.
 
     Args:
         loader: yields each (index, view) once over all ranks.
         labels: V class indices, by index.
-        results_path: JSON file for labels, predictions and unreadable indices; None on ranks other than 0.
 
     Returns:
-        "top1" and "top5" in percent of all V, where unreadable ones count as wrong, and "unreadable", their number.
+        "top1" and "top5" in percent of all V, where unreadable ones count as wrong, and "unreadable", their number;
+        and as JSON text the same, with label, predictions and whether it was read for each index.
     """
     objective.eval()
     scores: Tensor | None = None
@@ -138,17 +136,14 @@ def multi_view_test(
     readable = unreadable == 0
     result = {name: 100.0 * float((hit & readable).float().mean()) for name, hit in hits.items()}
     result["unreadable"] = int((~readable).sum())
-    if results_path is not None:
-        _write_results(results_path, result, truth, scores, readable)
-    return result
+    return result, _results(result, truth, scores, readable)
 
 
-def _write_results(path: Path, result: Mapping[str, float], truth: Tensor, scores: Tensor, readable: Tensor) -> None:
-    """Write accuracies, and for every index its label, the top five classes and whether it was read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _results(result: Mapping[str, float], truth: Tensor, scores: Tensor, readable: Tensor) -> str:
+    """Return as JSON the accuracies, and for every index its label, the top five classes and whether it was read."""
     best = scores.topk(min(5, scores.shape[1]), dim=1).indices.tolist()
     rows = [
         {"index": i, "label": label, "predicted": top, "read": read}
         for i, (label, top, read) in enumerate(zip(truth.tolist(), best, readable.tolist(), strict=True))
     ]
-    path.write_text(json.dumps({**result, "samples": rows}, indent=1))
+    return json.dumps({**result, "samples": rows}, indent=1)

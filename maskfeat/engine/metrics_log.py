@@ -3,7 +3,6 @@
 import datetime
 import logging
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,43 @@ from torch import Tensor
 
 from maskfeat.distributed.collectives import all_gather_object, all_reduce_sum, world_size
 from maskfeat.distributed.world import World
+from maskfeat.engine.event_file import EventFile
+from maskfeat.engine.log_handlers import LogFile, screen_handler
+from maskfeat.errors import UserFileError, naming
 
 logger = logging.getLogger(__name__)
 
 
-def setup_logging(output_dir: str | Path, world: World) -> None:
-    """Log to the terminal and to OUTPUT_DIR/stdout.log on rank 0; on other ranks only warnings, with their rank."""
+def setup_logging(world: World) -> None:
+    """Log to the terminal; on ranks other than 0 only warnings, with their rank.
+
+    A terminal shows no `json_stats:` lines. Where standard output is a file or a pipe, they are there for scripts.
+    """
     root = logging.getLogger("maskfeat")
-    root.handlers.clear()
+    while root.handlers:
+        root.handlers.pop().close()
     root.propagate = False
     root.setLevel(logging.INFO)
-    who = "" if world.is_main else f"[rank {world.rank}] "
-    form = logging.Formatter(f"[%(asctime)s] {who}%(message)s", datefmt="%m/%d %H:%M:%S")
-    screen = logging.StreamHandler(sys.stdout)
+    screen = screen_handler()
     screen.setLevel(logging.INFO if world.is_main else logging.WARNING)
-    screen.setFormatter(form)
-    root.addHandler(screen)
-    if world.is_main:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(Path(output_dir) / "stdout.log")
-        file.setFormatter(form)
-        root.addHandler(file)
+    if screen.stream.isatty():
+        screen.addFilter(lambda record: not hasattr(record, _FOR_SCRIPTS))
+    _add_handler(screen, "" if world.is_main else f"[rank {world.rank}] ")
+
+
+def log_to_file(output_dir: str | Path) -> None:
+    """Log to OUTPUT_DIR/stdout.log as well.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    _add_handler(LogFile(Path(output_dir) / "stdout.log"))
+
+
+def _add_handler(handler: logging.Handler, who: str = "") -> None:
+    handler.setFormatter(logging.Formatter(f"[%(asctime)s] {who}%(message)s", datefmt="%m/%d %H:%M:%S"))
+    logging.getLogger("maskfeat").addHandler(handler)
 
 
 class MetricWindow:
@@ -95,13 +110,41 @@ def _plain(value: Any) -> Any:
 
 
 _STATS = "json_stats: "
+_FOR_SCRIPTS = "for_scripts"  # attribute of their log records
 
 
 def read_json_stats(log: Path, kind: str) -> list[dict[str, Any]]:
-    """Return the entries of one kind ("train_iter", "val_epoch", "test_final") in a run's stdout.log, in order."""
-    lines = log.read_text(encoding="utf-8").splitlines()
-    entries = [simplejson.loads(line.split(_STATS, 1)[1]) for line in lines if _STATS in line]
-    return [entry for entry in entries if entry["_type"] == kind]
+    """Return the entries of one kind ("train_iter", "val_epoch", "test_final") in a run's stdout.log, in order.
+
+    Steps that a killed run repeated are there twice: the last entry of a step counts. Lines that a full disk or a kill
+    cut short are left out, and a warning says how many.
+    """
+    entries, broken = [], 0
+    for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if _STATS not in line:
+            continue
+        try:
+            entry = simplejson.loads(line.rsplit(_STATS, 1)[1])
+            if entry["_type"] == kind:
+                entries.append(entry)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            broken += 1
+    if broken:
+        logger.warning("%s: %d damaged lines are left out", log, broken)
+    return entries
+
+
+def last_json_stats(log: Path, kind: str) -> dict[str, Any]:
+    """Return the last entry of one kind.
+
+    Raises:
+        UserFileError: there is none.
+    """
+    with naming(f"{log} cannot be read"):
+        entries = read_json_stats(log, kind)
+    if not entries:
+        raise UserFileError(f"{log} has no {kind} entry that can be read: delete {log.parent}, and run it again")
+    return entries[-1]
 
 
 class MetricsLog:
@@ -113,12 +156,13 @@ class MetricsLog:
     """
 
     def __init__(self, world: World, tensorboard_dir: Path | None) -> None:
-        self._writer: Any = None
-        if world.is_main and tensorboard_dir:
-            # Slow to import, and only one process of a run needs it.
-            from torch.utils.tensorboard import SummaryWriter
+        self._folder = tensorboard_dir if world.is_main else None
+        self._events: EventFile | None = None
 
-            self._writer = SummaryWriter(str(tensorboard_dir))
+    def begin(self, first_step: int) -> None:
+        """Say, before training, with which step it begins: TensorBoard hides points of an earlier run from there on."""
+        if self._folder is not None:
+            self._events = EventFile(self._folder, first_step)
 
     def write(self, kind: str, line: str, stats: Mapping[str, Any], step: int) -> None:
         """Write one entry.
@@ -134,13 +178,13 @@ class MetricsLog:
         plain = {name: _plain(value) for name, value in stats.items()}
         if "lr" in stats:
             plain["lr"] = simplejson.RawJSON(f"{stats['lr']:.5e}")
-        logger.info(_STATS + "%s", simplejson.dumps({"_type": kind, **plain}))
-        if self._writer is not None:
-            for name, value in stats.items():
-                if isinstance(value, int | float):
-                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+        logger.info(_STATS + "%s", simplejson.dumps({"_type": kind, **plain}), extra={_FOR_SCRIPTS: True})
+        if self._folder is not None:
+            self._events = self._events or EventFile(self._folder)
+            scalars = {f"{kind}/{name}": value for name, value in stats.items() if isinstance(value, int | float)}
+            self._events.add(scalars, step)
 
     def close(self) -> None:
-        """Flush and close the event file."""
-        if self._writer is not None:
-            self._writer.close()
+        """Close the event file."""
+        if self._events is not None:
+            self._events.close()

@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
 from maskfeat.data.loader import BatchLoader
+from maskfeat.distributed.collectives import run_on_main
 from maskfeat.distributed.launch import check_devices, launch, read_launch_environment
+from maskfeat.distributed.preemption import INTERRUPTED
 from maskfeat.distributed.world import World
 from maskfeat.engine.evaluate import multi_view_test
 from maskfeat.engine.loop import train
@@ -20,7 +23,8 @@ from maskfeat.engine.resume import load_for_testing
 from maskfeat.engine.session import Session
 from maskfeat.engine.setup import CommandLine, prepare_training
 from maskfeat.engine.trainer import precision_of
-from maskfeat.errors import UserError, naming
+from maskfeat.errors import UserError, UserFileError, naming
+from maskfeat.file_io import replace_text
 from maskfeat.objectives.base import Objective
 from maskfeat.registry import dataset_spec
 
@@ -47,21 +51,24 @@ def _results_path(cfg: CfgNode, what: str) -> Path:
 
 def run_testing(
     cfg: CfgNode, session: Session, loaders: Mapping[str, BatchLoader], objective: Objective, name: str = ""
-) -> None:
+) -> list[UserFileError]:
     """Test with each of `loaders`, one per number of views.
 
     Args:
         name: "" for the weights, "ema" for their moving average.
+
+    Returns:
+        what kept results from being written; their scores are logged.
     """
+    failed = []
     suffix = f"_{name}" if name else ""
     for number, (views, loader) in enumerate(loaders.items()):
-        result = multi_view_test(
+        result, details = multi_view_test(
             objective,
             loader,
             loader.labels,
             session.device,
             precision_of(cfg.TEST),
-            _results_path(cfg, views + suffix) if session.world.is_main else None,
             session.watchdog.proceed,
         )
         line = (
@@ -71,6 +78,17 @@ def run_testing(
         stats = {"split": f"test_final{suffix}", "samples": len(loader.labels), "views": views, **result}
         stats["top1_acc"], stats["top5_acc"] = f"{result['top1']:.2f}", f"{result['top5']:.2f}"
         session.metrics_log.write(f"test_final{suffix}", line, stats, number)
+        try:
+            run_on_main(partial(_write_results, _results_path(cfg, views + suffix), details))
+        except UserFileError as error:
+            failed.append(error)
+    return failed
+
+
+def _write_results(path: Path, details: str) -> None:
+    with naming(f"{path} cannot be written; the scores are in the log"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, details)
 
 
 def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine) -> int:
@@ -102,8 +120,11 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
         if cfg.TEST.ENABLE:
             if not objectives or cfg.TEST.CHECKPOINT_FILE_PATH:
                 objectives = load_for_testing(cfg, session.device)
+            failed = []
             for name, objective in objectives.items():
-                run_testing(cfg, session, test_loaders, objective, name)
+                failed += run_testing(cfg, session, test_loaders, objective, name)
+            if failed:
+                raise failed[0]
     return session.exit_code
 
 
@@ -160,8 +181,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         say("error: %s", error)
         return 2
     except KeyboardInterrupt:
-        say("interrupted: the same command resumes from the newest checkpoint in OUTPUT_DIR")
-        return 130
+        say("interrupted: nothing more was saved; the same command resumes from the newest checkpoint in OUTPUT_DIR")
+        return INTERRUPTED
 
 
 def _check_runs(runs: Sequence[CfgNode], several_at_once: bool) -> None:

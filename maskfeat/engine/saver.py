@@ -120,4 +120,7 @@ class Saver:
         cfg = self._cfg
         if self._trainer.world.is_main:
             logger.info("saved %s", self._path(position))
-            prune_checkpoints(cfg.OUTPUT_DIR, cfg.TASK, position, cfg.TRAIN.KEEP_CHECKPOINTS)
+            try:
+                prune_checkpoints(cfg.OUTPUT_DIR, cfg.TASK, position, cfg.TRAIN.KEEP_CHECKPOINTS)
+            except OSError as error:
+                logger.warning("an old checkpoint was not deleted: %s", error)

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import queue
+import signal
 import threading
 from contextlib import ExitStack, suppress
 from datetime import timedelta
@@ -15,10 +16,11 @@ from yacs.config import CfgNode
 
 from maskfeat.distributed.collectives import destroy_process_group, init_process_group, is_collective_error
 from maskfeat.distributed.hang_watchdog import HangWatchdog
-from maskfeat.distributed.preemption import PREEMPTED, Preempted, StopRequest
+from maskfeat.distributed.preemption import INTERRUPTED, PREEMPTED, Preempted, StopRequest
 from maskfeat.distributed.world import World, choose_device
-from maskfeat.engine.metrics_log import MetricsLog, setup_logging
+from maskfeat.engine.metrics_log import MetricsLog, log_to_file, setup_logging
 from maskfeat.engine.oom import explain_oom
+from maskfeat.engine.owner import owned
 from maskfeat.errors import UserError, naming
 
 logger = logging.getLogger(__name__)
@@ -69,16 +71,21 @@ class Session:
             init_method: tcp:// address at which the processes meet; "" where there is only one.
         """
         cfg, world = self.cfg, self.world
-        with naming(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written"):
-            setup_logging(cfg.OUTPUT_DIR, world)
-        self._signals.enter_context(self.stop.listening())
+        setup_logging(world)
+        if world.is_main:
+            if cfg.TRAIN.ENABLE:  # a test may be run while training goes on
+                self._closing.enter_context(owned(Path(cfg.OUTPUT_DIR)))
+            with naming(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written"):
+                log_to_file(cfg.OUTPUT_DIR)
+        self._signals.enter_context(self.stop.listening(world.is_main))
         self.device = choose_device(cfg.NUM_GPUS, world.local_rank)
         # Collectives time out after the watchdog does, whose report says more than their error.
         timeout = timedelta(minutes=cfg.HANG_MINUTES + 5) if cfg.HANG_MINUTES else timedelta(days=1)
         self._store = init_process_group(world, cfg.DIST_BACKEND, self.device, init_method, timeout)
         self.watchdog = HangWatchdog(world, self._store, 60 * cfg.HANG_MINUTES, self.stop)
         self._closing.callback(self.watchdog.close)
-        folder = Path(cfg.OUTPUT_DIR) / cfg.TENSORBOARD.LOG_DIR if cfg.TENSORBOARD.ENABLE else None
+        # Curves of several tasks in one OUTPUT_DIR are not those of one run.
+        folder = Path(cfg.OUTPUT_DIR) / cfg.TENSORBOARD.LOG_DIR / cfg.TASK if cfg.TENSORBOARD.ENABLE else None
         self.metrics_log = MetricsLog(world, folder)
         self._signals.callback(self.metrics_log.close)
 
@@ -146,8 +153,9 @@ class Session:
         return True
 
     def _preempted(self, reason: str) -> int:
+        interrupted = reason == signal.SIGINT.name
+        code = INTERRUPTED if interrupted else PREEMPTED
         if self.world.is_main:
-            logger.info(
-                "stopped on %s; the same command resumes from here (exit code %d: requeue me)", reason, PREEMPTED
-            )
-        return PREEMPTED
+            how, requeue = ("Ctrl-C", "") if interrupted else (reason, ": requeue me")
+            logger.info("stopped on %s; the same command resumes from here (exit code %d%s)", how, code, requeue)
+        return code

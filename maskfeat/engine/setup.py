@@ -63,6 +63,7 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
     source.load_weights(cfg, objective)
     trainer = build_trainer(cfg, device, world, objective)
     source.restore(trainer, len(loader), loader.batch_size * world.size)
+    session.metrics_log.begin(trainer.position.epochs * len(loader) + trainer.position.step)
     if world.is_main:
         # Not earlier: a run that is refused leaves the folder of another one as it was.
         save_config(command_line.path, command_line.opts, cfg, cfg.OUTPUT_DIR)

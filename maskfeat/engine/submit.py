@@ -2,13 +2,13 @@
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from maskfeat.config.arguments import ConfigParser
 from maskfeat.config.merge import override_entries
 from maskfeat.distributed.slurm import Job
+from maskfeat.engine.log_handlers import screen_handler
 from maskfeat.engine.run import main as run_net
 from maskfeat.errors import UserError
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         import submitit
     except ImportError:
         parser.error("submitit is not installed: pip install 'maskfeat[slurm]', or use tools/slurm/train.sbatch")
-    logger.handlers, logger.propagate = [logging.StreamHandler(sys.stdout)], False
+    logger.handlers, logger.propagate = [screen_handler()], False
     logger.setLevel(logging.INFO)
     executor = submitit.SlurmExecutor(folder=Path(args.logs).resolve() / "%j", max_num_timeout=args.restarts)
     wide = {"cpus_per_task": args.cpus} if args.cpus else {"exclusive": True, "mem": "0"}

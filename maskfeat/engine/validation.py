@@ -83,6 +83,7 @@ class Validator:
         assert loader is not None or not epochs
         self._trainer, self._loader, self._epochs, self._new = trainer, loader, set(epochs), new
         self._precision, self._metrics_log, self._record, self._heartbeat = precision, metrics_log, record, heartbeat
+        self._failed = False  # whether the record could not be written
 
     def is_due(self, epoch: int) -> bool:
         """Return whether to validate after `epoch`, counted from 0."""
@@ -121,12 +122,16 @@ class Validator:
         """Epochs that were done at the last validation; 0 where there is no readable record."""
         try:
             return int(json.loads(self._record.read_text(encoding="utf-8"))["epochs"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return 0
 
     def _remember(self, values: dict[str, float]) -> None:
         try:
             self._record.parent.mkdir(parents=True, exist_ok=True)
             replace_text(self._record, json.dumps(values) + "\n")
+            self._failed = False
         except OSError as error:
+            if self._failed:
+                return
+            self._failed = True
             logger.warning("%s was not written (%s): a run that resumes here validates again", self._record, error)

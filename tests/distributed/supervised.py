@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from maskfeat.distributed import supervise
-from maskfeat.distributed.preemption import PREEMPTED, StopRequest
+from maskfeat.distributed.preemption import INTERRUPTED, PREEMPTED, StopRequest
 from maskfeat.distributed.processes import leave_signals_to_parent, run_program, signals_blocked
 
 
@@ -112,7 +112,18 @@ def heeds(index: int, folder: Path) -> int:
         while not stop:
             time.sleep(0.005)
         tell(folder / f"heard {index}", stop.reason)
-    return PREEMPTED
+    return INTERRUPTED if stop.reason == "SIGINT" else PREEMPTED
+
+
+def heeds_late(index: int, folder: Path) -> int:
+    """As one that still imports when it is asked."""
+    enter(index, folder)
+    await_file(folder / "go on")
+    stop = StopRequest()
+    with stop.listening():
+        tell(folder / f"heard {index}", stop.reason)
+        enter(index, folder)
+    return INTERRUPTED if stop.reason == "SIGINT" else 0
 
 
 def one_fails_while_one_listens(index: int, folder: Path) -> int:

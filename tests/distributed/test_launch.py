@@ -15,8 +15,9 @@ import torch
 from maskfeat.config import load_config
 from maskfeat.distributed import launch as launching
 from maskfeat.distributed.launch import LaunchEnvironment, first_host, launch, read_launch_environment
-from maskfeat.distributed.preemption import PREEMPTED
+from maskfeat.distributed.preemption import INTERRUPTED, PREEMPTED, StopRequest
 from maskfeat.distributed.world import World
+from maskfeat.errors import UserError
 from tests.reliability.harness import wait_until
 from tests.reliability.runs import START, processes, start
 from tests.small import RECIPES
@@ -91,9 +92,111 @@ def test_torchrun_of_one_process_is_torchrun() -> None:
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
-def test_half_an_environment_of_torchrun_is_none(name: str) -> None:
-    """Clusters set one or the other for purposes of their own."""
-    assert read_launch_environment({key: value for key, value in TORCHRUN.items() if key != name}) is None
+def test_half_an_environment_of_torchrun_is_refused(name: str) -> None:
+    """Each process would train alone."""
+    with pytest.raises(UserError, match=f"names more than one process, but has no {name}\\."):
+        read_launch_environment({key: value for key, value in TORCHRUN.items() if key != name})
+
+
+PLACE = {"MASTER_ADDR": "rack1", "MASTER_PORT": "4711"}
+MPI = [
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
+]
+
+
+@pytest.mark.parametrize("names", MPI)
+def test_mpirun(names: tuple[str, ...]) -> None:
+    env = dict(zip(names, ("5", "8", "1", "4"), strict=True))
+    expected = LaunchEnvironment("mpirun", World(5, 8, 1, 4), 1, 2, "tcp://rack1:4711")
+    assert read_launch_environment({**env, **PLACE}) == expected
+    assert read_launch_environment({**env, **PLACE, **TASK, "SLURM_PROCID": "0"}) == expected, "in a job of Slurm"
+    assert read_launch_environment({**env, **PLACE, "RANK": "5", "WORLD_SIZE": "8"}) == expected, "a wrapper script"
+    assert expected.numbers() == {"NUM_SHARDS": 2, "NUM_GPUS": 4}
+    assert read_launch_environment({name: {"1": "0", "8": "1"}.get(env[name], "0") for name in names[:2]}) is None
+    for lost in names:
+        with pytest.raises(UserError, match=f"has no {lost}"):
+            read_launch_environment({key: value for key, value in env.items() if key != lost})
+    with pytest.raises(UserError, match="3 of 8 processes on this machine"):
+        read_launch_environment({**env, names[3]: "3"})
+    with pytest.raises(UserError, match=f"{names[0]} 8, {names[1]} 8, .* ranks count from 0"):
+        read_launch_environment({**env, names[0]: "8"})
+    with pytest.raises(UserError, match=f"{names[1]} is 'all'"):
+        read_launch_environment({**env, names[1]: "all"})
+
+
+def test_srun_sets_variables_of_pmi_as_well() -> None:
+    """With and without those of the machine."""
+    expected = read_launch_environment(TASK)
+    assert read_launch_environment({**TASK, "PMI_RANK": "3", "PMI_SIZE": "4"}) == expected
+    local = {"PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "2"}
+    assert read_launch_environment({**TASK, "PMI_RANK": "3", "PMI_SIZE": "4", **local}) == expected
+
+
+@pytest.mark.parametrize(
+    "pod",
+    [
+        {"RANK": "1", "WORLD_SIZE": "3"},
+        {"PET_NODE_RANK": "1", "PET_NNODES": "3"},
+        {"PET_NODE_RANK": "1", "PET_NNODES": "3", "RANK": "1", "WORLD_SIZE": "24"},
+        {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1"},
+    ],
+)
+def test_a_pod_is_a_machine(pod: dict[str, str], spy: "Spy", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes operators count pods; each may spawn processes, and the config says how many."""
+    place = {f"PET_{name}": value for name, value in PLACE.items()} if "PET_NNODES" in pod else PLACE
+    started = read_launch_environment({**pod, **place})
+    assert started is not None and started.numbers() == {"NUM_SHARDS": 3}
+    assert (started.world, started.shard_id, started.init_method) == (World(1, 3, 0, 1), 1, "tcp://rack1:4711")
+    set_env(monkeypatch, pod)
+    with pytest.raises(UserError, match="nothing says where they meet: set MASTER_ADDR"):
+        spy.launch(processes=0, num_shards=3)
+    set_env(monkeypatch, place)
+    assert spy.launch(processes=0, num_shards=3) == 7 and spy.told[0] == World(1, 3, 0, 1)
+    assert spy.launch(processes=8, num_shards=3) == 8
+    assert spy.spawned == (World(8, 24, 0, 8), "tcp://rack1:4711", 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("env", "names"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE 2: .* has no RANK"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "rack1", "MASTER_PORT": "1"}, "WORLD_SIZE 2: .* has no RANK"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **PLACE}, "LOCAL_WORLD_SIZE"),
+        ({"RANK": "1", "LOCAL_RANK": "1", **PLACE}, "WORLD_SIZE"),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, "no LOCAL_RANK"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "MPI_LOCALRANKID and no MPI_LOCALNRANKS"),
+        ({"PET_NNODES": "2:4", **PLACE}, "PET_NNODES 2:4"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_NTASKS 2, SLURM_PROCID 1: .* no SLURM_STEP_ID"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}, "no SLURM_STEP_NUM_NODES"),
+    ],
+)
+def test_more_than_one_process_is_never_taken_for_one(env: dict[str, str], names: str) -> None:
+    with pytest.raises(UserError, match=names) as raised:
+        read_launch_environment(env)
+    assert "torchrun" in str(raised.value) and "unset these variables" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"RANK": "0"},
+        {"RANK": "3"},
+        {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"},
+        {"RANK": "", "WORLD_SIZE": ""},
+        {"WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        {"PMI_RANK": "0", "PMI_SIZE": "1", "PMI_FD": "6"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+        {"PET_NODE_RANK": "0", "PET_NNODES": "1", "RANK": "0", "WORLD_SIZE": "8"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+    ],
+)
+def test_left_over_variables_do_not_stop_a_process_that_is_alone(env: dict[str, str]) -> None:
+    assert read_launch_environment(env) is None
 
 
 def test_srun_with_a_task_for_each_process() -> None:
@@ -143,7 +246,7 @@ def test_uneven_tasks_that_could_be_even() -> None:
 @pytest.mark.parametrize("step", ["4294967291", "4294967290", "4294967294", None])
 def test_the_shell_of_a_job_is_no_task(step: str | None) -> None:
     """The batch script and an interactive shell have a SLURM_PROCID as well."""
-    env = {name: value for name, value in TASK.items() if name != "SLURM_STEP_ID"}
+    env = {name: value for name, value in TASK.items() if name != "SLURM_STEP_ID"} | {"SLURM_PROCID": "0"}
     assert read_launch_environment(env if step is None else {**env, "SLURM_STEP_ID": step}) is None
 
 
@@ -391,16 +494,70 @@ def test_usr2_is_passed_on_and_ends_nobody(supervised: Callable[..., Program]) -
     assert program.end() == (0, "")
 
 
-def test_ctrl_c_is_for_the_parent(supervised: Callable[..., Program]) -> None:
-    """The terminal sends it to all of them."""
+@pytest.mark.parametrize("group", [True, False])
+def test_ctrl_c_is_passed_on(group: bool, supervised: Callable[..., Program]) -> None:
+    """A terminal sends it to all of them, and it counts once; others send it to the parent alone."""
+    program = supervised("heeds")
+    program.ranks()
+    (os.killpg if group else os.kill)(program.process.pid, signal.SIGINT)
+    code, said = program.end()
+    assert code == INTERRUPTED and "Traceback" not in said and said.count("Ctrl-C: saving") == 1, said
+    assert [path.read_text() for path in program.folder.glob("heard *")] == ["SIGINT"] * 2
+
+
+def test_ctrl_c_that_comes_early_is_kept(supervised: Callable[..., Program]) -> None:
+    program = supervised("heeds_late")
+    program.ranks()
+    for _ in range(3):
+        os.killpg(program.process.pid, signal.SIGINT)
+    (program.folder / "go on").touch()
+    code, said = program.end()
+    assert code == INTERRUPTED and "Traceback" not in said, said
+    assert [path.read_text() for path in program.folder.glob("heard *")] == ["SIGINT"] * 2
+
+
+def test_a_second_ctrl_c_ends_them(supervised: Callable[..., Program]) -> None:
     program = supervised("does_not_heed")
-    for pid in program.ranks():
-        os.kill(pid, signal.SIGINT)
-    time.sleep(0.2)
-    assert program.process.poll() is None, "they do not heed it"
-    program.process.send_signal(signal.SIGINT)
+    program.ranks()
+    os.killpg(program.process.pid, signal.SIGINT)
+    time.sleep(1.2)
+    assert program.process.poll() is None, "the first one is heeded where they listen"
+    os.killpg(program.process.pid, signal.SIGINT)
     code, said = program.end()
     assert code == -signal.SIGINT and "KeyboardInterrupt" in said and "rank" not in said
+
+
+def test_ctrl_c_in_a_process_that_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one asks, what comes within a second is the same one, a later one leaves."""
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
+    stop, now = StopRequest(), time.monotonic
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(time, "monotonic", lambda: now() + 2)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_after_another_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
+    stop = StopRequest()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.reason == "SIGTERM"
+
+
+def test_a_process_in_the_background_is_deaf_to_ctrl_c() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        with stop.listening():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_children_die_with_their_parent(supervised: Callable[..., Program]) -> None:

@@ -157,6 +157,7 @@ def _serve() -> None:
     """Fork a run for every line of standard input: [arguments, log]; print its process number, then its exit code."""
     from maskfeat.engine.run import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started the tests in the background
     torch.set_num_threads(1)
     for line in sys.stdin:
         argv, log = json.loads(line)

@@ -3,10 +3,12 @@
 import os
 import signal
 import statistics
+import time
 from pathlib import Path
 
 import pytest
 
+from maskfeat.checkpoint.files import find_checkpoints
 from tests.reliability.harness import PRETRAINING, arguments
 from tests.reliability.runs import ENDLESS, PYTHON, TOOL, TORCHRUN, Running, ranks_named
 from tests.reliability.scale import note, size
@@ -72,7 +74,7 @@ def test_torchrun(image_data: Path, tmp_path: Path) -> None:
 
 
 def test_interrupted(image_data: Path, tmp_path: Path) -> None:
-    """Ctrl-C goes to the whole group: one line, and 130."""
+    """Ctrl-C goes to the whole group: the state is saved, one line, and 130."""
     argv = arguments(PRETRAINING, image_data, tmp_path / "out", *SPAWNED)
     run = Running([*PYTHON, TOOL, *argv], tmp_path / "screen")
     try:
@@ -83,4 +85,24 @@ def test_interrupted(image_data: Path, tmp_path: Path) -> None:
     said = run.said()
     note(5, f"spawned, Ctrl-C: all gone after {seconds:.2f} s, {load()}")
     assert code == 130 and seconds < LIMIT, said
+    assert said.count("stopped on Ctrl-C") == 1 and "Traceback" not in said and "rank" not in said, said
+    assert len(find_checkpoints(tmp_path / "out", "pt")) == 1
+
+
+def test_interrupted_twice(image_data: Path, tmp_path: Path) -> None:
+    """The second Ctrl-C leaves at once, here one that cannot finish its step."""
+    argv = arguments(PRETRAINING, image_data, tmp_path / "out", *SPAWNED)
+    run = Running([*PYTHON, TOOL, *argv], tmp_path / "screen")
+    try:
+        os.kill(run.ranks[1], signal.SIGSTOP)
+        os.killpg(run.process.pid, signal.SIGINT)
+        time.sleep(1.5)
+        assert run.process.poll() is None
+        os.killpg(run.process.pid, signal.SIGINT)
+        code, seconds = run.end()
+    finally:
+        run.clean_up()
+    said = run.said()
+    assert code == 130 and seconds < LIMIT, said
     assert said.count("interrupted:") == 1 and "Traceback" not in said and "rank" not in said, said
+    assert not find_checkpoints(tmp_path / "out", "pt")

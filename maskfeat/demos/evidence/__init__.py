@@ -16,6 +16,7 @@ from maskfeat.demos.evidence.report import FILE, Report
 from maskfeat.demos.evidence.runs import Runs, Stopped, run_seed
 from maskfeat.demos.evidence.suites import SUITES
 from maskfeat.demos.synthetic import make_clips
+from maskfeat.engine.log_handlers import screen_handler
 from maskfeat.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a suite and write its section of the report; return the exit code. `prog` as in `parse_args`."""
     args = parse_args(argv, prog)
-    logger.handlers, logger.propagate = [logging.StreamHandler(sys.stdout)], False
+    logger.handlers, logger.propagate = [screen_handler()], False
     logger.setLevel(logging.INFO)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     data = args.data or args.output / "data" / args.suite

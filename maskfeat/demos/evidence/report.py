@@ -111,7 +111,7 @@ class Report:
 
     def tested(self, name: str, seeds: Sequence[int] | None = None) -> Spread:
         """Return the top-1 accuracy of the last test of a run."""
-        found = [self.runs.stats(seed, name, "test_final")[-1]["top1"] for seed in seeds or self.seeds]
+        found = [self.runs.last(seed, name, "test_final")["top1"] for seed in seeds or self.seeds]
         return Spread([float(value) for value in found])
 
     def with_run(self, name: str) -> list[int]:
@@ -171,7 +171,7 @@ class Report:
             name = f"{method.name}_references"
             found = [self.runs.result(seed, name) for seed in self.seeds]
             if "model" not in found[0]:
-                steps = [self.runs.stats(seed, method.name, "val_epoch")[-1] for seed in self.seeds]
+                steps = [self.runs.last(seed, method.name, "val_epoch") for seed in self.seeds]
                 zero, model = (
                     Spread([float(step[key]) for step in steps]).shown(".4f") for key in ("zero_predictor", "loss")
                 )
@@ -258,16 +258,16 @@ class Report:
         return f"![Curves](evidence/{path.name})"
 
     def _curve(self, seed: int, name: str, kind: str, key: str) -> list[Point]:
-        points = []
+        points: dict[float, float] = {}  # of a step that was repeated after a kill, the last one
         for entry in self.runs.stats(seed, name, kind):
             if key in entry:
                 epoch = int(str(entry["epoch"]).split("/")[0])
                 if kind == "train_iter":
                     step, steps = map(int, entry["iter"].split("/"))
-                    points.append((epoch - 1 + step / steps, float(entry[key])))
+                    points[epoch - 1 + step / steps] = float(entry[key])
                 else:
-                    points.append((float(epoch), float(entry[key])))
-        return points
+                    points[float(epoch)] = float(entry[key])
+        return sorted(points.items())
 
     def drawings(self) -> list[str]:
         """Draw predictions for held-out samples by the first and the last checkpoint of the first seed."""

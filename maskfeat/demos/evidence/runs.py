@@ -26,11 +26,11 @@ from maskfeat.config import load_config
 from maskfeat.demos.commands import train_command
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Control, Method, Suite
 from maskfeat.distributed.world import choose_device
-from maskfeat.engine.metrics_log import read_json_stats
+from maskfeat.engine.metrics_log import last_json_stats, read_json_stats
 from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.run import main as run_net
 from maskfeat.engine.trainer import precision_of
-from maskfeat.errors import UserError
+from maskfeat.errors import UserError, UserFileError
 from maskfeat.objectives.maskfeat import MaskFeat
 
 logger = logging.getLogger("maskfeat.evidence")
@@ -77,7 +77,7 @@ class Runs:
 
     def result(self, seed: int, name: str) -> dict[str, Any]:
         """Return the result of a finished run."""
-        return dict(json.loads((self.folder(seed, name) / DONE).read_text(encoding="utf-8")))
+        return dict(_read(self.folder(seed, name) / DONE))
 
     def is_done(self, seed: int, name: str) -> bool:
         return (self.folder(seed, name) / DONE).is_file()
@@ -85,6 +85,10 @@ class Runs:
     def stats(self, seed: int, name: str, kind: str) -> list[dict[str, Any]]:
         """Return the metrics of one kind that a training run logged."""
         return read_json_stats(self.folder(seed, name) / "stdout.log", kind)
+
+    def last(self, seed: int, name: str, kind: str) -> dict[str, Any]:
+        """Return the last metrics of one kind that a training run logged; UserFileError if there are none."""
+        return last_json_stats(self.folder(seed, name) / "stdout.log", kind)
 
     def checkpoint(self, seed: int, name: str) -> Path:
         """Return the last checkpoint of a pre-training run."""
@@ -125,7 +129,7 @@ class Runs:
         folder = self.folder(seed, name)
         folder.mkdir(parents=True, exist_ok=True)
         begun = folder / ASKED
-        given = json.loads(begun.read_text(encoding="utf-8")) if begun.is_file() else asked
+        given = _read(begun) if begun.is_file() else asked
         if given != asked:
             raise UserError(
                 f"{folder} was made with other settings: {shlex.join(given)}; now asked for: {shlex.join(asked)}. Give "
@@ -227,6 +231,15 @@ def held_out(objective: MaskFeat, cfg: CfgNode, device: torch.device) -> dict[st
     return {name: float(value) / terms for name, value in sums.items()}
 
 
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserFileError(
+            f"{path} cannot be read ({error}): delete {path.parent} and give the same command again"
+        ) from error
+
+
 def _write(path: Path, content: Any) -> None:
     """Write a JSON file atomically."""
     draft = path.with_name(f".{path.name}.part")
@@ -239,14 +252,14 @@ def _write(path: Path, content: Any) -> None:
 def _timed(folder: Path) -> Iterator[dict[str, float]]:
     """Measure wall-clock and CPU seconds (of this process and its children) over all attempts at a run."""
     path = folder / "attempts.json"
-    spent = json.loads(path.read_text()) if path.is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
+    spent = _read(path) if path.is_file() else {"seconds": 0.0, "cpu_seconds": 0.0}
     clock, before = time.monotonic(), sum(os.times()[:4])
     try:
         yield spent
     finally:
         spent["seconds"] += time.monotonic() - clock
         spent["cpu_seconds"] += sum(os.times()[:4]) - before
-        path.write_text(json.dumps(spent))
+        _write(path, spent)
 
 
 def without_backbone(source: Path, fresh: Mapping[str, torch.Tensor], target: Path) -> None:

@@ -1,0 +1,87 @@
+"""One run at a time owns an OUTPUT_DIR, by a lock that ends with its process."""
+
+import errno
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from maskfeat.errors import UserFileError, naming
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+LOCK = "run.lock"
+"""File in OUTPUT_DIR whose lock its owner holds; it says who that is, or was. It is never deleted."""
+
+WAIT, WAIT_FOR_A_MACHINE = 5.0, 120.0
+"""Seconds for which a lock is waited for: a process that was killed may take some to go, and a file server some to
+notice that a machine is gone."""
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Own an OUTPUT_DIR inside the block.
+
+    The lock is one of POSIX (`fcntl.lockf`), which network file systems keep for all machines, and which the kernel
+    releases when this process ends, however it does. It belongs to this process alone, not to those that it forks, and
+    would be lost if the file were opened a second time here and closed.
+
+    Raises:
+        UserFileError: another run owns it, or the file cannot be made.
+    """
+    with naming(f"OUTPUT_DIR {folder} cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _take(file, folder)
+        me = f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        with suppress(OSError):  # a full disk: others are then told of no name
+            os.ftruncate(file, 0)
+            os.pwrite(file, me.encode(), 0)
+        yield
+    finally:
+        os.close(file)
+
+
+def _take(file: int, folder: Path) -> None:
+    """Wait a little for the lock of an open file."""
+    began: float | None = None
+    while not _lock(file, folder):
+        owner = os.pread(file, 1000, 0).decode(errors="replace").strip() or "unknown"
+        here = owner.startswith(f"{socket.gethostname()},")
+        limit = WAIT if here else WAIT_FOR_A_MACHINE
+        if began is None:
+            began = time.monotonic()
+            logger.warning(
+                "OUTPUT_DIR %s is in use by another run (%s): waiting %g s for its end", folder, owner, limit
+            )
+        if time.monotonic() - began > limit:
+            gone = "" if here else f" If that machine is gone, delete {folder / LOCK}."
+            raise UserFileError(
+                f"OUTPUT_DIR {folder} is in use by another run ({owner}): wait for it, stop it, or give another "
+                f"OUTPUT_DIR.{gone}"
+            )
+        time.sleep(0.1)
+
+
+def _lock(file: int, folder: Path) -> bool:
+    """Return whether the lock was taken, also where the file system knows no locks."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        logger.warning(
+            "OUTPUT_DIR %s cannot be locked (%s): see to it that no second run uses it", folder, error.strerror
+        )
+    return True
