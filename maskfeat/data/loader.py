@@ -22,12 +22,15 @@ class LabelledSamples(Protocol):
     Attributes:
         views: views of each sample that are shown in turn; 1 except in testing.
         labels: the class of every sample.
+        path: the file of a sample, for messages.
     """
 
     @property
     def views(self) -> int: ...
 
     labels: list[int]
+
+    def path(self, index: int) -> str: ...
 
     def __len__(self) -> int: ...
 

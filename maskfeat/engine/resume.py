@@ -33,12 +33,12 @@ def _load_weights(
     cfg: CfgNode, objective: Objective, path: str, content: dict[str, Any], key: str | None = None
 ) -> LoadReport:
     """Load the weights of a file as TRAIN.CHECKPOINT_* say; `key` as in `model_state`."""
-    state = clean_names(model_state(content, key), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
     try:
+        state = clean_names(model_state(content, key), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
         average = cfg.TRAIN.CHECKPOINT_INFLATE == "average"
         report = objective.load_released_state(state, cfg.TRAIN.CHECKPOINT_ALLOW, average)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
     logger.info("%s from %s\n%s", "averaged weights" if key else "weights", path, report.table())
     return report
 
@@ -74,7 +74,10 @@ class CheckpointSource:
         if not self.resumes:
             _load_weights(cfg, objective, str(self.path), self.content, AVERAGE if self.averaged else None)
             return
-        report = objective.load_released_state(model_state(self.content))
+        try:
+            report = objective.load_released_state(model_state(self.content))
+        except UserError as error:
+            raise type(error)(f"{self.path}: {error}") from error
         changed = [*report.resized, *report.dropped]
         if changed:
             raise UserError(
@@ -100,12 +103,13 @@ class CheckpointSource:
                 trainer.load_plain_state(self.content)
             else:
                 trainer.load_state_dict(self.content)
+            trainer.check_finite()
         except KeyError as error:
             raise UserError(
                 f"{self.path} has no {error}: only its weights can be used, TRAIN.CHECKPOINT_EPOCH_RESET True"
             ) from error
         except UserError as error:
-            raise UserError(f"{self.path}: {error}") from error
+            raise type(error)(f"{self.path}: {error}") from error
         if trainer.position.step:
             trainer.position = self._in_these_steps(trainer.position, steps, samples_per_step)
         logger.info("resumed from %s, after %s", self.path, trainer.position)
