@@ -75,7 +75,9 @@ def strip_prefixes(
         split = SPLIT_QKV.fullmatch(rest)
         if rest in own or (split is not None and f"{split[1]}qkv.weight" in own):
             return rest
-        return released_name(rest) if released_name(rest) in own else None
+        # What has another name inside of an objective than in files (the head of a ResNet), behind all prefixes.
+        is_cut = rest.split(".", 1)[0] not in _PREFIXES
+        return released_name(rest) if is_cut and released_name(rest) in own else None
 
     known: dict[str, str] = {}
     before = {""}
