@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskfeat.distributed.fsdp import shard_like
-from maskfeat.errors import UserError
+from maskfeat.checkpoint.names import SPLIT_QKV, hint_at_prefixes, renamed, strip_prefixes
+from maskfeat.distributed.fsdp import local_shard, shard_like
+from maskfeat.errors import NotFinite, UserError
 
 
 class Misfit(UserError):
@@ -23,10 +24,11 @@ class Misfit(UserError):
 
     Args:
         problems: one text for each parameter, which begins with its name.
+        hint: what the names of the file suggest.
     """
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__(list(problems))
+    def __init__(self, problems: Sequence[str], hint: str = "") -> None:
+        super().__init__(list(problems), hint)
 
     @property
     def problems(self) -> list[str]:
@@ -36,7 +38,7 @@ class Misfit(UserError):
     @property
     def summary(self) -> str:
         """The text without advice."""
-        return f"{len(self.problems)} parameters do not fit the model:\n  {list_problems(self.problems)}"
+        return f"{len(self.problems)} parameters do not fit the model:\n  {list_problems(self.problems)}{self.args[1]}"
 
     def __str__(self) -> str:
         return (
@@ -52,10 +54,12 @@ class LoadRules:
     Attributes:
         fresh: may be missing from the file and then keep their initial values.
         dropped: may be in the file without being in the model.
+        anew: keep their initial values even where the file has them.
     """
 
     fresh: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    anew: tuple[str, ...] = ()
 
 
 @dataclass
@@ -65,7 +69,7 @@ class LoadReport:
     Attributes:
         loaded: copied unchanged.
         resized: copied after resizing; maps names to "(shape in the file) -> (shape in the model)".
-        fresh: not in the file; initial values are kept.
+        fresh: not in the file, or not wanted from it; initial values are kept.
         dropped: in the file but not used.
     """
 
@@ -111,7 +115,7 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
     """
     fused: OrderedDict[str, Tensor] = OrderedDict()
     for name, value in state.items():
-        part = re.fullmatch(r"(.*\.attn\.)(?:([qkv])\.(weight|bias)|([qv])_bias)", name)
+        part = SPLIT_QKV.fullmatch(name)
         if part is None:
             fused[name] = value
             continue
@@ -125,14 +129,14 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> "OrderedDict[str, Tensor]":
 
 
 def clean_names(state: Mapping[str, Tensor], remove: Sequence[str] = ()) -> "OrderedDict[str, Tensor]":
-    """Strip the prefix `module.` of wrapped models, and each string of `remove`, from the names."""
-    cleaned: OrderedDict[str, Tensor] = OrderedDict()
-    for name, value in state.items():
-        short = name.removeprefix("module.")
+    """Remove each string of `remove` (TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN) from the names, wherever it stands."""
+
+    def without(name: str) -> str:
         for part in remove:
-            short = short.replace(part, "")
-        cleaned[short] = value
-    return cleaned
+            name = name.replace(part, "")
+        return name
+
+    return renamed(state, without)
 
 
 def _resize_linear(value: Tensor, rows: int, dim: int) -> Tensor:
@@ -238,6 +242,26 @@ def _usable(state: Mapping[str, Tensor], dropped: Sequence[str]) -> tuple["Order
     return usable, list(others)
 
 
+def _is_kind_of(value: Tensor, parameter: Tensor) -> bool:
+    """Whether the numbers in a file are of the parameter's kind; counts may be written as floats."""
+    if parameter.is_floating_point():
+        return value.is_floating_point()
+    return (value.dtype is torch.bool) == (parameter.dtype is torch.bool)
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return the names of the tensors that hold a NaN or an infinity, of sharded ones in this rank's shard.
+
+    Waits for the device once.
+    """
+    flags = {name: local_shard(value).isfinite().all() for name, value in tensors if value.is_floating_point()}
+    if not flags:
+        return []
+    device = max((flag.device for flag in flags.values()), key=lambda device: device.type != "cpu")
+    finite = torch.stack([flag.to(device, non_blocking=True) for flag in flags.values()]).tolist()
+    return [name for name, good in zip(flags, finite, strict=True) if not good]
+
+
 def list_problems(problems: Sequence[str], most: int = 12) -> str:
     """Return the first `most` problems, one per line, and how many more there are."""
     return "\n  ".join(problems[:most]) + (f"\n  and {len(problems) - most} more" if len(problems) > most else "")
@@ -268,9 +292,13 @@ def fit_state(
     report = LoadReport()
     problems: list[str] = []
     fitted: OrderedDict[str, Tensor] = OrderedDict()
-    state, report.dropped = _usable(clean_names(state), (*rules.dropped, *allow))
+    state, report.dropped = _usable(state, (*rules.dropped, *allow))
     state = fuse_qkv(state)
     for name, parameter in own.items():
+        if _matches(name, rules.anew):
+            report.fresh.append(name)
+            report.dropped += [name] if name in state else []
+            continue
         if name not in state:
             if _matches(name, rules.fresh) or _matches(name, allow):
                 report.fresh.append(name)
@@ -279,21 +307,25 @@ def fit_state(
             else:
                 problems.append(f"{name} is not in the file")
             continue
-        value = state[name]
-        if value.shape == parameter.shape:
-            fitted[name] = value
-            report.loaded.append(name)
-            continue
+        value, fits = state[name], None
         change = f"{tuple(value.shape)} -> {tuple(parameter.shape)}"
-        resized = resize_weight(name, value, parameter.shape, average)
-        if resized is not None:
-            fitted[name] = resized
-            report.resized[name] = change
+        if not _is_kind_of(value, parameter):
+            problem = f"{name} is of {value.dtype}, expected {parameter.dtype}"
+        else:
+            problem = f"{name} has a different shape: {change}"
+            same = value.shape == parameter.shape
+            fits = value if same else resize_weight(name, value, parameter.shape, average)
+        if fits is not None:
+            fitted[name] = fits
+            if fits is value:
+                report.loaded.append(name)
+            else:
+                report.resized[name] = change
         elif _matches(name, allow):
             report.fresh.append(name)
             report.dropped.append(name)
         else:
-            problems.append(f"{name} has a different shape: {change}")
+            problems.append(problem)
     for name in state:
         if name in own:
             continue
@@ -301,10 +333,11 @@ def fit_state(
             report.dropped.append(name)
         else:
             problems.append(f"{name} is in the file but not in the model")
+    hint = hint_at_prefixes(state, own)
     if problems:
-        raise Misfit(problems)
+        raise Misfit(problems, hint)
     if not report.loaded and not report.resized:
-        raise UserError("no parameter in the file fits the model: is it a checkpoint of this architecture?")
+        raise UserError("no parameter in the file fits the model: is it a checkpoint of this architecture?" + hint)
     return fitted, report
 
 
@@ -318,6 +351,10 @@ class ReleasedModule(nn.Module):
     def released_name(self, name: str) -> str:
         """Return the name in released files of a parameter or buffer of this module."""
         return name
+
+    def renamed_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return a state under released names, where it has those of another program."""
+        return state
 
     def released_state(self) -> "OrderedDict[str, Tensor]":
         """Return the state dict under released names; the tensors are the module's own, not copies."""
@@ -336,9 +373,20 @@ class ReleasedModule(nn.Module):
         Raises:
             UserError: naming each parameter that is missing, unexpected or of a different shape, and
                 TRAIN.CHECKPOINT_ALLOW, which allows it.
+            NotFinite: naming parameters that hold a NaN or an infinity.
         """
         own = self.released_state()
+        state = self.renamed_state(strip_prefixes(state, own, self.released_name))
         fitted, report = fit_state(own, state, self.load_rules(state), allow, average)
+        broken = not_finite(  # as they will be: a file's numbers may be too large for the model's type
+            (name, value.to(own[name].dtype) if own[name].is_floating_point() else value)
+            for name, value in fitted.items()
+        )
+        if broken:
+            raise NotFinite(
+                f"{len(broken)} parameters are not finite (NaN or infinite):\n  {list_problems(broken, 6)}\n"
+                "The file is of no use: take an earlier checkpoint of the run that wrote it"
+            )
         inside = {self.released_name(name): name for name in self.state_dict()}
         self.load_state_dict(
             {inside[name]: shard_like(value, own[name]) for name, value in fitted.items()}, strict=False

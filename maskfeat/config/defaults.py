@@ -62,7 +62,7 @@ def _train(cfg: CfgNode) -> None:
     cfg.TRAIN.COMPILE = False  # ours: torch.compile for each block and the HOG targets; needs a C++ compiler
     cfg.TRAIN.PARALLEL = "ddp"  # ours: "ddp" (a full replica per process) | "fsdp" (sharded, FSDP2; adamw only)
     cfg.TRAIN.EMA = 0.0  # ours: decay per step of an exponential moving average of the weights; 0 = none
-    # ours: consecutive skipped steps (gradient not finite) that stop the run; fp16 may begin with 16 of them
+    # ours: consecutive skipped steps (loss or gradient not finite) that stop the run; fp16 may begin with 16 of them
     cfg.TRAIN.MAX_SKIPPED_STEPS = 20
     cfg.TRAIN.EVAL_PERIOD = 10  # epochs between two validations; 0 = never
     cfg.TRAIN.CHECKPOINT_PERIOD = 10  # epochs between two checkpoints

@@ -25,6 +25,7 @@ class LabelledSamples(Protocol):
     Attributes:
         views: views of each sample that are shown in turn; 1 except in testing.
         labels: the class of every sample.
+        path: the file of a sample, for messages.
     """
 
     @property

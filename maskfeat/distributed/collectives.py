@@ -116,29 +116,32 @@ def run_on_main(job: Callable[[], T]) -> T:
 
 
 class FlagExchange:
-    """A logical OR of flags over all ranks, once per step, that does not wait for the device.
+    """The largest of each of a few whole numbers over all ranks, once per step, that does not wait for the device.
 
-    The all-reduce of a step runs while the next step is computed. Each exchange therefore returns the flags of the
-    previous one, the same on every rank. A single process gets its own flags back at once.
+    The all-reduce of a step runs while the next step is computed. Each exchange therefore returns the numbers of the
+    previous one, the same on every rank. A single process gets its own numbers back at once.
+
+    What is asked for by a number is asked for again in the step that passes before the answer. A flag (0 or 1) will do
+    for what happens once; a request that can be met several times must say which time it means.
     """
 
     def __init__(self) -> None:
         self._sent: tuple[Any, Tensor] | None = None
 
-    def exchange(self, *flags: bool) -> Sequence[bool]:
-        """Start the exchange of this rank's flags and return the result of the previous exchange.
+    def exchange(self, *flags: int) -> Sequence[int]:
+        """Start the exchange of this rank's numbers, 0 or more, and return the result of the previous exchange.
 
-        To be called by every rank after every step, always with the same number of flags.
+        To be called by every rank after every step, always with as many numbers.
         """
         if not dist.is_initialized():
             return flags
-        values = torch.tensor(flags, dtype=torch.uint8)
+        values = torch.tensor(flags, dtype=torch.int64)
         work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=_cpu_group, async_op=True)
         before, self._sent = self._sent, (work, values)
         if before is None:
-            return [False] * len(flags)
+            return [0] * len(flags)
         before[0].wait()
-        return before[1].bool().tolist()
+        return before[1].tolist()
 
 
 def broadcast_from_main(value: Tensor) -> None:

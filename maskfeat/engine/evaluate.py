@@ -13,9 +13,10 @@ from torch import Tensor
 
 from maskfeat.batch import Batch
 from maskfeat.data.loader import BatchLoader
-from maskfeat.distributed.collectives import all_reduce_sum
+from maskfeat.distributed.collectives import all_gather_object, all_reduce_sum, run_on_main
 from maskfeat.engine.metrics_log import MetricWindow, format_eta
 from maskfeat.engine.parallelize import autocast
+from maskfeat.errors import NotFinite
 from maskfeat.objectives.base import Objective
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,17 @@ def _unreadable(batch: Batch) -> Tensor:
     assert batch.index is not None
     bad = torch.tensor([b.index for b in batch.bad], dtype=torch.int64, device=batch.index.device)
     return torch.isin(batch.index, bad)
+
+
+def _describe(what: str, indices: Sequence[int], loader: BatchLoader, precision: str) -> str:
+    """Say for how many samples the result is not finite, and which file is the first of them."""
+    overflow = (
+        "; numbers above 65504 overflow in fp16: TRAIN.MIXED_PRECISION bf16 or False" if precision == "fp16" else ""
+    )
+    return (
+        f"{what} of {len(indices)} of {len(loader.labels)} samples are not finite (NaN or infinite), the first is "
+        f"sample {min(indices)}, {loader.dataset.path(min(indices))}{overflow}"
+    )
 
 
 Heartbeat = Callable[[str], None]
@@ -64,26 +76,40 @@ def validate(
 ) -> dict[str, float]:
     """Evaluate an objective on a validation set.
 
+    Scores or losses that are not finite are reported as an error in the log, and training can go on.
+
     Returns:
-        for a classifier "top1" and "top5" in percent (an unreadable sample counts as wrong); otherwise the means of the
-        loss and of the objective's metrics.
+        for a classifier "top1" and "top5" in percent (a sample that is unreadable, or whose scores are not finite,
+        counts as wrong); otherwise the means of the loss and of the objective's metrics.
     """
     objective.eval()
     window = MetricWindow()
+    finite: list[Tensor] = []
+    shown: list[Tensor] = []
     progress = _EvaluationProgress("validation", len(loader), heartbeat)
     for step, batch in enumerate(loader):
         batch = batch.to(device, non_blocking=True)
         with autocast(device, precision):
             if objective.classifies:
                 assert batch.label is not None
-                right = in_top(objective.predict(batch), batch.label, (1, 5))
-                read = ~_unreadable(batch)
+                scores = objective.predict(batch)
+                finite.append(scores.isfinite().all(dim=1))
+                right = in_top(scores, batch.label, (1, 5))
+                good = finite[-1] & ~_unreadable(batch)
                 weight = torch.tensor(float(len(batch)), device=device)
-                window.add(weight, {name: 100.0 * (hit & read).float().mean() for name, hit in right.items()})
+                window.add(weight, {name: 100.0 * (hit & good).float().mean() for name, hit in right.items()})
             else:
                 out = objective(batch)
+                finite.append(out.loss.isfinite().expand(len(batch)))
                 window.add(objective.weight(batch), {"loss": out.loss, **out.metrics})
+        assert batch.index is not None
+        shown.append(batch.index)
         progress.step(step)
+    mine = torch.cat(shown)[~torch.cat(finite)].tolist() if shown else []
+    broken = sorted({index for found in all_gather_object(mine) for index in found})
+    if broken:
+        text = _describe("scores" if objective.classifies else "losses of the batches", broken, loader, precision)
+        run_on_main(lambda: logger.error("NOT FINITE in validation: %s", text))
     return window.read(uneven=True)
 
 
@@ -112,6 +138,9 @@ def multi_view_test(
     Returns:
         "top1" and "top5" in percent of all V, where unreadable ones count as wrong, and "unreadable", their number;
         and as JSON text the same, with label, predictions and whether it was read for each index.
+
+    Raises:
+        NotFinite: scores are NaN or infinite, on every rank.
     """
     objective.eval()
     scores: Tensor | None = None
@@ -131,6 +160,9 @@ def multi_view_test(
     if scores is None:  # no batch was left for this rank
         scores = torch.zeros(len(labels), objective.num_classes, device=device)
     scores, unreadable = all_reduce_sum(scores).cpu(), all_reduce_sum(unreadable).cpu()
+    broken = (~scores.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if broken:
+        raise NotFinite(f"{_describe('scores', broken, loader, precision)}: the test has no result")
     truth = torch.as_tensor(labels)
     hits = in_top(scores, truth, (1, 5))
     readable = unreadable == 0

@@ -34,11 +34,11 @@ def train(
         watchdog: receives a heartbeat at every step.
         stop: whether this process was asked to stop.
         log_period: steps between two progress lines.
-        max_skipped: steps in a row whose gradient may not be finite before training stops.
+        max_skipped: steps in a row whose loss or gradient may not be finite before training stops.
 
     Raises:
         Preempted: the run was asked to stop; the state has been saved.
-        FloatingPointError: `max_skipped` steps in a row were skipped.
+        NotFinite: `max_skipped` steps in a row were skipped, or what was to be saved is not finite.
     """
     steps = len(loader)
     trainer.samples_per_step = loader.batch_size * trainer.world.size
@@ -61,9 +61,11 @@ def train(
                 _check_skipped(trainer, steps, max_skipped)
             watchdog.beat(f"epoch {epoch + 1}, done with step {step}")
             saver.poll()
-            stops, due = flags.exchange(bool(stop), saver.is_due)
-            if stops or due:  # at the end of an epoch the position says that its validation is still to be done
-                saver.save(must=stops)
+            stops, asked = flags.exchange(int(bool(stop)), saver.asks_for)
+            if stops or saver.owes(
+                asked
+            ):  # at the end of an epoch the position says that its validation is still to be done
+                saver.save(must=bool(stops))
             if stops:
                 raise Preempted(stop.reason or "a signal to another process")
             watchdog.beat(f"epoch {epoch + 1}, waiting for data after step {step}")
@@ -85,7 +87,7 @@ def _check_skipped(trainer: Trainer, steps: int, most: int) -> None:
     if streak >= most:
         epoch, step = divmod(trainer.position.epochs * steps + trainer.position.step - 1 - ago, steps)
         raise NotFinite(
-            f"{streak} steps in a row, from epoch {epoch + 1}, step {step + 1} on, had gradients that are not finite "
-            f"and were skipped (TRAIN.MAX_SKIPPED_STEPS {most}): try a lower SOLVER.BASE_LR, "
+            f"{streak} steps in a row, from epoch {epoch + 1}, step {step + 1} on, had a loss or gradients that are "
+            f"not finite and were skipped (TRAIN.MAX_SKIPPED_STEPS {most}): try a lower SOLVER.BASE_LR, "
             "SOLVER.CLIP_GRAD_L2NORM, or TRAIN.MIXED_PRECISION bf16"
         )

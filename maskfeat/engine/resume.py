@@ -62,7 +62,7 @@ def _load_to_train(
             raise UserError(f"{path}: {error}{_in_brackets(different)}") from error
         raise UserError(f"{path} does not fit: {_of_another_network(different)}\n({error.summary})") from error
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
     if different:
         logger.info("the network of %s was another one: %s", path, listed(different))
 
@@ -84,7 +84,7 @@ def load_to_evaluate(
         why = _of_another_network(different, path) if different else error.summary
         raise UserError(f"{path} cannot be evaluated: {why}") from error
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
     parameters = {objective.released_name(name) for name, _ in objective.named_parameters()}
     constant = objective.load_rules(model_state(content, key)).fresh
     random = [name for name in report.fresh if name in parameters or not _matches(name, constant)]
@@ -155,7 +155,7 @@ class CheckpointSource:
         except Misfit as error:
             changed = error.problems
         except UserError as error:
-            raise UserError(f"{self.path}: {error}") from error
+            raise type(error)(f"{self.path}: {error}") from error
         if changed:
             raise UserError(
                 f"{self.path} belongs to another model than this run ({len(changed)} parameters differ: {changed[0]}): "
@@ -180,13 +180,14 @@ class CheckpointSource:
                 trainer.load_plain_state(self.content)
             else:
                 trainer.load_state_dict(self.content)
+            trainer.check_finite()
         except KeyError as error:
             raise UserError(
                 f"{self.path} has no {error}: only its weights can be used, as TRAIN.CHECKPOINT_FILE_PATH of a run in "
                 "another OUTPUT_DIR, with TRAIN.CHECKPOINT_EPOCH_RESET True"
             ) from error
         except UserError as error:
-            raise UserError(f"{self.path}: {error}") from error
+            raise type(error)(f"{self.path}: {error}") from error
         if trainer.position.step:
             trainer.position = self._in_these_steps(trainer.position, steps, samples_per_step)
         logger.info("resumed from %s, after %s", self.path, trainer.position)

@@ -20,7 +20,7 @@ from maskfeat.config import dump_config
 from maskfeat.distributed.collectives import new_cpu_group, run_on_main
 from maskfeat.distributed.preemption import Preempted
 from maskfeat.engine.trainer import Trainer
-from maskfeat.errors import UserFileError
+from maskfeat.errors import NotFinite, UserFileError
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class Saver:
     def __init__(self, cfg: CfgNode, trainer: Trainer) -> None:
         self._cfg, self._trainer = cfg, trainer
         self._saved, self._at = trainer.position, time.monotonic()
+        self._count = 0  # calls of `save`, the same on every rank
         self._sharded = cfg.TRAIN.CHECKPOINT_FORMAT == "sharded"
         self._suffix = SHARDED if self._sharded else WHOLE
         self._group = new_cpu_group() if self._sharded else None
@@ -56,6 +57,15 @@ class Saver:
         minutes = self._cfg.TRAIN.CHECKPOINT_MINUTES
         return bool(minutes) and time.monotonic() - self._at >= 60 * minutes
 
+    @property
+    def asks_for(self) -> int:
+        """Number of the checkpoint that is due now by this rank's clock, from 1; 0 = none. The ranks exchange it."""
+        return self._count + 1 if self.is_due else 0
+
+    def owes(self, number: int) -> bool:
+        """Whether the checkpoint of this number, which a rank asked for a step ago, has not been saved since."""
+        return number > self._count
+
     def is_epoch_due(self, epoch: int) -> bool:
         """Whether to save after `epoch`, counted from 0: every TRAIN.CHECKPOINT_PERIOD epochs and after the last."""
         return (epoch + 1) % self._cfg.TRAIN.CHECKPOINT_PERIOD == 0 or epoch + 1 == self._trainer.max_epoch
@@ -63,16 +73,19 @@ class Saver:
     def save(self, must: bool = False) -> None:
         """Save, unless that has just been done at this position. A sharded checkpoint may still be written afterwards.
 
+        An earlier one that could not be written is reported, and the state of now is saved all the same.
+
         Args:
             must: whether the run ends here. Otherwise a full disk is reported, and training continues: there may be
                 room before the next checkpoint.
 
         Raises:
             UserFileError: on every rank, where the checkpoint must be saved and could not be.
+            NotFinite: on every rank; weights that are not finite are not saved, and earlier checkpoints stay.
         """
-        self._at = time.monotonic()
+        self._at, self._count = time.monotonic(), self._count + 1
+        self._settle()
         try:
-            self.finish()
             if self._trainer.position != self._saved:
                 self._begin(self._trainer.position)
             if must:
@@ -85,10 +98,14 @@ class Saver:
     def poll(self) -> None:
         """Report a sharded checkpoint that has been written meanwhile; never waits."""
         if self._pending is not None and self._pending[1].done():
-            try:
-                self.finish()
-            except UserFileError as error:
-                logger.error("NOT SAVED, training continues: %s", error)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for a sharded checkpoint that is being written, and report it where it could not be."""
+        try:
+            self.finish()
+        except UserFileError as error:
+            logger.error("NOT SAVED: %s", error)
 
     def finish(self) -> None:
         """Wait for a sharded checkpoint that is being written.
@@ -106,6 +123,13 @@ class Saver:
 
     def _begin(self, position: Position) -> None:
         trainer, config = self._trainer, {"cfg": dump_config(self._cfg)}
+        try:
+            trainer.check_finite()
+        except NotFinite as error:
+            raise NotFinite(
+                f"{error}\nNothing was saved, and earlier checkpoints stay: try a lower SOLVER.BASE_LR, "
+                "SOLVER.CLIP_GRAD_L2NORM, or TRAIN.MIXED_PRECISION bf16"
+            ) from error
         if self._sharded:
             tensors = training_tensors(trainer.objective, trainer.optimizer)
             handle = save_sharded(self._path(position), tensors, trainer.plain_state(config), self._group)

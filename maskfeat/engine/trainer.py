@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from yacs.config import CfgNode
@@ -12,7 +12,8 @@ from yacs.config import CfgNode
 from maskfeat.batch import Batch
 from maskfeat.build import build_objective, build_optimizer
 from maskfeat.checkpoint.files import AVERAGE, Position
-from maskfeat.distributed.collectives import all_reduce_sum
+from maskfeat.checkpoint.weights import list_problems, not_finite
+from maskfeat.distributed.collectives import all_gather_object, all_reduce_sum
 from maskfeat.distributed.fsdp import full_optimizer_state_dict, full_state_dict
 from maskfeat.distributed.world import World
 from maskfeat.engine.metrics_log import MetricWindow
@@ -25,6 +26,7 @@ from maskfeat.engine.parallelize import (
     gradient_sync,
 )
 from maskfeat.engine.rng import seed_everything
+from maskfeat.errors import NotFinite
 from maskfeat.objectives.base import Objective
 from maskfeat.optim.ema import ModelEma
 from maskfeat.optim.optimizers import clip_gradients, load_optimizer_state
@@ -55,7 +57,7 @@ class Trainer:
         model: `objective`, wrapped in DistributedDataParallel where there are several processes.
         scaler: loss scaling for fp16; disabled otherwise.
         metrics: loss, metrics and gradient norm of the steps since they were last read, on the device.
-        skipped: how many steps in a row were skipped because their gradient was not finite.
+        skipped: how many steps in a row were skipped because their loss or gradient was not finite.
         position: epochs that are done, and steps of the current one.
         samples_per_step: of all processes; tells where a checkpoint lies in its epoch if the batch size changes.
     """
@@ -103,7 +105,8 @@ class Trainer:
 
         Each loss is a mean over its own terms. Weighting it by its number of terms over that of the whole step (all
         ranks, all micro-batches) makes the gradient that of the mean over the step. A step whose gradient is not finite
-        is skipped, on all ranks since all have the same gradient, and counted.
+        is skipped, on all ranks since all have the same gradient, and counted. A loss that is not finite makes the
+        gradient NaN.
 
         Args:
             batch: on the trainer's device.
@@ -117,7 +120,8 @@ class Trainer:
             with gradient_sync(self.model, last=part is parts[-1]):
                 with autocast(self.device, self.precision):
                     out = self.model(part)
-                self.scaler.scale(out.loss * (weight * self.world.size / total)).backward()
+                share = torch.where(out.loss.isfinite(), weight * self.world.size / total, torch.nan)
+                self.scaler.scale(out.loss * share).backward()
             outputs.append((weight, out))
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.model.parameters(), self.clip_norm, self.clip_value)
@@ -140,6 +144,26 @@ class Trainer:
     def is_sharded(self) -> bool:
         """Whether each rank holds a shard of the parameters (FSDP2)."""
         return isinstance(self.objective, FSDPModule)
+
+    def check_finite(self) -> None:
+        """Check that weights, buffers, their average and the optimizer's state are finite; collective.
+
+        Raises:
+            NotFinite: on every rank, naming them.
+        """
+        tensors = list(self.objective.released_state().items())
+        if self.ema is not None:
+            tensors += [(f"{AVERAGE}: {name}", value) for name, value in self.ema.module.released_state().items()]
+        for name, parameter in self.objective.named_parameters():
+            for slot, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors.append((f"{slot} of {self.objective.released_name(name)}", value))
+        names = list(dict.fromkeys(name for found in all_gather_object(not_finite(tensors)) for name in found))
+        if names:
+            raise NotFinite(
+                f"{len(names)} weights, or states of the optimizer, are not finite (NaN or infinite) at "
+                f"{self.position}:\n  {list_problems(names, 6)}"
+            )
 
     def state_dict(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return what a checkpoint file holds, full tensors on the CPU; collective. Ranks other than 0, which write no

@@ -9,6 +9,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from maskfeat.batch import Batch, StepOutput
+from maskfeat.checkpoint.names import unwrapped
 from maskfeat.checkpoint.weights import ReleasedModule
 from maskfeat.masking import MaskSampler, mask_sampler
 from maskfeat.models.base import Backbone
@@ -50,7 +51,7 @@ class Objective(ReleasedModule):
 
     def released_name(self, name: str) -> str:
         """Return the name in released files of a parameter or buffer of this module."""
-        return name.removeprefix(BACKBONE)
+        return unwrapped(name).removeprefix(BACKBONE)
 
     def layer_id(self, released_name: str) -> int:
         """Return the layer for layer-wise learning rate decay; parameters outside the backbone are in the last."""

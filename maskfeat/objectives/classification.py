@@ -3,6 +3,7 @@
 Shape legend: B samples, K classes.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from maskfeat.batch import Batch, StepOutput
+from maskfeat.checkpoint.names import renamed
 from maskfeat.checkpoint.weights import LoadRules
 from maskfeat.errors import UserError
 from maskfeat.models.base import Backbone
@@ -24,6 +26,7 @@ from maskfeat.registry import BELOW_1, SHARE, ObjectiveSpec, Range, backbone_spe
 _PRETRAINING = ("pred_head.*", "mask_token", "hogs.*", "decoder.*")
 _MARKS = ("pred_head.", "mask_token", "decoder.")
 _HEAD = "head.projection."
+_MEAN_NORM = "fc_norm."
 
 
 class Classification(Objective):
@@ -116,10 +119,19 @@ class Classification(Objective):
         """Return (B, K) float32 probabilities."""
         return torch.softmax(self.logits(batch.clip).float(), dim=1)
 
+    def renamed_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Take the names that the MFM paper's code gives the final norm of averaged tokens, and the classifier."""
+        if not (self.backbone.needs_norm and any(name.startswith(_MEAN_NORM) for name in state)):
+            return state
+        if not self.mean_pooling:
+            raise UserError(f"the file has {_MEAN_NORM}*, a norm of averaged tokens: set MVIT.USE_MEAN_POOLING True")
+        names = {_MEAN_NORM: "norm.", "head.": self.backbone.classifier}
+        return renamed(state, lambda name: re.sub(r"^(fc_norm\.|head\.)(?=\w+$)", lambda found: names[found[0]], name))
+
     def load_rules(self, state: Mapping[str, Tensor]) -> LoadRules:
         if not any(name.startswith(_MARKS) for name in state):
             return LoadRules()
-        return LoadRules(fresh=("norm.*", f"{self.backbone.classifier}*"), dropped=_PRETRAINING)
+        return LoadRules(fresh=(f"{self.backbone.classifier}*",), dropped=_PRETRAINING, anew=("norm.*",))
 
 
 def _keys(cfg: CfgNode) -> None:

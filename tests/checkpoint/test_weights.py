@@ -9,11 +9,14 @@ from torch import Tensor
 
 from maskfeat.checkpoint.reading import model_state, read_checkpoint
 from maskfeat.checkpoint.weights import clean_names, fuse_qkv, resize_weight
+from maskfeat.errors import NotFinite
 from maskfeat.models.mvit import MViT
+from maskfeat.models.resnet import ResNet
 from maskfeat.models.vit import ViT
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.classification import Classification
 from maskfeat.objectives.maskfeat import MaskFeat
+from maskfeat.objectives.mfm import MFM
 
 
 def vit(size: int = 32, **changes: object) -> ViT:
@@ -147,7 +150,7 @@ def test_older_names() -> None:
         else:
             split[name] = value
     assert all((fuse_qkv(split)[name] == value).all() for name, value in whole.items())
-    wrapped = {f"module.{name}": value for name, value in split.items()}
+    wrapped = {f"module.encoder.{name}": value for name, value in split.items()}
     report = Classification(mvit(), num_classes=3).load_released_state(wrapped)
     assert len(report.loaded) == len(whole)
     assert list(clean_names({"encoder.a": whole["norm.bias"]}, ["encoder."])) == ["a"]
@@ -208,3 +211,174 @@ def test_what_is_no_weight_is_refused_by_name(tmp_path: Path, kind: str, words: 
     report = objective.load_released_state(read, allow=[name])
     assert report.fresh == [name] and report.dropped == [name]
     assert torch.equal(copy_of(objective)[name], before)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module.", "model.", "backbone.", "encoder.", "module._orig_mod.", "_orig_mod.model.module.",
+     "model.backbone._orig_mod.", "module.model.encoder."],
+)  # fmt: skip
+def test_prefixes_in_any_nesting(prefix: str) -> None:
+    source = MaskFeat(vit(maskable=True), cell=4)
+    state = {prefix + name: value for name, value in source.released_state().items()}
+    assert len(MaskFeat(vit(maskable=True), cell=4).load_released_state(state).loaded) == len(state)
+    target = Classification(vit(), num_classes=3)
+    report = target.load_released_state(state)
+    assert {name.split(".")[0] for name in report.dropped} == {"mask_token", "hogs", "pred_head"}
+    assert (target.backbone.blocks[1].attn.qkv.weight == source.backbone.blocks[1].attn.qkv.weight).all()
+
+
+def test_names_that_have_different_prefixes() -> None:
+    """The paper's MFM files have an encoder and a decoder; others a backbone and a head; blocks may be compiled."""
+    source = MFM(vit(), mean=(0.4,) * 3, std=(0.2,) * 3, radius=6)
+    state = {
+        f"module.{name}" if name.startswith("decoder.") else f"module.encoder.{name}": value
+        for name, value in source.released_state().items()
+    }
+    report = Classification(vit(), num_classes=3).load_released_state(state)
+    assert set(report.dropped) == {"norm.weight", "norm.bias", "decoder.0.weight", "decoder.0.bias"}
+
+    whole = copy_of(Classification(vit(), num_classes=3))
+    state = {f"backbone.{k}" if not k.startswith(("head.", "norm.")) else k: v for k, v in whole.items()}
+    state = {name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in state.items()}
+    target = Classification(vit(), num_classes=3)
+    assert len(target.load_released_state(state).loaded) == len(whole)
+    assert all(torch.equal(value, whole[name]) for name, value in target.released_state().items())
+
+
+@pytest.mark.parametrize("which", ["whole", "backbone"])
+def test_compiled_objectives_write_and_read_plain_names(which: str) -> None:
+    plain = Classification(ResNet(depth=10), num_classes=3)
+    names = list(plain.released_state())
+    inside = plain.state_dict()
+    if which == "whole":
+        state = torch.compile(plain).state_dict()
+        assert "_orig_mod.head.projection.weight" in state
+    else:
+        plain.backbone = torch.compile(plain.backbone)  # type: ignore[assignment]
+        state = plain.state_dict()
+        assert "backbone._orig_mod.conv1.weight" in state
+        assert list(plain.released_state()) == names
+        plain.load_released_state({name: value + 1 for name, value in plain.released_state().items()})
+    other = Classification(ResNet(depth=10), num_classes=3)
+    assert len(other.load_released_state(state).loaded) == len(names)
+    assert all(torch.equal(value, inside[name]) for name, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "encoder.", "_orig_mod."])
+def test_a_name_with_and_without_a_prefix_is_refused(prefix: str) -> None:
+    objective = Classification(vit(), num_classes=3)
+    state = copy_of(objective)
+    state[f"{prefix}norm.weight"] = torch.zeros(16)
+    with pytest.raises(ValueError, match=f"norm.weight twice, as norm.weight and as {prefix}norm.weight"):
+        objective.load_released_state(state, allow=["*"])
+    with pytest.raises(ValueError, match="norm.weight twice"):
+        clean_names(state, [prefix])
+    both = {f"{start}{name}": value for name, value in copy_of(objective).items() for start in ("model.", "backbone.")}
+    with pytest.raises(ValueError, match="twice, as model.* and as backbone"):
+        objective.load_released_state(both)
+
+
+def test_another_prefix_is_named_with_the_key_that_removes_it() -> None:
+    objective = Classification(vit(), num_classes=3)
+    state = {f"module.student.{name}": value for name, value in copy_of(objective).items()}
+    with pytest.raises(ValueError, match=r"'module.student.'.*CHECKPOINT_CLEAR_NAME_PATTERN \"\['module.student.'\]\""):
+        objective.load_released_state(state)
+    with pytest.raises(ValueError, match=r"no parameter in the file fits.*\n.*CHECKPOINT_CLEAR_NAME_PATTERN"):
+        objective.load_released_state(state, allow=["*"])
+    assert len(objective.load_released_state(clean_names(state, ["module.student."])).loaded) == len(state)
+    state = copy_of(objective)
+    del state["norm.weight"]
+    with pytest.raises(ValueError) as error:
+        objective.load_released_state(state)
+    assert "CLEAR_NAME_PATTERN" not in str(error.value), "nothing begins with a prefix here"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("layer1.0.conv1.weight", lambda value: value.index_fill(0, torch.tensor([0]), float("nan"))),
+        ("bn1.running_var", lambda value: value + float("inf")),
+        ("fc.bias", lambda value: value.half() - float("inf")),
+        ("layer2.0.bn1.weight", lambda value: value.double() * 1e300),
+        ("bn1.num_batches_tracked", lambda value: value.float() + float("inf")),
+    ],
+)
+def test_weights_that_are_not_finite_are_refused_by_name(name: str, change: Any) -> None:
+    objective = Classification(ResNet(depth=10), num_classes=3)
+    state = copy_of(objective)
+    state[name] = change(state[name])
+    before = copy_of(objective)
+    with pytest.raises(NotFinite, match=f"1 parameters are not finite .*\n  {name}\n"):
+        objective.load_released_state(state, allow=["*"])
+    assert all(torch.equal(value, before[key]) for key, value in objective.released_state().items()), "nothing changed"
+
+
+def test_what_is_not_used_may_be_anything() -> None:
+    state = copy_of(MaskFeat(vit(maskable=True), cell=4))
+    state["pred_head.projections.0.weight"].fill_(float("nan"))
+    Classification(vit(), num_classes=3).load_released_state(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_whole_numbers_are_no_weights(dtype: torch.dtype) -> None:
+    objective = Classification(mvit(), num_classes=3)
+    state = copy_of(objective)
+    name = "blocks.0.attn.qkv.weight"
+    state[name] = state[name].to(dtype)
+    with pytest.raises(ValueError, match=f"{name} is of {dtype}, expected torch.float32"):
+        objective.load_released_state(state)
+    for letter, part in zip("qkv", state.pop(name).chunk(3), strict=True):  # as older files have it
+        state[f"blocks.0.attn.{letter}.weight"] = part
+    with pytest.raises(ValueError, match=f"{name} is of {dtype}"):
+        objective.load_released_state(state)
+    assert name in objective.load_released_state(state, allow=[name]).fresh
+
+
+def test_counts_of_batch_norms_stay() -> None:
+    objective = Classification(ResNet(depth=10), num_classes=3)
+    state = copy_of(objective)
+    state["bn1.num_batches_tracked"] = torch.tensor(7)
+    state["layer1.0.bn1.num_batches_tracked"] = torch.tensor(8.0, dtype=torch.half)
+    objective.load_released_state(state)
+    assert int(objective.released_state()["bn1.num_batches_tracked"]) == 7
+    assert int(objective.released_state()["layer1.0.bn1.num_batches_tracked"]) == 8
+    state["bn1.num_batches_tracked"] = torch.tensor(True)
+    with pytest.raises(ValueError, match="bn1.num_batches_tracked is of torch.bool"):
+        objective.load_released_state(state)
+
+
+def test_finetuned_files_of_the_mfm_paper() -> None:
+    source = Classification(vit(), num_classes=3, mean_pooling=True)
+    torch.nn.init.normal_(source.norm.weight)
+    names = {"norm.": "fc_norm.", "head.projection.": "head."}
+    state = copy_of(source)
+    for ours, theirs in names.items():
+        state = {name.replace(ours, theirs) if name.startswith(ours) else name: v for name, v in state.items()}
+    assert {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"} <= state.keys()
+    for prefix in ("", "module."):
+        target = Classification(vit(), num_classes=3, mean_pooling=True).eval()
+        report = target.load_released_state({prefix + name: value for name, value in state.items()})
+        assert not report.fresh and not report.dropped
+        clip = torch.randn(2, 3, 32, 32)
+        assert torch.equal(target.logits(clip), source.eval().logits(clip))
+    with pytest.raises(ValueError, match="MVIT.USE_MEAN_POOLING True"):
+        Classification(vit(), num_classes=3).load_released_state(state)
+    with pytest.raises(ValueError, match="norm.weight twice"):
+        target.load_released_state({**state, "norm.weight": state["fc_norm.weight"]})
+    with pytest.raises(ValueError, match="head.projection.weight is not in the file"):
+        target.load_released_state({name: v for name, v in state.items() if not name.startswith("head.")})
+
+
+def test_finetuning_starts_the_final_norm_anew() -> None:
+    """As published, also where pre-training had one."""
+    source = MFM(vit(), mean=(0.4,) * 3, std=(0.2,) * 3, radius=6)
+    torch.nn.init.normal_(source.norm.weight)
+    target = Classification(vit(), num_classes=3, mean_pooling=True)
+    before = target.norm.weight.clone()
+    report = target.load_released_state(source.released_state())
+    assert {"norm.weight", "norm.bias"} <= set(report.fresh) & set(report.dropped)
+    assert torch.equal(target.norm.weight, before)
+    again = MFM(vit(), mean=(0.4,) * 3, std=(0.2,) * 3, radius=6)
+    again.load_released_state(source.released_state())
+    assert torch.equal(again.norm.weight, source.norm.weight), "pre-training goes on with its own"
