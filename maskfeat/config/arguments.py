@@ -57,6 +57,6 @@ def _name_each(args: Sequence[str] | None) -> list[str]:
 
 
 def _names_file(word: str) -> bool:
-    if _OPTION.match(word):
+    if _OPTION.match(word) or ("=" in word and is_override(word)):
         return False
     return not is_override(word) or word.endswith((".yaml", ".yml")) or shipped_file(word) is not None

@@ -51,5 +51,8 @@ def test_errors(image_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtu
     out = ["OUTPUT_DIR", str(tmp_path)]
     assert main(["--cfg", VIT, *VIT_PT, *images(image_data), *out]) == 2
     assert "TEST.CHECKPOINT_FILE_PATH" in caplog.text
+    for number in ("0", "-3"):
+        assert main(["--cfg", VIT, *VIT_PT, *images(image_data), *out, "--num", number]) == 2
+        assert f"--num must be at least 1; given {number}" in caplog.text
     assert main(["--cfg", str(RECIPES / "in1k_VIT_B_FT.yaml"), *VIT_FT, *images(image_data), *out]) == 2
     assert "MODEL.MODEL_NAME" in caplog.text

@@ -126,15 +126,105 @@ def test_python_values_as_overrides(tmp_path):
 
 def test_overrides_come_last_and_the_last_wins():
     assert load_config(VIT_FT, ["RNG_SEED", "3", "RNG_SEED", "4"]).RNG_SEED == 4
+    assert load_config(VIT_FT, ["RNG_SEED=3", "RNG_SEED", "4", "TASK=a=b", "RNG_SEED=5"]).RNG_SEED == 5
+    given = ["TASK=a=b", "DATA.PATH_LABEL_SEPARATOR==", "DATA.PATH_PREFIX=", "SOLVER.BETAS=(0.9, 0.95)"]
+    cfg = load_config(VIT_FT, given)
+    assert (cfg.TASK, cfg.DATA.PATH_LABEL_SEPARATOR, cfg.DATA.PATH_PREFIX) == ("a=b", "=", "")
+    assert cfg.SOLVER.BETAS == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("text", ["010", "0010", "-010", "1:30", "00_1", "08"])
+def test_numbers_that_yaml_reads_to_another_base(text, tmp_path):
+    with pytest.raises(ValueError, match="NUM_CLASSES must be a whole number; given"):
+        load_text(tmp_path, f"MODEL: {{NUM_CLASSES: {text}}}\n")
+    with pytest.raises(ValueError, match="SCALES must be a list of whole numbers; given"):
+        load_text(tmp_path, f"DATA: {{TRAIN_JITTER_SCALES: [256, {text}]}}\n")
+    assert text == load_text(tmp_path, f"TASK: {text}\nBN: {{X: {text}}}\n").TASK
+
+
+def test_a_leading_zero_is_named_and_other_numbers_are_read(tmp_path):
+    for where in (
+        lambda text: load_text(tmp_path, f"RNG_SEED: {text}\n"),
+        lambda text: load_config(None, ["RNG_SEED", text]),
+    ):
+        with pytest.raises(ValueError, match="given '010' \\(a leading 0 means octal in YAML: leave it out\\)"):
+            where("010")
+        assert [where(text).RNG_SEED for text in ("0", "1_000", "0o10", "0x10")] == [0, 1000, 8, 16]
+    assert load_text(tmp_path, "SOLVER: {BASE_LR: 0.5, WEIGHT_DECAY: 00.5}\n").SOLVER.WEIGHT_DECAY == 0.5
+
+
+# --- paths ---
+
+PATHS = [key for key, kind in schema().rules.kinds.items() if kind == "path"]
+
+
+def test_paths_are_marked():
+    words = ("PATH", "DIR", "FILE")
+    named = {k for k, kind in schema().rules.kinds.items() if kind in ("str", "path") and any(w in k for w in words)}
+    assert named - {"DATA.PATH_LABEL_SEPARATOR"} == set(PATHS)
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_paths_are_expanded(key, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    expected = {
+        "~": "/home/someone",
+        "~/runs": "/home/someone/runs",
+        "$SCRATCH/a": "/scratch/me/a",
+        "x/${SCRATCH}b": "x//scratch/meb",
+        "a~b/~": "a~b/~",
+        "$$a": "$a",
+        "https://host/$SCRATCH": "https://host/$SCRATCH",  # what the environment holds is not sent to a server
+    }
+    for given, path in expected.items():
+        for cfg in (load_config(None, [key, given]), load_text(tmp_path, f"{key}: '{given}'\n")):
+            assert value_of(cfg, key) == path
+            again = tmp_path / "again.yaml"
+            again.write_text(dump_config(cfg))
+            assert load_config(again) == cfg
+    for given, words in (
+        ("$NOT_SET/a", "the environment variable NOT_SET is not set"),
+        ("${NOT_SET}", "NOT_SET is not set"),
+        ("~no_such_user/a", "no home folder of ~no_such_user"),
+        ("a$", r"a \$ must be followed by"),
+        ("$1", r"\$\$ is a dollar sign"),
+    ):
+        with pytest.raises(ValueError, match=f"given.yaml line 2: {key} .*{words}"):
+            load_text(tmp_path, f"\n{key}: '{given}'\n")
+        assert value_of(load_text(tmp_path, f"{key}: '{given}'\n", key, "b"), key) == "b"  # overridden: not looked at
+
+
+def test_paths_of_configs_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("RNG_SEED: 7\n")
+    (tmp_path / "top.yaml").write_text("_BASE_: ~/base.yaml\n")
+    (tmp_path / "wrong.yaml").write_text("_BASE_: $NOT_SET/base.yaml\n")
+    for name in ("~/top.yaml", "$HOME/top.yaml"):
+        assert load_config(name).RNG_SEED == 7
+    with pytest.raises(ValueError, match=r"wrong.yaml line 1: _BASE_ '\$NOT_SET/base.yaml': the environment variable"):
+        load_config("~/wrong.yaml")
+    with pytest.raises(ValueError, match="config file .NOT_SET/top.yaml: the environment variable NOT_SET is not set"):
+        load_config("$NOT_SET/top.yaml")
 
 
 @pytest.mark.parametrize(
     ("opts", "words"),
     [
-        (["RNG_SEED"], "in pairs KEY VALUE; given 1 item"),
-        (["RNG_SEED=3"], "not KEY=VALUE"),
+        (["RNG_SEED"], "RNG_SEED has no value$"),
+        (["NUM_GPUS", "2", "RNG_SEED"], "RNG_SEED has no value$"),
+        (["RNG_SEED", "SOLVER.MAX_EPOCH", "3"], "RNG_SEED has no value: the next word is the key SOLVER.MAX_EPOCH"),
+        (["TASK", "my", "run", "RNG_SEED", "3"], r"run has no value: the next word is the key RNG_SEED"),
+        (
+            ["DATA.PATH_TO_DATA_DIR", "/a", "b/c"],
+            r"'b/c' \(after DATA.PATH_TO_DATA_DIR /a\) is not a key; a value with",
+        ),
+        (["RNG_SEED", "=", "3"], r"'3' \(after RNG_SEED =\) is not a key"),
+        (["=3"], "'=3' is not a key"),
         ("RNG_SEED 3", "must be a list"),
         ([3, "RNG_SEED"], "3 is not a key"),
+        (["RNG_SED=3"], "unknown config key RNG_SED; did you mean RNG_SEED"),
         (["TRAIN", "3"], "TRAIN is a section"),
         (["BN", "3"], "BN is a section"),
         (["_BASE_", "x.yaml"], "unknown config key _BASE_"),
@@ -174,15 +264,35 @@ DATA: {SSL_COLOR_HUE: 0.2, DECODING_SHORT_SIZE: "320", TRAIN_PCA_EIGVEC: [[1.0, 
 MVIT: {REV: {ENABLE: False, BUFFER_LAYERS: "(1, 2)"}}
 TENSORBOARD: {MODEL_VIS: {GRAD_CAM: {ENABLE: True}}}
 """
-    with caplog.at_level(logging.WARNING):
-        cfg = load_text(tmp_path, text, "SOLVER.LARS_ON", "False", "DETECTION.ENABLE", "True")
+    with caplog.at_level(logging.DEBUG):
+        cfg = load_text(tmp_path, text, "SOLVER.LARS_ON", "False", "DETECTION.ALIGNED", "True")
     assert cfg.BN.USE_PRECISE_STATS is True and cfg.BN.ANYTHING == [1, 2]
     assert cfg.DATA.DECODING_SHORT_SIZE == 320 and cfg.MVIT.REV.BUFFER_LAYERS == [1, 2]
-    assert cfg.TENSORBOARD.MODEL_VIS.GRAD_CAM.ENABLE is True and cfg.DETECTION.ENABLE is True
-    (record,) = caplog.records
-    assert record.name == "maskfeat.config" and record.getMessage().count("DETECTION.ENABLE") == 1
-    for key in ("BN.ANYTHING", "DATA.SSL_COLOR_HUE", "MVIT.REV.ENABLE", "SOLVER.LARS_ON"):
-        assert key in record.getMessage()
+    assert cfg.TENSORBOARD.MODEL_VIS.GRAD_CAM.ENABLE is True and cfg.DETECTION.ALIGNED is True
+    said, listed = (record.getMessage() for record in caplog.records if record.name == "maskfeat.config")
+    assert said == (
+        "12 keys of PySlowFast's other models and tools, without effect here: BN.USE_PRECISE_STATS, BN.ANYTHING, "
+        "CONTRASTIVE.DELTA_CLIPS_MIN and 9 more"
+    )
+    assert caplog.records[0].levelno == logging.WARNING
+    for key in ("BN.ANYTHING", "DATA.SSL_COLOR_HUE", "MVIT.REV.ENABLE", "SOLVER.LARS_ON", "DETECTION.ALIGNED"):
+        assert listed.count(key) == 1
+
+
+def test_a_config_that_a_run_wrote_names_no_key_without_effect(tmp_path, caplog):
+    cfg = load_config(VIT_FT, ["BN.NUM_SPLITS", "2", "CONTRASTIVE.T", "0.1"])
+    caplog.clear()
+    save_config(VIT_FT, [], cfg, tmp_path)
+    (tmp_path / "more.yaml").write_text("_BASE_: config.yaml\nAVA: {BGR: True}\n")
+    with caplog.at_level(logging.DEBUG):
+        assert load_config(tmp_path / "config.yaml") == cfg
+        assert not caplog.records
+        load_config(tmp_path / "more.yaml")
+    assert (
+        caplog.records[0]
+        .getMessage()
+        .startswith("1 key of PySlowFast's other models and tools, without effect here: AVA")
+    )
 
 
 def test_no_effective_key_is_inert_and_kinds_name_keys():

@@ -7,10 +7,12 @@ from ast import literal_eval
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from maskfeat.config import load_config
 from maskfeat.config.recipes import CONFIG_ROOT
+from maskfeat.config.schema import schema
 from tests.config.helpers import MASKED_SSL, value_of
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -103,3 +105,18 @@ def test_the_overrides_of_the_goldens(run):
         assert cfg.MVIT.DIM_MUL == [[1, 2.0], [3, 2.0]] and cfg.MVIT.DEPTH == 4
     if "pt" in run["name"]:
         assert cfg.MASK.PRETRAIN_DEPTH == [cfg.MVIT.DEPTH - 1]
+
+
+@pytest.mark.parametrize("name", ["tiny_mvit_ft", "tiny_mvit_pt", "tiny_vit_ft", "tiny_vit_pt"])
+def test_the_config_in_a_published_checkpoint_loads(name, shared, tmp_path, caplog):
+    """It holds every key of the published program, most of them at their defaults."""
+    (file,) = (shared / "goldens" / name / "checkpoints").iterdir()
+    path = tmp_path / "theirs.yaml"
+    path.write_text(torch.load(file, weights_only=True, map_location="cpu")["cfg"])
+    with caplog.at_level(logging.WARNING):
+        cfg = load_config(path)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "without effect here: AVA" in message and len(message) < 200
+    for key, value in flat(yaml.safe_load(path.read_text())):
+        if key in schema().known and not isinstance(value, dict):
+            assert value_of(cfg, key) == decoded(value) or list(value_of(cfg, key)) == value, key

@@ -1,10 +1,12 @@
 """Every rule between keys: the recipe with one thing wrong is refused, and the message names the key."""
 
+import math
 import re
 
 import pytest
 
 from maskfeat.config import load_config
+from maskfeat.config.defaults import INERT_KEYS
 from maskfeat.config.schema import schema
 from tests.config.helpers import MFM_PT, MFM_VIT_PT, MVIT_FT, MVIT_PT, R50_FT, VIT_FT, VIT_PT
 
@@ -53,6 +55,12 @@ WRONG = [
     (VIT_FT, ["MVIT.NUM_HEADS", "7"], ["MVIT.EMBED_DIM", "MVIT.NUM_HEADS", "768", "7"]),
     (MVIT_FT, ["MVIT.HEAD_MUL", "[[3, 5]]"], ["block 3", "384", "5", "MVIT.HEAD_MUL"]),
     (MVIT_FT, ["MVIT.DIM_MUL", "[[3, 1.01]]"], ["block 3", "MVIT.DIM_MUL"]),
+    (R50_FT, ["BN.USE_PRECISE_STATS", "True"], ["BN.USE_PRECISE_STATS True", "'resnet'", "only value is False"]),
+    (R50_FT, ["RESNET.ZERO_INIT_FINAL_BN", "True"], ["RESNET.ZERO_INIT_FINAL_BN True", "only value is False"]),
+    (R50_FT, ["RESNET.SPATIAL_STRIDES", "[[1], [1], [2], [2]]"], ["RESNET.SPATIAL_STRIDES", "[[1], [2], [2], [2]]"]),
+    (VIT_FT, ["DATA.MEAN", "[123.675, 116.28, 103.53]"], ["DATA.MEAN", "between 0 and 1", "divided by 255"]),
+    (VIT_FT, ["DATA.STD", "[58.4, 57.1, 57.4]"], ["DATA.STD", "between 0.01 and 1", "divided by 255"]),
+    (MVIT_FT, ["DATA.STD", "[0.2, 0.2, 0.0]"], ["DATA.STD", "between 0.01 and 1", "0.0]"]),
     (VIT_FT, ["SOLVER.MAX_EPOCH", "10"], ["SOLVER.WARMUP_EPOCHS", "SOLVER.MAX_EPOCH", "20", "10"]),
     (VIT_FT, ["SOLVER.MAX_EPOCH", "20"], ["SOLVER.WARMUP_EPOCHS", "SOLVER.MAX_EPOCH"]),
     (VIT_FT, ["SOLVER.COSINE_END_LR", "1"], ["SOLVER.COSINE_END_LR", "SOLVER.BASE_LR"]),
@@ -149,6 +157,31 @@ UNSUPPORTED = [
     ("MASK.MAE_RND_MASK", "True"),
     ("MASK.PER_FRAME_MASKING", "True"),
     ("MASK.HEAD_TYPE", "separate_xformer"),
+    ("MASK.SCALE_INIT_BY_DEPTH", "True"),
+    ("DATA.COLOR_RND_GRAYSCALE", "0.2"),
+    ("DATA.DUMMY_LOAD", "True"),
+    ("DATA.ENSEMBLE_METHOD", "max"),
+    ("DATA.IN22K_TRAINVAL", "True"),
+    ("DATA.IN22k_VAL_IN1K", "in1k"),
+    ("DATA.INV_UNIFORM_SAMPLE", "True"),
+    ("DATA.LOADER_CHUNK_SIZE", "100"),
+    ("DATA.MULTI_LABEL", "True"),
+    ("DATA.REVERSE_INPUT_CHANNEL", "True"),
+    ("DATA.SKIP_ROWS", "1"),
+    ("DATA.SSL_COLOR_JITTER", "True"),
+    ("DATA.SSL_MOCOV2_AUG", "True"),
+    ("DATA.TIME_DIFF_PROB", "0.5"),
+    ("DATA.TRAIN_CROP_NUM_SPATIAL", "2"),
+    ("DATA.TRAIN_CROP_NUM_TEMPORAL", "4"),
+    ("DATA.TRAIN_JITTER_FPS", "0.5"),
+    ("DATA.TRAIN_JITTER_MOTION_SHIFT", "True"),
+    ("DETECTION.ENABLE", "True"),
+    ("MODEL.DETACH_FINAL_FC", "True"),
+    ("MODEL.FP16_ALLREDUCE", "True"),
+    ("MODEL.FROZEN_BN", "True"),
+    ("MULTIGRID.LONG_CYCLE", "True"),
+    ("MULTIGRID.SHORT_CYCLE", "True"),
+    ("TRAIN.CHECKPOINT_IN_INIT", "True"),
     ("MVIT.MODE", "max"),
     ("MVIT.NORM", "batchnorm"),
     ("MVIT.LAYER_SCALE_INIT_VALUE", "1e-5"),
@@ -193,18 +226,83 @@ def test_every_choice_is_tested():
     assert {key for key, _ in UNSUPPORTED} == set(RULES.choices)
 
 
-LISTS = {"DATA.STD": "[{0}, {0}, {0}]", "AUG.MASK_WINDOW_SIZE": "[8, 7, {0}]", "SOLVER.BETAS": "(0.9, {0})"}
+# Keys of PySlowFast that are not read here and change no result of the models that are here; what INERT_SECTIONS holds
+# belongs to other models and tools altogether.
+HARMLESS = {
+    "DATA.CROP_SIZE",  # of no model
+    "DATA.DECODING_SHORT_SIZE",  # read nowhere there, either
+    "DATA.LOADER_CHUNK_OVERALL_SIZE",  # of DATA.LOADER_CHUNK_SIZE
+    "DATA.PATH_TO_PRELOAD_IMDB",  # of another data set
+    "DATA.SSL_*",  # how strong what SSL_COLOR_JITTER and SSL_MOCOV2_AUG switch on is
+    "DATA.TRAIN_PCA_EIGVAL",
+    "DATA.TRAIN_PCA_EIGVEC",  # of other data sets
+    "DATA_LOADER.ENABLE_MULTI_THREAD_DECODE",  # speed
+    "MASK.DECODER_*",
+    "MASK.DEC_KV_KERNEL",
+    "MASK.DEC_KV_STRIDE",
+    "MASK.NORM_PRED_PIXEL",
+    "MASK.TIME_STRIDE_LOSS",  # of MASK.MAE_ON and other MASK.HEAD_TYPE, which are refused
+    "MODEL.DROPCONNECT_RATE",  # of convolutions: refused for MODEL.ARCH resnet
+    "MODEL.FC_INIT_STD",  # of heads of other models
+    "MODEL.MULTI_PATHWAY_ARCH",
+    "MODEL.SINGLE_PATHWAY_ARCH",  # lists of names
+    "RESNET.INPLACE_RELU",  # memory
+    "RESNET.NUM_BLOCK_TEMP_KERNEL",  # of clips
+    "RESNET.NUM_GROUPS",
+    "RESNET.SPATIAL_*",
+    "RESNET.STRIDE_1X1",
+    "RESNET.TRANS_FUNC",  # follows from RESNET.DEPTH
+    "RESNET.WIDTH_PER_GROUP",
+    "RESNET.ZERO_INIT_*",  # refused for MODEL.ARCH resnet, like those above
+    "SOLVER.STEP_SIZE",
+    "SOLVER.WARMUP_FACTOR",  # of schedules that are refused
+    "TENSORBOARD.CATEGORIES_PATH",
+    "TENSORBOARD.CLASS_NAMES_PATH",
+    "TENSORBOARD.PREDICTIONS_PATH",  # pictures
+    "TRAIN.KILL_LOSS_EXPLOSION_FACTOR",  # when a run is given up
+}
 
 
+def test_a_key_without_effect_changes_no_result_or_has_one_value():
+    assert {key for key in INERT_KEYS if key not in RULES.choices} == HARMLESS
+
+
+# Numbers without a range: how they are checked instead.
+OTHERWISE = {
+    "DATA.INPUT_CHANNEL_NUM": "only [3]",
+    "SOLVER.GAMMA": "without effect",
+    "MASK.PRETRAIN_DEPTH": "only [MVIT.DEPTH - 1]",
+    "MVIT.DIM_MUL": "block below MVIT.DEPTH, factor at most 100",
+    "MVIT.HEAD_MUL": "the same",
+    "MVIT.POOL_Q_STRIDE": "block below MVIT.DEPTH, strides at most 1024",
+    "MVIT.POOL_KV_STRIDE": "the same",
+}
+
+
+def test_every_number_has_two_bounds():
+    numbers = {key for key, kind in RULES.kinds.items() if re.search("int|float|number", kind)}
+    assert {key for key in numbers - set(RULES.choices) if key not in RULES.ranges} == set(OTHERWISE)
+    assert all(math.isfinite(bound) for key in numbers & set(RULES.ranges) for bound in RULES.ranges[key][:2])
+
+
+LISTS = {
+    "DATA.STD": "[{0}, {0}, {0}]",
+    "DATA.MEAN": "[{0}, {0}, {0}]",
+    "AUG.MASK_WINDOW_SIZE": "[8, 7, {0}]",
+    "SOLVER.BETAS": "(0.9, {0})",
+}
+
+
+@pytest.mark.parametrize("number", [-1, 10**10])
 @pytest.mark.parametrize("key", RULES.ranges)
-def test_every_range_refuses(key):
-    """-1 is outside of every range."""
+def test_every_range_refuses(key, number):
+    """Both are outside of every range."""
     pair = {"DATA.TRAIN_JITTER": "[{0}, {0}]", "MVIT.POOL_KV": "[1, 1, {0}]", "MVIT.PATCH_": "[1, {0}]"}
     shape = LISTS.get(key) or next((s for p, s in pair.items() if key.startswith(p)), "{0}")
     if key in ("SOLVER.STEPS", "SOLVER.LRS", "TEST.NUM_TEMPORAL_CLIPS"):
         shape = "[{0}]"
     with pytest.raises(ValueError) as caught:
-        load_config(VIT_FT, [key, shape.format(-1)])
+        load_config(VIT_FT, [key, shape.format(number)])
     assert f"{key} must be {RULES.ranges[key].words}" in str(caught.value)
 
 
@@ -214,7 +312,15 @@ def test_every_length_refuses(key):
         load_config(VIT_FT, [key, "(1, 1, 1, 1)" if key != "SOLVER.BETAS" else "(0.5,)"])
 
 
+ADAPTIVE = "[[0, 1, 8, 8], [1, 1, 4, 4], [2, 1, 4, 4], [3, 1, 2, 2]]"  # what PySlowFast writes beside [1, 8, 8]
+FOUR_BLOCKS = ["MVIT.DEPTH", "4", "MVIT.DIM_MUL", "[[1, 2.0]]", "MVIT.HEAD_MUL", "[[1, 2]]", "MVIT.POOL_Q_STRIDE",
+               "[[1, 1, 2, 2], [3, 1, 2, 2]]", "MVIT.POOL_KV_STRIDE_ADAPTIVE", "[1, 8, 8]"]  # fmt: skip
+
 ALLOWED = [
+    (MVIT_FT, [*FOUR_BLOCKS, "MVIT.POOL_KV_STRIDE", ADAPTIVE]),
+    (VIT_FT, ["DATA.MEAN", "[0, 0, 0]", "DATA.STD", "[1, 1, 1]"]),
+    (VIT_FT, ["BN.USE_PRECISE_STATS", "True"]),
+    (VIT_FT, ["DATA.TIME_DIFF_PROB", "0", "DATA.IN22k_VAL_IN1K", "", "DATA.ENSEMBLE_METHOD", "sum"]),
     (VIT_FT, ["TRAIN.BATCH_SIZE", "1", "NUM_GPUS", "0"]),
     (VIT_FT, ["TRAIN.BATCH_SIZE", "1", "NUM_GPUS", "1"]),
     (VIT_FT, ["TEST.BATCH_SIZE", "3"]),

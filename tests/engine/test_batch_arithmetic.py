@@ -1,5 +1,6 @@
 """The arithmetic of a run: what is suggested, when applied, is the recipe's step, rates and memory."""
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -7,11 +8,23 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from yacs.config import CfgNode
 
+from maskfeat.batch import Batch
 from maskfeat.config import load_config
-from maskfeat.engine.batch_arithmetic import batch_overrides, compare, describe, load_recipe, rate_overrides, step_size
+from maskfeat.engine.batch_arithmetic import (
+    StepSize,
+    batch_overrides,
+    check_batch_norm,
+    compare,
+    describe,
+    load_recipe,
+    rate_overrides,
+    step_size,
+)
 from maskfeat.engine.run import main
+from maskfeat.errors import UserError
 from maskfeat.optim.schedule import lr_at_epoch
 from tests.small import MFM_RECIPES, RECIPES, REPO, VIT_PT, images
 
@@ -186,5 +199,51 @@ def test_said_once_in_a_run(image_data: Path, tmp_path: Path) -> None:
     assert main(["--cfg", str(PT), *opts]) == 0
     log = (tmp_path / "stdout.log").read_text()
     assert log.count("1 process x 8 = 8 samples a step; learning rate 0.0002; 1 epoch of 5 steps") == 1
-    assert log.count("The same step as the recipe's: TRAIN.BATCH_SIZE 256 TRAIN.MICRO_BATCH_SIZE 32") == 1
+    assert log.count("this run: 8 at 0.0002. An epoch has 40 samples here, too few for steps of 256") == 1
+    assert "The same step" not in log and "Goyal" not in log
     assert log.count("SOLVER.BASE_LR 6.25e-06") == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "positions", "mend"),
+    [
+        (StepSize(1, 1, 4, 1, 3), 1, "TRAIN.MICRO_BATCH_SIZE 2,"),
+        (StepSize(1, 2, 14, 1, 2), 1, "TRAIN.MICRO_BATCH_SIZE 4,"),
+        (StepSize(1, 1, 2, 1, 1), 1, "TRAIN.MICRO_BATCH_SIZE 0,"),
+        (StepSize(1, 1, 6, 1, 1), 1, "TRAIN.MICRO_BATCH_SIZE 2,"),
+        (StepSize(2, 4, 4, 1, 0), 1, "TRAIN.BATCH_SIZE 8 or more"),
+        (StepSize(1, 1, 1, 1, 8), 1, "TRAIN.BATCH_SIZE 2 or more"),
+        (StepSize(1, 1, 1, 2, 1), 1, "TRAIN.MICRO_BATCH_SIZE 0,"),
+        (StepSize(1, 1, 4, 1, 3), 4, None),
+        (StepSize(1, 1, 1, 2, 0), 1, None),
+        (StepSize(1, 1, 4, 1, 2), 1, None),
+        (StepSize(1, 1, 5, 1, 3), 1, None),
+    ],
+)
+def test_batch_norm_over_one_value(step: StepSize, positions: int, mend: str | None) -> None:
+    """The sizes that are refused are those that split() and a batch norm refuse, and the advice is not refused."""
+    batch = Batch(torch.randn(step.share, 3, 1, positions))
+    norm = torch.nn.BatchNorm2d(3)
+    if mend is None:
+        check_batch_norm(step, positions)
+        for part in batch.split(step.micro):
+            norm(part.clip)
+        return
+    with pytest.raises(UserError, match=f"DATA.TRAIN_CROP_SIZE|set {mend}") as caught:
+        check_batch_norm(step, positions)
+    assert f"set {mend}" in str(caught.value)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        for part in batch.split(step.micro):
+            norm(part.clip)
+    if "MICRO" in mend:
+        check_batch_norm(dataclasses.replace(step, micro=int(mend.split()[-1].strip(","))), positions)
+
+
+@pytest.mark.parametrize(("samples", "advised"), [(160, False), (2559, False), (2560, True), (1_281_167, True)])
+def test_no_advice_from_a_recipe_of_larger_sets(samples: int, advised: bool) -> None:
+    cfg, recipe = load_config(PT, ["TRAIN.BATCH_SIZE", 8]), read(PT)
+    lines = list(compare(cfg, step_size(cfg), recipe, PT.name, samples // 8))
+    assert ("Goyal" in " ".join(lines)) == advised == bool(suggested(lines[0]))
+    if not advised:
+        (line,) = lines
+        assert f"An epoch has {samples // 8 * 8} samples here, too few for steps of 256" in line
