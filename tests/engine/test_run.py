@@ -224,7 +224,7 @@ def test_resuming_with_another_model_is_refused(
     run(FT, opts, tmp_path)
     given = (tmp_path / "config_given.yaml").read_text()
     for change, word in (
-        (["DATA.TRAIN_CROP_SIZE", "64", "DATA.TEST_CROP_SIZE", "64"], "pos_embed"),
+        (["DATA.TRAIN_CROP_SIZE", "64", "DATA.TEST_CROP_SIZE", "64"], "DATA.TRAIN_CROP_SIZE was 32 and is 64"),
         (["SOLVER.LAYER_DECAY", "1.0"], "SOLVER.LAYER_DECAY"),
     ):
         capsys.readouterr()
