@@ -118,7 +118,12 @@ class VideoClips(Dataset[list[Sample]]):
         replace_bad: True replaces a video that cannot be read by the next readable one (training); False replaces it by
             zeros.
         torchcodec: decode by torchcodec, which must be installed and returns the same frames, see `torchcodec_decoder`.
+
+    Attributes:
+        place: where the videos are listed, in words, for the log.
     """
+
+    place = ""
 
     def __init__(
         self,
@@ -259,7 +264,9 @@ def build_kinetics(cfg: CfgNode, request: DatasetRequest) -> VideoClips:
     """Return a split of DATA.PATH_TO_DATA_DIR, which holds train.csv, val.csv and test.csv."""
     data = cfg.DATA
     path = os.path.join(data.PATH_TO_DATA_DIR, f"{request.split}.csv")  # as text: a Path would turn s3:// into s3:/
-    return build_video_clips(cfg, request, read_video_list(path, data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX))
+    clips = build_video_clips(cfg, request, read_video_list(path, data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX))
+    clips.place = f"list {path}"
+    return clips
 
 
 register(
