@@ -96,7 +96,7 @@ def _test(cfg: CfgNode) -> None:
 
 def _data(cfg: CfgNode) -> None:
     cfg.DATA = CfgNode()
-    cfg.DATA.PATH_TO_DATA_DIR = ""  # holds train/ and val/, or train.csv, val.csv and test.csv
+    cfg.DATA.PATH_TO_DATA_DIR = ""  # holds train/, val/ and maybe test/, or train.csv, val.csv and test.csv
     cfg.DATA.PATH_PREFIX = ""  # prefix of every path in a list of videos
     cfg.DATA.PATH_LABEL_SEPARATOR = " "  # between path and label in a line of the list
     cfg.DATA.MEAN = [0.45, 0.45, 0.45]  # per colour channel, of pixels in [0, 1]

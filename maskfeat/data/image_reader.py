@@ -27,6 +27,7 @@ MAX_SCANS = 100
 
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+_TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _ROTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,10 +45,14 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Imag
     with open_regular_file(path) as file:
         try:
             _check_webp(path, file)
+            _check_tiff(path, file)
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(path, image.width, image.height)
                 if image.format in ("JPEG", "MPO"):  # in a TIFF, libtiff has the same limit
                     _check_scans(path, file)
+                if image.format == "BMP" and any(tile.codec_name == "bmp_rle" for tile in image.tile):
+                    # Pillow decodes these in Python, pixel by pixel or up to 255 rows at a time.
+                    _check_size(path, image.width, max(image.height, 255), MAX_PIXELS // 10)
                 if image.mode == "F" or (image.format == "TIFF" and image.mode == "I"):
                     raise UnreadableSample(path, "its samples have 32 bits or a sign, and no known range")
                 yield file, image
@@ -62,9 +67,9 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Imag
             raise UnreadableSample(path, f"damaged image ({error})") from error
 
 
-def _check_size(path: str | os.PathLike[str], width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise UnreadableSample(path, f"{width}x{height} pixels, more than {MAX_PIXELS / 1e6:.0f} million")
+def _check_size(path: str | os.PathLike[str], width: int, height: int, limit: int = MAX_PIXELS) -> None:
+    if width * height > limit:
+        raise UnreadableSample(path, f"{width}x{height} pixels, more than {limit / 1e6:.0f} million")
 
 
 def _check_webp(path: str | os.PathLike[str], file: BinaryIO) -> None:
@@ -73,6 +78,24 @@ def _check_webp(path: str | os.PathLike[str], file: BinaryIO) -> None:
     file.seek(0)
     if start[:4] == b"RIFF" and start[8:16] == b"WEBPVP8X":
         _check_size(path, *(1 + int.from_bytes(start[offset : offset + 3], "little") for offset in (24, 27)))
+
+
+def _check_tiff(path: str | os.PathLike[str], file: BinaryIO) -> None:
+    """Check the tags of the first page of a TIFF: Pillow before 13 keeps the values of all, even where they overlap."""
+    start = file.read(16)
+    if start[:2] in (b"II", b"MM") and start[2:4] in (b"*\0", b"\0*", b"+\0", b"\0+"):
+        order, big = "<" if start[:2] == b"II" else ">", start[2] == ord("+")  # as Pillow decides
+        file.seek(struct.unpack_from(f"{order}{'Q' if big else 'L'}", start, 8 if big else 4)[0])
+        number = struct.unpack(f"{order}{'Q' if big else 'H'}", file.read(8 if big else 2))[0]
+        size, claimed = os.fstat(file.fileno()).st_size, 0
+        for _ in range(number):
+            if len(entry := file.read(20 if big else 12)) < 12:
+                break
+            kind, count = struct.unpack_from(f"{order}xxH{'Q' if big else 'L'}", entry)
+            claimed += min(count * _TAG_BYTES.get(kind, 0), size)
+        if claimed > 4 * size + (1 << 20):
+            raise UnreadableSample(path, "its tags claim more bytes than it has")
+    file.seek(0)
 
 
 def _check_scans(path: str | os.PathLike[str], file: BinaryIO) -> None:

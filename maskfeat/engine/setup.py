@@ -55,11 +55,14 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
     objective = build_objective(cfg)
     loader = build_loader(cfg, "train", world, device=device)
     _announce(cfg, command_line, objective, session, len(loader))
+    source = find_source(cfg)
+    source.check_classes(loader.dataset)
     epochs = validation_epochs(cfg, objective.classifies)
     val_loader = build_loader(cfg, "val", world, device=device, classes=loader.classes) if epochs else None
     announce_data(cfg, objective.classifies, {"train": loader} | ({"val": val_loader} if val_loader else {}))
-    source = find_source(cfg)
-    source.check_classes(loader.dataset)
+    warning = missing_classes("train", loader.dataset, cfg.MODEL.NUM_CLASSES) if objective.classifies else ""
+    if warning and world.is_main:
+        logger.warning(warning)
     source.load_weights(cfg, objective)
     trainer = build_trainer(cfg, device, world, objective)
     source.restore(trainer, len(loader), loader.batch_size * world.size)
@@ -87,15 +90,9 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
 
 
 def announce_data(cfg: CfgNode, classifies: bool, loaders: Mapping[str, BatchLoader]) -> None:
-    """Log what each split holds, and on rank 0 a warning about classes that nothing is learned of."""
+    """Log what each split holds."""
     for split, loader in loaders.items():
         logger.info(describe_split(split, loader.dataset, cfg.MODEL.NUM_CLASSES if classifies else None))
-        if (
-            split == "train"
-            and classifies
-            and (warning := missing_classes(split, loader.dataset, cfg.MODEL.NUM_CLASSES))
-        ):
-            logger.warning(warning)
 
 
 def _announce(cfg: CfgNode, command_line: CommandLine, objective: Objective, session: Session, steps: int) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from maskfeat.data.datasets.folders import class_name, some
+from maskfeat.data.datasets.folders import class_name, count, some
 from maskfeat.errors import UserError
 
 
@@ -21,18 +21,18 @@ def describe_split(split: str, dataset: Any, num_classes: int | None) -> str:
     """
     names, present = class_names(dataset), set(dataset.labels)
     if names is None:
-        classes = f"{len(present)} classes (labels {min(present)} to {max(present)})"
+        classes = f"{count(len(present), 'class')} (labels {min(present)} to {max(present)})"
     elif len(present) == len(names):
-        classes = f"{len(names)} classes"
+        classes = count(len(names), "class")
     else:
         missing = [name for number, name in enumerate(names) if number not in present]
-        classes = f"{len(present)} of {len(names)} classes (no image of {some(missing)})"
+        classes = f"{len(present)} of {count(len(names), 'class')} (no image of {some(missing)})"
     counted = len(present) if names is None else len(names)
     if num_classes not in (None, counted):
         classes += f", MODEL.NUM_CLASSES is {num_classes}"
     place, left_out = (getattr(dataset, name, "") for name in ("place", "left_out"))
     return (
-        f"{split}: {f'{place}, ' if place else ''}{len(dataset)} samples, {classes}"
+        f"{split}: {f'{place}, ' if place else ''}{count(len(dataset), 'sample')}, {classes}"
         f"{f'; left out: {left_out}' if left_out else ''}"
     )
 
@@ -71,8 +71,9 @@ def missing_classes(split: str, dataset: Any, num_classes: int) -> str:
     missing = [number for number in range(num_classes) if number not in present]
     called = [str(number) if names is None or number >= len(names) else names[number] for number in missing]
     return (
-        f"{split} has samples of {len(present)} classes and MODEL.NUM_CLASSES is {num_classes}: nothing is learned of "
-        f"the other {len(missing)} ({some(called)}). Set MODEL.NUM_CLASSES {max(present) + 1} if they are a mistake"
+        f"{split} has samples of {count(len(present), 'class')} and MODEL.NUM_CLASSES is {num_classes}: nothing is "
+        f"learned of the other {len(missing)} ({some(called)}). Set MODEL.NUM_CLASSES {max(present) + 1} if they are "
+        "a mistake"
     )
 
 
@@ -88,9 +89,9 @@ def check_numbering(split: str, dataset: Any, num_classes: int, path: object) ->
     names = class_names(dataset)
     if names is not None and len(names) != num_classes:
         raise UserError(
-            f"{path} does not name its classes, and {len(names)} class folders ({some(names)}) cannot tell the "
-            f"numbers of {split} where MODEL.NUM_CLASSES is {num_classes}: put a folder for every class into train/ "
-            "of DATA.PATH_TO_DATA_DIR (it may be empty), or set MODEL.NUM_CLASSES"
+            f"{path} does not name its classes, and {count(len(names), 'class folder')} ({some(names)}) cannot tell "
+            f"the numbers of {split} where MODEL.NUM_CLASSES is {num_classes}: put a folder for every class into "
+            "train/ of DATA.PATH_TO_DATA_DIR (it may be empty), or set MODEL.NUM_CLASSES"
         )
 
 
@@ -110,7 +111,7 @@ def check_same_classes(path: object, trained: Sequence[str] | None, dataset: Any
     gone, new = ([name for name in a if name not in b] for a, b in ((trained, names), (names, trained)))
     changes = [f"{what}: {some(found)}" for what, found in (("missing", gone), ("new", new)) if found]
     raise UserError(
-        f"{path} was trained on {len(trained)} class folders ({some(trained)}), and DATA.PATH_TO_DATA_DIR has "
+        f"{path} was trained on {count(len(trained), 'class folder')} ({some(trained)}), and DATA.PATH_TO_DATA_DIR has "
         f"{len(names)} ({some(names)}){'; ' if changes else ', in another order'}{', '.join(changes)}. Restore the "
         "folders, or start a new run in another OUTPUT_DIR"
     )

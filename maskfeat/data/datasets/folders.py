@@ -32,6 +32,11 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number and what it counts: '1 class', '2 classes', '3 images'."""
+    return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 def class_name(folder: str) -> str:
     """Return the name of the class in a folder. Systems write é as one or two code points; it is one name (NFC)."""
     return unicodedata.normalize("NFC", folder)
@@ -91,7 +96,7 @@ class FolderScan:
     def left_out_in_words(self) -> str:
         """Return how many entries of which kind are left out, the most frequent kinds first; "" if there are none."""
         kinds = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
-        return some([f"{count} {noun}{'s' * (count > 1)}{rest}" for (noun, rest), count in kinds])
+        return some([count(number, noun) + rest for (noun, rest), number in kinds])
 
     def check_share(self) -> None:
         """Check that the images in class folders are most of the pictures.
@@ -106,10 +111,11 @@ class FolderScan:
                 f"{f', which holds {left_out}' if left_out else ''}: {LAYOUT}"
             )
         if self.pictures > self.number:
+            folders = count(len(self.images) - len(self.empty), "class folder")
             raise UserError(
-                f"{self.root} has {self.number} images in {len(self.images) - len(self.empty)} class folders, and more "
-                f"would be left out: {left_out}. Move them into class folders, convert what is not one of "
-                f"{', '.join(SUFFIXES)}, or move them away; DATA.PATH_TO_DATA_DIR names the folder"
+                f"{self.root} has {count(self.number, 'image')} in {folders}, and more would be left out: {left_out}. "
+                f"Move them into class folders, convert what is not one of {', '.join(SUFFIXES)}, or move them away; "
+                "DATA.PATH_TO_DATA_DIR names the folder"
             )
 
     def check_numbers(self, num_classes: int) -> None:
@@ -122,7 +128,7 @@ class FolderScan:
             UserError: they cannot be the classes, or some are missing, so that others would get their numbers.
         """
         names, empty = list(self.images), self.empty
-        numbers = f"{self.root} has {len(names)} class folders and MODEL.NUM_CLASSES is {num_classes}"
+        numbers = f"{self.root} has {count(len(names), 'class folder')} and MODEL.NUM_CLASSES is {num_classes}"
         if len(names) > num_classes:
             hint = f" {len(empty)} without an image are counted ({some(empty)}): remove them, or" if empty else ""
             raise UserError(f"{numbers}:{hint} set MODEL.NUM_CLASSES {len(names)}")

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.bad_samples import error_context, read_with_fallback
 from maskfeat.data.datasets.base import DatasetRequest, augmentation, num_views
-from maskfeat.data.datasets.folders import LAYOUT, FolderScan, class_folders, class_name, scan_folder, some
+from maskfeat.data.datasets.folders import LAYOUT, FolderScan, class_folders, class_name, count, scan_folder, some
 from maskfeat.data.image_reader import READERS
 from maskfeat.data.rng import draw_mask, seeded
 from maskfeat.data.sample import Sample, unreadable_sample
@@ -49,9 +49,12 @@ def list_image_folder(
     if unknown:
         alike = {_without_case(name): name for name in names}
         shown = [
-            f"{name} ({alike[_without_case(name)]} there)" if _without_case(name) in alike else name for name in unknown
+            f"{name} ({alike[_without_case(name)]} but for case or spaces)" if _without_case(name) in alike else name
+            for name in unknown
         ]
-        raise UserError(f"{scan.root} has {len(unknown)} class folders that {whose} lacks ({some(shown)}): {LAYOUT}")
+        raise UserError(
+            f"{scan.root} has {count(len(unknown), 'class folder')} that {whose} lacks ({some(shown)}): {LAYOUT}"
+        )
     scan.check_share()
     return [(path, class_index[name]) for name, files in scan.images.items() for path in files], names
 
