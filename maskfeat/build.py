@@ -4,6 +4,8 @@
 function in its spec, beside its class. What is common to all of them is built here.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.optim import Optimizer
 from yacs.config import CfgNode
@@ -11,6 +13,7 @@ from yacs.config import CfgNode
 from maskfeat.data.bad_samples import BadSampleLog
 from maskfeat.data.cached_loader import CachedLoader
 from maskfeat.data.datasets.base import DatasetRequest
+from maskfeat.data.datasets.classes import check_labels
 from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.loader import BatchLoader, LabelledSamples, Loader
 from maskfeat.data.samplers import EpochSampler
@@ -79,6 +82,7 @@ def build_loader(
     num_clips: int | None = None,
     device: torch.device | None = None,
     plain: bool = False,
+    classes: Sequence[str] | None = None,
 ) -> BatchLoader:
     """Batches of a split for one process.
 
@@ -88,6 +92,7 @@ def build_loader(
         num_clips: clips a video in testing; None = TEST.NUM_ENSEMBLE_VIEWS.
         device: where batches are finished and handed out; None = the CPU.
         plain: "train" as "val" shows its samples: in order, not augmented, every one (probes of frozen features).
+        classes: names that number the classes; None = those of the training set.
 
     Raises:
         UserError: where the data is not there or smaller than a batch; the message names the key.
@@ -105,12 +110,10 @@ def build_loader(
         )
     world = world or World()
     section = cfg.TEST if split == "test" else cfg.TRAIN
-    request = DatasetRequest(split, trains, build_mask_sampler(cfg), num_clips)
+    request = DatasetRequest(split, trains, build_mask_sampler(cfg), num_clips, classes)
     dataset: LabelledSamples = dataset_spec(cfg, "TEST" if split == "test" else "TRAIN").build(cfg, request)
-    if objective.classifies and max(dataset.labels) >= cfg.MODEL.NUM_CLASSES:
-        raise UserError(
-            f"labels of {split} go up to {max(dataset.labels)}, but MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}"
-        )
+    if objective.classifies:
+        check_labels(split, dataset, cfg.MODEL.NUM_CLASSES, trains)
     per_process, left = divmod(section.BATCH_SIZE, world.local_size)
     if left or not per_process:
         key = "TEST.BATCH_SIZE" if split == "test" else "TRAIN.BATCH_SIZE"

@@ -1,9 +1,10 @@
 """Checkpoint files in PySlowFast's format and naming: atomic writes, checksums, lookup and pruning.
 
 OUTPUT_DIR/checkpoints/[TASK_]checkpoint_epoch_00010.pyth holds `epoch` (counted from 0; the name counts from 1),
-`model_state` (released names), `optimizer_state`, `cfg` (YAML text), `scaler_state` with fp16, and `ema_state` with
-TRAIN.EMA. A checkpoint within an epoch, checkpoint_epoch_00010_step_000123.pyth, was saved 123 steps after the tenth
-epoch; it also holds `step` (123) and `samples_per_step`. Each has a file NAME.sha256 beside it for `sha256sum -c`.
+`model_state` (released names), `optimizer_state`, `cfg` (YAML text), `scaler_state` with fp16, `ema_state` with
+TRAIN.EMA, and `classes` where a classifier was trained on class folders: their names, by the numbers of the classes. A
+checkpoint within an epoch, checkpoint_epoch_00010_step_000123.pyth, was saved 123 steps after the tenth epoch; it also
+holds `step` (123) and `samples_per_step`. Each has a file NAME.sha256 beside it for `sha256sum -c`.
 With TRAIN.CHECKPOINT_FORMAT sharded a checkpoint is a folder NAME.dcp, see `sharded`.
 """
 

@@ -28,6 +28,8 @@ from maskfeat.file_io import NotReadable, local_path, open_regular_file
 # Training scripts save the options of the run beside the parameters. Both classes hold values and run nothing. PyTorch
 # fills no dict subclass but its own, so yacs configs become ordered dicts.
 _OPTIONS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
+CLASSES = "classes"
+"""Key of the names of the classes in the checkpoint of a classifier, by their numbers."""
 _TORCHVISION = re.compile(r"\w+_Weights\.\w+")
 
 
@@ -182,3 +184,11 @@ def trained_model(content: Mapping[str, Any]) -> str | None:
     entries = saved_entries(content)
     name = entries["MODEL.MODEL_NAME"].value if "MODEL.MODEL_NAME" in entries else None
     return name if isinstance(name, str) else None
+
+
+def trained_classes(content: Mapping[str, Any]) -> list[str] | None:
+    """Return the names of the class folders that a checkpoint of this program was trained on, by their numbers; None if
+    it does not say. In files of other programs an entry of this name may hold anything.
+    """
+    names = content.get(CLASSES) if isinstance(content.get("cfg"), str) else None
+    return list(names) if isinstance(names, list) and names and all(isinstance(name, str) for name in names) else None

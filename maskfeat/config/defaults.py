@@ -103,7 +103,7 @@ def _test(cfg: CfgNode) -> None:
 
 def _data(cfg: CfgNode) -> None:
     cfg.DATA = CfgNode()
-    cfg.DATA.PATH_TO_DATA_DIR = ""  # holds train/ and val/, or train.csv, val.csv and test.csv
+    cfg.DATA.PATH_TO_DATA_DIR = ""  # holds train/, val/ and maybe test/, or train.csv, val.csv and test.csv
     cfg.DATA.PATH_PREFIX = ""  # folder that the paths in a list of videos are relative to
     cfg.DATA.PATH_LABEL_SEPARATOR = " "  # between path and label in a line of the list; \t = a tab
     cfg.DATA.MEAN = [0.45, 0.45, 0.45]  # per colour channel, of pixels in [0, 1]

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from maskfeat.data.bad_samples import UnreadableSample, open_regular_file
 from maskfeat.data.transforms import RGBImage
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 MAX_PIXELS = 80_000_000
 """Of one image. Below Pillow's own limit (89 million), so that nothing larger is decoded."""
@@ -25,6 +26,8 @@ MAX_SCANS = 100
 """Of a JPEG file; progressive files have about 10. Each is a pass over the whole image, and may take only 12 bytes."""
 
 _ORIENTATION = 0x0112
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+_TAG_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _ROTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,10 +45,16 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Imag
     with open_regular_file(path) as file:
         try:
             _check_webp(path, file)
+            _check_tiff(path, file)
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(path, image.width, image.height)
-                if image.format != "PNG" and image.format != "WEBP":
+                if image.format in ("JPEG", "MPO"):  # in a TIFF, libtiff has the same limit
                     _check_scans(path, file)
+                if image.format == "BMP" and any(tile.codec_name == "bmp_rle" for tile in image.tile):
+                    # Pillow decodes these in Python, pixel by pixel or up to 255 rows at a time.
+                    _check_size(path, image.width, max(image.height, 255), MAX_PIXELS // 10)
+                if image.mode == "F" or (image.format == "TIFF" and image.mode == "I"):
+                    raise UnreadableSample(path, "its samples have 32 bits or a sign, and no known range")
                 yield file, image
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise UnreadableSample(path, f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from error
@@ -58,9 +67,9 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Imag
             raise UnreadableSample(path, f"damaged image ({error})") from error
 
 
-def _check_size(path: str | os.PathLike[str], width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise UnreadableSample(path, f"{width}x{height} pixels, more than {MAX_PIXELS / 1e6:.0f} million")
+def _check_size(path: str | os.PathLike[str], width: int, height: int, limit: int = MAX_PIXELS) -> None:
+    if width * height > limit:
+        raise UnreadableSample(path, f"{width}x{height} pixels, more than {limit / 1e6:.0f} million")
 
 
 def _check_webp(path: str | os.PathLike[str], file: BinaryIO) -> None:
@@ -69,6 +78,24 @@ def _check_webp(path: str | os.PathLike[str], file: BinaryIO) -> None:
     file.seek(0)
     if start[:4] == b"RIFF" and start[8:16] == b"WEBPVP8X":
         _check_size(path, *(1 + int.from_bytes(start[offset : offset + 3], "little") for offset in (24, 27)))
+
+
+def _check_tiff(path: str | os.PathLike[str], file: BinaryIO) -> None:
+    """Check the tags of the first page of a TIFF: Pillow before 13 keeps the values of all, even where they overlap."""
+    start = file.read(16)
+    if start[:2] in (b"II", b"MM") and start[2:4] in (b"*\0", b"\0*", b"+\0", b"\0+"):
+        order, big = "<" if start[:2] == b"II" else ">", start[2] == ord("+")  # as Pillow decides
+        file.seek(struct.unpack_from(f"{order}{'Q' if big else 'L'}", start, 8 if big else 4)[0])
+        number = struct.unpack(f"{order}{'Q' if big else 'H'}", file.read(8 if big else 2))[0]
+        size, claimed = os.fstat(file.fileno()).st_size, 0
+        for _ in range(number):
+            if len(entry := file.read(20 if big else 12)) < 12:
+                break
+            kind, count = struct.unpack_from(f"{order}xxH{'Q' if big else 'L'}", entry)
+            claimed += min(count * _TAG_BYTES.get(kind, 0), size)
+        if claimed > 4 * size + (1 << 20):
+            raise UnreadableSample(path, "its tags claim more bytes than it has")
+    file.seek(0)
 
 
 def _check_scans(path: str | os.PathLike[str], file: BinaryIO) -> None:
@@ -82,18 +109,18 @@ def _check_scans(path: str | os.PathLike[str], file: BinaryIO) -> None:
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read a JPEG, PNG or WebP file, recognised by its content and not by its name.
+    """Read a file of one of `FORMATS`, recognised by its content and not by its name.
 
     Returns:
-        An RGB image, rotated by its EXIF orientation. Grey, palette, CMYK and 16-bit images are converted; alpha is
-        dropped.
+        An RGB image, rotated by its EXIF orientation: the first of an animation or of several pages. Grey, palette,
+        CMYK and 16-bit images are converted; alpha is dropped.
 
     Raises:
         UnreadableSample: missing, empty, another format, more than MAX_PIXELS, damaged or cut short.
     """
     with _opened(path) as (_, image):
-        orientation = _orientation(image)
         image.load()
+        orientation = _orientation(image)  # only now: loading a TIFF rotates it, and removes the tag
         rgb = _to_rgb(image)
     return rgb.transpose(_ROTATIONS[orientation]) if orientation in _ROTATIONS else rgb
 
@@ -128,10 +155,16 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits; Pillow's conversion would clip at 255 instead of scaling
         values = np.asarray(image)
+        tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+        full = 4095 if tags.get(_BITS_PER_SAMPLE) in (12, (12,)) else 65535
         grey = np.empty(values.shape, np.uint8)
         for top in range(0, len(values), 256):  # in strips, because copies of a large image would take too much memory
-            grey[top : top + 256] = np.clip(values[top : top + 256], 0, 65535) // 257
+            grey[top : top + 256] = np.clip(values[top : top + 256], 0, full).astype(np.uint32) * 255 // full
+        if tags.get(_PHOTOMETRIC) == 0:  # 0 is white, which Pillow heeds up to 8 bits
+            np.subtract(255, grey, out=grey)
         return Image.fromarray(grey).convert("RGB")
+    if image.mode == "La":  # alpha is multiplied into it already
+        image = image.convert("LA")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")

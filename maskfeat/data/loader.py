@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from maskfeat.batch import Batch, SampleKey
 from maskfeat.data.bad_samples import BadSampleLog
 from maskfeat.data.collate import collate
+from maskfeat.data.datasets.classes import class_names
 from maskfeat.data.sample import Sample
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.distributed.processes import leave_signals_to_parent, signals_blocked
@@ -59,6 +60,11 @@ class BatchLoader:
     def labels(self) -> list[int]:
         """Class index of every sample of the data set."""
         return self.dataset.labels
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes by their numbers; None if the samples carry numbers alone."""
+        return class_names(self.dataset)
 
     @property
     def batch_size(self) -> int:

@@ -21,9 +21,11 @@ from maskfeat.checkpoint.files import (
     open_checkpoint,
     read_verified_checkpoint,
 )
-from maskfeat.checkpoint.reading import model_state, trained_model
+from maskfeat.checkpoint.reading import model_state, trained_classes, trained_model
 from maskfeat.checkpoint.sharded import load_training
 from maskfeat.checkpoint.weights import LoadReport, Misfit, clean_names
+from maskfeat.data.datasets.classes import check_same_classes
+from maskfeat.data.loader import LabelledSamples
 from maskfeat.distributed.collectives import run_on_main
 from maskfeat.engine.changes import RESIZABLE, Change, announce, built_differently, listed, seen_differently
 from maskfeat.engine.trainer import Trainer
@@ -136,6 +138,11 @@ class CheckpointSource:
     def is_of(self, cfg: CfgNode) -> bool:
         """Return whether this very run wrote the checkpoint."""
         return self.resumes and Path(self.path).parent == Path(cfg.OUTPUT_DIR) / "checkpoints"
+
+    def check_classes(self, dataset: LabelledSamples) -> None:
+        """Check that a classifier goes on with the classes of `dataset`; raise UserError if they are others."""
+        if self.resumes:
+            check_same_classes(self.path, trained_classes(self.content), dataset)
 
     def load_weights(self, cfg: CfgNode, objective: Objective) -> None:
         """Load the weights into `objective`.
@@ -265,14 +272,9 @@ def _pretrained(cfg: CfgNode) -> Path | None:
     return found
 
 
-def load_for_testing(cfg: CfgNode, device: torch.device) -> dict[str, Objective]:
-    """TEST.CHECKPOINT_FILE_PATH, else the last checkpoint of OUTPUT_DIR, else TRAIN.CHECKPOINT_FILE_PATH.
-
-    Returns:
-        objectives on `device`: "" = the weights, and with TRAIN.EMA "ema" = their average, where the file has one.
-
-    Raises:
-        UserError: there is none, or it cannot be evaluated with this config.
+def find_tested(cfg: CfgNode) -> tuple[str, dict[str, Any]]:
+    """Return path and content of what is tested: TEST.CHECKPOINT_FILE_PATH, else the last checkpoint of OUTPUT_DIR,
+    else TRAIN.CHECKPOINT_FILE_PATH.
     """
     found = given_or_latest_checkpoint(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
     if found is None and cfg.TRAIN.CHECKPOINT_FILE_PATH:
@@ -287,7 +289,15 @@ def load_for_testing(cfg: CfgNode, device: torch.device) -> dict[str, Objective]
             f"nothing to test: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this run, and neither "
             "TEST.CHECKPOINT_FILE_PATH nor TRAIN.CHECKPOINT_FILE_PATH is given"
         )
-    path, content = found
+    return str(found[0]), found[1]
+
+
+def load_for_testing(cfg: CfgNode, device: torch.device, path: str, content: dict[str, Any]) -> dict[str, Objective]:
+    """Load what `find_tested` found.
+
+    Returns:
+        objectives on `device`: "" = the weights, and with TRAIN.EMA "ema" = their average, where the file has one.
+    """
     averaged = bool(cfg.TRAIN.EMA) and AVERAGE in content
     objectives = {}
     for name, key in {"": None, **({"ema": AVERAGE} if averaged else {})}.items():

@@ -5,13 +5,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
 from yacs.config import CfgNode
 
 from maskfeat.build import build_loader
+from maskfeat.checkpoint.reading import trained_classes
 from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
+from maskfeat.data.datasets.classes import check_numbering, check_same_classes
 from maskfeat.data.loader import BatchLoader
 from maskfeat.distributed.collectives import run_on_main
 from maskfeat.distributed.launch import check_devices, launch, read_launch_environment
@@ -19,9 +21,9 @@ from maskfeat.distributed.preemption import INTERRUPTED
 from maskfeat.distributed.world import World
 from maskfeat.engine.evaluate import multi_view_test
 from maskfeat.engine.loop import train
-from maskfeat.engine.resume import load_for_testing
+from maskfeat.engine.resume import find_tested, load_for_testing
 from maskfeat.engine.session import Session
-from maskfeat.engine.setup import CommandLine, prepare_training
+from maskfeat.engine.setup import CommandLine, announce_data, prepare_training
 from maskfeat.engine.trainer import precision_of
 from maskfeat.errors import UserError, UserFileError, naming
 from maskfeat.file_io import replace_text
@@ -31,10 +33,27 @@ from maskfeat.registry import dataset_spec
 logger = logging.getLogger(__name__)
 
 
-def _test_loaders(cfg: CfgNode, world: World, device: torch.device) -> dict[str, BatchLoader]:
-    """A loader for each number of views that the data set is tested with, by its name: clips x crops."""
-    views = dataset_spec(cfg, "TEST").test_views(cfg)
-    return {f"{clips}x{crops}": build_loader(cfg, "test", world, clips, device) for clips, crops in views}
+def _test_loaders(
+    cfg: CfgNode, session: Session, tested: tuple[str, dict[str, Any]] | None = None
+) -> dict[str, BatchLoader]:
+    """A loader for each number of views that the data set is tested with, by its name: clips x crops.
+
+    Args:
+        tested: path and content of the checkpoint, whose classes number those of the data set; None = the run trains.
+    """
+    world, device = session.world, session.device
+    classes = None if tested is None else trained_classes(tested[1])
+    loaders = {
+        f"{clips}x{crops}": build_loader(cfg, "test", world, clips, device, classes=classes)
+        for clips, crops in dataset_spec(cfg, "TEST").test_views(cfg)
+    }
+    first = next(iter(loaders.values()))
+    announce_data(cfg, True, {"test": first})
+    if tested is not None:
+        check_same_classes(tested[0], classes, first.dataset)
+        if classes is None:
+            check_numbering("test", first.dataset, cfg.MODEL.NUM_CLASSES, tested[0])
+    return loaders
 
 
 def _results_path(cfg: CfgNode, what: str) -> Path:
@@ -99,8 +118,9 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
     """
     with Session(cfg, world) as session:
         session.start(init_method)
+        tested = None if cfg.TRAIN.ENABLE else find_tested(cfg)
         # The test set is looked for before training, not after it.
-        test_loaders = _test_loaders(cfg, world, session.device) if cfg.TEST.ENABLE else {}
+        test_loaders = _test_loaders(cfg, session, tested) if cfg.TEST.ENABLE else {}
         objectives: dict[str, Objective] = {}
         if cfg.TRAIN.ENABLE:
             trainer, loader, saver, validator = prepare_training(cfg, command_line, session)
@@ -118,8 +138,11 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
                 )
             objectives = validator.objectives()
         if cfg.TEST.ENABLE:
-            if not objectives or cfg.TEST.CHECKPOINT_FILE_PATH:
-                objectives = load_for_testing(cfg, session.device)
+            if cfg.TRAIN.ENABLE and cfg.TEST.CHECKPOINT_FILE_PATH:
+                tested = find_tested(cfg)
+                test_loaders = _test_loaders(cfg, session, tested)
+            if tested is not None:
+                objectives = load_for_testing(cfg, session.device, *tested)
             failed = []
             for name, objective in objectives.items():
                 failed += run_testing(cfg, session, test_loaders, objective, name)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +16,7 @@ from maskfeat.checkpoint.files import (
     prune_checkpoints,
     save_checkpoint,
 )
+from maskfeat.checkpoint.reading import CLASSES
 from maskfeat.checkpoint.sharded import SaveHandle, save_sharded, training_tensors
 from maskfeat.config import dump_config
 from maskfeat.distributed.collectives import new_cpu_group, run_on_main
@@ -33,10 +35,12 @@ class Saver:
     Args:
         cfg: TRAIN.CHECKPOINT_*, TRAIN.KEEP_CHECKPOINTS, OUTPUT_DIR and TASK.
         trainer: what is saved. Its position now, where the run begins or resumes, needs no saving.
+        classes: names of a classifier's classes, by which a test numbers them; None = not known.
     """
 
-    def __init__(self, cfg: CfgNode, trainer: Trainer) -> None:
+    def __init__(self, cfg: CfgNode, trainer: Trainer, classes: Sequence[str] | None = None) -> None:
         self._cfg, self._trainer = cfg, trainer
+        self._classes = {} if classes is None else {CLASSES: list(classes)}
         self._saved, self._at = trainer.position, time.monotonic()
         self._count = 0  # calls of `save`, the same on every rank
         self._sharded = cfg.TRAIN.CHECKPOINT_FORMAT == "sharded"
@@ -122,7 +126,7 @@ class Saver:
         return checkpoint_path(self._cfg.OUTPUT_DIR, self._cfg.TASK, position, self._suffix)
 
     def _begin(self, position: Position) -> None:
-        trainer, config = self._trainer, {"cfg": dump_config(self._cfg)}
+        trainer, config = self._trainer, {"cfg": dump_config(self._cfg), **self._classes}
         try:
             trainer.check_finite()
         except NotFinite as error:

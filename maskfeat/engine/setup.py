@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from yacs.config import CfgNode
 
 from maskfeat.build import build_backbone, build_loader, build_objective
 from maskfeat.config import save_config
+from maskfeat.data.datasets.classes import describe_split, missing_classes
 from maskfeat.data.loader import BatchLoader
 from maskfeat.engine.batch_arithmetic import check_batch_norm, compare, describe, load_recipe, step_size
 from maskfeat.engine.flops import cost_table, module_costs
@@ -58,8 +60,13 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
         check_batch_norm(step_size(cfg, world.local_size), math.prod(objective.backbone.grid))
     loader = build_loader(cfg, "train", world, device=device)
     _announce(cfg, command_line, objective, session, len(loader))
+    source.check_classes(loader.dataset)
     epochs = validation_epochs(cfg, objective.classifies)
-    val_loader = build_loader(cfg, "val", world, device=device) if epochs else None
+    val_loader = build_loader(cfg, "val", world, device=device, classes=loader.classes) if epochs else None
+    announce_data(cfg, objective.classifies, {"train": loader} | ({"val": val_loader} if val_loader else {}))
+    warning = missing_classes("train", loader.dataset, cfg.MODEL.NUM_CLASSES) if objective.classifies else ""
+    if warning and world.is_main:
+        logger.warning(warning)
     source.load_weights(cfg, objective)
     trainer = build_trainer(cfg, device, world, objective)
     source.restore(trainer, len(loader), loader.batch_size * world.size)
@@ -77,7 +84,7 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
         validation_record(cfg),
         session.watchdog.proceed,
     )
-    saver = Saver(cfg, trainer)
+    saver = Saver(cfg, trainer, loader.classes if objective.classifies else None)
     epoch = trainer.position.epochs - 1  # the last one that is done
     if not source.is_of(cfg):
         validator.forget()
@@ -86,6 +93,12 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
     if trainer.position.epochs >= trainer.max_epoch:
         logger.info("nothing left to train: %s is done, SOLVER.MAX_EPOCH is %d", trainer.position, trainer.max_epoch)
     return Training(trainer, loader, saver, validator)
+
+
+def announce_data(cfg: CfgNode, classifies: bool, loaders: Mapping[str, BatchLoader]) -> None:
+    """Log what each split holds."""
+    for split, loader in loaders.items():
+        logger.info(describe_split(split, loader.dataset, cfg.MODEL.NUM_CLASSES if classifies else None))
 
 
 def _announce(cfg: CfgNode, command_line: CommandLine, objective: Objective, session: Session, steps: int) -> None:

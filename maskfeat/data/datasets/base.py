@@ -1,5 +1,6 @@
 """What a data set is asked for, and what image and video data sets share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,15 @@ class DatasetRequest:
             samples as "val" does.
         draw_hidden: samples the mask of a view; None = no masks.
         num_clips: clips of each video in testing; None = TEST.NUM_ENSEMBLE_VIEWS.
+        classes: names that number the classes, such as those that a checkpoint was trained on; None = those of the
+            training set. A data set whose samples carry numbers does not need them.
     """
 
     split: str
     augmented: bool
     draw_hidden: MaskSampler | None = None
     num_clips: int | None = None
+    classes: Sequence[str] | None = None
 
 
 def augmentation(cfg: CfgNode) -> dict[str, Any]:

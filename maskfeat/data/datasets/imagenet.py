@@ -1,6 +1,5 @@
 """Image data sets in the layout of ImageNet: one folder per class."""
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,65 +12,55 @@ from yacs.config import CfgNode
 from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.bad_samples import error_context, read_with_fallback
 from maskfeat.data.datasets.base import DatasetRequest, augmentation, num_views
-from maskfeat.data.image_reader import READERS, SUFFIXES
+from maskfeat.data.datasets.folders import LAYOUT, FolderScan, class_folders, class_name, count, scan_folder, some
+from maskfeat.data.image_reader import READERS
 from maskfeat.data.rng import draw_mask, seeded
 from maskfeat.data.sample import Sample, unreadable_sample
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, ImageTransform, RGBImage
 from maskfeat.errors import UserError
 from maskfeat.masking import MaskSampler
-from maskfeat.registry import DatasetSpec, register
-
-logger = logging.getLogger(__name__)
-
+from maskfeat.registry import DatasetSpec, objective_spec, register
 
 ImageList = list[tuple[str, int]]
 
 
-def class_folders(root: str | os.PathLike[str]) -> list[str]:
-    """Return the class names of a split: the names of its folders, sorted, without hidden folders."""
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-
-
 def list_image_folder(
-    root: str | os.PathLike[str], classes: Sequence[str] | None = None
+    root: str | os.PathLike[str] | FolderScan, classes: Sequence[str] | None = None, whose: str = "the training set"
 ) -> tuple[ImageList, list[str]]:
-    """List the images of `root/<class>/<image>`.
+    """List the images of `root/<class>/`, at any depth.
 
     Args:
-        root: the folder of a split, such as DATA.PATH_TO_DATA_DIR/train.
+        root: the folder of a split, such as DATA.PATH_TO_DATA_DIR/train, or a scan of it.
         classes: class names in the order of their indices; None = the folders of `root`, sorted by name. Pass the names
             of the training set for a validation set that lacks some classes.
+        whose: what `classes` belong to, for messages.
 
     Returns:
         [(path, class index)] sorted by class and name, and the class names.
 
     Raises:
-        UserError: the folder does not exist, contains no image, or contains a class that is not in `classes`.
+        UserError: the folder does not exist, contains no image or leaves out most of them, or contains a class that is
+            not in `classes`.
     """
-    root = Path(root)
-    layout = "DATA.PATH_TO_DATA_DIR must hold train/ and val/ with one folder a class: train/<class>/<image>.JPEG"
-    if not root.is_dir():
-        raise UserError(f"no folder {root}: {layout}")
-    folders = class_folders(root)
-    names = folders if classes is None else list(classes)
-    unknown = sorted(set(folders) - set(names))
-    if unknown:
-        raise UserError(
-            f"{root} has {len(unknown)} class folders that the training set lacks ({', '.join(unknown[:5])}): {layout}"
-        )
+    scan = root if isinstance(root, FolderScan) else scan_folder(root)
+    names = list(scan.images) if classes is None else [class_name(name) for name in classes]
     class_index = {name: index for index, name in enumerate(names)}
-    samples: ImageList = []
-    empty = []
-    for folder in folders:
-        files = sorted(entry.path for entry in os.scandir(root / folder) if entry.name.lower().endswith(SUFFIXES))
-        samples += [(path, class_index[folder]) for path in files]
-        if not files:
-            empty.append(folder)
-    if not samples:
-        raise UserError(f"no image ({', '.join(SUFFIXES)}) in the class folders of {root}: {layout}")
-    if empty:
-        logger.warning("%d class folders of %s hold no image: %s", len(empty), root, ", ".join(empty[:20]))
-    return samples, names
+    unknown = [name for name in scan.images if name not in class_index]
+    if unknown:
+        alike = {_without_case(name): name for name in names}
+        shown = [
+            f"{name} ({alike[_without_case(name)]} but for case or spaces)" if _without_case(name) in alike else name
+            for name in unknown
+        ]
+        raise UserError(
+            f"{scan.root} has {count(len(unknown), 'class folder')} that {whose} lacks ({some(shown)}): {LAYOUT}"
+        )
+    scan.check_share()
+    return [(path, class_index[name]) for name, files in scan.images.items() for path in files], names
+
+
+def _without_case(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").split())
 
 
 class ImageFolder(Dataset[list[Sample]]):
@@ -86,9 +75,16 @@ class ImageFolder(Dataset[list[Sample]]):
             by zeros.
         num_views: number of augmented views per key (repeated augmentation).
         backend: of decoding and resizing, a key of `READERS`.
+
+    Attributes:
+        classes: their names by their numbers; None = not known.
+        place, left_out: where the images are and what else is there, in words, for the log.
     """
 
     views = 1
+    classes: list[str] | None = None
+    place = ""
+    left_out = ""
 
     def __init__(
         self,
@@ -165,14 +161,33 @@ def build_image_folder(cfg: CfgNode, request: DatasetRequest, samples: Sequence[
 
 
 def build_imagenet(cfg: CfgNode, request: DatasetRequest) -> ImageFolder:
-    """Return a split of DATA.PATH_TO_DATA_DIR; "test" reads val/.
+    """Return a split of DATA.PATH_TO_DATA_DIR; "test" reads test/ where it has class folders, else val/.
 
-    The folders of train/ number the classes, where there is one.
+    `request.classes` number the classes, else the folders of train/, where there is one.
     """
-    root, split = Path(cfg.DATA.PATH_TO_DATA_DIR), request.split
-    classes = class_folders(root / "train") if split != "train" and (root / "train").is_dir() else None
-    samples, _ = list_image_folder(root / ("train" if split == "train" else "val"), classes)
-    return build_image_folder(cfg, request, samples)
+    root, split, names = Path(cfg.DATA.PATH_TO_DATA_DIR), request.split, request.classes
+    whose = "the checkpoint" if split == "test" and names is not None else "the training set"
+    if names is None and split != "train" and (root / "train").is_dir():
+        names = class_folders(root / "train") or None
+    scan, note = _test_folder(root, names) if split == "test" else (scan_folder(root / split), "")
+    if names is None and objective_spec(cfg).classifies:
+        scan.check_numbers(cfg.MODEL.NUM_CLASSES)
+    samples, classes = list_image_folder(scan, names, whose)
+    images = build_image_folder(cfg, request, samples)
+    images.classes, images.place, images.left_out = classes, f"folder {scan.root}{note}", scan.left_out_in_words()
+    return images
+
+
+def _test_folder(root: Path, names: Sequence[str] | None) -> tuple[FolderScan, str]:
+    """Return a scan of test/, or of val/ where test/ has no labelled image, and a note which it is."""
+    test, val = root / "test", root / "val"
+    if not test.is_dir():
+        return scan_folder(val), f" (there is no {test})"
+    scan = scan_folder(test)
+    known = set(scan.images) if names is None else {class_name(name) for name in names}
+    if val.is_dir() and not any(files and name in known for name, files in scan.images.items()):
+        return scan_folder(val), f" ({test} has no image in a class folder)"
+    return scan, ""
 
 
 register(DatasetSpec(name="imagenet", media="image", build=build_imagenet))

@@ -46,7 +46,12 @@ class VideoClips(Dataset[list[Sample]]):
             zeros.
         torchcodec: decode by torchcodec, which must be installed and returns the same frames, see `torchcodec_decoder`.
         short_side: that frames are scaled to while they are decoded, see `decoder.open_video`; None = their own.
+
+    Attributes:
+        place: where the videos are listed, in words, for the log.
     """
+
+    place = ""
 
     def __init__(
         self,
@@ -195,7 +200,9 @@ def build_kinetics(cfg: CfgNode, request: DatasetRequest) -> VideoClips:
     labelled = objective_spec(cfg).classifies or (request.split == "train" and not request.augmented)
     videos = read_video_list(path, data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX, labelled)
     check_some_exist(videos, path, data.PATH_PREFIX, data.PATH_TO_DATA_DIR)
-    return build_video_clips(cfg, request, videos)
+    clips = build_video_clips(cfg, request, videos)
+    clips.place = f"list {path}"
+    return clips
 
 
 register(

@@ -1,7 +1,6 @@
 """Reading images of the kinds found in real data sets, and the folder data set."""
 
 import io
-import logging
 import struct
 import zlib
 from pathlib import Path
@@ -14,8 +13,9 @@ from PIL import Image
 
 from maskfeat.batch import SampleKey
 from maskfeat.data.bad_samples import UnreadableSample
+from maskfeat.data.datasets.folders import scan_folder
 from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder
-from maskfeat.data.image_reader import MAX_PIXELS, read_image, read_tensor
+from maskfeat.data.image_reader import FORMATS, MAX_PIXELS, read_image, read_tensor
 from maskfeat.data.sample import Sample
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 from tests.data.samples import clip_of
@@ -34,11 +34,65 @@ def close(image: Image.Image, expected: np.ndarray, tolerance: float = 4) -> boo
     return np.abs(np.asarray(image).astype(float) - expected).mean() < tolerance
 
 
-def test_jpeg_png_and_webp_are_recognised_by_content(tmp_path: Path) -> None:
-    for kind in ("JPEG", "PNG", "WEBP"):
+def test_formats_are_recognised_by_content(tmp_path: Path) -> None:
+    for kind in FORMATS:
         path = tmp_path / f"{kind}_named.JPEG"
         Image.fromarray(colours()).save(path, kind)
-        assert close(read_image(path), colours()), kind
+        assert close(read_image(path), colours(), 12 if kind == "GIF" else 4), kind
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP"])
+def test_the_first_page_is_read(kind: str, tmp_path: Path) -> None:
+    pages = [Image.fromarray(np.roll(colours(), 20 * n, axis=1)) for n in range(3)]
+    pages[0].save(tmp_path / "pages", kind, save_all=True, append_images=pages[1:], lossless=True)
+    assert close(read_image(tmp_path / "pages"), colours(), 12)
+
+
+def test_modes_of_tiff_bmp_and_gif(tmp_path: Path) -> None:
+    rgb = Image.fromarray(colours())
+    grey = np.asarray(rgb.convert("L"))
+    in_grey = grey[..., None].repeat(3, 2)
+    rgba = rgb.copy()
+    rgba.putalpha(Image.fromarray(grey))
+    rgba.save(tmp_path / "alpha.tif")
+    rgba.save(tmp_path / "alpha.bmp")
+    rgb.convert("CMYK").save(tmp_path / "cmyk.tif", compression="tiff_lzw")
+    rgb.save(tmp_path / "jpeg.tif", compression="jpeg", quality=95)
+    for name in ("alpha.tif", "alpha.bmp", "cmyk.tif", "jpeg.tif"):
+        assert close(read_image(tmp_path / name), colours(), 1), name
+    rgb.convert("L").save(tmp_path / "grey.gif")
+    rgb.convert("L").save(tmp_path / "grey.bmp")
+    rgba.convert("LA").save(tmp_path / "grey_alpha.tif")
+    Image.fromarray(grey.astype(np.uint16) * 256 + 100).save(tmp_path / "sixteen.tif")
+    Image.fromarray(65535 - grey.astype(np.uint16) * 257).save(tmp_path / "white_is_0.tif", tiffinfo={262: 0})
+    (tmp_path / "twelve.tif").write_bytes(tiff(60, 40, 12, pack_12(grey.astype(np.uint16) * 16 + 7)))
+    for name in ("grey.gif", "grey.bmp", "grey_alpha.tif", "sixteen.tif", "white_is_0.tif", "twelve.tif"):
+        assert close(read_image(tmp_path / name), in_grey, 1.1), name
+    rgb.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.gif", transparency=0)
+    assert close(read_image(tmp_path / "palette.gif"), colours(), 12)
+    (tmp_path / "runs.bmp").write_bytes(run_lengths(20, 10))
+    assert read_image(tmp_path / "runs.bmp").size == (20, 10)
+    rgb.convert("1").save(tmp_path / "fax.tif", compression="group4")
+    assert set(np.unique(np.asarray(read_image(tmp_path / "fax.tif")))) == {0, 255}
+    for values in (grey / np.float32(255), grey.astype(np.int32)):
+        Image.fromarray(values).save(tmp_path / "range.tif")
+        with pytest.raises(UnreadableSample, match="32 bits or a sign, and no known range"):
+            read_image(tmp_path / "range.tif")
+
+
+def pack_12(values: np.ndarray) -> bytes:
+    """Pairs of 12-bit numbers in three bytes."""
+    a, b = values[:, ::2].astype(int), values[:, 1::2].astype(int)
+    return np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1).astype(np.uint8).tobytes()
+
+
+def tiff(width: int, height: int, bits: int, data: bytes) -> bytes:
+    """A grey TIFF of one strip that is not compressed."""
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    end = 8 + len(data) + len(data) % 2
+    head = struct.pack("<2sHI", b"II", 42, end) + data
+    return head.ljust(end, b"\0") + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
 
 
 def test_modes(tmp_path: Path) -> None:
@@ -63,7 +117,7 @@ def test_modes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
     upright = colours()
     # What a camera stores so that rotating it by the tag gives the upright image.
@@ -101,22 +155,54 @@ def bomb(side: int) -> bytes:
     )
 
 
+def overlapping_tags(number: int, size: int) -> bytes:
+    """A TIFF with many tags, whose values all are the same `size` bytes."""
+    image = tiff(8, 8, 8, b"\0" * 64)
+    (end,) = struct.unpack_from("<I", image, 4)
+    own = image[end + 2 : -4]
+    where = end + 6 + len(own) + 12 * number
+    tags = b"".join(struct.pack("<HHII", 300 + n, 1, size, where) for n in range(number))
+    count = struct.pack("<H", len(own) // 12 + number)
+    return image[:end] + count + own + tags + struct.pack("<I", 0) + b"\0" * size
+
+
+def run_lengths(width: int, height: int) -> bytes:
+    """A BMP of 8 bits whose run lengths skip 255 rows."""
+    pixels = b"\0\2\0\xff" * 8 + b"\0\1"
+    start = 14 + 40 + 1024
+    head = struct.pack("<2sIHHI", b"BM", start + len(pixels), 0, 0, start)
+    head += struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(pixels), 0, 0, 256, 0)
+    return head + bytes(range(256)) * 4 + pixels
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_causes(tmp_path: Path) -> None:
     file = io.BytesIO()
     Image.fromarray(colours(200, 300)).save(file, "JPEG")
     jpeg = file.getvalue()
+    icon = io.BytesIO()
+    Image.fromarray(colours()).save(icon, "ICO")
     gif = io.BytesIO()
     Image.fromarray(colours()).save(gif, "GIF")
+    bmp = io.BytesIO()
+    Image.fromarray(colours()).save(bmp, "BMP")
     cases = {
         "empty.jpg": (b"", "the file is empty"),
-        "text.jpg": (b"not an image " * 30, "not a JPEG, PNG, WEBP image"),
-        "gif.jpg": (gif.getvalue(), "not a JPEG, PNG, WEBP image"),
+        "text.jpg": (b"not an image " * 30, "not a JPEG, PNG, WEBP, BMP, TIFF, GIF image"),
+        "icon.jpg": (icon.getvalue(), "not a JPEG, PNG, WEBP, BMP, TIFF, GIF image"),
         "header.jpg": (jpeg[:200], "damaged image|not a JPEG"),
         "truncated.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "huge.png": (bomb(60_000), "more than 80 million"),
         "large.png": (bomb(9_500), "more than 80 million"),
         "larger.png": (bomb(8_980), "more than 80 million"),
+        "huge.tif": (tiff(60_000, 60_000, 8, b"\0" * 99), "more than 80 million"),
+        "larger.tif": (tiff(8_980, 8_980, 8, b"\0" * 99), "more than 80 million"),
+        "tags.tif": (overlapping_tags(2000, 100_000), "its tags claim more bytes than it has"),
+        "rows.bmp": (run_lengths(8_000_000, 1), "more than 8 million"),
+        "huge.gif": (gif.getvalue()[:6] + b"\xff\xff" * 2 + gif.getvalue()[10:], "more than 80 million"),
+        "huge.bmp": (bmp.getvalue()[:18] + struct.pack("<ii", 60_000, 60_000) + bmp.getvalue()[26:], "more than 80 m"),
+        "cut.gif": (gif.getvalue()[: len(gif.getvalue()) // 2], "damaged image"),
+        "cut.bmp": (bmp.getvalue()[: len(bmp.getvalue()) // 2], "damaged image"),
     }
     for name, (content, cause) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -130,13 +216,13 @@ def test_causes(tmp_path: Path) -> None:
 def test_mutated_files_never_raise_anything_else(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     originals = []
-    for kind in ("JPEG", "PNG", "WEBP"):
+    for kind in FORMATS:
         file = io.BytesIO()
         Image.fromarray(colours()).save(file, kind)
         originals.append(file.getvalue())
     outcomes = set()
-    for turn in range(300):
-        data = bytearray(originals[turn % 3])
+    for turn in range(600):
+        data = bytearray(originals[turn % 6])
         for position in rng.integers(0, len(data), rng.integers(1, 12)):
             data[position] = rng.integers(256)
         (tmp_path / "a.jpg").write_bytes(data[: rng.integers(1, len(data) + 1)] if turn % 2 else data)
@@ -199,7 +285,7 @@ def test_torchvision_decoder_reads_the_same_bits(tmp_path: Path) -> None:
         exif[0x0112] = orientation
         Image.fromarray(colours()).save(tmp_path / "a.jpg", exif=exif)
         both(tmp_path / "a.jpg")
-    for kind in ("PNG", "WEBP"):
+    for kind in FORMATS[1:]:
         Image.fromarray(colours()).save(tmp_path / "a.jpg", kind)
         both(tmp_path / "a.jpg")
 
@@ -239,12 +325,12 @@ def make_folder(root: Path, classes: dict[str, int]) -> Path:
     return root
 
 
-def test_listing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_listing(tmp_path: Path) -> None:
     train = make_folder(tmp_path / "train", {"b": 2, "a": 1, "d": 1, "c": 0})
     (train / "a" / "notes.txt").write_text("not an image")
     (train / "readme.txt").write_text("not a class")
-    with caplog.at_level(logging.WARNING):
-        samples, classes = list_image_folder(train)
+    scan = scan_folder(train)
+    samples, classes = list_image_folder(scan)
     assert classes == ["a", "b", "c", "d"]
     assert [(Path(path).parent.name, label) for path, label in samples] == [
         ("a", 0),
@@ -252,7 +338,8 @@ def test_listing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         ("b", 1),
         ("d", 3),
     ]
-    assert "c" in caplog.text and "no image" in caplog.text
+    assert list_image_folder(train) == (samples, classes)
+    assert (scan.empty, scan.left_out_in_words()) == (["c"], "2 .txt files")
     val = make_folder(tmp_path / "val", {"d": 1, "b": 1})
     assert [label for _, label in list_image_folder(val, classes)[0]] == [1, 3]
     with pytest.raises(ValueError, match="training set lacks .*zebra.*"):

@@ -1,0 +1,215 @@
+"""The content of an image folder with one folder per class: its images, and what is left out of the set."""
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from maskfeat.data.image_reader import SUFFIXES
+from maskfeat.errors import UserError, naming
+
+LAYOUT = "DATA.PATH_TO_DATA_DIR must hold train/ and val/ with one folder a class: train/<class>/<image>.JPEG"
+
+_PICTURES = (
+    *(".arw", ".avif", ".cr2", ".dng", ".exr", ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jxl", ".nef"),
+    *(".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga"),
+)
+"""Endings of pictures that are not read."""
+_ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
+_OF_SYSTEMS = {"#recycle", "$RECYCLE.BIN", "@eaDir", "__MACOSX", "lost+found", "System Volume Information"}
+"""Folders that file systems, macOS and network drives make; some hold thumbnails of the images beside them."""
+_NAMED = 5
+
+Kind = tuple[str, str]
+"""What is left out: the noun in the singular, and what follows it."""
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first few of `names`, for a message."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number and what it counts: '1 class', '2 classes', '3 images'."""
+    return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def class_name(folder: str) -> str:
+    """Return the name of the class in a folder. Systems write é as one or two code points; it is one name (NFC)."""
+    return unicodedata.normalize("NFC", folder)
+
+
+def _is_hidden(entry: "os.DirEntry[str]") -> bool:
+    return entry.name.startswith(".") or entry.name in _OF_SYSTEMS
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _entries(folder: str | os.PathLike[str]) -> "list[os.DirEntry[str]]":
+    with naming(f"{folder} cannot be listed"), os.scandir(folder) as entries:
+        return list(entries)
+
+
+def class_folders(root: str | os.PathLike[str]) -> list[str]:
+    """Return the class names of a split: the names of its folders, sorted, without hidden folders."""
+    return sorted(class_name(entry.name) for entry in _entries(root) if _is_folder(entry) and not _is_hidden(entry))
+
+
+@dataclass
+class FolderScan:
+    """What `scan_folder` finds.
+
+    Attributes:
+        root: the folder of the split.
+        images: the image files of each class, sorted, by the name of the class in sorted order.
+        left_out: how many entries of each kind are not part of the set.
+        pictures: how many of these are pictures, as far as names tell.
+        possible_classes: archives and broken links beside the class folders, each of which may be a class.
+        folders_with_images: how many there are, at any depth.
+    """
+
+    root: Path
+    images: dict[str, list[str]] = field(default_factory=dict)
+    left_out: Counter[Kind] = field(default_factory=Counter)
+    pictures: int = 0
+    possible_classes: list[str] = field(default_factory=list)
+    folders_with_images: int = 0
+
+    @property
+    def number(self) -> int:
+        """How many images the classes have together."""
+        return sum(map(len, self.images.values()))
+
+    @property
+    def empty(self) -> list[str]:
+        """Classes without an image."""
+        return [name for name, files in self.images.items() if not files]
+
+    def left_out_in_words(self) -> str:
+        """Return how many entries of which kind are left out, the most frequent kinds first; "" if there are none."""
+        kinds = sorted(self.left_out.items(), key=lambda item: (-item[1], item[0]))
+        return some([count(number, noun) + rest for (noun, rest), number in kinds])
+
+    def check_share(self) -> None:
+        """Check that the images in class folders are most of the pictures.
+
+        Raises:
+            UserError: there are none, or more pictures are left out.
+        """
+        left_out = self.left_out_in_words()
+        if not self.number:
+            raise UserError(
+                f"no image ({', '.join(SUFFIXES)}) in the class folders of {self.root}"
+                f"{f', which holds {left_out}' if left_out else ''}: {LAYOUT}"
+            )
+        if self.pictures > self.number:
+            folders = count(len(self.images) - len(self.empty), "class folder")
+            raise UserError(
+                f"{self.root} has {count(self.number, 'image')} in {folders}, and more would be left out: {left_out}. "
+                f"Move them into class folders, convert what is not one of {', '.join(SUFFIXES)}, or move them away; "
+                "DATA.PATH_TO_DATA_DIR names the folder"
+            )
+
+    def check_numbers(self, num_classes: int) -> None:
+        """Check the folders that number the classes of a classifier.
+
+        Args:
+            num_classes: MODEL.NUM_CLASSES.
+
+        Raises:
+            UserError: they cannot be the classes, or some are missing, so that others would get their numbers.
+        """
+        names, empty = list(self.images), self.empty
+        numbers = f"{self.root} has {count(len(names), 'class folder')} and MODEL.NUM_CLASSES is {num_classes}"
+        if len(names) > num_classes:
+            hint = f" {len(empty)} without an image are counted ({some(empty)}): remove them, or" if empty else ""
+            raise UserError(f"{numbers}:{hint} set MODEL.NUM_CLASSES {len(names)}")
+        if len(names) == num_classes:
+            return
+        if self.possible_classes:
+            raise UserError(
+                f"{numbers}: {some(self.possible_classes)} may be classes, without which the others would get other "
+                "numbers: unpack, mend or remove them"
+            )
+        if self.folders_with_images == num_classes:
+            raise UserError(
+                f"{numbers}, which is the number of the folders that images lie in: move the classes up, so that "
+                f"they lie directly in {self.root}, or set DATA.PATH_TO_DATA_DIR or MODEL.NUM_CLASSES"
+            )
+
+    def leave_out(self, entry: "os.DirEntry[str]", where: str = "") -> None:
+        """Count an entry that is not part of the set; `where` describes the place of an image."""
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if _is_hidden(entry):
+            self.left_out["hidden folder" if _is_folder(entry) else "hidden file", ""] += 1
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            self.left_out["broken link", ""] += 1
+        elif suffix in SUFFIXES:
+            self.pictures += 1
+            self.left_out["image", where] += 1
+        elif suffix:
+            self.pictures += suffix in _PICTURES
+            self.left_out[f"{suffix} file", ""] += 1
+        else:
+            self.pictures += 1
+            self.left_out["file", " without an ending"] += 1
+
+    def images_below(self, folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+        """Yield the image files in a folder and the folders in it; links to folders are followed, but not in circles.
+
+        Args:
+            above: device and inode of the folders above it.
+        """
+        with naming(f"{folder} cannot be listed"):
+            status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            self.left_out["link", " to a folder above it"] += 1
+            return
+        holds_images = False
+        for entry in _entries(folder):
+            if _is_hidden(entry):
+                self.leave_out(entry)
+            elif _is_folder(entry):
+                yield from self.images_below(entry.path, above | {here})
+            elif entry.name.lower().endswith(SUFFIXES):
+                holds_images = True
+                yield entry.path
+            else:
+                self.leave_out(entry)
+        self.folders_with_images += holds_images
+
+
+def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
+    """Look for the images of `root/<class>/`, at any depth. Hidden files and folders are left out.
+
+    Raises:
+        UserError: the folder does not exist, a folder cannot be listed, or two names are the same in Unicode.
+    """
+    found = FolderScan(Path(root))
+    if not found.root.is_dir():
+        raise UserError(f"no folder {root}: {LAYOUT}")
+    for entry in sorted(_entries(root), key=lambda entry: (class_name(entry.name), entry.name)):
+        name = class_name(entry.name)
+        if _is_folder(entry) and not _is_hidden(entry):
+            if name in found.images:
+                raise UserError(f"{root} has two folders {name}, in different Unicode forms: merge them")
+            found.images[name] = sorted(found.images_below(entry.path))
+            continue
+        found.leave_out(entry, f" directly in {found.root.name}/, outside of a class folder")
+        broken = entry.is_symlink() and not os.path.exists(entry.path) and not name.lower().endswith(SUFFIXES)
+        if (broken or name.lower().endswith(_ARCHIVES)) and not _is_hidden(entry):
+            found.possible_classes.append(entry.name)
+    # An archive that has been unpacked beside itself is no class.
+    found.possible_classes = [
+        name for name in found.possible_classes if class_name(name.split(".")[0]) not in found.images
+    ]
+    return found
