@@ -159,7 +159,7 @@ def problems(result: dict[str, Any]) -> Iterator[str]:
     if error is None:
         if result["must_be_refused"]:
             yield f"was read: {str(result['read'])[:200]}"
-    elif error not in ("ValueError", "UnreadableSample"):
+    elif error not in ("UserError", "UserFileError", "UnreadableSample"):
         yield f"raised {error}: {message[:300]}"
     else:
         if "\n" in message or len(message) > 20_000:
