@@ -37,12 +37,12 @@ line, as `KEY VALUE` or `KEY=VALUE`: `TRAIN.BATCH_SIZE 64`. The command line win
 `_BASE_`, and that over the defaults here. Lists are quoted on a command line: `"[8, 7, 7]"`. An unknown key stops the
 run, and the message names the nearest one. Values that do not fit together stop it before any work.
 
-In a `path`, `~`, `$VARIABLE` and `${VARIABLE}` are expanded (`$$` is a dollar sign); a variable that is not set stops the
-run. Addresses such as `https://` are left as they are.
+In a `path`, `~`, `$VARIABLE` and `${VARIABLE}` are expanded (`$$` is a dollar sign); a variable that is not set stops
+the run. Addresses such as `https://` are left as they are.
 
-Overrides and options may stand in any order, with or without PySlowFast's `--opts`. Of several files behind `--cfg` each
-is a run of its own, one after another, as in PySlowFast: the overrides hold for all, all are checked before the first
-starts, and a run that fails is the last.
+Overrides and options may stand in any order, with or without PySlowFast's `--opts`. Of several files behind `--cfg`
+each is a run of its own, one after another, as in PySlowFast: the overrides hold for all, all are checked before the
+first starts, and a run that fails is the last.
 
 Names and defaults are those of PySlowFast, so that its YAML files mean the same here. † marks keys that PySlowFast
 does not have. Keys of its other models and tools are accepted and have no effect; a warning says how many there are.
