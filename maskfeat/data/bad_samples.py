@@ -209,7 +209,7 @@ class BadSampleLog:
         if self._earlier:
             self._take_off({self._earlier.pop(index) for index in set(shown) & self._earlier.keys()})
         new = {sample.path: sample for sample in bad if sample.path not in self._seen}
-        if not new:
+        if not new and not self._unwritten:
             return
         self._seen |= new.keys()
         self._append({path: sample for path, sample in new.items() if path not in self._known})
@@ -263,7 +263,7 @@ class BadSampleLog:
 
     def _append(self, new: dict[str, BadSample]) -> None:
         """Write the samples that no rank has listed yet, and log a warning for each."""
-        if not new:
+        if not new and not self._unwritten:
             return
         if self.path is None:
             self._add(new)

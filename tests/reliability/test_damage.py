@@ -2,19 +2,27 @@
 
 import builtins
 import errno
+import json
 import os
 import random
+import resource
+import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from maskfeat.checkpoint import files as checkpoint
 from maskfeat.checkpoint.files import Position, checkpoint_path, latest_checkpoint, save_checkpoint, verify_checkpoint
 from maskfeat.checkpoint.reading import read_checkpoint
-from tests.reliability.harness import PRETRAINING, Forks, arguments, digest
+from maskfeat.distributed.preemption import PREEMPTED
+from tests.reliability.harness import FINE_TUNING, PRETRAINING, Forks, arguments, digest, wait_until
 from tests.reliability.scale import note, size
+from tests.worker import json_stats
 
 
 def content(number: int) -> dict[str, Any]:
@@ -176,3 +184,83 @@ def test_a_run_on_a_full_disk_goes_on(forks: Forks, image_data: Path, tmp_path: 
     said = (tmp_path / "log").read_text()
     assert said.count("NOT SAVED, training continues: ") == 2 and "error: " in said
     assert str(checkpoint_path(tmp_path, "pt", Position(3))) in said
+
+
+def test_nothing_beside_checkpoints_ends_a_run_on_a_full_disk(forks: Forks, image_data: Path, tmp_path: Path) -> None:
+    """Logs, event files, records and lists: said once, and written again where there is room."""
+    data, out, screen = tmp_path / "data", tmp_path / "out", tmp_path / "screen"
+    shutil.copytree(image_data, data)
+    many = ["SOLVER.MAX_EPOCH", "100000", "TRAIN.CHECKPOINT_PERIOD", "1", "TRAIN.KEEP_CHECKPOINTS", "1"]
+    argv = arguments(PRETRAINING, data, out, *many, "TENSORBOARD.ENABLE", "True", "DATA.MAX_BAD_FRACTION", "0.5")
+    run = forks.start([*argv, "TRAIN.EVAL_PERIOD", "1"], screen)
+
+    def epochs() -> int:
+        return len(json_stats(out, "val_epoch")) if (out / "stdout.log").exists() else 0
+
+    wait_until(lambda: epochs() >= 2, 240, "two epochs")
+    for path in sorted((data / "train").rglob("*.jpg"))[:2]:
+        path.write_bytes(b"broken")
+    whole = resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    time.sleep(5)
+    assert sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) <= size, "the disk is full"
+    before = epochs()
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, whole)
+    wait_until(lambda: epochs() >= before + 100 or not run.is_there, 240, "more epochs")
+    run.kill(signal.SIGTERM)
+    assert run.wait() == PREEMPTED, screen.read_text()
+    said = (out / "stdout.log").read_text()
+    assert "NOT SAVED, training continues: " in said and "before the last one are missing" in said
+    assert "Traceback" not in said + screen.read_text()
+    assert len((out / "bad_samples.jsonl").read_text().splitlines()) == 2
+    assert json.loads((out / "checkpoints" / "pt_validation.json").read_text())["epochs"] >= before + 100
+    events = EventAccumulator(str(out / "tensorboard" / "pt"))
+    events.Reload()
+    shown = [event.step for event in events.Scalars("val_epoch/loss")]
+    assert shown == sorted(set(shown)) and len(shown) >= 100
+    assert not list(out.rglob("*.partial"))
+    assert forks.run([*argv, "SOLVER.MAX_EPOCH", str(events.Scalars("val_epoch/loss")[-1].step + 2)], screen) == 0
+
+
+def test_results_that_cannot_be_written(forks: Forks, image_data: Path, tmp_path: Path) -> None:
+    """The score is there, also that of the average."""
+    argv = arguments(
+        FINE_TUNING, image_data, tmp_path, "SOLVER.MAX_EPOCH", "1", "TRAIN.EMA", "0.5", "TEST.ENABLE", "True"
+    )
+    (tmp_path / "file").touch()
+    assert forks.run([*argv, "TEST.SAVE_RESULTS_PATH", "file/results.json"], tmp_path / "log") == 2
+    said = (tmp_path / "log").read_text()
+    assert said.index("test: top1") < said.index("test of averaged weights: top1") < said.index("error: ")
+    assert f"error: {tmp_path}/file/results_1x1.json cannot be written; the scores are in the log" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-40],
+        lambda text: text[: len(text) // 2] + b"\0" * 300,
+        lambda text: b"\xff\xfe\0" + text,
+        lambda text: b"",
+        lambda text: b'json_stats: {"epochs": Infinity}\n5\n[]\n{"index": Infinity, "split": "train"}\n',
+    ],
+)
+def test_damaged_logs_and_records_stop_no_run(damage: Any, forks: Forks, image_data: Path, tmp_path: Path) -> None:
+    """Those that the disk cut short, and whatever else."""
+    opts = ["TRAIN.EVAL_PERIOD", "1", "DATA.MAX_BAD_FRACTION", "0.5"]
+    argv = arguments(PRETRAINING, image_data, tmp_path, *opts)
+    assert forks.run([*argv, "SOLVER.MAX_EPOCH", "1"], tmp_path / "log") == 0
+    (tmp_path / "bad_samples.jsonl").write_text('{"split": "train", "index": 0, "path": "a", "cause": "b"}\n')
+    records = [
+        "stdout.log",
+        "bad_samples.jsonl",
+        "checkpoints/pt_validation.json",
+        "config.yaml",
+        "config_given.yaml",
+        "run.lock",
+    ]
+    for name in records:
+        (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    assert forks.run(argv, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert "after epoch 1" in (tmp_path / "stdout.log").read_text(errors="replace")
+    assert [entry["epoch"] for entry in json_stats(tmp_path, "val_epoch")][-2:] == ["2/3", "3/3"]
