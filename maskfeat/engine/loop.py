@@ -63,7 +63,8 @@ def train(
             saver.poll()
             stops, due = flags.exchange(bool(stop), saver.is_due)
             if stops or due:  # at the end of an epoch the position says that its validation is still to be done
-                saver.save(must=stops)
+                with progress.paused():
+                    saver.save(must=stops)
             if stops:
                 raise Preempted(stop.reason or "a signal to another process")
             watchdog.beat(f"epoch {epoch + 1}, waiting for data after step {step}")

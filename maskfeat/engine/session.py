@@ -19,6 +19,7 @@ from maskfeat.distributed.preemption import PREEMPTED, Preempted, StopRequest
 from maskfeat.distributed.world import World, choose_device
 from maskfeat.engine.metrics_log import MetricsLog, setup_logging
 from maskfeat.engine.oom import explain_oom
+from maskfeat.engine.parallelize import choose_kernels
 from maskfeat.errors import UserError, naming
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Session:
             setup_logging(cfg.OUTPUT_DIR, world)
         self._signals.enter_context(self.stop.listening())
         self.device = choose_device(cfg.NUM_GPUS, world.local_rank)
+        choose_kernels(cfg.TRAIN.TF32, cfg.TRAIN.CUDNN_BENCHMARK)
         # Collectives time out after the watchdog does, whose report says more than their error.
         timeout = timedelta(minutes=cfg.HANG_MINUTES + 5) if cfg.HANG_MINUTES else timedelta(days=1)
         self._store = init_process_group(world, cfg.DIST_BACKEND, self.device, init_method, timeout)

@@ -10,8 +10,8 @@ then decodes it only if
 - every decoded frame has the timestamp that belongs to its number;
 - frames are not to be scaled: it cannot average areas, and averaging its RGB frames gives other pixels.
 
-All others (damaged or truncated files, other containers, other sizes) are decoded by `decoder`. One check is weaker: the
-size limit does not apply to a stream whose frames become larger in its middle.
+All others (damaged or truncated files, other containers, other sizes) are decoded by `decoder`. One check is weaker:
+the size limit does not apply to a stream whose frames become larger in its middle.
 """
 
 import contextlib
