@@ -59,6 +59,12 @@ def _train(cfg: CfgNode) -> None:
     cfg.TRAIN.BATCH_SIZE = 64  # samples per optimizer step and machine, split over its GPUs
     cfg.TRAIN.MICRO_BATCH_SIZE = 0  # ours: samples per process and forward pass (accumulating gradients); 0 = all
     cfg.TRAIN.MIXED_PRECISION = False  # False ("off") | True ("fp16") | "bf16" | "fp16"
+    # ours: multiply float32 matrices in TF32 (10 bits of mantissa instead of 23: relative errors of 1e-3), in training
+    # and testing; convolutions do in any case, PyTorch's default
+    cfg.TRAIN.TF32 = False
+    # ours: let cuDNN choose the fastest algorithm of each convolution by trying them; runs then differ in the last
+    # bits, also a resumed from an uninterrupted one. Not with torch.use_deterministic_algorithms
+    cfg.TRAIN.CUDNN_BENCHMARK = False
     cfg.TRAIN.COMPILE = False  # ours: torch.compile for each block and the HOG targets; needs a C++ compiler
     cfg.TRAIN.PARALLEL = "ddp"  # ours: "ddp" (a full replica per process) | "fsdp" (sharded, FSDP2; adamw only)
     cfg.TRAIN.EMA = 0.0  # ours: decay per step of an exponential moving average of the weights; 0 = none

@@ -62,10 +62,10 @@ def train(
             watchdog.beat(f"epoch {epoch + 1}, done with step {step}")
             saver.poll()
             stops, asked = flags.exchange(int(bool(stop)), saver.asks_for)
-            if stops or saver.owes(
-                asked
-            ):  # at the end of an epoch the position says that its validation is still to be done
-                saver.save(must=bool(stops))
+            # At the end of an epoch the position says that its validation is still to be done.
+            if stops or saver.owes(asked):
+                with progress.paused():
+                    saver.save(must=bool(stops))
             if stops:
                 raise Preempted(stop.reason or "a signal to another process")
             watchdog.beat(f"epoch {epoch + 1}, waiting for data after step {step}")

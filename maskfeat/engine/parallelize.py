@@ -26,6 +26,19 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def choose_kernels(tf32: bool, benchmark: bool) -> None:
+    """Let NVIDIA GPUs compute faster and less exactly, or less reproducibly; of no effect elsewhere.
+
+    Args:
+        tf32: multiply float32 matrices with 10 bits of mantissa instead of 23. Convolutions do in any case, PyTorch's
+            default.
+        benchmark: cuDNN times the algorithms of each convolution and takes the fastest, which may be another one in
+            the next run. Not where deterministic algorithms are asked of PyTorch.
+    """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.benchmark = benchmark and not torch.are_deterministic_algorithms_enabled()
+
+
 def apply_activation_checkpointing(objective: Objective, light: bool = False) -> None:
     """Recompute activations in the backward pass instead of storing them (Chen et al., 2016): less memory, the same
     numbers. Parameter names do not change.
@@ -98,8 +111,11 @@ def apply_ddp(objective: nn.Module, world: World, static: bool = False) -> nn.Mo
     """
     if world.size == 1 or isinstance(objective, FSDPModule):
         return objective
-    # By default rank 0 broadcasts buffers (constants and batch norm statistics) before each forward pass.
-    return nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True, static_graph=static)
+    # Buffers are constants, or running statistics of batch norm, which training does not read: before evaluation and
+    # in checkpoints they are those of rank 0 (`collectives.broadcast_buffers`).
+    return nn.parallel.DistributedDataParallel(
+        objective, gradient_as_bucket_view=True, static_graph=static, broadcast_buffers=False
+    )
 
 
 @contextmanager

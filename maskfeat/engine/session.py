@@ -21,6 +21,7 @@ from maskfeat.distributed.world import World, choose_device
 from maskfeat.engine.metrics_log import MetricsLog, log_to_file, setup_logging
 from maskfeat.engine.oom import explain_oom
 from maskfeat.engine.owner import owned
+from maskfeat.engine.parallelize import choose_kernels
 from maskfeat.errors import UserError, naming
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Session:
                 log_to_file(cfg.OUTPUT_DIR)
         self._signals.enter_context(self.stop.listening(world.is_main))
         self.device = choose_device(cfg.NUM_GPUS, world.local_rank)
+        choose_kernels(cfg.TRAIN.TF32, cfg.TRAIN.CUDNN_BENCHMARK)
         # Collectives time out after the watchdog does, whose report says more than their error.
         timeout = timedelta(minutes=cfg.HANG_MINUTES + 5) if cfg.HANG_MINUTES else timedelta(days=1)
         self._store = init_process_group(world, cfg.DIST_BACKEND, self.device, init_method, timeout)

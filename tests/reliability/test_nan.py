@@ -14,7 +14,6 @@ from maskfeat.batch import Batch
 from maskfeat.config import load_config
 from maskfeat.distributed.collectives import (
     all_gather_object,
-    broadcast_buffers,
     destroy_process_group,
     init_process_group,
 )
@@ -107,7 +106,6 @@ def one_case(world: World, recipe: str, opts: list[str], where: str, value: floa
     torch.manual_seed(100 + world.rank)
     for step in range(STEPS):
         batch, hook = make_batch(cfg), None
-        broadcast_buffers(training.objective)  # as DistributedDataParallel does before every forward pass
         before = snapshot(training)
         if step in BAD and world.rank == 1:
             hook = poison(where, value, training, batch)
