@@ -49,7 +49,7 @@ def _run(cfg: CfgNode) -> None:
 
     cfg.TENSORBOARD = CfgNode()
     cfg.TENSORBOARD.ENABLE = True  # write event files (off in PySlowFast)
-    cfg.TENSORBOARD.LOG_DIR = "tensorboard"  # folder below OUTPUT_DIR
+    cfg.TENSORBOARD.LOG_DIR = "tensorboard"  # folder below OUTPUT_DIR; files are in its sub-folder TASK
 
 
 def _train(cfg: CfgNode) -> None:
