@@ -184,6 +184,7 @@ UNSUPPORTED = [
     ("TRAIN.CHECKPOINT_IN_INIT", "True"),
     ("MVIT.MODE", "max"),
     ("MVIT.NORM", "batchnorm"),
+    ("MVIT.INIT", "xavier"),
     ("MVIT.LAYER_SCALE_INIT_VALUE", "1e-5"),
     ("MVIT.DIM_MUL_IN_ATT", "True"),
     ("MVIT.SEPARATE_QKV", "True"),
