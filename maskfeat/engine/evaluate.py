@@ -36,7 +36,7 @@ def _unreadable(batch: Batch) -> Tensor:
 def _describe(what: str, indices: Sequence[int], loader: BatchLoader, precision: str) -> str:
     """Say for how many samples the result is not finite, and which file is the first of them."""
     overflow = (
-        "; numbers above 65504 overflow in fp16: TRAIN.MIXED_PRECISION bf16 or False" if precision == "fp16" else ""
+        "; numbers above 65504 overflow in fp16: TEST.MIXED_PRECISION bf16 or False" if precision == "fp16" else ""
     )
     return (
         f"{what} of {len(indices)} of {len(loader.labels)} samples are not finite (NaN or infinite), the first is "

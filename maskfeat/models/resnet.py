@@ -114,7 +114,6 @@ _OTHERS: dict[str, object] = {
     "RESNET.STRIDE_1X1": False,
     "RESNET.SPATIAL_DILATIONS": [[1], [1], [1], [1]],
     "RESNET.SPATIAL_STRIDES": [[1], [2], [2], [2]],
-    "RESNET.ZERO_INIT_FINAL_BN": False,
     "RESNET.ZERO_INIT_FINAL_CONV": False,
 }
 
