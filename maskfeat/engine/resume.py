@@ -60,7 +60,7 @@ def _load_to_train(
         _load_weights(cfg, objective, path, content, key)
     except Misfit as error:
         classifier = objective.released_name("head.projection.")
-        if not different or all(problem.startswith(classifier) for problem in error.problems):
+        if not _deciding(different) or all(problem.startswith(classifier) for problem in error.problems):
             raise UserError(f"{path}: {error}{_in_brackets(different)}") from error
         raise UserError(f"{path} does not fit: {_of_another_network(different)}\n({error.summary})") from error
     except UserError as error:
@@ -83,7 +83,11 @@ def load_to_evaluate(
     try:
         report = _load_weights(cfg, objective, path, content, key)
     except Misfit as error:
-        why = _of_another_network(different, path) if different else error.summary
+        why = f"{error.summary}{_in_brackets(different)}"
+        if _deciding(different):
+            why = _of_another_network(different, path)
+        elif trained_model(content) not in (None, cfg.MODEL.MODEL_NAME):
+            why = f"MODEL.MODEL_NAME was {trained_model(content)!r} and is {cfg.MODEL.MODEL_NAME!r}: {error.summary}"
         raise UserError(f"{path} cannot be evaluated: {why}") from error
     except UserError as error:
         raise type(error)(f"{path}: {error}") from error
@@ -97,11 +101,16 @@ def load_to_evaluate(
             f"{path} has no {what} of this model{_in_brackets(different)}, it would be random ({', '.join(random)}): "
             f"{advice}see TEST.CHECKPOINT_FILE_PATH (TRAIN.CHECKPOINT_ALLOW is for training alone)"
         )
-    if any(change.key not in RESIZABLE for change in different):
+    if _deciding(different):
         raise UserError(f"{path} cannot be evaluated: {_of_another_network(different, path)}")
     seen = [] if key else seen_differently(content, cfg)
     if seen:
         logger.warning("%s was trained with other inputs than it is shown now: %s", path, listed(seen))
+
+
+def _deciding(changes: Sequence[Change]) -> list[Change]:
+    """Return the changes after which weights are not those of this network, however they are resized."""
+    return [change for change in changes if change.key not in RESIZABLE]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

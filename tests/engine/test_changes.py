@@ -236,7 +236,7 @@ def test_what_is_left_over_may_be_allowed_in_a_test(runs: Path, image_data: Path
     assert "top1" in said(0, FT, *opts, "TRAIN.CHECKPOINT_ALLOW", "['teacher.*']")
 
 
-def test_no_random_prediction_is_drawn(image_data: Path, tmp_path: Path, said: Said) -> None:
+def test_no_random_prediction_is_drawn(runs: Path, image_data: Path, tmp_path: Path, said: Said) -> None:
     """A classifier has no decoder: MFM may be trained from one, and not shown."""
     opts = [*R50_FT, *images(image_data), "SOLVER.MAX_EPOCH", "1", "TRAIN.EVAL_PERIOD", "0", "TEST.ENABLE", "False"]
     said(0, R50, *opts, "OUTPUT_DIR", tmp_path)
@@ -244,6 +244,12 @@ def test_no_random_prediction_is_drawn(image_data: Path, tmp_path: Path, said: S
     drawn = [*MFM_PT, *images(image_data), "TEST.CHECKPOINT_FILE_PATH", classifier, "TRAIN.CHECKPOINT_ALLOW", "['*']"]
     text = said(2, MFM, *drawn, program=visualize)
     assert "no prediction head of this model" in text and "decoder" in text
+    finetuned = find_checkpoints(runs / "ft", "ssl_eval")[-1]
+    drawn = [*VIT_PT, *images(image_data), "TEST.CHECKPOINT_FILE_PATH", finetuned]
+    drawn += ["DATA.TRAIN_CROP_SIZE", "48", "DATA.TEST_CROP_SIZE", "48"]  # it would be resized, and is no reason
+    text = said(2, PT, *drawn, program=visualize)
+    assert "MODEL.MODEL_NAME was 'MViT' and is 'MaskMViT'" in text and "pred_head" in text
+    assert "another network" not in text and "CHECKPOINT_ALLOW" not in text
 
 
 def test_forgotten_overrides_are_named(runs: Path, image_data: Path, tmp_path: Path, said: Said) -> None:
