@@ -41,7 +41,15 @@ _OF_TRAINING = ("SOLVER.", "AUG.", "MIXUP.", "MASK.", "MFM.", "RNG_SEED", "TRAIN
 
 RESIZABLE = ("DATA.TRAIN_CROP_SIZE", "DATA.NUM_FRAMES")
 """Keys of the architecture to which weights are resized."""
-_INPUTS = ("DATA.MEAN", "DATA.STD", "DATA.SAMPLING_RATE", "DATA.TARGET_FPS", *RESIZABLE)
+_INPUTS = (
+    "DATA.MEAN",
+    "DATA.STD",
+    "DATA.SAMPLING_RATE",
+    "DATA.TARGET_FPS",
+    "DATA.DECODER_SCALE",
+    "DATA.IN_VAL_CROP_RATIO",
+    *RESIZABLE,
+)
 
 
 @dataclass(frozen=True)

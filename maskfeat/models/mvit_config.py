@@ -63,7 +63,7 @@ def _keys(cfg: CfgNode) -> None:
     cfg.MVIT.INIT = "pyslowfast"
 
 
-_INITIAL = ("MVIT.REL_POS_ZERO_INIT", "MVIT.HEAD_INIT_SCALE")
+_INITIAL = ("MVIT.INIT", "MVIT.REL_POS_ZERO_INIT", "MVIT.HEAD_INIT_SCALE")
 # Of training, and of what classifies on top of the backbone.
 _OTHERS = ("MVIT.DROPOUT_RATE", "MVIT.DROPPATH_RATE", "MVIT.ZERO_DECAY_POS_CLS", "MVIT.USE_MEAN_POOLING")
 

@@ -147,6 +147,7 @@ register(
         build=build_resnet,
         keys=_keys,
         architecture=("RESNET.DEPTH",),
+        initial=("RESNET.ZERO_INIT_FINAL_BN",),
         choices={"RESNET.DEPTH": (50, 10, 18, 34, 101, 152)},
         check=_check,
         media=("image",),

@@ -76,7 +76,7 @@ def all_effects(cfg: CfgNode, plugins: tuple[str, ...] = ()) -> dict[str, str]:
 
 def test_every_key_has_an_effect_that_is_named() -> None:
     vit = all_effects(load_config(FT, VIT_FT))
-    kept = {"DROPOUT_RATE", "DROPPATH_RATE", "HEAD_INIT_SCALE", "REL_POS_ZERO_INIT"}
+    kept = {"DROPOUT_RATE", "DROPPATH_RATE", "HEAD_INIT_SCALE", "INIT", "REL_POS_ZERO_INIT"}
     refused = {f"MVIT.{name}" for name in get_defaults().MVIT if name not in kept}
     refused |= {"MODEL.ARCH", "MODEL.MODEL_NAME", "MODEL.NUM_CLASSES", "DATA.TRAIN_CROP_SIZE", "DATA.NUM_FRAMES"}
     refused |= {"SOLVER.OPTIMIZING_METHOD", "SOLVER.ZERO_WD_1D_PARAM"}
@@ -85,7 +85,11 @@ def test_every_key_has_an_effect_that_is_named() -> None:
         assert vit[key].startswith(NOW), key
     for key in ("SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.STEPS", "TRAIN.CHECKPOINT_FILE_PATH", "RESNET.DEPTH"):
         assert vit[key].startswith("no effect"), key
-    assert vit["MVIT.HEAD_INIT_SCALE"].startswith("no effect") and "MASK.HOG_BINS" in vit
+    assert (
+        vit["MVIT.HEAD_INIT_SCALE"].startswith("no effect")
+        and vit["MVIT.INIT"].startswith("no effect")
+        and "MASK.HOG_BINS" in vit
+    )
     assert vit["RNG_SEED"].startswith("from here on")
     resnet = all_effects(load_config(MFM, [*MFM_PT, *SGD]))
     assert resnet["SOLVER.MOMENTUM"] == NOW and resnet["SOLVER.BETAS"].startswith("no effect")
