@@ -10,6 +10,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from tests.data.pictures import overlapping_tags, run_lengths, tiff
 from tests.reliability.malice import SECRET_COLOUR, Case, Place, chunk
 from tests.reliability.scale import size
 
@@ -142,7 +143,20 @@ def picture_files(place: Place) -> Iterator[tuple[str, bytes, bool]]:
     yield "pdf.jpg", b"%PDF-1.4\n1 0 obj<</Type/Catalog/OpenAction<</S/URI/URI(" + url.encode() + b")>>>>endobj\n", True
     yield "msl.png", f'<image><read filename="{place.folder / "secret.png"}"/></image>'.encode(), True
     yield "psd.png", b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 30000, 30000, 8, 3) + bytes(40), True
-    for form in ("GIF", "TIFF", "BMP", "ICO", "PPM", "TGA", "PCX", "ICNS", "JPEG2000", "DDS", "SGI"):
+    yield "tiff_60000.tif", tiff(60000, 60000, 8, bytes(99)), True
+    yield "tiff_tags.tif", overlapping_tags(size(5000, 60_000), 500_000), True
+    yield "tiff_cut.tif", tiff(side, side, 8, bytes(99)), True
+    yield "tiff_bomb.tif", picture("TIFF", (3000, 3000), compression="tiff_adobe_deflate"), False
+    bitmap, animation = picture("BMP"), picture("GIF")
+    yield "bmp_60000.bmp", bitmap[:18] + struct.pack("<ii", 60000, 60000) + bitmap[26:], True
+    yield "bmp_rows.bmp", run_lengths(8_000_000, 1), True
+    yield "bmp_ends_of_lines.bmp", run_lengths(2800, 2800, b"\0\0" * 2800), False
+    yield "gif_canvas.gif", animation[:6] + b"\xff\xff" * 2 + animation[10:], True
+    frame = animation.index(b",", 13 + 3 * 2 ** (1 + (animation[10] & 7)))
+    yield "gif_frame.gif", animation[: frame + 5] + b"\xff\xff" * 2 + animation[frame + 9 :], True
+    for form in ("GIF", "TIFF", "BMP"):
+        yield f"{form.lower()}.jpg", picture(form), False
+    for form in ("ICO", "PPM", "TGA", "PCX", "ICNS", "JPEG2000", "DDS", "SGI"):
         yield f"{form.lower()}.jpg", picture(form), True
     yield "text.jpg", b"#!/bin/sh\ntouch x\n", True
     yield "page.jpg", b"<html><script src=" + url.encode() + b"></script>", True

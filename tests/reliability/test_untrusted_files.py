@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from maskfeat.data.image_reader import FORMATS
 from maskfeat.data.video import torchcodec_decoder
 from tests.data.media import write_video
 from tests.reliability import malice, malice_media
@@ -144,7 +145,7 @@ def harmless(place: Place, work: Path) -> list[dict[str, Any]]:
         ("config", good.write("good.yaml", "TASK: good\n"), {}),
         ("list", good.write("good.csv", "good.mp4 0\ngood.mkv 1\n"), {"prefix": str(files / "videos")}),
     ]
-    made += [("image", good.write(f"good.{form}", malice_media.picture(form)), {}) for form in ("JPEG", "PNG", "WEBP")]
+    made += [("image", good.write(f"good.{form}", malice_media.picture(form)), {}) for form in FORMATS]
     made += [("video", str(video), {})]
     return list(by_reader([Case("good", reader, path, options=options) for reader, path, options in made]))
 

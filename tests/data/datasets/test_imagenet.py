@@ -18,6 +18,7 @@ from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder
 from maskfeat.data.image_reader import FORMATS, MAX_PIXELS, read_image, read_tensor
 from maskfeat.data.sample import Sample
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
+from tests.data.pictures import overlapping_tags, run_lengths, tiff
 from tests.data.samples import clip_of
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -86,15 +87,6 @@ def pack_12(values: np.ndarray) -> bytes:
     return np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1).astype(np.uint8).tobytes()
 
 
-def tiff(width: int, height: int, bits: int, data: bytes) -> bytes:
-    """A grey TIFF of one strip that is not compressed."""
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    end = 8 + len(data) + len(data) % 2
-    head = struct.pack("<2sHI", b"II", 42, end) + data
-    return head.ljust(end, b"\0") + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
-
-
 def test_modes(tmp_path: Path) -> None:
     rgb = Image.fromarray(colours())
     grey = np.asarray(rgb.convert("L"))
@@ -153,26 +145,6 @@ def bomb(side: int) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
     )
-
-
-def overlapping_tags(number: int, size: int) -> bytes:
-    """A TIFF with many tags, whose values all are the same `size` bytes."""
-    image = tiff(8, 8, 8, b"\0" * 64)
-    (end,) = struct.unpack_from("<I", image, 4)
-    own = image[end + 2 : -4]
-    where = end + 6 + len(own) + 12 * number
-    tags = b"".join(struct.pack("<HHII", 300 + n, 1, size, where) for n in range(number))
-    count = struct.pack("<H", len(own) // 12 + number)
-    return image[:end] + count + own + tags + struct.pack("<I", 0) + b"\0" * size
-
-
-def run_lengths(width: int, height: int) -> bytes:
-    """A BMP of 8 bits whose run lengths skip 255 rows."""
-    pixels = b"\0\2\0\xff" * 8 + b"\0\1"
-    start = 14 + 40 + 1024
-    head = struct.pack("<2sIHHI", b"BM", start + len(pixels), 0, 0, start)
-    head += struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(pixels), 0, 0, 256, 0)
-    return head + bytes(range(256)) * 4 + pixels
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
