@@ -267,6 +267,19 @@ def list_problems(problems: Sequence[str], most: int = 12) -> str:
     return "\n  ".join(problems[:most]) + (f"\n  and {len(problems) - most} more" if len(problems) > most else "")
 
 
+def _change(value: Tensor, parameter: Tensor) -> str:
+    return f"{tuple(value.shape)} -> {tuple(parameter.shape)}"
+
+
+def _fit(name: str, value: Tensor, parameter: Tensor, average: bool) -> tuple[Tensor | None, str]:
+    """Return the value in the parameter's shape, itself where that is its shape, or None; and why it cannot be."""
+    if not _is_kind_of(value, parameter):
+        return None, f"is of {value.dtype}, expected {parameter.dtype}"
+    if value.shape == parameter.shape:
+        return value, ""
+    return resize_weight(name, value, parameter.shape, average), f"has a different shape: {_change(value, parameter)}"
+
+
 def fit_state(
     own: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
@@ -307,25 +320,19 @@ def fit_state(
             else:
                 problems.append(f"{name} is not in the file")
             continue
-        value, fits = state[name], None
-        change = f"{tuple(value.shape)} -> {tuple(parameter.shape)}"
-        if not _is_kind_of(value, parameter):
-            problem = f"{name} is of {value.dtype}, expected {parameter.dtype}"
-        else:
-            problem = f"{name} has a different shape: {change}"
-            same = value.shape == parameter.shape
-            fits = value if same else resize_weight(name, value, parameter.shape, average)
+        value = state[name]
+        fits, problem = _fit(name, value, parameter, average)
         if fits is not None:
             fitted[name] = fits
             if fits is value:
                 report.loaded.append(name)
             else:
-                report.resized[name] = change
+                report.resized[name] = _change(value, parameter)
         elif _matches(name, allow):
             report.fresh.append(name)
             report.dropped.append(name)
         else:
-            problems.append(problem)
+            problems.append(f"{name} {problem}")
     for name in state:
         if name in own:
             continue
