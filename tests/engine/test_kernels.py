@@ -37,7 +37,7 @@ def test_a_run_sets_them(train: str, image_data: Path, tmp_path: Path) -> None:
     config = ["--cfg", str(RECIPES / "in1k_VIT_B_MaskFeat_FT.yaml"), *opts]
     assert main(config) == 0
     assert _chosen() == ("highest", False)
-    faster = ["TRAIN.ENABLE", train, "TRAIN.AUTO_RESUME", "True", "TRAIN.TF32", "True", "TRAIN.CUDNN_BENCHMARK", "True"]
+    faster = ["TRAIN.ENABLE", train, "TEST.ENABLE", "True", "TRAIN.TF32", "True", "TRAIN.CUDNN_BENCHMARK", "True"]
     assert main([*config, *faster]) == 0
     assert _chosen() == ("high", True)
 
