@@ -111,11 +111,12 @@ def apply_ddp(objective: nn.Module, world: World, static: bool = False) -> nn.Mo
     """
     if world.size == 1 or isinstance(objective, FSDPModule):
         return objective
-    # Buffers are constants, or running statistics of batch norm, which training does not read: before evaluation and
-    # in checkpoints they are those of rank 0 (`collectives.broadcast_buffers`).
-    return nn.parallel.DistributedDataParallel(
-        objective, gradient_as_bucket_view=True, static_graph=static, broadcast_buffers=False
-    )
+    model = nn.parallel.DistributedDataParallel(objective, gradient_as_bucket_view=True, static_graph=static)
+    # Not before every forward pass: buffers are constants, or running statistics of batch norm, which training does not
+    # read; before evaluation and in checkpoints they are those of rank 0 (`collectives.broadcast_buffers`). Set here,
+    # because the argument's name depends on PyTorch's version.
+    model.broadcast_buffers = False
+    return model
 
 
 @contextmanager
