@@ -166,7 +166,7 @@ def test_resize_mask() -> None:
 def test_blocks_and_cubes_lie_and_stand() -> None:
     """The aspect ratio is as often above 1 as below it."""
     for first in (
-        lambda rng: block_mask((14, 14), 18, rng, max_block=18),
+        lambda rng: block_mask((14, 14), 18, rng, min_block=15),
         lambda rng: cube_mask((1, 14, 14), 18, rng, min_area=15, max_area=18)[0],
     ):
         taller, wider = 0, 0

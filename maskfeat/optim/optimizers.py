@@ -41,8 +41,8 @@ def make_optimizer(
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load moments and step counts into an optimizer, sharded or not. Everything else (rates, betas, momentum, weight
-    decay, which kernels run) stays as the optimizer was made.
+    """Load moments, step counts and the rates of the last step into an optimizer, sharded or not. Everything else
+    (betas, momentum, weight decay, which kernels run) stays as the optimizer was made.
 
     Args:
         state: of an unsharded optimizer, the same on every rank, as `fsdp.full_optimizer_state_dict` returns it; where
@@ -65,7 +65,7 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         )
     # Before loading: PyTorch reads there whether steps are counted on the device.
     groups = [
-        {**mine, "params": theirs["params"]}
+        {**mine, "lr": theirs["lr"], "params": theirs["params"]}
         for theirs, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     numbered = {

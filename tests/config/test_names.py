@@ -64,9 +64,7 @@ def test_an_unknown_name_lists_the_nearest(given: str, nearest: str) -> None:
     assert len(names) == 3 and names[0] == nearest
 
 
-@pytest.mark.parametrize(
-    "given", ["", ".", "..", "masked_ssl", "a" * 5000, "a\0b", "/etc/hostname/x", "~nobody-here/x"]
-)
+@pytest.mark.parametrize("given", ["", ".", "..", "masked_ssl", "a" * 5000, "a\0b", "/etc/hostname/x"])
 def test_what_names_nothing(given: str) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         find_recipe(given)

@@ -254,7 +254,7 @@ HARMLESS = {
     "RESNET.STRIDE_1X1",
     "RESNET.TRANS_FUNC",  # follows from RESNET.DEPTH
     "RESNET.WIDTH_PER_GROUP",
-    "RESNET.ZERO_INIT_*",  # refused for MODEL.ARCH resnet, like those above
+    "RESNET.ZERO_INIT_FINAL_CONV",  # refused for MODEL.ARCH resnet, like those above
     "SOLVER.STEP_SIZE",
     "SOLVER.WARMUP_FACTOR",  # of schedules that are refused
     "TENSORBOARD.CATEGORIES_PATH",

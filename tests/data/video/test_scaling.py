@@ -175,7 +175,7 @@ def test_the_short_side_of_each_split(
 ) -> None:
     write_texture(tmp_path / "a.mp4", 80, 102, frames=20)
     for name in ("train", "val", "test"):
-        (tmp_path / f"{name}.csv").write_text("a.mp4 0\n" * 8)
+        (tmp_path / f"{name}.csv").write_text("a.mp4 0\na.mp4 1\n" * 4)
     assert _shapes(split, tmp_path, config, small, *options) == expected
 
 
