@@ -9,6 +9,7 @@ from PIL import Image
 
 from maskfeat.config import load_config
 from maskfeat.demos.quickstart import CONFIGS, Outcome, Quickstart, Size, play, verdict
+from maskfeat.engine.metrics_log import read_json_stats
 
 TOY = Size(
     images=4,
@@ -34,10 +35,10 @@ def test_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     losses = [row for row in found if row]
     assert [len(row) for row in losses] == [5, 5, 4]  # no mean HOG for MFM
     for kind, row in zip(("images", "clips", "mfm"), losses, strict=True):
-        steps = quickstart.stats(f"{kind}_pt", "train_iter")
+        steps = read_json_stats(quickstart.root / f"{kind}_pt" / "stdout.log", "train_iter")
         assert row[0] == pytest.approx(float(steps[0]["loss"]), abs=1e-4)
-        assert row[2] == pytest.approx(float(quickstart.stats(f"{kind}_pt", "val_epoch")[-1]["loss"]), abs=1e-4)
-        tested = quickstart.stats(f"{kind}_ft", "test_final")[-1]
+        assert row[2] == pytest.approx(float(quickstart.last(f"{kind}_pt", "val_epoch")["loss"]), abs=1e-4)
+        tested = quickstart.last(f"{kind}_ft", "test_final")
         assert f"{float(tested['top1']):.1f} %" in table
     log = (tmp_path / "quick start" / "images_ft" / "stdout.log").read_text()
     assert "weights from" in log
