@@ -353,3 +353,9 @@ def test_most_hidden_tokens_holds_every_mask(cells: tuple[int, ...], tokens: tup
             seen.append(int(resize_mask(torch.from_numpy(mask.reshape(1, *cells)), tokens).sum()))
         assert most >= max(seen)
         assert most < max(seen) + 16 or any(t % c for t, c in zip(tokens, cells, strict=True)) or tokens < cells
+
+
+def test_smoothing_over_the_others_where_there_are_none() -> None:
+    clip, label = torch.randn(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
+    mixup = Mixup(0.8, 0.0, prob=0.0, switch_prob=0.0, smoothing=0.1, num_classes=1, smooth_others=True)
+    assert mixup(clip, label)[1].tolist() == [[1.0], [1.0]]
