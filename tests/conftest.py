@@ -1,6 +1,8 @@
 """Fixtures that every test may use."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ def shared() -> Path:
 @pytest.fixture(autouse=True)
 def _fresh_torch_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A run within a test sets up logging; the next test finds it as it was."""
+    logger = logging.getLogger("maskfeat")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)  # which forgets what was enabled
 
 
 @pytest.fixture(autouse=True)

@@ -23,15 +23,6 @@ from tests.small import REPO
 NAMES = ["r\xe9sum\xe9.jpg", "\u56fe.jpg", os.fsdecode(b"caf\xe9.jpg"), "a\nb.jpg"]
 
 
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    root = logging.getLogger("maskfeat")
-    before = root.handlers[:], root.propagate, root.level
-    yield
-    root.handlers[:], root.propagate = before[0], before[1]
-    root.setLevel(before[2])
-
-
 @contextmanager
 def full() -> Iterator[None]:
     """No file grows any more."""
