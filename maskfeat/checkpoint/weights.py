@@ -29,16 +29,12 @@ class Misfit(UserError):
 
     def __init__(self, problems: Sequence[str], hint: str = "") -> None:
         super().__init__(list(problems), hint)
-
-    @property
-    def problems(self) -> list[str]:
-        """One text for each parameter, which begins with its name."""
-        return list(self.args[0])
+        self.problems, self.hint = list(problems), hint
 
     @property
     def summary(self) -> str:
         """The text without advice."""
-        return f"{len(self.problems)} parameters do not fit the model:\n  {list_problems(self.problems)}{self.args[1]}"
+        return f"{len(self.problems)} parameters do not fit the model:\n  {list_problems(self.problems)}{self.hint}"
 
     def __str__(self) -> str:
         return (
