@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 LOCK = "run.lock"
 """File in OUTPUT_DIR whose lock its owner holds; it says who that is, or was. It is never deleted."""
 
+WIDTH = 400
+"""Characters of the line in it: of one length, so that a longer one is overwritten as a whole."""
+
 WAIT, WAIT_FOR_A_MACHINE = 5.0, 120.0
 """Seconds for which a lock is waited for: a process that was killed may take some to go, and a file server some to
 notice that a machine is gone."""
@@ -42,10 +45,9 @@ def owned(folder: Path) -> Iterator[None]:
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _take(file, folder)
-        me = f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        me = f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         with suppress(OSError):  # a full disk: others are then told of no name
-            os.ftruncate(file, 0)
-            os.pwrite(file, me.encode(), 0)
+            os.pwrite(file, f"{me:<{WIDTH}}\n".encode(), 0)
         yield
     finally:
         os.close(file)
