@@ -124,7 +124,8 @@ def test_recipe_runs_small(
     # Fresh: the classifier, and the norm before it, which pre-training may have.
     expected = {"r50_mfm": (2, 2), "vit_b_mfm": (4, 4)}.get(family, (4, 7))
     assert (report["fresh"], report["dropped"], report["resized"]) == (*expected, 0)
-    backbone = [name for name in whole if not name.startswith(("norm.", "pred_head.", "hogs.", "mask_token", "decoder."))]
+    others = ("norm.", "pred_head.", "hogs.", "mask_token", "decoder.")
+    backbone = [name for name in whole if not name.startswith(others)]
     assert report["loaded"] == len(backbone) > 20
     assert json_stats(out, "train_iter")[-1]["epoch"] == "2/2"
     tested = json_stats(out, "test_final")
