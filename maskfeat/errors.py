@@ -33,3 +33,8 @@ def naming(what: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise UserFileError(f"{what}: {error.strerror or error}") from error
+
+
+def about(what: object, error: UserError) -> UserError:
+    """Return an error with what it is about, such as a file, before its text: a `NotFinite`, or else a `UserError`."""
+    return (NotFinite if isinstance(error, NotFinite) else UserError)(f"{what}: {error}")

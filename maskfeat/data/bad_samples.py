@@ -12,7 +12,7 @@ import numpy as np
 
 from maskfeat import file_io
 from maskfeat.batch import BadSample, SampleKey
-from maskfeat.errors import UserError
+from maskfeat.errors import UserError, about
 
 try:
     import fcntl
@@ -77,7 +77,7 @@ def error_context(path: str | os.PathLike[str]) -> Iterator[None]:
         if os.fspath(path) in str(error):
             raise
         if isinstance(error, UserError):
-            raise UserError(f"{os.fspath(path)}: {error}") from error
+            raise about(os.fspath(path), error) from error
         raise RuntimeError(f"while loading {os.fspath(path)}: {type(error).__name__}: {error}") from error
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from maskfeat.config import load_config
+from maskfeat.data.datasets.folders import count
 from maskfeat.errors import UserError
 from maskfeat.optim.schedule import lr_at_epoch
 
@@ -73,7 +74,7 @@ def check_batch_norm(step: StepSize, positions: int) -> None:
     """
     if step.smallest * positions > 1:
         return
-    process = f"a process has {_count(step.share, 'sample')} a step (TRAIN.BATCH_SIZE {step.batch}, NUM_GPUS)"
+    process = f"a process has {count(step.share, 'sample')} a step (TRAIN.BATCH_SIZE {step.batch}, NUM_GPUS)"
     if step.forward < step.share:
         process += f" in micro-batches of {step.micro}, the last of which has 1"
         micro = min(n for n in range(2, step.share + 1) if step.share % n != 1)
@@ -110,10 +111,6 @@ def load_recipe(path: str | Path) -> CfgNode | None:
 
 def _number(value: float) -> str:
     return f"{value:.10g}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _scale(cfg: CfgNode) -> int:
@@ -178,7 +175,7 @@ def describe(cfg: CfgNode, step: StepSize, steps: int) -> str:
     line += f"; learning rate {rate}"
     if cfg.SOLVER.WARMUP_EPOCHS:
         line += f", warm-up from {_number(lr_at_epoch(cfg, 0.0))} over {cfg.SOLVER.WARMUP_EPOCHS:g} epochs"
-    return f"{line}; {_count(cfg.SOLVER.MAX_EPOCH, 'epoch')} of {_count(steps, 'step')}"
+    return f"{line}; {count(cfg.SOLVER.MAX_EPOCH, 'epoch')} of {count(steps, 'step')}"
 
 
 def compare(cfg: CfgNode, step: StepSize, recipe: CfgNode, name: str, steps: int | None = None) -> Iterator[str]:

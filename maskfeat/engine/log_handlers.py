@@ -53,9 +53,8 @@ class LogFile(_Patient, logging.FileHandler):
         self.what = str(path)
         with suppress(OSError), path.open("rb") as file:
             file.seek(-1, os.SEEK_END)  # fails where the file is empty
-            if (
-                file.read() != b"\n" and self.stream is not None
-            ):  # its run was killed, or the disk was full: the next line is one of its own
+            # Where its run was killed, or the disk was full, the next line is one of its own.
+            if file.read() != b"\n" and self.stream is not None:
                 self.stream.write("\n")
 
 

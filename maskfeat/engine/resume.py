@@ -29,7 +29,7 @@ from maskfeat.data.loader import LabelledSamples
 from maskfeat.distributed.collectives import run_on_main
 from maskfeat.engine.changes import RESIZABLE, Change, announce, built_differently, listed, seen_differently
 from maskfeat.engine.trainer import Trainer
-from maskfeat.errors import UserError
+from maskfeat.errors import UserError, about
 from maskfeat.objectives.base import Objective
 from maskfeat.registry import load, objective_spec
 
@@ -64,7 +64,7 @@ def _load_to_train(
             raise UserError(f"{path}: {error}{_in_brackets(different)}") from error
         raise UserError(f"{path} does not fit: {_of_another_network(different)}\n({error.summary})") from error
     except UserError as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise about(path, error) from error
     if different:
         logger.info("the network of %s was another one: %s", path, listed(different))
 
@@ -90,7 +90,7 @@ def load_to_evaluate(
             why = f"MODEL.MODEL_NAME was {trained_model(content)!r} and is {cfg.MODEL.MODEL_NAME!r}: {error.summary}"
         raise UserError(f"{path} cannot be evaluated: {why}") from error
     except UserError as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise about(path, error) from error
     parameters = {objective.released_name(name) for name, _ in objective.named_parameters()}
     constant = objective.load_rules(model_state(content, key)).fresh
     random = [name for name in report.fresh if name in parameters or not _matches(name, constant)]
@@ -171,7 +171,7 @@ class CheckpointSource:
         except Misfit as error:
             changed = error.problems
         except UserError as error:
-            raise type(error)(f"{self.path}: {error}") from error
+            raise about(self.path, error) from error
         if changed:
             raise UserError(
                 f"{self.path} belongs to another model than this run ({len(changed)} parameters differ: {changed[0]}): "
@@ -203,7 +203,7 @@ class CheckpointSource:
                 "another OUTPUT_DIR, with TRAIN.CHECKPOINT_EPOCH_RESET True"
             ) from error
         except UserError as error:
-            raise type(error)(f"{self.path}: {error}") from error
+            raise about(self.path, error) from error
         if trainer.position.step:
             trainer.position = self._in_these_steps(trainer.position, steps, samples_per_step)
         logger.info("resumed from %s, after %s", self.path, trainer.position)
@@ -311,6 +311,6 @@ def load_for_testing(cfg: CfgNode, device: torch.device, path: str, content: dic
     objectives = {}
     for name, key in {"": None, **({"ema": AVERAGE} if averaged else {})}.items():
         objective = build_objective(cfg)
-        load_to_evaluate(cfg, objective, str(path), content, key)
+        load_to_evaluate(cfg, objective, path, content, key)
         objectives[name] = objective.to(device)
     return objectives

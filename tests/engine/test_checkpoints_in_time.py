@@ -64,8 +64,8 @@ def test_two_processes_save_once(
     assert saved(tmp_path) == expected
 
 
-def failing_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first sharded checkpoint fails while it is written in the background."""
+def failing_once(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Trainer, saving.Saver, str]:
+    """A trainer after three steps, what saves it, and the task; its first checkpoint fails while it is written."""
     finish, calls = sharded._finish, [0]
 
     def fails(writing: Any, partial: Path, folder: Path, *more: Any) -> None:
@@ -76,24 +76,25 @@ def failing_once(monkeypatch: pytest.MonkeyPatch) -> None:
         finish(writing, partial, folder, *more)
 
     monkeypatch.setattr(sharded, "_finish", fails)
+    cfg = load_config(PT, [*VIT_PT, *SHARDED, "OUTPUT_DIR", str(output_dir)])
+    trainer = build_trainer(cfg, torch.device("cpu"))
+    saver = saving.Saver(cfg, trainer)
+    trainer.position = Position(0, 3)
+    return trainer, saver, cfg.TASK
 
 
 @pytest.mark.parametrize("must", [True, False])
 def test_an_earlier_failure_does_not_cost_the_state_of_now(
     must: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    failing_once(monkeypatch)
-    cfg = load_config(PT, [*VIT_PT, *SHARDED, "OUTPUT_DIR", str(tmp_path)])
-    trainer = build_trainer(cfg, torch.device("cpu"))
-    saver = saving.Saver(cfg, trainer)
-    trainer.position = Position(0, 3)
+    trainer, saver, task = failing_once(tmp_path, monkeypatch)
     saver.save()
     trainer.position = Position(0, 4)
     with caplog.at_level(logging.ERROR):
         saver.save(must=must)
     assert caplog.text.count("NOT SAVED: could not write the checkpoint") == 1 and "step_000003" in caplog.text
     saver.finish()
-    (found,) = find_checkpoints(tmp_path, cfg.TASK)
+    (found,) = find_checkpoints(tmp_path, task)
     assert found.name == "ssl_checkpoint_epoch_00000_step_000004.dcp"
     verify_checkpoint(found)
 
@@ -101,23 +102,15 @@ def test_an_earlier_failure_does_not_cost_the_state_of_now(
 def test_a_failed_checkpoint_is_written_again_at_the_same_position(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing_once(monkeypatch)
-    cfg = load_config(PT, [*VIT_PT, *SHARDED, "OUTPUT_DIR", str(tmp_path)])
-    trainer = build_trainer(cfg, torch.device("cpu"))
-    saver = saving.Saver(cfg, trainer)
-    trainer.position = Position(0, 3)
+    trainer, saver, task = failing_once(tmp_path, monkeypatch)
     saver.save()
     saver.save(must=True)
-    (found,) = find_checkpoints(tmp_path, cfg.TASK)
+    (found,) = find_checkpoints(tmp_path, task)
     verify_checkpoint(found)
 
 
 def test_what_fails_at_a_stop_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing_once(monkeypatch)
-    cfg = load_config(PT, [*VIT_PT, *SHARDED, "OUTPUT_DIR", str(tmp_path)])
-    trainer = build_trainer(cfg, torch.device("cpu"))
-    saver = saving.Saver(cfg, trainer)
-    trainer.position = Position(0, 3)
+    trainer, saver, task = failing_once(tmp_path, monkeypatch)
     with pytest.raises(UserFileError, match="No space left"):
         saver.save(must=True)
-    assert not find_checkpoints(tmp_path, cfg.TASK)
+    assert not find_checkpoints(tmp_path, task)
