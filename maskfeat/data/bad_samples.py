@@ -251,8 +251,14 @@ class BadSampleLog:
         )
         if self.path is None or not self.path.exists():
             return
-        with self.path.open("r+b") as file, _locked(file):
-            kept = [line for line in file.read().splitlines(keepends=True) if not self._names(line, paths)]
+        try:
+            self._rewrite(self.path, paths)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): it still lists them", self.path, error.strerror)
+
+    def _rewrite(self, path: Path, without: Collection[str]) -> None:
+        with path.open("r+b") as file, _locked(file):
+            kept = [line for line in file.read().splitlines(keepends=True) if not self._names(line, without)]
             file.seek(0)
             file.writelines(kept)
             file.truncate()

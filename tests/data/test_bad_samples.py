@@ -1,5 +1,6 @@
 """Logging, counting and limiting samples that cannot be read."""
 
+import errno
 import json
 import logging
 from concurrent.futures import ProcessPoolExecutor
@@ -162,6 +163,22 @@ def test_listed_samples_are_read_again_before_they_stop_a_run(
         log.record((BadSample(20, pictures.path(20), "text"),))
     assert log.indices == {2, 20} and "4 samples of train that were listed as bad can be read again" in caplog.text
     assert [(row["split"], row["index"]) for row in lines(tmp_path)] == [("train", 2), ("val", 7), ("train", 20)]
+
+
+def test_a_list_that_cannot_be_rewritten_stops_no_run(
+    tmp_path: Path, pictures: ImageFolder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that has become read-only: the samples count as read in this run, and stay listed."""
+    listed_as_bad(tmp_path, pictures, 1, 2, 3, 5, 8)
+
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(BadSampleLog, "_rewrite", read_only)
+    log = BadSampleLog(tmp_path, 40, 0.01, "train", pictures)
+    log.record((), shown=(1, 2))
+    assert log.indices == {3, 5, 8} and "cannot be written (Read-only file system)" in caplog.text
+    assert [row["index"] for row in lines(tmp_path)] == [1, 2, 3, 5, 8]
 
 
 def test_listed_samples_that_are_still_bad_stop_the_next_run(tmp_path: Path, pictures: ImageFolder) -> None:
