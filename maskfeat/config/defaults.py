@@ -51,6 +51,12 @@ def _run(cfg: CfgNode) -> None:
     cfg.TENSORBOARD.ENABLE = True  # write event files (off in PySlowFast)
     cfg.TENSORBOARD.LOG_DIR = "tensorboard"  # folder below OUTPUT_DIR; files are in its sub-folder TASK
 
+    cfg.VIS = CfgNode()
+    # ours: epochs between two pictures of predictions beside what is true, in OUTPUT_DIR/pictures and TensorBoard, of
+    # the same validation samples each time; also after the first and the last epoch; 0 = none
+    cfg.VIS.PERIOD = 0
+    cfg.VIS.SAMPLES = 4  # ours: samples in such a picture
+
 
 def _train(cfg: CfgNode) -> None:
     cfg.TRAIN = CfgNode()
