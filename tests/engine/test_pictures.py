@@ -28,21 +28,25 @@ def names(folder: Path) -> list[str]:
 
 def test_after_the_first_each_period_and_the_last(image_data: Path, tmp_path: Path) -> None:
     opts = ("SOLVER.MAX_EPOCH", "5", "TRAIN.CHECKPOINT_PERIOD", "5", "TRAIN.EVAL_PERIOD", "0")
-    with_pictures = run(tmp_path / "a", image_data, *opts, "VIS.PERIOD", "2", "VIS.SAMPLES", "2")
-    assert names(with_pictures) == [f"epoch_{number:05d}.png" for number in (1, 2, 4, 5)]
-    first, last = (np.asarray(Image.open(with_pictures / "pictures" / f"epoch_0000{n}.png")) for n in (1, 5))
+    with_pictures = run(
+        tmp_path / "a", image_data, *opts, "VIS.PERIOD", "2", "VIS.SAMPLES", "2", "TENSORBOARD.ENABLE", "True"
+    )
+    assert names(with_pictures) == [f"ssl_epoch_{number:05d}.png" for number in (1, 2, 4, 5)]
+    first, last = (np.asarray(Image.open(with_pictures / "pictures" / f"ssl_epoch_0000{n}.png")) for n in (1, 5))
     assert first.shape == last.shape and first.shape[2] == 3
     # Input, input of the model and target (three columns of four) are those of the same samples; the rest is predicted.
     column = first.shape[1] // 4
     below = 60  # the title says the epoch
     assert (first[below:, : 3 * column - 20] == last[below:, : 3 * column - 20]).all()
     assert (first[below:, 3 * column :] != last[below:, 3 * column :]).any()
-    events = EventAccumulator(str(with_pictures / "tensorboard"))
+    events = EventAccumulator(str(with_pictures / "tensorboard" / "ssl"))
     events.Reload()
     assert [event.step for event in events.Images("predictions")] == [0, 1, 3, 4]
     without = run(tmp_path / "b", image_data, *opts)
     assert names(without) == []
-    states = [read_checkpoint(find_checkpoints(folder, "")[-1])["model_state"] for folder in (with_pictures, without)]
+    states = [
+        read_checkpoint(find_checkpoints(folder, "ssl")[-1])["model_state"] for folder in (with_pictures, without)
+    ]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items()), "training is the same"
 
 
