@@ -28,6 +28,7 @@ TRAIN = "train"
 
 PROGRAMS = {
     TRAIN: Program("maskfeat.engine.run", "pre-train, fine-tune and test a model as a recipe says"),
+    "inspect": Program("maskfeat.analysis.inspect_checkpoint", "say what is in a file of weights"),
     "visualize": Program("maskfeat.analysis.visualize", "draw what a pre-trained model predicts"),
     "evidence": Program("maskfeat.demos.evidence", "measure over several seeds what pre-training brings", True),
     "submit": Program("maskfeat.engine.submit", "submit a run to a Slurm cluster"),

@@ -36,7 +36,7 @@ from maskfeat.registry import load, objective_spec
 logger = logging.getLogger(__name__)
 
 
-def _load_weights(
+def fit_weights(
     cfg: CfgNode, objective: Objective, path: str, content: dict[str, Any], key: str | None = None
 ) -> LoadReport:
     """Load the weights of a file as TRAIN.CHECKPOINT_* say; `key` as in `model_state`."""
@@ -57,7 +57,7 @@ def _load_to_train(
     """
     different = built_differently(content, cfg)
     try:
-        _load_weights(cfg, objective, path, content, key)
+        fit_weights(cfg, objective, path, content, key)
     except Misfit as error:
         classifier = objective.released_name("head.projection.")
         if not _deciding(different) or all(problem.startswith(classifier) for problem in error.problems):
@@ -71,17 +71,20 @@ def _load_to_train(
 
 def load_to_evaluate(
     cfg: CfgNode, objective: Objective, path: str, content: dict[str, Any], key: str | None = None
-) -> None:
+) -> LoadReport:
     """Load weights that are evaluated as they are; `key` as in `model_state`.
 
     TRAIN.CHECKPOINT_ALLOW may name what is left over in the file, and nothing of the model: no parameter stays random.
+
+    Returns:
+        what was done with each parameter.
 
     Raises:
         UserError: a parameter is missing or does not fit, or the file's own config is that of another network.
     """
     different = built_differently(content, cfg)
     try:
-        report = _load_weights(cfg, objective, path, content, key)
+        report = fit_weights(cfg, objective, path, content, key)
     except Misfit as error:
         why = f"{error.summary}{_in_brackets(different)}"
         if _deciding(different):
@@ -106,6 +109,7 @@ def load_to_evaluate(
     seen = [] if key else seen_differently(content, cfg)
     if seen:
         logger.warning("%s was trained with other inputs than it is shown now: %s", path, listed(seen))
+    return report
 
 
 def _deciding(changes: Sequence[Change]) -> list[Change]:
