@@ -1,7 +1,7 @@
 """Image data sets in the layout of ImageNet: one folder per class."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,4 +190,13 @@ def _test_folder(root: Path, names: Sequence[str] | None) -> tuple[FolderScan, s
     return scan, ""
 
 
-register(DatasetSpec(name="imagenet", media="image", build=build_imagenet))
+def check_images(cfg: CfgNode) -> Iterator[str]:
+    """Yield the problems of keys that `build_imagenet` reads."""
+    if cfg.DATA.CLASS_NAMES:
+        yield (
+            f"DATA.CLASS_NAMES is {cfg.DATA.CLASS_NAMES!r}, and names the classes of lists: those of imagenet have the "
+            "names of their folders"
+        )
+
+
+register(DatasetSpec(name="imagenet", media="image", build=build_imagenet, check=check_images))
