@@ -67,7 +67,7 @@ class ImageFolder(Dataset[list[Sample]]):
     """Images with class labels. A SampleKey maps to `num_views` augmented views of one image.
 
     Args:
-        samples: [(path, class index)], see `list_image_folder`.
+        samples: [(path, class index)], see `list_image_folder`; not copied.
         transform: the augmentation, see `ImageTransform`.
         seed: of all random draws.
         draw_hidden: draws a mask for every view; None = no masks.
@@ -97,7 +97,7 @@ class ImageFolder(Dataset[list[Sample]]):
         backend: str = "pil",
     ) -> None:
         self.read = READERS[backend]
-        self.samples = list(samples)
+        self.samples = samples
         self.labels = [label for _, label in self.samples]
         self.transform = transform
         self.seed = seed

@@ -36,7 +36,7 @@ class VideoClips(Dataset[list[Sample]]):
     crop.
 
     Args:
-        videos: [(path, label)], see `video_list.read_video_list`.
+        videos: [(path, label)], see `video_list.read_video_list`; not copied.
         transform: the augmentation, see `ClipTransform`.
         num_frames, sampling_rate, target_fps: a clip spans num_frames x sampling_rate frames at target_fps.
         seed: of all random draws.
@@ -81,7 +81,7 @@ class VideoClips(Dataset[list[Sample]]):
         self.torchcodec = torchcodec
         self.short_side = short_side
         assert mode in MODES, f"mode is one of {MODES}, not {mode!r}"
-        self.videos = list(videos)
+        self.videos = videos
         self.labels = [label for _, label in self.videos]
         self.transform = transform
         self.num_frames, self.sampling_rate, self.target_fps = num_frames, sampling_rate, target_fps
