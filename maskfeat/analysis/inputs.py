@@ -30,6 +30,7 @@ from maskfeat.errors import UserError
 LISTS = (".csv", ".tsv", ".txt")
 SEPARATORS = (" ", ",", "\t", ";")
 """Of path and label in a list, in the order in which they are tried."""
+SPLITS = {"train", "val", "test"}
 MOST_WORKERS = 8
 _TRIED = 100
 
@@ -93,7 +94,8 @@ def find_inputs(
 
     Args:
         data: files, folders and lists, one or several. A folder is searched at any depth; where it is the only input
-            and all files lie in two or more folders directly in it, these are classes. A list (.csv, .tsv, .txt) is one
+            and all files lie in two or more folders directly in it (or in those of its splits, train/, val/ and
+            test/), these are classes. A list (.csv, .tsv, .txt) is one
             of paths, with or without labels, see `video_list.read_video_list`.
         media: "image" or "video": what is looked for. None = what is there, which must be one of both.
         prefix: folder that the paths of lists are relative to; "" = that of the list, or the working folder.
@@ -189,14 +191,19 @@ def _from_a_folder(found: VideoList, path: str) -> VideoList:
 
 
 def _number_classes(inputs: Inputs, root: str) -> None:
-    """Take the folders directly in `root` as classes, where all files lie in two or more of them."""
+    """Take the folders directly in `root` as classes, where all files lie in two or more of them; the folders in these,
+    where they are splits.
+    """
     start = len(os.path.join(root, ""))
-    parts = [path[start:].split(os.sep, 1) for path in inputs.paths]
-    if not all(len(part) == 2 for part in parts) or len({part[0] for part in parts}) < 2:
+    parts = [path[start:].split(os.sep) for path in inputs.paths]
+    tops = {part[0] for part in parts}
+    depth = int(tops <= SPLITS)
+    if any(len(part) < depth + 2 for part in parts) or len({part[depth] for part in parts}) < 2:
         return
-    inputs.classes = class_folders(root)
+    places = [os.path.join(root, top) for top in tops] if depth else [root]
+    inputs.classes = sorted({name for place in places for name in class_folders(place)})
     number = {name: place for place, name in enumerate(inputs.classes)}
-    inputs.numbers = np.asarray([number[class_name(part[0])] for part in parts], dtype=np.int64)
+    inputs.numbers = np.asarray([number[class_name(part[depth])] for part in parts], dtype=np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
