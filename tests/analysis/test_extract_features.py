@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -27,8 +28,21 @@ from maskfeat.analysis.model import load_model
 from tests.analysis.saved import CLIPS, IMAGES, PRETRAINED, save_network
 
 REPO = Path(__file__).resolve().parents[2]
+Logged = pytest.LogCaptureFixture
 Printed = pytest.CaptureFixture[str]
 _LOAD = functools.cache(load_model)
+
+
+@pytest.fixture(autouse=True)
+def _lines_are_kept(caplog: Logged) -> None:
+    caplog.set_level(logging.INFO, "maskfeat")
+
+
+def said_in(log: Logged) -> str:
+    """What was logged since the last call."""
+    text = "\n".join(record.getMessage() for record in log.records)
+    log.clear()
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +138,7 @@ def test_views_are_averaged(clips_checkpoint: Path, clip_data: Path, tmp_path: P
 
 
 def test_unreadable_files_are_listed_and_left_out(
-    checkpoint: Path, image_data: Path, tmp_path: Path, capsys: Printed
+    checkpoint: Path, image_data: Path, tmp_path: Path, caplog: Logged
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -140,11 +154,11 @@ def test_unreadable_files_are_listed_and_left_out(
     listed = json.loads((tmp_path / "a.npz.json").read_text())["unreadable"]
     assert [entry["path"] for entry in listed] == [str(data / f"{n}.jpg") for n in (1, 3)]
     assert all("not a JPEG" in entry["cause"] for entry in listed)
-    assert "2 images could not be read, listed in" in capsys.readouterr().err
+    assert "2 images could not be read, listed in" in said_in(caplog)
     for path in data.iterdir():
         path.write_bytes(b"broken")
     assert run(checkpoint, data, tmp_path / "none.npz") == 2
-    assert "error: none of 5 images can be read, such as" in capsys.readouterr().err
+    assert "error: none of 5 images can be read, such as" in said_in(caplog)
     assert not any(name.startswith("none") for name in left(tmp_path))
 
 
@@ -189,7 +203,7 @@ def test_the_same_bytes_wherever_it_was_killed(
 
 
 def test_parts_are_not_computed_twice(
-    checkpoint: Path, image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
+    checkpoint: Path, image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Logged
 ) -> None:
     monkeypatch.setattr(extraction, "PART_ROWS", 3)
     calls: list[int] = []
@@ -208,14 +222,14 @@ def test_parts_are_not_computed_twice(
     calls.clear()
     monkeypatch.setattr(extraction, "outputs", lambda *given: (calls.append(len(given[1])), before(*given))[1])
     assert run(checkpoint, image_data / "val", tmp_path / "a.npz") == 0
-    assert calls == [1, 3, 3, 3, 3, 1] and "1 of 6 parts are there already" in capsys.readouterr().err
+    assert calls == [1, 3, 3, 3, 3, 1] and "1 of 6 parts are there already" in said_in(caplog)
     calls.clear()
     assert run(checkpoint, image_data / "val", tmp_path / "a.npz") == 0
-    assert calls == [1] and "is complete already" in capsys.readouterr().err
+    assert calls == [1] and "is complete already" in said_in(caplog)
 
 
 def test_parts_of_another_command_are_refused(
-    checkpoint: Path, image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
+    checkpoint: Path, image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Logged
 ) -> None:
     monkeypatch.setattr(extraction, "PART_ROWS", 4)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -230,15 +244,15 @@ def test_parts_of_another_command_are_refused(
         (other, "val", [], "network"),
     ):
         assert run(path, image_data / data, tmp_path / "a.npz", *more) == 2
-        text = capsys.readouterr().err
+        text = said_in(caplog)
         assert "holds parts of another command" in text and said in text, text
     assert run(checkpoint, image_data / "val", tmp_path / "a.npz") == 0
     assert run(checkpoint, image_data / "val", tmp_path / "a.npz", "--pool", "cls") == 2
-    assert "a.npz exists, and is not of this command: delete it" in capsys.readouterr().err
+    assert "a.npz exists, and is not of this command: delete it" in said_in(caplog)
 
 
 def test_a_damaged_part_is_named(
-    checkpoint: Path, image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
+    checkpoint: Path, image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Logged
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(extract_features, "write_features", lambda *_: (_ for _ in ()).throw(Killed()))
@@ -246,7 +260,7 @@ def test_a_damaged_part_is_named(
     part = tmp_path / "a.npz.parts" / extraction.part_name(0)
     part.write_bytes(part.read_bytes()[:-8])
     assert run(checkpoint, image_data / "val", tmp_path / "a.npz") == 2
-    assert f"error: {part} is damaged" in capsys.readouterr().err
+    assert f"error: {part} is damaged" in said_in(caplog)
     part.unlink()
     assert run(checkpoint, image_data / "val", tmp_path / "a.npz") == 0
 
@@ -321,7 +335,7 @@ def test_bad_input_is_one_line_and_2(
     image_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: Printed,
+    caplog: Logged,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "folder.npz"):
@@ -329,19 +343,19 @@ def test_bad_input_is_one_line_and_2(
     Path("file").touch()
     options = {"--checkpoint": str(checkpoint), "--data": str(image_data), "--output": "a.npz", "--device": "cpu"}
     assert main([word for pair in {**options, **changes}.items() for word in pair]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    (line,) = [line for line in said_in(caplog).splitlines() if "error" in line]
     assert line.startswith("error: ") and said in line
 
 
-def test_a_network_without_a_class_token(clips_checkpoint: Path, tmp_path: Path, capsys: Printed) -> None:
+def test_a_network_without_a_class_token(clips_checkpoint: Path, tmp_path: Path, caplog: Logged) -> None:
     path = save_network(tmp_path / "a.pyth", IMAGES, "MVIT.CLS_EMBED_ON", "False")
     Path(tmp_path / "1.jpg").touch()
     for more in ([], ["--blocks", "1"]):
         assert run(path, tmp_path / "1.jpg", tmp_path / "a.npz", "--pool", "cls", *more) == 2
-        assert "has no class token" in capsys.readouterr().err
+        assert "has no class token" in said_in(caplog)
     Path(tmp_path / "1.mp4").touch()
     assert run(clips_checkpoint, tmp_path / "1.mp4", tmp_path / "a.npz", "--pool", "tokens", "--views", "2x1") == 2
-    assert "--pool tokens takes one view" in capsys.readouterr().err
+    assert "--pool tokens takes one view" in said_in(caplog)
 
 
 @pytest.mark.parametrize("text", ["x", "0", "2x", "3x2x1", "-1"])
