@@ -118,6 +118,9 @@ def _data(cfg: CfgNode) -> None:
     cfg.DATA.PATH_TO_DATA_DIR = ""  # holds train/, val/ and maybe test/, or train.csv, val.csv and test.csv
     cfg.DATA.PATH_PREFIX = ""  # folder that the paths in a list of videos are relative to
     cfg.DATA.PATH_LABEL_SEPARATOR = " "  # between path and label in a line of the list; \t = a tab
+    # ours: file with the names of the classes of lists, one a line, in the order of their labels; "" = classes.txt
+    # beside the lists, where there is one
+    cfg.DATA.CLASS_NAMES = ""
     cfg.DATA.MEAN = [0.45, 0.45, 0.45]  # per colour channel, of pixels in [0, 1]
     cfg.DATA.STD = [0.225, 0.225, 0.225]  # the same
     cfg.DATA.NUM_FRAMES = 8  # frames per clip; 1 for images
@@ -223,6 +226,7 @@ KINDS: dict[str, str] = {
     "TEST.SAVE_RESULTS_PATH": "path",
     "DATA.PATH_TO_DATA_DIR": "path",
     "DATA.PATH_PREFIX": "path",
+    "DATA.CLASS_NAMES": "path",
     "TRAIN.MIXED_PRECISION": "precision",
     "TEST.MIXED_PRECISION": "precision",
     "TRAIN.CHECKPOINT_INFLATE": "inflation",

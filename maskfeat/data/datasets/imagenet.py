@@ -1,7 +1,7 @@
 """Image data sets in the layout of ImageNet: one folder per class."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class ImageFolder(Dataset[list[Sample]]):
     """Images with class labels. A SampleKey maps to `num_views` augmented views of one image.
 
     Args:
-        samples: [(path, class index)], see `list_image_folder`.
+        samples: [(path, class index)], see `list_image_folder`; not copied.
         transform: the augmentation, see `ImageTransform`.
         seed: of all random draws.
         draw_hidden: draws a mask for every view; None = no masks.
@@ -97,7 +97,7 @@ class ImageFolder(Dataset[list[Sample]]):
         backend: str = "pil",
     ) -> None:
         self.read = READERS[backend]
-        self.samples = list(samples)
+        self.samples = samples
         self.labels = [label for _, label in self.samples]
         self.transform = transform
         self.seed = seed
@@ -190,4 +190,13 @@ def _test_folder(root: Path, names: Sequence[str] | None) -> tuple[FolderScan, s
     return scan, ""
 
 
-register(DatasetSpec(name="imagenet", media="image", build=build_imagenet))
+def check_images(cfg: CfgNode) -> Iterator[str]:
+    """Yield the problems of keys that `build_imagenet` reads."""
+    if cfg.DATA.CLASS_NAMES:
+        yield (
+            f"DATA.CLASS_NAMES is {cfg.DATA.CLASS_NAMES!r}, and names the classes of lists: those of imagenet have the "
+            "names of their folders"
+        )
+
+
+register(DatasetSpec(name="imagenet", media="image", build=build_imagenet, check=check_images))
