@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent
 # What single commands need, in packages that training does without.
 EXTRAS = {
     "plots": ["matplotlib>=3.8.4"],
+    "parquet": ["pyarrow>=17.0"],
     "probes": ["scikit-learn>=1.4.2"],
     "slurm": ["submitit>=1.5.1"],
     "torchcodec": ["torchcodec"],
@@ -76,6 +77,7 @@ setup(
         **EXTRAS,
         "dev": [
             *EXTRAS["plots"],
+            *EXTRAS["parquet"],
             *EXTRAS["probes"],
             *EXTRAS["slurm"],
             *EXTRAS["docs"],

@@ -28,9 +28,9 @@ TRAIN = "train"
 
 PROGRAMS = {
     TRAIN: Program("maskfeat.engine.run", "pre-train, fine-tune and test a model as a recipe says"),
-    "probe": Program(
-        "maskfeat.analysis.probes.command", "measure the frozen features of a model by small classifiers", True
-    ),
+    "extract-features": Program("maskfeat.analysis.extract_features", "write features of images or videos into a file"),
+    "probe": Program("maskfeat.analysis.probes.command", "measure frozen features by small classifiers", True),
+    "predict": Program("maskfeat.analysis.predict", "say which classes a fine-tuned model sees in images or videos"),
     "visualize": Program("maskfeat.analysis.visualize", "draw what a pre-trained model predicts"),
     "evidence": Program("maskfeat.demos.evidence", "measure over several seeds what pre-training brings", True),
     "submit": Program("maskfeat.engine.submit", "submit a run to a Slurm cluster"),

@@ -62,9 +62,7 @@ def _take(file: int, folder: Path, name: str) -> None:
         limit = WAIT if here else WAIT_FOR_A_MACHINE
         if began is None:
             began = time.monotonic()
-            logger.warning(
-                "%s %s is in use by another run (%s): waiting %g s for its end", name, folder, owner, limit
-            )
+            logger.warning("%s %s is in use by another run (%s): waiting %g s for its end", name, folder, owner, limit)
         if time.monotonic() - began > limit:
             gone = "" if here else f" If that machine is gone, delete {folder / LOCK}."
             raise UserFileError(
