@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from maskfeat.analysis.model import Model, load_model
+from maskfeat.analysis.command import add_options, count_option, exit_code, load
+from maskfeat.analysis.inputs import split_views
+from maskfeat.analysis.model import Model
 from maskfeat.analysis.probes.data import Splits, find_splits
 from maskfeat.analysis.probes.probe import KINDS, Probing, Result
 from maskfeat.build import build_objective
-from maskfeat.engine.parallelize import PRECISIONS
 from maskfeat.engine.rng import seed_everything
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
@@ -33,74 +34,60 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         "/data/imagenet --kind knn linear --random --json probe.json",
         allow_abbrev=False,
     )
+    add_options(parser, "1, the central one; scores are averaged over those of validation samples")
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="FILE", help="pre-trained, fine-tuned or of other code")
-    add("--cfg", metavar="RECIPE", help="what the network of the file is, where the file does not show it")
-    add(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="holds train/ and val/ with class folders, or train.csv and val.csv",
-    )
-    add("--prefix", default="", metavar="DIR", help="folder that the paths of lists are relative to")
+    add("--data", required=True, metavar="DIR", help="train/ and val/ with class folders, or train.csv and val.csv")
     add("--kind", required=True, nargs="+", choices=KINDS, help="one or several")
-    add(
-        "--blocks",
-        default="4",
-        metavar="N",
-        help="blocks for knn and linear: 4 = the last four (default); 3,7,11 = these",
-    )
-    add("--views", default="1", metavar="N", help="views of a validation sample that are averaged: 1 (default), 6, 2x3")
+    add("--blocks", default="4", metavar="N", help="for knn and linear: 4 = the last four (default); 3,7,11 = these")
     add("--random", action="store_true", help="also probe the same network with random weights")
-    add("--few", type=int, default=0, metavar="K", help="training samples of each class (default: all)")
-    add("--seed", type=int, default=0, help="of held-out samples, initial and random weights (default: %(default)s)")
+    add("--few", type=count_option(1), metavar="K", help="training samples of each class (default: all)")
+    add("--seed", type=count_option(0), default=0, help="of all draws (default: %(default)s)")
     add("--json", metavar="FILE", help="write all results, every setting included")
-    add("--features", metavar="DIR", help="keep features here, where the next call goes on (default: they are removed)")
-    add("--batch-size", type=int, default=64, metavar="B", help="views at a time (default: %(default)s)")
-    add("--workers", type=int, metavar="N", help="processes that read files (default: one a core, at most 8)")
-    add("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
-    add("--precision", choices=list(PRECISIONS), default="off", help="of the frozen network (default: %(default)s)")
+    add(
+        "--features",
+        metavar="DIR",
+        help="keep features here, where the next call goes on (default: a temporary folder)",
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Probe a checkpoint as the command line says; return the exit code."""
     args = _parser(prog).parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        _check(args)
-        model = load_model(args.checkpoint, args.cfg, args.device, precision=args.precision)
-        splits = find_splits(args.data, model.media, args.prefix, args.few, args.seed)
-        logger.info(
-            "%s: %s, %d training and %d validation samples of %d classes",
-            *(args.checkpoint, model.kind, len(splits.train), len(splits.val), len(splits.classes)),
-        )
-        with _folder(args.features) as folder:
-            probings = [_probing(args, model, GIVEN, splits, folder)]
-            if args.random:
-                probings.append(_probing(args, randomised(model, args.seed), RANDOM, splits, folder))
-            results = [probing.run(kind) for kind in dict.fromkeys(args.kind) for probing in probings]
-        if args.json:
-            with naming(f"--json {args.json} cannot be written"):
-                replace_text(Path(args.json), json.dumps(_report(args, splits, probings[0], results), indent=1) + "\n")
-        logger.info("\n%s", table(results))
-    except UserError as error:
-        logger.error("error: %s", error)
-        return 2
+    return exit_code(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    _check(args.json)
+    model = load(args)
+    blocks = block_numbers(args.blocks, len(model.backbone.repeated_blocks()))
+    views = split_views(model, args.views or 1)
+    splits = find_splits(args.data, model.media, args.prefix, args.few, args.seed)
+    logger.info(
+        "%s: %s, %d training and %d validation samples of %d classes",
+        *(args.checkpoint, model.kind, len(splits.train), len(splits.val), len(splits.classes)),
+    )
+    networks = {GIVEN: model, **({RANDOM: randomised(model, args.seed)} if args.random else {})}
+    with _folder(args.features) as folder:
+        probings = [
+            Probing(network, weights, splits, folder, blocks, views, args.seed, args.batch_size, args.workers)
+            for weights, network in networks.items()
+        ]
+        results = [probing.run(kind) for kind in dict.fromkeys(args.kind) for probing in probings]
+    if args.json:
+        with naming(f"--json {args.json} cannot be written"):
+            replace_text(Path(args.json), json.dumps(_report(args, splits, probings[0], results), indent=1) + "\n")
+    logger.info("\n%s", table(results))
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be meant before any work is done."""
-    for name, least in (("few", 0), ("batch_size", 1), ("workers", 0), ("seed", 0)):
-        given = getattr(args, name)
-        if given is not None and given < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}; given {given}")
-    if args.json:
-        with naming(f"--json {args.json} cannot be written"):
-            place = Path(args.json)
+def _check(json_file: str | None) -> None:
+    """Refuse a file that cannot be written before any work is done."""
+    if json_file:
+        with naming(f"--json {json_file} cannot be written"):
+            place = Path(json_file)
             if place.is_dir():
-                raise UserError(f"--json {args.json} is a folder, a file is expected")
+                raise UserError(f"--json {json_file} is a folder, a file is expected")
             place.parent.mkdir(parents=True, exist_ok=True)
             if not os.access(place.parent, os.W_OK):
                 raise PermissionError(None, "its folder is not writable")
@@ -125,12 +112,6 @@ def randomised(model: Model, seed: int) -> Model:
     )
 
 
-def _probing(args: argparse.Namespace, model: Model, weights: str, splits: Splits, folder: Path) -> Probing:
-    blocks = block_numbers(args.blocks, len(model.backbone.repeated_blocks()))
-    views = _views(args.views)
-    return Probing(model, weights, splits, folder, blocks, views, args.seed, args.batch_size, args.workers)
-
-
 def block_numbers(given: str, depth: int) -> list[int]:
     """Return the numbers of blocks that --blocks names: "4" = the last four (or all), "3,7,11" = these, "11," = one.
 
@@ -153,14 +134,6 @@ def block_numbers(given: str, depth: int) -> list[int]:
     return sorted({number % depth for number in numbers})
 
 
-def _views(given: str) -> int | tuple[int, int]:
-    try:
-        parts = [int(word) for word in given.split("x")]
-        return parts[0] if len(parts) == 1 else (parts[0], int(parts[1]))
-    except ValueError:
-        raise UserError(f"--views {given}: expected a number, or clips x crops such as 2x3") from None
-
-
 def _report(args: argparse.Namespace, splits: Splits, probing: Probing, results: Sequence[Result]) -> dict[str, Any]:
     return {
         "checkpoint": args.checkpoint,
@@ -169,7 +142,7 @@ def _report(args: argparse.Namespace, splits: Splits, probing: Probing, results:
         "val": len(splits.val),
         "classes": splits.classes,
         "unreadable": probing.unreadable,
-        "views": args.views,
+        "views": probing.views,
         "seed": args.seed,
         "results": [result._asdict() for result in results],
     }

@@ -29,13 +29,13 @@ class Splits(NamedTuple):
     classes: list[str]
 
 
-def find_splits(data: str, media: str, prefix: str = "", few: int = 0, seed: int = 0) -> Splits:
+def find_splits(data: str, media: str, prefix: str = "", few: int | None = None, seed: int = 0) -> Splits:
     """Find the samples of `data`, which holds train/ and val/ with a folder for each class, or train.csv and val.csv.
 
     Args:
         media: "image" or "video".
         prefix: folder that the paths of lists are relative to.
-        few: training samples of each class, drawn at random; 0 = all.
+        few: training samples of each class, drawn at random; None = all.
         seed: of that draw.
 
     Raises:

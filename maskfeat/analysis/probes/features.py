@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskfeat.analysis.command import Progress
 from maskfeat.analysis.inputs import InputBatch
-from maskfeat.analysis.probes.progress import Progress
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
 
@@ -139,7 +139,7 @@ def extract(
             replace_text(record, json.dumps({"asked": asked, "done": done, "bad": bad}))
 
         save(done)
-        progress = Progress(f"features of {split}", steps, done)
+        progress = Progress(f"views of {split}", math.prod(whole[:2]))
         for number, batch in enumerate(batches(range(done, steps)) if done < steps else (), start=done + 1):
             found = features(batch.clip).float().cpu()
             _check_finite(found, dtype, split)
@@ -147,7 +147,7 @@ def extract(
             bad.update({str(one.index): f"{one.path} ({one.cause})" for one in batch.unreadable})
             if number % _SAVE_EVERY == 0 or number == steps:
                 save(number)
-            progress.step(number)
+            progress.step(len(batch.index))
     lost = {int(index): cause for index, cause in bad.items()}
     for cause in lost.values():
         logger.warning("left out of %s: %s", split, cause)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskfeat.analysis.command import Progress
 from maskfeat.analysis.probes.features import Scale, Stored, chunks
-from maskfeat.analysis.probes.progress import Progress
 
 KS = (1, 5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
@@ -71,7 +71,7 @@ def neighbour_shares(
     label = torch.from_numpy(train.label[train.rows]).to(device)
     most, views = min(max(ks), len(train.rows)), asked.x.shape[1]
     out = torch.zeros(len(ks), len(asked.rows), num_classes)
-    progress, done = Progress("nearest neighbours", -(-len(asked.rows) // _ASKED) * views), 0
+    progress = Progress("views asked for their neighbours", len(asked.rows) * views)
     for part in range(0, len(asked.rows), _ASKED):
         for view in range(views):
             query = unit(asked, asked.rows[part : part + _ASKED], view, scale, columns, device)
@@ -87,6 +87,5 @@ def neighbour_shares(
                 best, order = best.topk(min(most, best.shape[1]), dim=1)
                 place, start = place.gather(1, order), start + len(rows)
             out[:, part : part + _ASKED] += votes(best, label[place], ks, num_classes).cpu() / views
-            done += 1
-            progress.step(done)
+            progress.step(len(query))
     return out

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from maskfeat.analysis.probes.features import Stored
 from maskfeat.analysis.probes.sweep import Chosen, Inputs, Plan, Setting, sweep
 
-PLAN = Plan(epochs=10, least_steps=1000, batch=512, optimizer="sgd")
-LRS = (0.003, 0.01, 0.03, 0.1)
-WEIGHT_DECAYS = (0.0, 1e-4, 1e-3, 1e-2)
+PLAN = Plan(epochs=10, least_steps=500, batch=256, optimizer="sgd")
+LRS = (0.01, 0.03, 0.1)
+WEIGHT_DECAYS = (1e-4, 1e-3, 1e-2)
 """Factors of half the sum of squared weights beside the mean cross-entropy."""
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from maskfeat.analysis.inputs import Inputs, input_loader, split_views
+from maskfeat.analysis.inputs import Inputs, input_loader
 from maskfeat.analysis.model import Model
 from maskfeat.analysis.probes.attentive import attentive_probe
 from maskfeat.analysis.probes.data import Splits
@@ -62,7 +62,7 @@ class Probing:
         splits: the samples.
         folder: where features are stored.
         blocks: numbers of the blocks that kNN and linear probes read, ascending.
-        views: of validation samples, see `inputs.split_views`.
+        views: of validation samples, (clips, crops).
         seed: of held-out samples, initial weights and orders.
         batch_size, workers: of the loader.
     """
@@ -72,7 +72,7 @@ class Probing:
     splits: Splits
     folder: Path
     blocks: Sequence[int]
-    views: int | tuple[int, int] = 1
+    views: tuple[int, int] = (1, 1)
     seed: int = 0
     batch_size: int = 64
     workers: int | None = None
@@ -124,14 +124,13 @@ class Probing:
         return {"train": self.splits.train, "val": self.splits.val}
 
     def _stored(self, split: str, inputs: Inputs, read: Callable[[Tensor], Tensor]) -> Stored:
-        views = self.views if split == "val" else 1
-        clips, crops = split_views(self.model, views)
+        clips, crops = views = self.views if split == "val" else (1, 1)
         tokens = read == self.attend
         empty = torch.zeros(1, 3, *self.model.backbone.clip_size)
         asked = {
             "weights": _digest_of_weights(self.model),
             "samples": _digest("\n".join([*inputs.paths, str(inputs.numbers.tolist())]).encode()),
-            "views": [clips, crops],
+            "views": views,
             "features": "tokens" if tokens else f"pooled, {self._names()}",
             "precision": self.model.precision,
             "transform": _digest(self.model.cfg.DATA.dump().encode()),

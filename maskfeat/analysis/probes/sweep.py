@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from maskfeat.analysis.command import Progress
 from maskfeat.analysis.probes.features import Stored
-from maskfeat.analysis.probes.progress import Progress
 
 _WARMUP = 0.05
 """Share of the steps in which learning rates rise."""
@@ -155,7 +155,7 @@ def fit(heads: Heads, plan: Plan, inputs: Inputs, rows: np.ndarray, label: np.nd
     """
     steps, size = plan.steps(len(rows)), min(plan.batch, len(rows))
     optimizer, warmup = _Optimizer(heads, plan.optimizer), max(int(_WARMUP * steps), 1)
-    rng, progress, order = np.random.default_rng(seed), Progress(what, steps), rows[:0]
+    rng, progress, order = np.random.default_rng(seed), Progress(f"steps of {what}", steps), rows[:0]
     for step in range(steps):
         if len(order) < size:
             order = np.concatenate([order, rng.permutation(rows)])
@@ -166,7 +166,7 @@ def fit(heads: Heads, plan: Plan, inputs: Inputs, rows: np.ndarray, label: np.nd
         loss.backward()  # type: ignore[no-untyped-call]
         cosine = 0.5 * (1 + math.cos(math.pi * max(step - warmup, 0) / max(steps - warmup, 1)))
         optimizer.step(min((step + 1) / warmup, cosine))
-        progress.step(step + 1)
+        progress.step(1)
 
 
 @torch.no_grad()
@@ -238,10 +238,10 @@ def sweep(
     """
     read = inputs(train)
     heads = Heads(make, settings, seed, device)
-    fit(heads, plan, read, train.rows[~held], train.label, seed, f"{what}: {len(settings)} settings")
+    fit(heads, plan, read, train.rows[~held], train.label, seed, f"the {what}, {len(settings)} settings")
     rest = train.rows[held]
     best, accuracies = best_on(scores(heads, plan, read, rest), torch.from_numpy(train.label[rest]))
     final = Heads(make, [settings[best]], seed, device)
-    fit(final, plan, read, train.rows, train.label, seed, f"{what}: the chosen one on all training samples")
+    fit(final, plan, read, train.rows, train.label, seed, f"the chosen {what} on all training samples")
     found = scores(final, plan, inputs(test), test.rows, test.x.shape[1])[0]
     return Chosen(settings[best], list(settings), accuracies, found)
