@@ -146,7 +146,7 @@ def test_clips_from_lists_by_several_views(tmp_path: Path) -> None:
     for split, number in (("train", 6), ("val", 2)):
         lines = []
         for one in range(number):
-            write_video(tmp_path / "videos" / f"{split}{one}.mp4", frames=12)
+            write_video(tmp_path / "videos" / f"{split}{one}.mp4", frames=60)
             lines.append(f"{split}{one}.mp4 {3 + 4 * (one % 2)}")
         (tmp_path / f"{split}.csv").write_text("\n".join(lines) + "\n")
     out, prefix = tmp_path / "out.json", str(tmp_path / "videos")
@@ -270,7 +270,7 @@ def test_classes_are_numbered_by_the_training_samples(tmp_path: Path) -> None:
         (["--data", "nowhere"], "there is no folder --data nowhere"),
         (["--checkpoint", "nowhere.pyth"], "nowhere.pyth"),
         (["--blocks", "99,"], "--blocks 99,: expected"),
-        (["--views", "2"], "takes images, which have one view"),
+        (["--views", "2x1"], "takes images, which have one view"),
         (["--json", "{tmp}"], "is a folder, a file is expected"),
         (["--json", "{tmp}/file/x.json"], "--json .* cannot be written"),
         (["--device", "gpu"], "there is no device 'gpu'"),
