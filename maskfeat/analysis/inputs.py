@@ -95,8 +95,8 @@ def find_inputs(
     Args:
         data: files, folders and lists, one or several. A folder is searched at any depth; where it is the only input
             and all files lie in two or more folders directly in it (or in those of its splits, train/, val/ and
-            test/), these are classes. A list (.csv, .tsv, .txt) is one
-            of paths, with or without labels, see `video_list.read_video_list`.
+            test/), these are classes. A list (.csv, .tsv, .txt) is one of paths, with or without labels, see
+            `video_list.read_video_list`.
         media: "image" or "video": what is looked for. None = what is there, which must be one of both.
         prefix: folder that the paths of lists are relative to; "" = that of the list, or the working folder.
 

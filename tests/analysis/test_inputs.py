@@ -3,7 +3,6 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import torch
 
 from maskfeat.analysis.inputs import Inputs, Item, find_inputs, input_loader, split_views
 from maskfeat.analysis.model import Model, load_model
-from maskfeat.batch import Batch
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.errors import UserError
@@ -137,10 +135,6 @@ def image_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp("clips") / "a.pyth"
     return load_model(save_network(path, CLIPS, "MODEL.NUM_CLASSES", "3"), device="cpu")
-
-
-def tested(loader: Any) -> list[Batch]:
-    return list(loader)
 
 
 def test_images_are_those_of_a_test(image_model: Model, image_data: Path) -> None:
