@@ -71,10 +71,13 @@ def _load_to_train(
 
 def load_to_evaluate(
     cfg: CfgNode, objective: Objective, path: str, content: dict[str, Any], key: str | None = None
-) -> None:
+) -> LoadReport:
     """Load weights that are evaluated as they are; `key` as in `model_state`.
 
     TRAIN.CHECKPOINT_ALLOW may name what is left over in the file, and nothing of the model: no parameter stays random.
+
+    Returns:
+        what was done with each parameter.
 
     Raises:
         UserError: a parameter is missing or does not fit, or the file's own config is that of another network.
@@ -106,6 +109,7 @@ def load_to_evaluate(
     seen = [] if key else seen_differently(content, cfg)
     if seen:
         logger.warning("%s was trained with other inputs than it is shown now: %s", path, listed(seen))
+    return report
 
 
 def _deciding(changes: Sequence[Change]) -> list[Change]:

@@ -1,0 +1,326 @@
+"""A trained network in one line of Python: its inputs, features and predictions.
+
+Shape legend: B samples, T frames, H x W pixels, D token width, N tokens (the class token, if there is one, comes
+first), grid = ([T',] H', W') tokens along each axis, K classes.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from maskfeat.analysis.architecture import CLASSIFIER, recognise
+from maskfeat.batch import Batch, SampleKey
+from maskfeat.build import build_objective
+from maskfeat.checkpoint.files import AVERAGE, read_verified_checkpoint
+from maskfeat.checkpoint.reading import trained_classes
+from maskfeat.checkpoint.weights import LoadReport
+from maskfeat.config import load_config
+from maskfeat.data.collate import collate
+from maskfeat.data.datasets.base import DatasetRequest
+from maskfeat.data.datasets.imagenet import build_image_folder
+from maskfeat.data.datasets.kinetics import build_video_clips
+from maskfeat.data.sample import Sample
+from maskfeat.data.video.temporal_sampling import frame_indices
+from maskfeat.engine.parallelize import autocast
+from maskfeat.engine.resume import load_to_evaluate
+from maskfeat.errors import UserError, about
+from maskfeat.models.base import Backbone, Tokens
+from maskfeat.objectives.base import Objective
+from maskfeat.objectives.maskfeat import MaskFeat
+
+POOLS = ("mean", "cls")
+
+
+class Prediction(NamedTuple):
+    """The classes with the highest scores.
+
+    Attributes:
+        path: of the input; "input 0" and so on for one that is not a file.
+        classes: (name, probability), best first.
+    """
+
+    path: str
+    classes: list[tuple[str, float]]
+
+
+class Model(nn.Module):
+    """A trained network, in evaluation mode.
+
+    Args:
+        objective: with its weights.
+        cfg: that it was built from: architecture, DATA.MEAN and DATA.STD, crop sizes, DATA.NUM_FRAMES.
+        source: the file or name that the weights come from.
+        kind: "classifier", "pre-trained" or "backbone", see `architecture.Recognised`.
+        report: what was done with each parameter of the file.
+        classes: names of the classes by their numbers; None = not known.
+        precision: "off" (float32), "bf16" or "fp16": in which the network computes.
+
+    Attributes:
+        media: "image" or "video": what the network takes.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        cfg: CfgNode,
+        source: str,
+        kind: str,
+        report: LoadReport,
+        classes: Sequence[str] | None = None,
+        precision: str = "off",
+    ) -> None:
+        super().__init__()
+        self.objective, self.cfg, self.source, self.kind, self.report = objective, cfg, source, kind, report
+        self.classes = None if classes is None else list(classes)
+        self.precision = precision
+        self.media = "image" if len(objective.backbone.clip_size) == 2 else "video"
+        self.eval()
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone of `objective`."""
+        return self.objective.backbone
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def mean_pooling(self) -> bool:
+        """Whether the network classifies the mean of its tokens: its final norm is then of that mean, not of tokens."""
+        return bool(getattr(self.objective, "mean_pooling", False))
+
+    @property
+    def norm(self) -> nn.Module:
+        """The final norm, identity where the network has none: of tokens or, with `mean_pooling`, of their mean.
+
+        That of MaskFeat is the first layer of its prediction head.
+        """
+        if isinstance(self.objective, MaskFeat):
+            return self.objective.pred_head.transforms[0]
+        norm = getattr(self.objective, "norm", None)
+        return norm if isinstance(norm, nn.Module) else nn.Identity()
+
+    def transform(self, what: Any) -> Tensor:
+        """Return what the network is shown of an input in evaluation: the central view, resized, cropped, normalised.
+
+        Args:
+            what: the path of an image or a video; a Pillow image; an array or tensor (H, W, 3) uint8 of an image, or
+                (T, H, W, 3) uint8 of a clip, whose frames are taken evenly spread over all T; or a list of these.
+
+        Returns:
+            (3, [T,] H, W) float32 on the CPU; of a list (B, 3, [T,] H, W).
+
+        Raises:
+            UserError: a file cannot be read, or an input is of another medium than `media`.
+        """
+        if isinstance(what, list | tuple):
+            if not what:
+                raise UserError("no inputs were given: the list is empty")
+            return collate([[self._sample(one)] for one in what]).to_batch(torch.device("cpu")).clip
+        return self.transform([what])[0]
+
+    def _sample(self, what: Any) -> Sample:
+        is_path = isinstance(what, str | os.PathLike)
+        build = build_image_folder if self.media == "image" else build_video_clips
+        dataset: Any = build(
+            self.cfg, DatasetRequest("val", augmented=False), [(os.fspath(what) if is_path else "", 0)]
+        )
+        if is_path:
+            (sample,) = dataset[SampleKey(0, 0)]
+            if sample.bad:
+                raise UserError(f"{what} cannot be read as {_A[self.media]}: {sample.bad[0].cause}")
+            return sample
+        if isinstance(what, Image.Image):
+            what = what.convert("RGB")
+        frames = np.asarray(what)
+        axes = 3 if self.media == "image" else 4
+        if frames.dtype != np.uint8 or frames.ndim != axes or frames.shape[-1] != 3 or not frames.size:
+            raise UserError(
+                f"{self.source} takes {_A[self.media]}: a path{', a Pillow image' if axes == 3 else ''} or uint8 of "
+                f"shape ({'T, ' if axes == 4 else ''}H, W, 3); given {frames.dtype} of shape {frames.shape}"
+            )
+        if axes == 3:
+            return dataset.transform(Image.fromarray(frames))
+        wanted = frame_indices(0, len(frames) - 1, self.cfg.DATA.NUM_FRAMES, len(frames))
+        return dataset.transform(frames[wanted], None)
+
+    def _batched(self, x: Tensor) -> Tensor:
+        """Return inputs on the device of the network, with a batch axis."""
+        return (x if x.dim() == len(self.backbone.clip_size) + 2 else x.unsqueeze(0)).to(self.device)
+
+    def _tokens(self, x: Tensor) -> Tokens:
+        with autocast(self.device, self.precision):
+            return self.backbone.forward_tokens(self._batched(x))
+
+    @torch.no_grad()
+    def tokens(self, x: Tensor) -> Tokens:
+        """Return the output tokens, after the final norm where the network has one for tokens (see `mean_pooling`).
+
+        Args:
+            x: (B, 3, [T,] H, W) or (3, [T,] H, W) float32, see `transform`.
+
+        Returns:
+            x (B, N, D) float32, grid.
+        """
+        tokens = self._tokens(x)
+        norm = nn.Identity() if self.mean_pooling else self.norm
+        return Tokens(norm(tokens.x.float()), tokens.grid)
+
+    @torch.no_grad()
+    def features(self, x: Tensor, pool: str = "mean") -> Tensor:
+        """Return one vector for each input: (B, D) float32.
+
+        Args:
+            x: as in `tokens`.
+            pool: "mean" of the patch tokens (what a classifier with `mean_pooling` sees, after its norm), or "cls", the
+                class token.
+
+        Raises:
+            UserError: the network has no class token.
+        """
+        if pool not in POOLS:
+            raise UserError(f"pool must be one of {', '.join(POOLS)}; given {pool!r}")
+        tokens = self.tokens(x)
+        if pool == "mean":
+            mean = tokens.patches.mean(dim=1)
+            return self.norm(mean) if self.mean_pooling else mean
+        if not tokens.has_class_token:
+            raise UserError(f"{self.source} has no class token: pool 'mean'")
+        return tokens.x[:, 0]
+
+    @torch.no_grad()
+    def blocks(self, x: Tensor, numbers: Sequence[int]) -> list[Tokens]:
+        """Return the outputs of blocks, without a norm, class token first where there is one.
+
+        Args:
+            x: as in `tokens`.
+            numbers: of the blocks, from 0; negative ones count from the end.
+
+        Returns:
+            tokens (B, N, D) float32 and grid for each number; width and grid may differ from block to block.
+        """
+        layers = self.backbone.repeated_blocks()
+        wrong = [number for number in numbers if not -len(layers) <= number < len(layers)]
+        if wrong or not numbers:
+            raise UserError(f"blocks are numbers from {-len(layers)} to {len(layers) - 1}; given {list(numbers)}")
+        found: dict[int, Tensor] = {}
+
+        def keep(number: int) -> Any:
+            return lambda _module, _given, out: found.__setitem__(number, out)
+
+        wanted = {number % len(layers) for number in numbers}
+        hooks = [layers[number].register_forward_hook(keep(number)) for number in wanted]
+        try:
+            self._tokens(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [self._of_block(layers[number], found[number % len(layers)]) for number in numbers]
+
+    def _of_block(self, layer: nn.Module, out: Tensor) -> Tokens:
+        if out.dim() == 4:  # a feature map
+            return Tokens(out.float().flatten(2).transpose(1, 2), tuple(out.shape[2:]))
+        return Tokens(out.float(), tuple(getattr(layer, "grid_out", self.backbone.grid)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `features(x)`."""
+        return self.features(x)
+
+    @torch.no_grad()
+    def predict(self, inputs: Any, top: int = 5, batch_size: int = 16) -> list[Prediction]:
+        """Return the classes of inputs, of a video by its central clip.
+
+        Args:
+            inputs: one input or a list of them, as `transform` takes.
+            top: how many classes of each, at most K.
+            batch_size: inputs that are computed at once.
+
+        Raises:
+            UserError: the network does not classify.
+        """
+        if self.kind != CLASSIFIER:
+            raise UserError(
+                f"{self.source} does not classify (it is a {self.kind} file): fine-tune it first, or give a "
+                "fine-tuned file"
+            )
+        if top < 1:
+            raise UserError(f"top must be at least 1; given {top}")
+        given = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+        return [
+            found
+            for first in range(0, len(given), batch_size)
+            for found in self._predict(given, first, batch_size, top)
+        ]
+
+    def _predict(self, given: list[Any], first: int, count: int, top: int) -> Iterator[Prediction]:
+        part = given[first : first + count]
+        with autocast(self.device, self.precision):
+            scores = self.objective.predict(Batch(clip=self.transform(part).to(self.device)))
+        best = scores.float().cpu().topk(min(top, scores.shape[1]), dim=1)
+        for row, what in enumerate(part):
+            path = os.fspath(what) if isinstance(what, str | os.PathLike) else f"input {first + row}"
+            pairs = zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
+            yield Prediction(path, [(self.class_name(number), score) for number, score in pairs])
+
+    def class_name(self, number: int) -> str:
+        """Return the name of a class, its number where names are not known."""
+        return str(number) if self.classes is None else self.classes[number]
+
+
+_A = {"image": "an image", "video": "a video"}
+
+
+def load_model(
+    source: str | Path,
+    cfg: str | CfgNode | None = None,
+    device: str | torch.device | None = None,
+    *,
+    averaged: bool = False,
+    precision: str = "off",
+) -> Model:
+    """Load a trained network.
+
+    Args:
+        source: a path (`.pyth`, `.pth`, `.safetensors`, a folder `.dcp`), an http(s) address, or a published name.
+        cfg: a recipe, by path or name, or a config: what the network is. None = the file's own config, or what its
+            names and shapes say.
+        device: where it computes; None = CUDA where there is one, else the CPU.
+        averaged: take the file's average of the weights (TRAIN.EMA).
+        precision: "off" (float32), "bf16" or "fp16".
+
+    Raises:
+        UserError: there is no such file, nobody knows the network, or the weights do not fit.
+    """
+    place = chosen_device(device)
+    path = os.fspath(source)
+    content = read_verified_checkpoint(path)
+    if averaged and AVERAGE not in content:
+        raise UserError(f"{path} has no average of the weights ({AVERAGE})")
+    given = cfg if cfg is None or isinstance(cfg, CfgNode) else load_config(cfg)
+    try:
+        found = recognise(content, given)
+    except UserError as error:
+        raise about(path, error) from error
+    objective = build_objective(found.cfg)
+    report = load_to_evaluate(found.cfg, objective, path, content, AVERAGE if averaged else None)
+    return Model(objective, found.cfg, path, found.kind, report, trained_classes(content), precision).to(place)
+
+
+def chosen_device(device: str | torch.device | None) -> torch.device:
+    """Return a device by its name; None = CUDA where there is one, else the CPU."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"there is no device {device!r}: cuda, cuda:1 or cpu") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {chosen}: this machine has {torch.cuda.device_count()} GPUs that PyTorch can use")
+    return chosen
