@@ -29,6 +29,7 @@ TRAIN = "train"
 PROGRAMS = {
     TRAIN: Program("maskfeat.engine.run", "pre-train, fine-tune and test a model as a recipe says"),
     "visualize": Program("maskfeat.analysis.visualize", "draw what a pre-trained model predicts"),
+    "export": Program("maskfeat.analysis.export", "export a trained network to timm, torchvision, ONNX and others"),
     "evidence": Program("maskfeat.demos.evidence", "measure over several seeds what pre-training brings", True),
     "submit": Program("maskfeat.engine.submit", "submit a run to a Slurm cluster"),
     "quickstart": Program("maskfeat.demos.quickstart", "train small models on data that it makes: a first look", True),
