@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from maskfeat.analysis.architecture import CLASSIFIER
-from maskfeat.analysis.foreign import Different, twin, versions
+from maskfeat.analysis.twins import Different, twin, versions
 from maskfeat.analysis.hub import HubModel, load_own_state, model_card, own_state
 from maskfeat.analysis.model import Model, load_model
 from maskfeat.build import build_objective
