@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from maskfeat.analysis.architecture import CLASSIFIER, recognise
+from maskfeat.analysis.architecture import build_recognised, recognise
+from maskfeat.analysis.foreign import CLASSIFIER
 from maskfeat.batch import Batch, SampleKey
-from maskfeat.build import build_objective
 from maskfeat.checkpoint.files import AVERAGE, read_verified_checkpoint
 from maskfeat.checkpoint.reading import trained_classes
 from maskfeat.checkpoint.weights import LoadReport
@@ -310,7 +310,7 @@ def load_model(
         found = recognise(content, given)
     except UserError as error:
         raise about(path, error) from error
-    objective = build_objective(found.cfg)
+    objective = build_recognised(found)
     report = load_to_evaluate(found.cfg, objective, path, content, AVERAGE if averaged else None)
     return Model(objective, found.cfg, path, found.kind, report, trained_classes(content), precision).to(place)
 
