@@ -19,22 +19,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from maskfeat.analysis.architecture import CLASSIFIER
-from maskfeat.analysis.twins import Different, twin, versions
-from maskfeat.analysis.hub import HubModel, load_own_state, model_card, own_state
+from maskfeat.analysis.architecture import Recognised, build_recognised
+from maskfeat.analysis.foreign import BACKBONE, CLASSIFIER
+from maskfeat.analysis.hub import HubModel, final_norm, model_card, own_state, without_head, write_weights
 from maskfeat.analysis.model import Model, load_model
-from maskfeat.build import build_objective
+from maskfeat.analysis.twins import Different, twin
 from maskfeat.checkpoint.atomic import fsync_dir, write_and_fsync
 from maskfeat.checkpoint.weights import LoadReport
 from maskfeat.errors import UserError, naming
 from maskfeat.models.base import Tokens
+from maskfeat.registry import objective_spec
 
 logger = logging.getLogger(__name__)
 
-BACKBONE = "backbone"
 PARTS = (BACKBONE, CLASSIFIER)
 OPSET = 18
 """Of ONNX, where none is given: the lowest that PyTorch's exporter writes."""
@@ -47,14 +47,13 @@ class Network(nn.Module):
     """What is exported of a model.
 
     Args:
-        model: with its weights.
-        classifies: logits are wanted, otherwise tokens and features.
+        model: a classifier or a backbone, with its weights.
     """
 
-    def __init__(self, model: Model, classifies: bool) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
-        self.model, self.classifies = model, classifies
-        self.names = ("logits",) if classifies else ("tokens", "features")
+        self.model, self.classifies = model, model.kind == CLASSIFIER
+        self.names = ("logits",) if self.classifies else ("tokens", "features")
         self.eval()
 
     def forward(self, clip: Tensor) -> tuple[Tensor, ...]:
@@ -110,11 +109,6 @@ class Job:
         """The model that is exported."""
         return self.network.model
 
-    @property
-    def classifies(self) -> bool:
-        """Whether the classifier is exported with it."""
-        return self.network.classifies
-
     def clips(self, batch: int) -> Tensor:
         """Return random input (batch, 3, [T,] H, W), the same for the same size."""
         generator = torch.Generator().manual_seed(batch)
@@ -125,27 +119,34 @@ def _plain(outputs: Any) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def _write_weights(path: Path, state: dict[str, Tensor], about: dict[str, str]) -> None:
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    write_and_fsync(path, save(tensors, metadata={"format": "pt", **about}))
-
-
 def _write_safetensors(job: Job, path: Path) -> Written:
-    _write_weights(path, own_state(job.model, job.classifies), {})
-    again = Model(build_objective(job.model.cfg), job.model.cfg, str(path), job.model.kind, LoadReport())
-    again.kind = CLASSIFIER if job.classifies else BACKBONE
-    load_own_state(again, load_file(path))
-    how = 'safetensors.torch.load_file("{path}"), for `objective.load_released_state`, under this project\'s names'
-    return Written(Network(again, job.classifies), how, 1e-6)
+    model = job.model
+    write_weights(path, own_state(model))
+    found = Recognised(model.cfg, "", model.kind, norm=final_norm(model) is not None)
+    again = Model(build_recognised(found), model.cfg, str(path), model.kind, LoadReport())
+    again.objective.load_released_state(load_file(path))
+    return Written(Network(again), _how_to_load(job, path), 1e-6)
+
+
+def _how_to_load(job: Job, path: Path) -> str:
+    """Return whether names and shapes tell `load_model` what the file is."""
+    clips = job.clips(1)
+    try:
+        again = Network(load_model(path, device="cpu"))
+        if all(map(torch.equal, job.network(clips), again(clips))):
+            return 'maskfeat.load_model("{path}")'
+    except UserError:
+        pass
+    return 'safetensors.torch.load_file("{path}"), by this project\'s names: `load_model` needs its recipe, too'
 
 
 def _write_twin(library: str, tolerance: float) -> Callable[[Job, Path], Written]:
     def write(job: Job, path: Path) -> Written:
-        found = twin(job.model, library, job.classifies)
+        found = twin(job.model, library)
         if isinstance(found, Different):
             logger.warning("%s has no network that computes the same: %s", library, found.why)
             return _write_safetensors(job, path)
-        _write_weights(path, found.state, {library: versions()[library], "load": found.how.format(path=job.name)})
+        write_weights(path, found.state, load=found.how.format(path=job.name))
         network = found.load(path)
         return Written(lambda x: found.outputs(network, x), found.how, tolerance)
 
@@ -153,13 +154,14 @@ def _write_twin(library: str, tolerance: float) -> Callable[[Job, Path], Written
 
 
 def _write_hub(job: Job, path: Path) -> Written:
-    HubModel.of(job.model, job.classifies).save_pretrained(path)
-    card = model_card(job.model, job.classifies, job.licence, job.name, job.figures)
+    HubModel.of(job.model).save_pretrained(path)
+    trained = objective_spec(job.model.cfg).title
+    card = model_card(job.model, trained, job.licence, job.name, job.figures)
     write_and_fsync(path / "README.md", card.encode())
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it reads a local folder
         again = HubModel.from_pretrained(path, local_files_only=True)
     how = 'maskfeat.analysis.hub.HubModel.from_pretrained("{path}")'
-    return Written(Network(again, job.classifies), how, 1e-6)
+    return Written(Network(again), how, 1e-6)
 
 
 def _traced(job: Job) -> torch.export.ExportedProgram:
@@ -303,7 +305,8 @@ def export(
         raise UserError(f"{model.source} does not classify (it is a {model.kind} file): --what backbone")
     _check_output(output, target, to)
     classifies = model.kind == CLASSIFIER if what is None else what == CLASSIFIER
-    job = Job(Network(model, classifies), opset, licence, output.name, tuple(figures))
+    part = model if classifies else without_head(model)
+    job = Job(Network(part), opset, licence, output.name, tuple(figures))
     with naming(f"--output {output} cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder, torch.no_grad():

@@ -1,6 +1,6 @@
 """A trained network as a folder of the Hugging Face Hub: weights, config and a model card."""
 
-from collections import OrderedDict
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -8,13 +8,13 @@ from typing import Any
 
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 import maskfeat
-from maskfeat.analysis.architecture import CLASSIFIER, recognise
+from maskfeat.analysis.architecture import Encoder, build_recognised, recognise
+from maskfeat.analysis.foreign import BACKBONE, CLASSIFIER
 from maskfeat.analysis.model import Model
-from maskfeat.build import build_objective
 from maskfeat.checkpoint.atomic import write_and_fsync
 from maskfeat.checkpoint.weights import LoadReport
 from maskfeat.config import dump_config
@@ -22,22 +22,31 @@ from maskfeat.config import dump_config
 WEIGHTS = "model.safetensors"
 
 
-def own_state(model: Model, classifies: bool) -> "OrderedDict[str, Tensor]":
-    """Return the weights under this project's names: of the whole objective, or of the backbone and the final norm."""
-    objective = model.objective
-    state = objective.released_state()
-    if classifies:
-        return state
-    norms = [f"{name}." for name, module in objective.named_modules() if module is model.norm]
-    inside = [name for name in objective.state_dict() if name.startswith(("backbone.", *norms))]
-    names = {objective.released_name(name) for name in inside} - {"mask_token"}
-    return OrderedDict((name, value) for name, value in state.items() if name in names)
+def final_norm(model: Model) -> nn.LayerNorm | None:
+    """Return the final norm of a model; None where it has none."""
+    return next((module for module in model.norm.modules() if isinstance(module, nn.LayerNorm)), None)
 
 
-def load_own_state(model: Model, state: dict[str, Tensor]) -> LoadReport:
-    """Load what `own_state` returned; a head that it left out keeps its initial values."""
-    left_out = () if model.kind == CLASSIFIER else [n for n in model.objective.released_state() if n not in state]
-    return model.objective.load_released_state(state, allow=left_out)
+def without_head(model: Model) -> Model:
+    """Return the backbone of a model with its final norm; the weights are shared."""
+    norm = final_norm(model)
+    encoder = Encoder(model.backbone, norm is not None, model.mean_pooling)
+    encoder.norm = nn.Identity() if norm is None else norm
+    cfg = model.cfg.clone()
+    cfg.defrost()
+    cfg.MVIT.USE_MEAN_POOLING = model.mean_pooling
+    cfg.freeze()
+    return Model(encoder, cfg, model.source, BACKBONE, model.report)
+
+
+def own_state(model: Model) -> dict[str, Tensor]:
+    """Return the weights under this project's names, by which `load_model` recognises them."""
+    state = model.objective.released_state()
+    if model.kind == BACKBONE:
+        state.pop("mask_token", None)
+        if model.mean_pooling:
+            return {re.sub(r"^norm\.", "fc_norm.", name): value for name, value in state.items()}
+    return dict(state)
 
 
 class HubModel(Model, PyTorchModelHubMixin, library_name="maskfeat"):
@@ -46,37 +55,45 @@ class HubModel(Model, PyTorchModelHubMixin, library_name="maskfeat"):
 
     Args:
         cfg: the config of the network, as YAML text.
-        kind: "classifier", or else "backbone": a head that predicts has random weights then.
+        kind: "classifier" or "backbone".
+        norm: of a backbone, whether it has a final norm.
         classes: names of the classes by their numbers; None = not known.
         source: where the weights come from.
     """
 
-    def __init__(self, cfg: str, kind: str, classes: Sequence[str] | None = None, source: str = "") -> None:
-        found = recognise({"cfg": cfg, "model_state": {}}).cfg
-        super().__init__(build_objective(found), found, source, kind, LoadReport(), classes)
+    def __init__(
+        self, cfg: str, kind: str, norm: bool = True, classes: list[str] | None = None, source: str = ""
+    ) -> None:
+        own = recognise({"cfg": cfg, "model_state": {}})
+        objective = build_recognised(own._replace(kind=kind, norm=norm))
+        super().__init__(objective, own.cfg, source, kind, LoadReport(), classes)
 
     @classmethod
-    def of(cls, model: Model, classifies: bool) -> "HubModel":
+    def of(cls, model: Model) -> "HubModel":
         """Return a copy of a model that can be saved."""
-        source = Path(model.source).name
         copy = cls(
             cfg=dump_config(_without_paths(model.cfg)),
-            kind=CLASSIFIER if classifies else "backbone",
-            classes=model.classes if classifies else None,
-            source=source,
+            kind=model.kind,
+            norm=final_norm(model) is not None,
+            classes=model.classes,
+            source=Path(model.source).name,
         )
-        copy.report = load_own_state(copy, own_state(model, classifies))
+        copy.report = copy.objective.load_released_state(own_state(model))
         return copy
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        state = own_state(self, self.kind == CLASSIFIER)
-        content = save({name: value.contiguous() for name, value in state.items()}, metadata={"format": "pt"})
-        write_and_fsync(save_directory / WEIGHTS, content)
+        write_weights(save_directory / WEIGHTS, own_state(self))
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        model.report = load_own_state(model, load_file(model_file))
+        model.report = model.objective.load_released_state(load_file(model_file))
         return model.to(map_location)
+
+
+def write_weights(path: Path, state: dict[str, Tensor], **about: str) -> None:
+    """Write tensors as a safetensors file, with what is said about them as its metadata."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    write_and_fsync(path, save(tensors, metadata={"format": "pt", **about}))
 
 
 def _without_paths(cfg: CfgNode) -> CfgNode:
@@ -90,17 +107,18 @@ def _without_paths(cfg: CfgNode) -> CfgNode:
     return cleaned
 
 
-def model_card(model: Model, classifies: bool, licence: str, name: str, figures: Sequence[str] = ()) -> str:
+def model_card(model: Model, trained: str, licence: str, name: str, figures: Sequence[str] = ()) -> str:
     """Return the README.md of a folder: metadata that the Hub reads, what the network is, and how to load it.
 
     Args:
         model: what is exported.
-        classifies: whether with its classifier.
+        trained: MODEL.MODEL_NAME of its recipe, in words.
         licence: identifier of the Hub, such as apache-2.0 or cc-by-nc-4.0.
         name: of the folder.
         figures: what was measured, a sentence each.
     """
-    cfg, medium = model.cfg, {"image": "images", "video": "clips"}[model.media]
+    cfg, classifies = model.cfg, model.kind == CLASSIFIER
+    medium = {"image": "images", "video": "clips"}[model.media]
     task = {
         ("image", True): "image-classification",
         ("image", False): "image-feature-extraction",
@@ -108,8 +126,7 @@ def model_card(model: Model, classifies: bool, licence: str, name: str, figures:
         ("video", False): "feature-extraction",
     }[model.media, classifies]
     size = " x ".join(map(str, model.backbone.clip_size))
-    parameters = sum(value.numel() for value in own_state(model, classifies).values()) / 1e6
-    title = type(model.objective).__name__
+    parameters = sum(value.numel() for value in own_state(model).values()) / 1e6
     lines = [
         "---",
         f"license: {licence}",
@@ -117,7 +134,6 @@ def model_card(model: Model, classifies: bool, licence: str, name: str, figures:
         f"pipeline_tag: {task}",
         "tags:",
         "- self-supervised-learning",
-        f"- {title.lower()}",
         "---",
         "",
         f"# {name}",
@@ -125,8 +141,8 @@ def model_card(model: Model, classifies: bool, licence: str, name: str, figures:
         f"{'A classifier' if classifies else 'The backbone'} of {medium}: {type(model.backbone).__name__}, "
         f"{parameters:.1f} M parameters, for {size} {'pixels' if model.media == 'image' else '(frames x pixels)'}.",
         "",
-        f"- Weights from: `{Path(model.source).name}` (a {model.kind} file)",
-        f"- Recipe: {title} (`MODEL.MODEL_NAME {cfg.MODEL.MODEL_NAME}`), {cfg.SOLVER.MAX_EPOCH} epochs, "
+        f"- Weights from: `{Path(model.source).name}`",
+        f"- Recipe: {trained} (`MODEL.MODEL_NAME {cfg.MODEL.MODEL_NAME}`), {cfg.SOLVER.MAX_EPOCH} epochs, "
         f"{cfg.SOLVER.OPTIMIZING_METHOD}, base learning rate {cfg.SOLVER.BASE_LR:g}",
         f"- Trained on: {cfg.TRAIN.DATASET}" + (f", {model.objective.num_classes} classes" if classifies else ""),
         f"- Input: normalised by mean {list(cfg.DATA.MEAN)} and standard deviation {list(cfg.DATA.STD)}",

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import ResNet as TorchvisionResNet
 from torchvision.models import VisionTransformer as TorchvisionViT
 
+from maskfeat.analysis.foreign import CLASSIFIER
+from maskfeat.analysis.hub import final_norm
 from maskfeat.analysis.model import Model
 from maskfeat.models.mvit import MViT
 from maskfeat.models.resnet import STAGES, ResNet
@@ -49,26 +50,18 @@ class Different(NamedTuple):
     why: str
 
 
-def _head(model: Model, prefix: str, classifies: bool) -> dict[str, Tensor]:
-    """Return the weights of the classifier, below `prefix`; none where only the backbone is wanted."""
+def _head(model: Model, prefix: str) -> dict[str, Tensor]:
+    """Return the weights of the classifier, below `prefix`; none of a backbone."""
     objective = model.objective
-    if not (classifies and isinstance(objective, Classification)):
+    if not isinstance(objective, Classification):
         return {}
     return {f"{prefix}{name}": value for name, value in objective.head.projection.state_dict().items()}
 
 
-def _final_norm(model: Model) -> nn.LayerNorm | None:
-    return next((module for module in model.norm.modules() if isinstance(module, nn.LayerNorm)), None)
-
-
 def _norm(model: Model, prefix: str) -> dict[str, Tensor]:
     """Return the weights of the final norm, below `prefix`; none where there is none."""
-    norm = _final_norm(model)
+    norm = final_norm(model)
     return {} if norm is None else {f"{prefix}{name}": value for name, value in norm.state_dict().items()}
-
-
-def _classes(model: Model, classifies: bool) -> int:
-    return model.objective.num_classes if classifies else 0
 
 
 def _vit_arguments(model: Model, vit: ViT, classifies: bool) -> tuple[str, dict[str, Any]]:
@@ -103,11 +96,11 @@ def _vit_arguments(model: Model, vit: ViT, classifies: bool) -> tuple[str, dict[
         "qkv_bias": block.attn.qkv.bias is not None,
         "class_token": vit.cls_token is not None,
         "pos_embed": "learn" if vit.pos_embed is not None else "none",
-        "final_norm": _final_norm(model) is not None,
+        "final_norm": final_norm(model) is not None,
         # With the mean, timm has an `fc_norm` unless it is told not to.
         "fc_norm": None if by_class_token or model.mean_pooling else False,
         "global_pool": "token" if by_class_token else "avg",
-        "num_classes": _classes(model, classifies),
+        "num_classes": model.objective.num_classes,
     }
     return f"vit_{name}_patch16_224", {key: value for key, value in own.items() if value != usual[key]}
 
@@ -124,7 +117,7 @@ def _created(name: str, arguments: dict[str, Any]) -> tuple[Callable[[Path], nn.
 def _timm_vit(model: Model, vit: ViT, classifies: bool) -> Twin:
     state = {name: value for name, value in vit.state_dict().items() if name != "mask_token"}
     state |= _norm(model, "fc_norm." if model.mean_pooling else "norm.")
-    state |= _head(model, "head.", classifies)
+    state |= _head(model, "head.")
 
     def outputs(network: Any, x: Tensor) -> Sequence[Tensor]:
         if classifies:
@@ -153,9 +146,9 @@ def _torchvision_vit(model: Model, vit: ViT, classifies: bool) -> Twin | Differe
     block: Any = vit.blocks[0]
     if model.mean_pooling or vit.cls_token is None:
         return Different("its ViT classifies the class token, this one the mean of the others")
-    if vit.pos_embed is None or block.attn.qkv.bias is None or _final_norm(model) is None:
+    if vit.pos_embed is None or block.attn.qkv.bias is None or final_norm(model) is None:
         return Different("its ViT has positions, biases of q, k and v and a final norm")
-    classes = _classes(model, classifies)
+    classes = model.objective.num_classes
     arguments = {
         "image_size": vit.clip_size[0],
         "patch_size": vit.token_pixels[0],
@@ -177,7 +170,7 @@ def _torchvision_vit(model: Model, vit: ViT, classifies: bool) -> Twin | Differe
         out, tokens = _with_output(network, network.encoder, x)
         return [out] if classifies else [tokens, tokens[:, 1:].mean(dim=1)]
 
-    state = _norm(model, "encoder.ln.") | _head(model, "heads.head.", classifies)
+    state = _norm(model, "encoder.ln.") | _head(model, "heads.head.")
     for name, value in vit.state_dict().items():
         for pattern, other in _TORCHVISION_VIT:
             name = re.sub(pattern, other, name)
@@ -219,12 +212,12 @@ def _resnet_outputs(network: Any, x: Tensor, classifies: bool) -> Sequence[Tenso
 
 
 def _resnet_twin(model: Model, resnet: ResNet, classifies: bool, load: Callable[[Path], nn.Module], how: str) -> Twin:
-    state = resnet.state_dict() | _head(model, "fc.", classifies)
+    state = resnet.state_dict() | _head(model, "fc.")
     return Twin(state, load, lambda network, x: _resnet_outputs(network, x, classifies), how)
 
 
 def _torchvision_resnet(model: Model, resnet: ResNet, classifies: bool) -> Twin:
-    depth, classes = _depth(resnet), _classes(model, classifies)
+    depth, classes = _depth(resnet), model.objective.num_classes
     block, blocks = STAGES[depth]
 
     def load(path: Path) -> nn.Module:
@@ -239,15 +232,15 @@ def _torchvision_resnet(model: Model, resnet: ResNet, classifies: bool) -> Twin:
     return _resnet_twin(model, resnet, classifies, load, how)
 
 
-def twin(model: Model, library: str, classifies: bool) -> Twin | Different:
+def twin(model: Model, library: str) -> Twin | Different:
     """Return the network of another library that computes the same, or why there is none.
 
     Args:
-        model: ours.
+        model: ours, a classifier or a backbone.
         library: "timm" or "torchvision".
-        classifies: whether the classifier belongs to it.
     """
     backbone: object = model.backbone
+    classifies = model.kind == CLASSIFIER
     if isinstance(backbone, ViT):
         return (_timm_vit if library == "timm" else _torchvision_vit)(model, backbone, classifies)
     if isinstance(backbone, ResNet):
@@ -255,14 +248,9 @@ def twin(model: Model, library: str, classifies: bool) -> Twin | Different:
             return _torchvision_resnet(model, backbone, classifies)
         depth = _depth(backbone)
         if depth in _TORCHVISION_DEPTHS:
-            created = _created(f"resnet{depth}", {"num_classes": _classes(model, classifies)})
+            created = _created(f"resnet{depth}", {"num_classes": model.objective.num_classes})
             return _resnet_twin(model, backbone, classifies, *created)
         return Different(f"a ResNet-{depth} is not among timm's")
     if isinstance(backbone, MViT):
         return Different("its MViTv2 widens in the attention, this one in the MLP before (MVIT.DIM_MUL_IN_ATT False)")
     return Different(f"{type(backbone).__name__} is not among its networks")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that exports are compared with."""
-    return {"timm": timm.__version__, "torchvision": torchvision.__version__}
