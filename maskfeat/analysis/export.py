@@ -185,7 +185,7 @@ def onnx_runtime() -> Any:
         UserError: a library of the extra `export` is not installed.
     """
     try:
-        import onnx  # noqa: F401
+        import onnx.defs  # noqa: F401
         import onnxscript  # noqa: F401
 
         return importlib.import_module("onnxruntime")
@@ -193,15 +193,22 @@ def onnx_runtime() -> Any:
         raise UserError(f"ONNX needs {error.name}, which is not installed: pip install '.[export]'") from error
 
 
+def _check_opset(opset: int) -> None:
+    from onnx.defs import onnx_opset_version
+
+    if not OPSET <= opset <= onnx_opset_version():
+        raise UserError(f"--opset must be from {OPSET} to {onnx_opset_version()}, what is installed; given {opset}")
+
+
 def _write_onnx(job: Job, path: Path) -> Written:
     runtime = onnx_runtime()
+    _check_opset(job.opset)
     program = torch.onnx.export(
         _traced(job),
         input_names=["clip"],
         output_names=list(job.network.names),
         opset_version=job.opset,
         dynamo=True,
-        optimize=False,  # runtimes do so themselves when they load it; here it would take as long as all the rest
         verbose=False,
     )
     assert program is not None
