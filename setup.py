@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "maskfeat" / "__init__.py").read_text(), re.M)
 # What single commands need, in packages that training does without.
 EXTRAS = {
+    "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5.4"],
     "plots": ["matplotlib>=3.8.4"],
     "parquet": ["pyarrow>=17.0"],
     "probes": ["scikit-learn>=1.4.2"],
@@ -63,6 +64,7 @@ setup(
         "torch>=2.11",
         "torchvision>=0.26",
         "timm>=1.0.20",
+        "huggingface_hub>=0.34",
         "safetensors>=0.4.5",
         "yacs>=0.1.8",
         "iopath>=0.1.9",
@@ -76,6 +78,7 @@ setup(
     extras_require={
         **EXTRAS,
         "dev": [
+            *EXTRAS["export"],
             *EXTRAS["plots"],
             *EXTRAS["parquet"],
             *EXTRAS["probes"],

@@ -33,6 +33,7 @@ PROGRAMS = {
     "probe": Program("maskfeat.analysis.probes.command", "measure frozen features by small classifiers", True),
     "predict": Program("maskfeat.analysis.predict", "say which classes a fine-tuned model sees in images or videos"),
     "visualize": Program("maskfeat.analysis.visualize", "draw what a pre-trained model predicts"),
+    "export": Program("maskfeat.analysis.export", "export a trained network to timm, torchvision, ONNX and others"),
     "evidence": Program("maskfeat.demos.evidence", "measure over several seeds what pre-training brings", True),
     "submit": Program("maskfeat.engine.submit", "submit a run to a Slurm cluster"),
     "quickstart": Program("maskfeat.demos.quickstart", "train small models on data that it makes: a first look", True),

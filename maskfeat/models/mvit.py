@@ -166,7 +166,7 @@ class MultiScaleBlock(nn.Module):
         on_grid = x[:, self.prefix :].unflatten(1, self.grid)
         if isinstance(self.pool_skip, nn.MaxPool2d):
             on_grid = on_grid.flatten(0, -4)
-        pooled = self.pool_skip(on_grid.movedim(-1, 1)).movedim(1, -1).reshape(len(x), -1, x.shape[-1])
+        pooled = self.pool_skip(on_grid.movedim(-1, 1)).movedim(1, -1).reshape(x.shape[0], -1, x.shape[-1])
         return torch.cat([x[:, : self.prefix], pooled], dim=1) if self.prefix else pooled
 
     def forward(self, x: Tensor) -> Tensor:
@@ -309,7 +309,7 @@ class MViT(nn.Module):
         if hidden is not None:
             x = hide_tokens(x, hidden, self.stem_grid, self.mask_token)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         if self.position != "none":
             x = x + self._positions()
         for block in self.blocks:
