@@ -29,6 +29,8 @@ def run_part(part: Part, output: Path, device: torch.device, toy: bool, seconds:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     path = outcome_file(output, part.name)
+    if toy:
+        torch.set_num_threads(1)  # more do not speed up small tensors
     context = Context(device, toy, folder, output / "data", seconds, path)
     context.note()
     why = ""
