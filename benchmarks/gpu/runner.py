@@ -56,8 +56,13 @@ class Runner:
         return int(FAILED in states or HUNG in states)
 
     def _run_all(self, wanted: Sequence[Part]) -> None:
+        """Run parts in their order."""
+        (self.output / "logs").mkdir(parents=True, exist_ok=True)
+        forked = [part for part in wanted if not part.environment and not self._needs_cuda(part)]
+        if forked:
+            self._server = Server(self.table, self.device.type == "cuda", self.output / "logs" / "server.log")
         for number, part in enumerate(wanted, 1):
-            if part.cuda and self.device.type != "cuda":
+            if self._needs_cuda(part):
                 self.results.set(part, NOT_RUN, why=NEEDS_CUDA)
                 continue
             left, limit = self.ends - time.monotonic(), part.seconds * (_TOY if self.toy else 1)
@@ -69,22 +74,24 @@ class Runner:
             found = self.results.parts[part.name]
             logger.info("    %s in %.1f s  %s", found["status"], found["seconds"], found.get("why", ""))
 
+    def _needs_cuda(self, part: Part) -> bool:
+        """Whether a part cannot run on this device."""
+        return part.cuda and self.device.type != "cuda"
+
     def _start(self, part: Part, limit: float, log: Path) -> Process:
         """Start the process of a part: a fork, unless it needs variables that are read at import."""
         arguments = ["--part", part.name, "--table", self.table, "--seconds", str(limit)]
         arguments += ["--output", str(self.output), "--device", str(self.device), *(["--toy"] if self.toy else [])]
-        cuda = self.device.type == "cuda"
         if part.environment:
-            return start(arguments, log, {**part.environment, **({} if cuda else {"TRITON_INTERPRET": "1"})})
-        if self._server is None:
-            self._server = Server(self.table, cuda, self.output / "logs" / "server.log")
-        return self._server.start(arguments, log) if self._server.usable else start(arguments, log, {})
+            interpreted = {} if self.device.type == "cuda" else {"TRITON_INTERPRET": "1"}
+            return start(arguments, log, {**part.environment, **interpreted})
+        server = self._server
+        return server.start(arguments, log) if server is not None and server.usable else start(arguments, log, {})
 
     def _run(self, part: Part, limit: float, cut: bool) -> None:
         """Run one part; `cut`: it gets less than its own limit."""
         log, outcome = self.output / "logs" / f"{part.name}.log", outcome_file(self.output, part.name)
-        for path in (log, outcome):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        outcome.parent.mkdir(parents=True, exist_ok=True)
         outcome.unlink(missing_ok=True)
         self.results.set(part, RUNNING)
         began = time.monotonic()
