@@ -6,6 +6,8 @@ The size of the input decides between a video model, with ([T,] H, W) = (T, H, W
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import math
+
 import torch
 from timm.layers import DropPath, make_divisible
 from torch import Tensor, nn
@@ -277,7 +279,7 @@ class MViT(nn.Module):
         if position not in ("none", "joint", "separate"):
             raise ValueError(f"position is {position!r}, expected 'none', 'joint' or 'separate'")
         if position == "joint":
-            num = int(class_token) + int(torch.tensor(self.stem_grid).prod())
+            num = int(class_token) + math.prod(self.stem_grid)
             self.pos_embed = token_parameter(1, num, width)
         elif position == "separate":
             frames, height, columns = self.stem_grid

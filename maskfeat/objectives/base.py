@@ -69,6 +69,11 @@ class Objective(ReleasedModule):
         return self.backbone.layer_id(released_name)
 
 
+def can_be_read(values: Tensor) -> bool:
+    """Return whether values can be read without waiting for a device: on the CPU, and not of a fake tensor."""
+    return values.device.type == "cpu" and type(values) is Tensor
+
+
 def sample_patches(cfg: CfgNode, grid: tuple[int, ...]) -> MaskSampler:
     """Return the sampler of hidden patches that the AUG.MASK_* keys describe, on a grid ([T,] H, W).
 

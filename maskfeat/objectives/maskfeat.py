@@ -18,7 +18,7 @@ from maskfeat.masking import resize_mask
 from maskfeat.models.base import Backbone
 from maskfeat.models.layers import full_precision, is_reference, layer_norm
 from maskfeat.models.mvit_config import TRANSFORMER
-from maskfeat.objectives.base import Objective, check_patch_masks, sample_patches
+from maskfeat.objectives.base import Objective, can_be_read, check_patch_masks, sample_patches
 from maskfeat.objectives.hog import cut_patches, hog, hog_tokens, pad_border, patch_features, pixel_weights
 from maskfeat.objectives.predictions import hog_rows
 from maskfeat.pictures import HogRow
@@ -167,7 +167,7 @@ class MaskFeat(Objective):
         the mask is counted.
         """
         hidden = self.hidden_tokens(batch)
-        if batch.max_hidden is None or hidden.device.type == "cpu":
+        if batch.max_hidden is None or can_be_read(hidden):
             most = int(hidden.sum(dim=1).max())
         else:
             assert batch.hidden is not None
