@@ -61,6 +61,10 @@ def verdict(ratio: float) -> str:
     return "the Triton kernels stay" if ratio > WITHIN else "the Triton kernels go"
 
 
+def _total(seconds: dict[str, float]) -> float:
+    return seconds["forward"] + seconds["backward"]
+
+
 def _row(shape: Pooling, context: Context, has_kernels: bool) -> Figures:
     """Seconds of one shape, forward and backward, by form; `ratio`: compiled over Triton."""
     width = shape.heads * shape.channels
@@ -89,8 +93,7 @@ def _row(shape: Pooling, context: Context, has_kernels: bool) -> Figures:
     for name, form in forms.items():
         found[name] = _seconds(form, x, weight, context)
     if has_kernels:
-        totals = {name: found[name]["forward"] + found[name]["backward"] for name in forms}
-        found["ratio"] = totals["compiled"] / totals["triton"]
+        found["ratio"] = _total(found["compiled"]) / _total(found["triton"])
         found["verdict"] = verdict(found["ratio"])
     return found
 
