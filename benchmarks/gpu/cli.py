@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add("--wheels", metavar="DIR", type=Path, help="install packages that are missing from this folder, with pip")
     add("--again", action="store_true", help="run parts anew that have passed")
     add("--list", action="store_true", help="list the parts and end")
+    add("--serve", action="store_true", help=argparse.SUPPRESS)
     for hidden, kind in (("--part", str), ("--table", str), ("--seconds", float)):
         add(hidden, type=kind, help=argparse.SUPPRESS)
     return found
@@ -103,6 +104,8 @@ def main(argv: Sequence[str] | None = None, table: str = TABLE) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     if args.part is not None:
         return _one(args)
+    if args.serve:
+        return _serve(args)
     _check(args, options)
     wheels = install_missing(args.wheels) if args.wheels else {}
     for name, outcome in wheels.items():
@@ -148,3 +151,11 @@ def _one(args: argparse.Namespace) -> int:
 
     (part,) = (part for part in _parts(args.table) if part.name == args.part)
     return run_part(part, args.output, torch.device(args.device), args.toy, args.seconds)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    """Import everything and fork for every part that another process asks for."""
+    from benchmarks.gpu.processes import serve
+
+    _parts(args.table)
+    return serve(main, args.device == "cuda")

@@ -50,7 +50,7 @@ PARTS: tuple[Part, ...] = (
                 "bfloat16": kernels.triton_pooling(torch.bfloat16),
             }
         ),
-        environment=kernels.interpreter(),
+        environment={"MASKFEAT_TRITON": "1"},
     ),
     Part(
         "resnet on cpu and gpu",

@@ -88,7 +88,7 @@ class Part(NamedTuple):
         covers: code paths of the package that only CUDA takes and that this part reaches, as
             "models/pooling.py:_forward" (a file of maskfeat/ and a function; the file alone for what is in none).
         cuda: there is nothing to run on a CPU.
-        environment: variables of the part's process.
+        environment: variables of the part's process, for those that are read at import.
     """
 
     name: str

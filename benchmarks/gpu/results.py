@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ def describe_machine() -> dict[str, Any]:
     asked = ("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm")
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "--id=0"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
-        if done.returncode == 0:
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
             found |= dict(zip(("gpu", *asked[1:]), (text.strip() for text in done.stdout.split(",")), strict=False))
     return found
 

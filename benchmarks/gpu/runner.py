@@ -2,10 +2,6 @@
 
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,12 +11,12 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.parts import Part
+from benchmarks.gpu.processes import Process, Server, end_family, start
 from benchmarks.gpu.results import FAILED, HUNG, NEEDS_CUDA, NO_TIME, NOT_RUN, PASSED, RUNNING, Results
 from benchmarks.gpu.worker import outcome_file
 
 logger = logging.getLogger(__name__)
 
-SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
 _LOOK = 0.1  # seconds between two looks at a part
 _TOY = 5  # a toy run has so many times the limits: continuous integration has slow and busy machines
 _LEAST = 0.5  # share of its limit that a part must find left to be started
@@ -42,6 +38,7 @@ class Runner:
     ) -> None:
         self.results, self.output, self.device, self.toy = results, output, device, toy
         self.table, self.ends = table, ends
+        self._server: Server | None = None
 
     def run(self, parts: Sequence[Part], again: bool = False) -> int:
         """Run parts that have not passed yet (`again`: all), as long as there is time.
@@ -50,8 +47,22 @@ class Runner:
             the exit code: 1 where a part failed or hung.
         """
         wanted = [part for part in parts if again or not self.results.is_done(part)]
+        try:
+            self._run_all(wanted)
+        finally:
+            if self._server is not None:
+                self._server.close()
+        states = [self.results.parts.get(part.name, {}).get("status") for part in parts]
+        return int(FAILED in states or HUNG in states)
+
+    def _run_all(self, wanted: Sequence[Part]) -> None:
+        """Run parts in their order."""
+        (self.output / "logs").mkdir(parents=True, exist_ok=True)
+        forked = [part for part in wanted if not part.environment and not self._needs_cuda(part)]
+        if forked:
+            self._server = Server(self.table, self.device.type == "cuda", self.output / "logs" / "server.log")
         for number, part in enumerate(wanted, 1):
-            if part.cuda and self.device.type != "cuda":
+            if self._needs_cuda(part):
                 self.results.set(part, NOT_RUN, why=NEEDS_CUDA)
                 continue
             left, limit = self.ends - time.monotonic(), part.seconds * (_TOY if self.toy else 1)
@@ -62,45 +73,46 @@ class Runner:
             self._run(part, min(left, limit), cut=left < limit)
             found = self.results.parts[part.name]
             logger.info("    %s in %.1f s  %s", found["status"], found["seconds"], found.get("why", ""))
-        states = [self.results.parts.get(part.name, {}).get("status") for part in parts]
-        return int(FAILED in states or HUNG in states)
+
+    def _needs_cuda(self, part: Part) -> bool:
+        """Whether a part cannot run on this device."""
+        return part.cuda and self.device.type != "cuda"
+
+    def _start(self, part: Part, limit: float, log: Path) -> Process:
+        """Start the process of a part: a fork, unless it needs variables that are read at import."""
+        arguments = ["--part", part.name, "--table", self.table, "--seconds", str(limit)]
+        arguments += ["--output", str(self.output), "--device", str(self.device), *(["--toy"] if self.toy else [])]
+        if part.environment:
+            interpreted = {} if self.device.type == "cuda" else {"TRITON_INTERPRET": "1"}
+            return start(arguments, log, {**part.environment, **interpreted})
+        server = self._server
+        return server.start(arguments, log) if server is not None and server.usable else start(arguments, log, {})
 
     def _run(self, part: Part, limit: float, cut: bool) -> None:
         """Run one part; `cut`: it gets less than its own limit."""
         log, outcome = self.output / "logs" / f"{part.name}.log", outcome_file(self.output, part.name)
-        for path in (log, outcome):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        outcome.parent.mkdir(parents=True, exist_ok=True)
         outcome.unlink(missing_ok=True)
         self.results.set(part, RUNNING)
-        command = [sys.executable, str(SCRIPT), "--part", part.name, "--table", self.table, "--seconds", str(limit)]
-        command += ["--output", str(self.output), "--device", str(self.device), *(["--toy"] if self.toy else [])]
         began = time.monotonic()
-        with open(log, "wb") as said:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **part.environment},
-                start_new_session=True,
-            )
+        process = self._start(part, limit, log)
         try:
             hung = self._wait(part, process, outcome, began + limit)
         finally:
-            end_family(process)
+            code = end_family(process)
         found: dict[str, Any] = {"seconds": round(time.monotonic() - began, 2), **_read(outcome)}
         done, why = found.pop("done", False), found.pop("why", "")
         if hung and cut:
             status, why = NOT_RUN, f"{NO_TIME} after {limit:.0f} s"
         elif hung:
             status, why = HUNG, f"stopped after {limit:.0f} s; its last lines are in {log}"
-        elif done and not why and process.returncode == 0:
+        elif done and not why and code == 0:
             status = PASSED
         else:
-            status, why = FAILED, why or f"its process ended with {_code(process.returncode)}: {_last_line(log)}"
+            status, why = FAILED, why or f"its process ended with {_code(code)}: {_last_line(log)}"
         self.results.set(part, status, **({"why": why} if why else {}), **found)
 
-    def _wait(self, part: Part, process: "subprocess.Popen[bytes]", outcome: Path, until: float) -> bool:
+    def _wait(self, part: Part, process: Process, outcome: Path, until: float) -> bool:
         """Wait for the end of a part and note figures as they come; return whether it had to be stopped."""
         seen = 0.0
         while process.poll() is None:
@@ -123,34 +135,10 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _code(code: int | None) -> str:
-    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+def _code(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else "it said nothing"
-
-
-def _family(pid: int) -> list[int]:
-    """Return a process and all below it (Linux), also those that lead process groups of their own."""
-    below: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, ValueError, IndexError):
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            below.setdefault(parent, []).append(int(stat.parent.name))
-    family = [pid]
-    for one in family:  # grows on the way
-        family.extend(below.get(one, []))
-    return family
-
-
-def end_family(process: "subprocess.Popen[bytes]") -> None:
-    """Kill a process, its process group and everything that it started."""
-    family = _family(process.pid)[1:]
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    for pid in family:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
