@@ -3,10 +3,9 @@
 The size of the input decides between a video model, with ([T,] H, W) = (T, H, W), and an image model, with (H, W).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import math
 
 import torch
 from timm.layers import DropPath, make_divisible
