@@ -19,6 +19,7 @@ EXTRAS = {
     "plots": ["matplotlib>=3.8.4"],
     "probes": ["scikit-learn>=1.4.2"],
     "slurm": ["submitit>=1.5.1"],
+    "simplejpeg": ["simplejpeg>=1.8.2"],
     "torchcodec": ["torchcodec"],
     "docs": ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
 }
@@ -78,6 +79,7 @@ setup(
             *EXTRAS["plots"],
             *EXTRAS["probes"],
             *EXTRAS["slurm"],
+            *EXTRAS["simplejpeg"],
             *EXTRAS["docs"],
             "pytest>=8.3",
             "pytest-xdist>=3.6.1",
