@@ -21,6 +21,7 @@ EXTRAS = {
     "parquet": ["pyarrow>=17.0"],
     "probes": ["scikit-learn>=1.4.2"],
     "slurm": ["submitit>=1.5.1"],
+    "simplejpeg": ["simplejpeg>=1.8.2"],
     "torchcodec": ["torchcodec"],
     "docs": ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
 }
@@ -83,6 +84,7 @@ setup(
             *EXTRAS["parquet"],
             *EXTRAS["probes"],
             *EXTRAS["slurm"],
+            *EXTRAS["simplejpeg"],
             *EXTRAS["docs"],
             "pytest>=8.3",
             "pytest-xdist>=3.6.1",

@@ -42,7 +42,7 @@ def _run(cfg: CfgNode) -> None:
     cfg.DATA_LOADER = CfgNode()
     cfg.DATA_LOADER.NUM_WORKERS = 8  # data workers per process; 0 = load in the training process
     cfg.DATA_LOADER.PIN_MEMORY = True  # page-locked batches: faster copies to a GPU
-    # ours: "pil" | "torchvision" (JPEG decoding by torchvision, resizing by PyTorch; faster, slightly other pixels)
+    # ours: "pil" | "simplejpeg" (JPEG decoding by that package, resizing by PyTorch; faster, slightly other pixels)
     cfg.DATA_LOADER.IMAGE_BACKEND = "pil"
     # ours: decode small images of one size once and keep them on the device, with cropping and masking there
     cfg.DATA_LOADER.RESIDENT = False

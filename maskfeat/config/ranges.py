@@ -15,7 +15,7 @@ _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "DIST_BACKEND": ("nccl", "gloo"),
-    "DATA_LOADER.IMAGE_BACKEND": ("pil", "torchvision"),
+    "DATA_LOADER.IMAGE_BACKEND": ("pil", "simplejpeg"),
     "TRAIN.PARALLEL": ("ddp", "fsdp"),
     "TRAIN.CHECKPOINT_FORMAT": ("gathered", "sharded"),
     "TRAIN.CHECKPOINT_TYPE": ("pytorch",),
