@@ -27,11 +27,11 @@ _HEADS = {1280: 16, 1408: 16, 1664: 16}
 """Attention heads by width where they are not 64 wide: ViT-H, -g and -G."""
 _BINS = 9
 _VIT_BLOCK = re.compile(
-    r"blocks\.\d+\.(norm[12]\.(weight|bias)|attn\.(qkv|q|k|v|proj)\.(weight|bias)|attn\.[qv]_bias"
+    r"blocks\.[0-9]{1,4}\.(norm[12]\.(weight|bias)|attn\.(qkv|q|k|v|proj)\.(weight|bias)|attn\.[qv]_bias"
     r"|mlp\.fc[12]\.(weight|bias))"
 )
 _MVIT_BLOCK = re.compile(
-    rf"{_VIT_BLOCK.pattern}|blocks\.\d+\.(proj\.(weight|bias)|attn\.(rel_pos_[hwt]|(pool|norm)_[qkv]\.(weight|bias)))"
+    rf"{_VIT_BLOCK.pattern}|blocks\.[0-9]{1,4}\.(proj\.(weight|bias)|attn\.(rel_pos_[hwt]|(pool|norm)_[qkv]\.(weight|bias)))"
 )
 
 
