@@ -31,7 +31,7 @@ _VIT_BLOCK = re.compile(
     r"|mlp\.fc[12]\.(weight|bias))"
 )
 _MVIT_BLOCK = re.compile(
-    rf"{_VIT_BLOCK.pattern}|blocks\.[0-9]{1,4}\.(proj\.(weight|bias)|attn\.(rel_pos_[hwt]|(pool|norm)_[qkv]\.(weight|bias)))"
+    rf"{_VIT_BLOCK.pattern}|blocks\.[0-9]{{1,4}}\.(proj\.(weight|bias)|attn\.(rel_pos_[hwt]|(pool|norm)_[qkv]\.(weight|bias)))"
 )
 
 

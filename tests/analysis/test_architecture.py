@@ -1,6 +1,8 @@
 """Which network a file holds: every kind of foreign file is recognised without a config."""
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,7 @@ FOREIGN: dict[str, tuple[Any, str, str, list[float], dict[str, Any]]] = {
         {"MVIT.USE_MEAN_POOLING": True},
     ),
     "MFM's paper, ResNet-50": (
-        lambda: {"model": {f"encoder.{k}" if k[:7] != "decoder" else k: v for k, v in resnet_state(50, None, 3).items()}},
+        lambda: {"model": {k if "decoder" in k else f"encoder.{k}": v for k, v in resnet_state(50, None, 3).items()}},
         PRETRAINED, "MFM's paper", COLOUR, {"MFM.TARGET_CHANNELS": 3},
     ),
     "CoinCheung's MFM": (
@@ -111,7 +113,7 @@ FOREIGN: dict[str, tuple[Any, str, str, list[float], dict[str, Any]]] = {
 def test_foreign_files_are_recognised(name: str) -> None:
     make, kind, writer, mean, keys = FOREIGN[name]
     found = recognise(make())
-    assert found.kind == kind and writer in found.writer and found.cfg.DATA.MEAN == mean
+    assert found.kind == kind and writer in found.writer and mean == found.cfg.DATA.MEAN
     flat = {key: value for key, value in load_flat(found.cfg).items() if key in keys}
     assert flat == keys
     assert any("normalised" in note for note in found.notes)
@@ -125,8 +127,6 @@ def load_flat(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
 
 
 def test_clips_of_a_plain_vit(shared: Path) -> None:
-    import json
-
     for name, manifest in json.loads((shared / "goldens" / "mae_manifest.json").read_text()).items():
         found = recognise(as_meta(manifest))
         assert found.kind == (CLASSIFIER if name.endswith("FT") else BACKBONE)
@@ -144,22 +144,28 @@ def test_what_is_assumed_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    "state, said",
+    "make, said",
     [
-        ({"a.weight": torch.zeros(3, 4), "b": torch.zeros(5)}, r"2 tensors of 17 numbers in all: a.weight \(3, 4\), b"),
-        (timm_vit(init_values=1.0).state_dict(), "is not known"),  # layer scale
-        (timm_vit(reg_tokens=2).state_dict(), "is not known"),
-        (timm_vit(embed_dim=24).state_dict(), "24 channels: no shape shows its number of attention heads"),
-        ({**resnet_state(18, 3), "layer1.0.conv2.weight": torch.zeros(64, 4, 3, 3)}, "is not known"),  # groups
-        ({k: v for k, v in resnet_state(18, 3).items() if not k.startswith("layer2.1")}, "is not known"),
-        ({"blocks.0.norm1.weight": torch.zeros(0), "patch_embed.proj.weight": torch.zeros(0, 3, 4, 4)}, "is not known"),
-        ({"patch_embed.proj.weight": torch.zeros(8), "conv1.weight": torch.zeros(())}, "is not known"),
-        ({}, "no parameters"),
+        (
+            lambda: {"a.weight": torch.zeros(3, 4), "b": torch.zeros(5)},
+            r"2 tensors of 17 numbers in all: a.weight \(3, 4\), b",
+        ),
+        (lambda: timm_vit(init_values=1.0).state_dict(), "is not known"),  # layer scale
+        (lambda: timm_vit(reg_tokens=2).state_dict(), "is not known"),
+        (lambda: timm_vit(embed_dim=24).state_dict(), "24 channels: no shape shows its number of attention heads"),
+        (lambda: {**resnet_state(18, 3), "layer1.0.conv2.weight": torch.zeros(64, 4, 3, 3)}, "is not known"),  # groups
+        (lambda: {k: v for k, v in resnet_state(18, 3).items() if not k.startswith("layer2.1")}, "is not known"),
+        (
+            lambda: {"blocks.0.norm1.weight": torch.zeros(0), "patch_embed.proj.weight": torch.zeros(0, 3, 4, 4)},
+            "is not known",
+        ),
+        (lambda: {"patch_embed.proj.weight": torch.zeros(8), "conv1.weight": torch.zeros(())}, "is not known"),
+        (lambda: {}, "no parameters"),
     ],
 )
-def test_unknown_networks(state: dict[str, torch.Tensor], said: str) -> None:
+def test_unknown_networks(make: Callable[[], dict[str, torch.Tensor]], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        recognise(state)
+        recognise(make())
 
 
 def test_a_files_own_config(tmp_path: Path) -> None:
