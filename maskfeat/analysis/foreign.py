@@ -154,7 +154,8 @@ def _head(shapes: Shapes, content: Mapping[str, Any]) -> tuple[str, str, dict[st
         writer = "PySlowFast (MAE)" if shapes.have("pred_head.") else "MAE"
         return BACKBONE, writer, {"MVIT.USE_MEAN_POOLING": False}  # its norm is of tokens
     if "decoder.0.weight" in shapes:
-        return PRETRAINED, "the code of MFM's paper, or maskfeat (MFM)", {}
+        kind = PRETRAINED if shapes.have("norm.") else BACKBONE  # our decoder stands on a norm
+        return kind, "the code of MFM's paper, or maskfeat (MFM)", {"MVIT.USE_MEAN_POOLING": False}
     name = "head.projection.weight" if "head.projection.weight" in shapes else "head.weight"
     mean = shapes.have("fc_norm.")
     if name not in shapes:

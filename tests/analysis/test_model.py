@@ -20,6 +20,7 @@ from maskfeat.build import build_loader, build_objective
 from maskfeat.checkpoint import download
 from maskfeat.checkpoint.files import AVERAGE, save_checkpoint
 from maskfeat.checkpoint.reading import CLASSES
+from maskfeat.checkpoint.sharded import save_sharded
 from maskfeat.config import dump_config, load_config
 from maskfeat.errors import UserError
 from tests.analysis.upstream import mae_file, resnet_state, timm_vit, training_script
@@ -240,7 +241,7 @@ def test_a_given_config(tmp_path: Path) -> None:
         maskfeat.load_model(path, "in1k_nothing", device="cpu")
 
 
-def test_averaged_weights_and_safetensors(tmp_path: Path) -> None:
+def test_averaged_weights_and_other_formats(tmp_path: Path) -> None:
     recipe = RECIPES / "in1k_VIT_B_MaskFeat_FT.yaml"
     average = build_objective(load_config(recipe, VIT_FT)).released_state()
     path = checkpoint(tmp_path / "a.pyth", recipe, VIT_FT, **{AVERAGE: average})
@@ -252,6 +253,10 @@ def test_averaged_weights_and_safetensors(tmp_path: Path) -> None:
     save_file(average, tmp_path / "a.safetensors", metadata=texts)
     again = maskfeat.load_model(tmp_path / "a.safetensors", device="cpu")
     assert again.cfg == model.cfg and again.classes == CLASSES_4, "its config, which a ViT 24 wide needs"
+    plain = {"epoch": 1, "cfg": texts["cfg"], CLASSES: CLASSES_4}
+    save_sharded(tmp_path / "a.dcp", {f"model.{name}": value for name, value in average.items()}, plain).wait()
+    sharded = maskfeat.load_model(tmp_path / "a.dcp", device="cpu")
+    assert sharded.cfg == model.cfg and sharded.classes == CLASSES_4
     with pytest.raises(UserError, match="has no average"):
         maskfeat.load_model(tmp_path / "a.safetensors", device="cpu", averaged=True)
 
