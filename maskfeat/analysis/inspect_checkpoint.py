@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from maskfeat.config.arguments import ConfigParser
 from maskfeat.config.coerce import coerce
 from maskfeat.config.recipes import recipe_names
 from maskfeat.config.schema import schema
-from maskfeat.config.yaml_io import read_chain
+from maskfeat.config.yaml_io import Entry, read_chain
 from maskfeat.engine.changes import find_changes
 from maskfeat.engine.resume import fit_weights
 from maskfeat.errors import UserError, about
@@ -127,7 +128,7 @@ def _nearest_recipe(cfg: CfgNode) -> str:
     allowed = schema(cfg.PLUGINS)
 
     def agreement(name: str) -> tuple[bool, int]:
-        given = {key: entry for entries in read_chain(name) for key, entry in entries.items() if key in allowed.known}
+        given = {key: entry for key, entry in _entries(name).items() if key in allowed.known}
         same = {
             key
             for key, entry in given.items()
@@ -136,6 +137,12 @@ def _nearest_recipe(cfg: CfgNode) -> str:
         return "MODEL.MODEL_NAME" in same, 2 * len(same) - len(given)
 
     return max(recipe_names(), key=agreement)
+
+
+@cache
+def _entries(recipe: str) -> dict[str, Entry]:
+    """Return what a recipe and those that it builds on give."""
+    return {key: entry for entries in read_chain(recipe) for key, entry in entries.items()}
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
