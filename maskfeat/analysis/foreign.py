@@ -27,11 +27,11 @@ _HEADS = {1280: 16, 1408: 16, 1664: 16}
 """Attention heads by width where they are not 64 wide: ViT-H, -g and -G."""
 _BINS = 9
 _VIT_BLOCK = re.compile(
-    r"blocks\.\d+\.(norm[12]\.(weight|bias)|attn\.(qkv|q|k|v|proj)\.(weight|bias)|attn\.[qv]_bias"
+    r"blocks\.[0-9]{1,4}\.(norm[12]\.(weight|bias)|attn\.(qkv|q|k|v|proj)\.(weight|bias)|attn\.[qv]_bias"
     r"|mlp\.fc[12]\.(weight|bias))"
 )
 _MVIT_BLOCK = re.compile(
-    rf"{_VIT_BLOCK.pattern}|blocks\.\d+\.(proj\.(weight|bias)|attn\.(rel_pos_[hwt]|(pool|norm)_[qkv]\.(weight|bias)))"
+    rf"{_VIT_BLOCK.pattern}|blocks\.[0-9]{{1,4}}\.(proj\.(weight|bias)|attn\.(rel_pos_[hwt]|(pool|norm)_[qkv]\.(weight|bias)))"
 )
 
 
@@ -154,7 +154,8 @@ def _head(shapes: Shapes, content: Mapping[str, Any]) -> tuple[str, str, dict[st
         writer = "PySlowFast (MAE)" if shapes.have("pred_head.") else "MAE"
         return BACKBONE, writer, {"MVIT.USE_MEAN_POOLING": False}  # its norm is of tokens
     if "decoder.0.weight" in shapes:
-        return PRETRAINED, "the code of MFM's paper, or maskfeat (MFM)", {}
+        kind = PRETRAINED if shapes.have("norm.") else BACKBONE  # our decoder stands on a norm
+        return kind, "the code of MFM's paper, or maskfeat (MFM)", {"MVIT.USE_MEAN_POOLING": False}
     name = "head.projection.weight" if "head.projection.weight" in shapes else "head.weight"
     mean = shapes.have("fc_norm.")
     if name not in shapes:

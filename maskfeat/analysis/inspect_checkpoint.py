@@ -6,6 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from maskfeat.checkpoint.reading import model_state, saved_entries, trained_clas
 from maskfeat.checkpoint.weights import not_finite
 from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
+from maskfeat.config.coerce import coerce
 from maskfeat.config.recipes import recipe_names
 from maskfeat.config.schema import schema
+from maskfeat.config.yaml_io import Entry, read_chain
 from maskfeat.engine.changes import find_changes
 from maskfeat.engine.resume import fit_weights
 from maskfeat.errors import UserError, about
 from maskfeat.objectives.base import Objective
-from maskfeat.registry import backbone_spec, objective_spec
+from maskfeat.registry import backbone_spec, lookup, objective_spec
 
 _PLACES = ("NUM_GPUS", "NUM_SHARDS", "SHARD_ID", "DIST_BACKEND")
 """Keys that say where a run was, beside its paths."""
@@ -98,7 +101,7 @@ def describe(found: Recognised) -> str:
     backbone = objective.backbone
     shown = " x ".join(map(str, backbone.clip_size))
     title = objective_spec(found.cfg).title or objective_spec(found.cfg).name
-    heads = f", {found.cfg.MVIT.NUM_HEADS} heads in the first" if hasattr(backbone, "blocks") else ""
+    heads = f", {found.cfg.MVIT.NUM_HEADS} attention heads in the first" if hasattr(backbone, "blocks") else ""
     count = sum(parameter.numel() for parameter in objective.parameters())
     return (
         f"{type(backbone).__name__} of {backbone.num_blocks} blocks{heads}, {backbone.width} channels at the end, for "
@@ -113,17 +116,33 @@ def _origin(file: Source, found: Recognised) -> dict[str, Any]:
         return {"recipe": found.recipe, "changed keys": dict(found.changed)}
     if not saved_entries(file.content):
         return {"recipe": None, "changed keys": {}}
+    name = _nearest_recipe(found.cfg)
     kinds = schema(found.cfg.PLUGINS).rules.kinds
-    best: tuple[str, dict[str, Any]] | None = None
-    for name in recipe_names():
-        recipe = load_config(name)
-        if objective_spec(recipe) is not objective_spec(found.cfg):
-            continue
-        changes = find_changes(file.content, recipe)
-        changed = {c.key: c.was for c in changes if kinds[c.key] != "path" and c.key not in _PLACES}
-        if best is None or len(changed) < len(best[1]):
-            best = name, changed
-    return {"recipe": best and best[0], "changed keys": best[1] if best else {}}
+    changes = find_changes(file.content, load_config(name))
+    changed = {c.key: c.was for c in changes if kinds.get(c.key) != "path" and c.key not in _PLACES}
+    return {"recipe": name, "changed keys": changed}
+
+
+def _nearest_recipe(cfg: CfgNode) -> str:
+    """Return the recipe with the most values that are those of a config, of the same objective where one is."""
+    allowed = schema(cfg.PLUGINS)
+
+    def agreement(name: str) -> tuple[bool, int]:
+        given = {key: entry for key, entry in _entries(name).items() if key in allowed.known}
+        same = {
+            key
+            for key, entry in given.items()
+            if coerce(key, entry, allowed.rules.kinds[key], allowed.known[key]) == lookup(cfg, key)
+        }
+        return "MODEL.MODEL_NAME" in same, 2 * len(same) - len(given)
+
+    return max(recipe_names(), key=agreement)
+
+
+@cache
+def _entries(recipe: str) -> dict[str, Entry]:
+    """Return what a recipe and those that it builds on give."""
+    return {key: entry for entries in read_chain(recipe) for key, entry in entries.items()}
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Weights files: what is read, why untrusted ones are refused, and URLs."""
 
+import hashlib
 import io
+import json
 import threading
 import zipfile
 from argparse import Namespace
@@ -17,6 +19,7 @@ from yacs.config import CfgNode
 
 from maskfeat.checkpoint import download
 from maskfeat.checkpoint.reading import read_checkpoint, trained_model
+from maskfeat.errors import UserError
 from tests.reliability import malice
 
 
@@ -248,3 +251,23 @@ def test_downloads_are_not_trusted(tmp_path: Path, server: Callable[..., str]) -
     with pytest.raises(ValueError, match="it holds a pickled object of type os.system"):
         read_checkpoint(server("/bad.pyth", malice.archive(malice.nested(run))))
     assert not (tmp_path / "ran").exists()
+
+
+def test_fetched_files_are_compared_later(server: Callable[..., str]) -> None:
+    """By size and hash where they are known, and by what was recorded when the file came."""
+    url = server("/w.pth", saved(1.0))
+    digest = hashlib.sha256(saved(1.0)).hexdigest()
+    path = download.fetch(url, len(saved(1.0)), digest[:8])
+    record = json.loads(path.with_name(f"{path.name}.json").read_text())
+    assert record == {"url": url, "size": len(saved(1.0)), "sha256": digest}
+    assert download.fetch(url) == path
+    for known in ((len(saved(1.0)) + 1, ""), (None, "0" * 8)):
+        with pytest.raises(UserError, match="is damaged or not the file that"):
+            download.fetch(url, *known)
+    path.write_bytes(saved(2.0))
+    with pytest.raises(UserError, match=r"Delete it and .*w.pth.json beside it to fetch it again"):
+        download.fetch(url)
+    path.unlink()
+    path.with_name(f"{path.name}.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        download.fetch(url)

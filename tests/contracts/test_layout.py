@@ -36,7 +36,10 @@ ALLOWED = {
     },
     "analysis": {
         "batch",
+        "masking",
         "pictures",
+        "file_io",
+        "registry",
         "config",
         "distributed",
         "data",
