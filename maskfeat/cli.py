@@ -28,6 +28,7 @@ TRAIN = "train"
 
 PROGRAMS = {
     TRAIN: Program("maskfeat.engine.run", "pre-train, fine-tune and test a model as a recipe says"),
+    "inspect": Program("maskfeat.analysis.inspect_checkpoint", "say what is in a file of weights"),
     "extract-features": Program("maskfeat.analysis.extract_features", "write features of images or videos into a file"),
     "predict": Program("maskfeat.analysis.predict", "say which classes a fine-tuned model sees in images or videos"),
     "visualize": Program("maskfeat.analysis.visualize", "draw what a pre-trained model predicts"),
