@@ -35,9 +35,11 @@ ALLOWED = {
         "build",
     },
     "analysis": {
+        "file_io",
         "batch",
         "pictures",
         "config",
+        "registry",
         "distributed",
         "data",
         "models",
