@@ -281,7 +281,7 @@ def test_two_processes_give_the_rows_of_one(checkpoint: Path, image_data: Path, 
         ("two.npz", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]),
     ):
         opts = command(checkpoint, image_data / "train", tmp_path / name)
-        done = subprocess.run([*launcher, str(script), *opts], env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*launcher, str(script), *opts], env=env, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
@@ -302,11 +302,11 @@ def test_a_real_sigkill(checkpoint: Path, image_data: Path, tmp_path: Path) -> N
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     assert 2 <= len(list(folder.glob("0*.safetensors"))) < 10
-    done = subprocess.run([sys.executable, str(script), *opts], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(script), *opts], env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and "parts are there already" in done.stderr, done.stderr
     script.write_text(SMALL_PARTS + RUN)
     opts[opts.index(str(tmp_path / "a.npz"))] = str(tmp_path / "b.npz")
-    assert subprocess.run([sys.executable, str(script), *opts], env=env, timeout=300).returncode == 0
+    assert subprocess.run([sys.executable, str(script), *opts], env=env, timeout=900).returncode == 0
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
@@ -321,7 +321,7 @@ def test_a_real_sigkill(checkpoint: Path, image_data: Path, tmp_path: Path) -> N
         ({"--data": "empty"}, "no image in empty"),
         ({"--output": "a.txt"}, "a.txt ends with '.txt': one of .npz, .safetensors, .parquet is expected"),
         ({"--output": "folder.npz"}, "--output folder.npz is a folder"),
-        ({"--output": "file/a.npz"}, "--output file/a.npz cannot be written: Not a directory"),
+        ({"--output": "file/a.npz"}, "--output file/a.npz cannot be written"),
         ({"--output": "/proc/a.npz"}, "--output /proc/a.npz.parts cannot be written"),
         ({"--blocks": "0,7"}, "blocks are numbers from -2 to 1; given [0, 7]"),
         ({"--views": "2x1"}, "takes images, which have one view; given 2x1"),
