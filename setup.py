@@ -16,10 +16,12 @@ ROOT = Path(__file__).resolve().parent
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "maskfeat" / "__init__.py").read_text(), re.M)
 # What single commands need, in packages that training does without.
 EXTRAS = {
+    "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5.4"],
     "plots": ["matplotlib>=3.8.4"],
     "parquet": ["pyarrow>=17.0"],
     "probes": ["scikit-learn>=1.4.2"],
     "slurm": ["submitit>=1.5.1"],
+    "simplejpeg": ["simplejpeg>=1.8.2"],
     "torchcodec": ["torchcodec"],
     "docs": ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
 }
@@ -63,6 +65,7 @@ setup(
         "torch>=2.11",
         "torchvision>=0.26",
         "timm>=1.0.20",
+        "huggingface_hub>=0.34",
         "safetensors>=0.4.5",
         "yacs>=0.1.8",
         "iopath>=0.1.9",
@@ -76,10 +79,12 @@ setup(
     extras_require={
         **EXTRAS,
         "dev": [
+            *EXTRAS["export"],
             *EXTRAS["plots"],
             *EXTRAS["parquet"],
             *EXTRAS["probes"],
             *EXTRAS["slurm"],
+            *EXTRAS["simplejpeg"],
             *EXTRAS["docs"],
             "pytest>=8.3",
             "pytest-xdist>=3.6.1",

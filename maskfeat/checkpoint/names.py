@@ -43,6 +43,14 @@ def unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def bare(name: str) -> str:
+    """Return a name without what PyTorch's wrappers put into it and other programs before it."""
+    parts = unwrapped(name).split(".")
+    while len(parts) > 1 and parts[0] in _PREFIXES:
+        del parts[0]
+    return ".".join(parts)
+
+
 def _shorter(name: str) -> Iterator[tuple[str, str]]:
     """Yield how a name can be cut between two parts: ("", name), ("a.", rest), ("a.b.", rest)."""
     parts = name.split(".")

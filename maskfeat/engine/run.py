@@ -128,13 +128,14 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
         test_loaders = _test_loaders(cfg, session, tested) if cfg.TEST.ENABLE else {}
         objectives: dict[str, Objective] = {}
         if cfg.TRAIN.ENABLE:
-            trainer, loader, saver, validator = prepare_training(cfg, command_line, session)
+            trainer, loader, saver, validator, pictures = prepare_training(cfg, command_line, session)
             with saver:
                 train(
                     trainer,
                     loader,
                     saver,
                     validator,
+                    pictures,
                     session.metrics_log,
                     session.watchdog,
                     session.stop,

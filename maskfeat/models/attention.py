@@ -212,7 +212,7 @@ def fast_attention(
     padding = -(channels + keys) % _ALIGN
     q_wide = wide_queries(q, tables, grid, axes, channels + keys + padding)
     # There are fewer keys than queries, so the keys are the ones to be scaled and widened by a copy.
-    one_hots = F.pad(one_hots.to(k.dtype), (0, padding))[:, None].expand(len(k), -1, k.shape[2], -1)
+    one_hots = F.pad(one_hots.to(k.dtype), (0, padding))[:, None].expand(k.shape[0], -1, k.shape[2], -1)
     k_wide = torch.cat([k * channels**-0.5, one_hots], dim=-1)
     v_wide = F.pad(v, (0, keys + padding))
     return _fused_attention(q_wide, k_wide, v_wide, scale=1.0), q_wide

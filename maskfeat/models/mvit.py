@@ -3,6 +3,7 @@
 The size of the input decides between a video model, with ([T,] H, W) = (T, H, W), and an image model, with (H, W).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -166,7 +167,7 @@ class MultiScaleBlock(nn.Module):
         on_grid = x[:, self.prefix :].unflatten(1, self.grid)
         if isinstance(self.pool_skip, nn.MaxPool2d):
             on_grid = on_grid.flatten(0, -4)
-        pooled = self.pool_skip(on_grid.movedim(-1, 1)).movedim(1, -1).reshape(len(x), -1, x.shape[-1])
+        pooled = self.pool_skip(on_grid.movedim(-1, 1)).movedim(1, -1).reshape(x.shape[0], -1, x.shape[-1])
         return torch.cat([x[:, : self.prefix], pooled], dim=1) if self.prefix else pooled
 
     def forward(self, x: Tensor) -> Tensor:
@@ -277,7 +278,7 @@ class MViT(nn.Module):
         if position not in ("none", "joint", "separate"):
             raise ValueError(f"position is {position!r}, expected 'none', 'joint' or 'separate'")
         if position == "joint":
-            num = int(class_token) + int(torch.tensor(self.stem_grid).prod())
+            num = int(class_token) + math.prod(self.stem_grid)
             self.pos_embed = token_parameter(1, num, width)
         elif position == "separate":
             frames, height, columns = self.stem_grid
@@ -309,7 +310,7 @@ class MViT(nn.Module):
         if hidden is not None:
             x = hide_tokens(x, hidden, self.stem_grid, self.mask_token)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         if self.position != "none":
             x = x + self._positions()
         for block in self.blocks:

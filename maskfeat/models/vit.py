@@ -91,7 +91,7 @@ class ViT(nn.Module):
         if hidden is not None:
             x = hide_tokens(x, hidden, self.grid, self.mask_token)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         if self.pos_embed is not None:
             x = x + self.pos_embed
         for block in self.blocks:

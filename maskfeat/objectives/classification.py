@@ -18,12 +18,12 @@ from maskfeat.checkpoint.weights import LoadRules
 from maskfeat.errors import UserError
 from maskfeat.models.base import Backbone
 from maskfeat.models.heads import ClassifierHead, init_on, pool_tokens, token_norm
-from maskfeat.objectives.base import Objective
+from maskfeat.objectives.base import Objective, can_be_read
 from maskfeat.objectives.mixup import Mixup
 from maskfeat.registry import BELOW_1, SHARE, ObjectiveSpec, Range, backbone_spec, register
 
 # What pre-training files carry and a classifier has no use for.
-_PRETRAINING = ("pred_head.*", "mask_token", "hogs.*", "decoder.*")
+_PRETRAINING = ("pred_head.*", "mask_token", "hogs.*", "decoder.*", "decoder_*")
 _MARKS = ("pred_head.", "mask_token", "decoder.")
 _HEAD = "head.projection."
 _MEAN_NORM = "fc_norm."
@@ -106,11 +106,7 @@ class Classification(Objective):
 
     def _check_labels(self, label: Tensor) -> None:
         # On a device the kernel's own assertion speaks; reading the values here would stop for the device.
-        if (
-            label.device.type == "cpu"
-            and len(label)
-            and not 0 <= int(label.min()) <= int(label.max()) < self.num_classes
-        ):
+        if can_be_read(label) and len(label) and not 0 <= int(label.min()) <= int(label.max()) < self.num_classes:
             raise UserError(
                 f"labels run from {int(label.min())} to {int(label.max())}, but MODEL.NUM_CLASSES is {self.num_classes}"
             )
@@ -120,10 +116,13 @@ class Classification(Objective):
         return torch.softmax(self.logits(batch.clip).float(), dim=1)
 
     def renamed_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Take the names that the MFM paper's code gives the final norm of averaged tokens, and the classifier."""
-        if not (self.backbone.needs_norm and any(name.startswith(_MEAN_NORM) for name in state)):
+        """Take the names that timm, MAE and the MFM paper's code give final norm and classifier: `fc_norm` is of
+        averaged tokens, `norm` of tokens.
+        """
+        of_mean = any(name.startswith(_MEAN_NORM) for name in state)
+        if not self.backbone.needs_norm or (self.mean_pooling and not of_mean):
             return state
-        if not self.mean_pooling:
+        if of_mean and not self.mean_pooling:
             raise UserError(f"the file has {_MEAN_NORM}*, a norm of averaged tokens: set MVIT.USE_MEAN_POOLING True")
         names = {_MEAN_NORM: "norm.", "head.": self.backbone.classifier}
         return renamed(state, lambda name: re.sub(r"^(fc_norm\.|head\.)(?=\w+$)", lambda found: names[found[0]], name))

@@ -13,7 +13,7 @@ from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.bad_samples import error_context, read_with_fallback
 from maskfeat.data.datasets.base import DatasetRequest, augmentation, num_views
 from maskfeat.data.datasets.folders import LAYOUT, FolderScan, class_folders, class_name, count, scan_folder, some
-from maskfeat.data.image_reader import READERS
+from maskfeat.data.image_reader import READERS, load_decoder, read_tensor
 from maskfeat.data.rng import draw_mask, seeded
 from maskfeat.data.sample import Sample, unreadable_sample
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, ImageTransform, RGBImage
@@ -97,6 +97,8 @@ class ImageFolder(Dataset[list[Sample]]):
         backend: str = "pil",
     ) -> None:
         self.read = READERS[backend]
+        if self.read is read_tensor:  # raises here, not at the first image, if the decoder is not installed
+            load_decoder()
         self.samples = samples
         self.labels = [label for _, label in self.samples]
         self.transform = transform
@@ -125,7 +127,7 @@ class ImageFolder(Dataset[list[Sample]]):
         if image is None:
             sample = unreadable_sample((3, self.transform.crop, self.transform.crop))
         else:
-            with seeded(self.seed, key.epoch, key.index, view) as rng:
+            with seeded(self.seed, key.epoch, key.index, view, self.transform.libraries) as rng:
                 sample = self.transform(image, rng)
         hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
         return replace(sample, label=self.labels[index], hidden=hidden, index=index, bad=bad)
