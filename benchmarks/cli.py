@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.cases import Options, scratch
 from benchmarks.compute import measure_attention, measure_hog
+from benchmarks.features import measure_extract
 from benchmarks.measure import NotTheSame, Row
 from benchmarks.reading import measure_decode, measure_images, measure_video
 from benchmarks.report import machine, machine_line, table, training_table, write_json
@@ -27,6 +28,7 @@ MEASUREMENTS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "images": measure_images,
     "video": measure_video,
     "decode": measure_decode,
+    "extract": measure_extract,
 }
 
 DESCRIPTION = """\
@@ -42,6 +44,7 @@ WHAT = {
     "images": "reading and augmenting images",
     "video": "reading and augmenting clips",
     "decode": "decoding alone",
+    "extract": "features of images into a file, beside reading and the network alone",
     "train": "samples a second of whole recipes, on files and on random input (meant for a GPU)",
     "all": "everything; `train` only where there is a GPU",
 }

@@ -35,6 +35,8 @@ from maskfeat.file_io import replace_text
 
 logger = logging.getLogger(__name__)
 
+JOB = "job.json"
+"""File beside parts that says what they are parts of."""
 _VERSION = 1
 """Of the parts; another one does not go on with them."""
 
@@ -65,44 +67,47 @@ def describe(model: Model, inputs: Inputs, plan: Plan) -> dict[str, Any]:
     }
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a JSON file of this program holds; {} where it is not there, or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _prepare(folder: Path, job: dict[str, Any]) -> None:
     """Check that the parts that are there are of this job, and say which job they are of where there are none."""
-    path = folder / "job.json"
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            before = {}
-        changed = [
-            f"{key} {before.get(key)!r} and now {value!r}" for key, value in job.items() if before.get(key) != value
-        ]
-        if changed:
-            raise UserError(
-                f"{folder} holds parts of another command ({'; '.join(changed)}): give that one again, delete the "
-                "folder, or give another --output"
-            )
-    else:
+    path = folder / JOB
+    if not path.exists():
         replace_text(path, json.dumps(job, indent=1) + "\n")
+        return
+    before = _read(path)
+    changed = [f"{key} {before.get(key)!r} and now {value!r}" for key, value in job.items() if before.get(key) != value]
+    if changed:
+        raise UserError(
+            f"{folder} holds parts of another command ({'; '.join(changed)}): give that one again, delete the "
+            "folder, or give another --output"
+        )
 
 
 def _record(output: Path) -> Path:
     return output.with_name(f"{output.name}.json")
 
 
-def _is_done(output: Path, job: dict[str, Any]) -> bool:
-    """Whether the output is there, of this job.
+def _is_done(output: Path, folder: Path, job: dict[str, Any]) -> bool:
+    """Whether the output of this job is there, and its record.
 
     Raises:
-        UserError: it is there, and of another one.
+        UserError: there is an output, of another job.
     """
     if not output.exists():
         return False
-    try:
-        record = json.loads(_record(output).read_text(encoding="utf-8"))
-        if record["job"] == job and record["bytes"] == output.stat().st_size:
-            return True
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    record = _read(_record(output))
+    if record.get("job") == job and record.get("bytes") == output.stat().st_size:
+        return True
+    if _read(folder / JOB) == job:
+        return False  # the command was killed before it wrote the record
     raise UserError(f"{output} exists, and is not of this command: delete it, or give another --output")
 
 
@@ -164,7 +169,7 @@ def extract(args: argparse.Namespace, world: World) -> int:
             """Return the parts that are to be computed; None = the output is complete."""
             with naming(f"--output {output} cannot be written"):
                 output.parent.mkdir(parents=True, exist_ok=True)
-                if _is_done(output, job):
+                if _is_done(output, folder, job):
                     shutil.rmtree(folder, ignore_errors=True)
                     return None
                 stack.enter_context(owned(folder, "--output"))

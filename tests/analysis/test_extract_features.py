@@ -321,7 +321,7 @@ def test_a_real_sigkill(checkpoint: Path, image_data: Path, tmp_path: Path) -> N
         ({"--data": "empty"}, "no image in empty"),
         ({"--output": "a.txt"}, "a.txt ends with '.txt': one of .npz, .safetensors, .parquet is expected"),
         ({"--output": "folder.npz"}, "--output folder.npz is a folder"),
-        ({"--output": "file/a.npz"}, "--output file/a.npz cannot be written: Not a directory"),
+        ({"--output": "file/a.npz"}, "--output file/a.npz cannot be written"),
         ({"--output": "/proc/a.npz"}, "--output /proc/a.npz.parts cannot be written"),
         ({"--blocks": "0,7"}, "blocks are numbers from -2 to 1; given [0, 7]"),
         ({"--views": "2x1"}, "takes images, which have one view; given 2x1"),
