@@ -35,6 +35,7 @@ ALLOWED = {
         "build",
     },
     "analysis": {
+        "file_io",
         "batch",
         "pictures",
         "config",
