@@ -13,7 +13,7 @@ from maskfeat.analysis.model import Model, load_model
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.errors import UserError
-from tests.analysis.saved import CLIPS, IMAGES, save_network
+from tests.analysis.saved import CLIPS, IMAGES, PRETRAINED, save_network
 from tests.small import clips, images
 
 
@@ -183,6 +183,12 @@ def test_unreadable_files_are_named(image_model: Model, image_data: Path, tmp_pa
     (bad,) = batch.unreadable
     assert (bad.index, bad.path) == (1, str(tmp_path / "1.jpg")) and "not a JPEG" in bad.cause
     assert not batch.clip[1].any() and batch.clip[0].any() and batch.clip[2].any()
+
+
+def test_a_network_of_one_size_is_shown_that_size(image_data: Path, tmp_path: Path) -> None:
+    path = save_network(tmp_path / "a.pyth", PRETRAINED, "DATA.TEST_CROP_SIZE", "48", "TRAIN.EVAL_PERIOD", "0")
+    (batch,) = input_loader(load_model(path, device="cpu"), find_inputs(image_data / "val"), workers=0)
+    assert batch.clip.shape == (16, 3, 32, 32)
 
 
 def test_views_that_cannot_be_had(image_model: Model, clip_model: Model, clip_data: Path, tmp_path: Path) -> None:

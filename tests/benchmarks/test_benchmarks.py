@@ -89,6 +89,12 @@ def test_clips(tmp_path: Path, what: str, clip_data: Path) -> None:
     assert "clips/s" in row["note"]
 
 
+def test_extracting(tmp_path: Path, image_data: Path) -> None:
+    found = measured(tmp_path, "extract", VIT_FILE, "--data", str(image_data), "--files", "8")
+    assert ["of 8 images" in found["rows"][0]["what"], "of 1 images" in found["rows"][1]["what"]] == [True, True]
+    assert all("extracting" in row["note"] and row["reference_wall_s"] > 0 for row in found["rows"])
+
+
 def test_training(tmp_path: Path, image_data: Path) -> None:
     alone, fed = measured(tmp_path, "train", VIT_FILE, "--steps", "2", "--data", str(image_data))["training"]
     assert (alone["input"], fed["input"]) == ("random", "files")

@@ -39,6 +39,7 @@ ALLOWED = {
         "batch",
         "pictures",
         "config",
+        "registry",
         "distributed",
         "data",
         "models",
