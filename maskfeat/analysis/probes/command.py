@@ -73,7 +73,11 @@ def _run(args: argparse.Namespace) -> int:
             Probing(network, weights, splits, folder, blocks, views, args.seed, args.batch_size, args.workers)
             for weights, network in networks.items()
         ]
-        results = [probing.run(kind) for kind in dict.fromkeys(args.kind) for probing in probings]
+        results = []
+        for kind in dict.fromkeys(args.kind):
+            for probing in probings:
+                results.append(found := probing.run(kind))
+                logger.info("%s, %s weights: top-1 %.1f ± %.1f %%", kind, found.weights, found.top1, found.error)
     if args.json:
         with naming(f"--json {args.json} cannot be written"):
             replace_text(Path(args.json), json.dumps(_report(args, splits, probings[0], results), indent=1) + "\n")

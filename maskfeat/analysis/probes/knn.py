@@ -15,8 +15,8 @@ from maskfeat.analysis.probes.features import Scale, Stored, chunks
 KS = (1, 5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
 """Of the weighted vote of Wu et al. (CVPR 2018), section 3.4."""
-_ASKED, _KNOWN = 1024, 65536
-"""Samples whose similarities are held at a time, (asked, known): 256 MiB."""
+_ASKED, _KNOWN = 1024, 32768
+"""Samples whose similarities are held at a time, (asked, known): 128 MiB."""
 
 
 def unit(stored: Stored, rows: np.ndarray, view: int, scale: Scale, columns: Tensor, device: torch.device) -> Tensor:
@@ -67,25 +67,23 @@ def neighbour_shares(
     Returns:
         (S, M, K) float32, on the CPU, in the order of `asked.rows`.
     """
-    scale = train.scale()
-    label = torch.from_numpy(train.label[train.rows]).to(device)
-    most, views = min(max(ks), len(train.rows)), asked.x.shape[1]
-    out = torch.zeros(len(ks), len(asked.rows), num_classes)
-    progress = Progress("views asked for their neighbours", len(asked.rows) * views)
-    for part in range(0, len(asked.rows), _ASKED):
-        for view in range(views):
-            query = unit(asked, asked.rows[part : part + _ASKED], view, scale, columns, device)
-            best = query.new_empty(len(query), 0)
-            place = torch.empty(len(query), 0, dtype=torch.int64, device=device)
-            start = 0
-            for rows in chunks(train.rows, _KNOWN):
-                known = unit(train, rows, 0, scale, columns, device)
-                best = torch.cat([best, query @ known.T], dim=1)
-                place = torch.cat(
-                    [place, torch.arange(start, start + len(rows), device=device).expand(len(query), -1)], 1
-                )
-                best, order = best.topk(min(most, best.shape[1]), dim=1)
-                place, start = place.gather(1, order), start + len(rows)
-            out[:, part : part + _ASKED] += votes(best, label[place], ks, num_classes).cpu() / views
-            progress.step(len(query))
-    return out
+    scale, views = train.scale(), asked.x.shape[1]
+    most = min(max(ks), len(train.rows))
+    # The nearest so far. Each part of the training samples is read once, and compared with all that are asked for.
+    best = torch.full((views, len(asked.rows), most), -torch.inf)
+    label = torch.zeros(best.shape, dtype=torch.int64)
+    progress = Progress("comparisons with training samples", len(train.rows) * len(asked.rows) * views)
+    for rows in chunks(train.rows, _KNOWN):
+        known = unit(train, rows, 0, scale, columns, device)
+        label_known = torch.from_numpy(train.label[rows]).to(device)
+        for start in range(0, len(asked.rows), _ASKED):
+            part = slice(start, start + _ASKED)
+            for view in range(views):
+                query = unit(asked, asked.rows[part], view, scale, columns, device)
+                similarity = torch.cat([best[view, part].to(device), query @ known.T], dim=1)
+                labels = torch.cat([label[view, part].to(device), label_known.expand(len(query), -1)], dim=1)
+                similarity, order = similarity.topk(most, dim=1)
+                best[view, part], label[view, part] = similarity.cpu(), labels.gather(1, order).cpu()
+                progress.step(len(query) * len(rows))
+    shares = [votes(best[view], label[view], ks, num_classes) for view in range(views)]
+    return torch.stack(shares).mean(dim=0)

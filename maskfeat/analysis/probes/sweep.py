@@ -163,7 +163,7 @@ def fit(heads: Heads, plan: Plan, inputs: Inputs, rows: np.ndarray, label: np.nd
         logits = heads(inputs(batch, 0))
         target = torch.from_numpy(label[batch]).to(logits.device)
         loss = F.cross_entropy(logits.flatten(0, 1), target.repeat(len(logits)), reduction="sum") / size
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         cosine = 0.5 * (1 + math.cos(math.pi * max(step - warmup, 0) / max(steps - warmup, 1)))
         optimizer.step(min((step + 1) / warmup, cosine))
         progress.step(1)

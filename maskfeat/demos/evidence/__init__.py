@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskfeat.analysis.curves import figure_type
-from maskfeat.analysis.probe import estimator_types
+from maskfeat.analysis.probes.exact import regression_type
 from maskfeat.config.arguments import ConfigParser
 from maskfeat.demos.cifar10 import prepare
 from maskfeat.demos.commands import program
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         if args.seeds < 1:
             raise UserError(f"--seeds is {args.seeds}, expected at least 1")
-        figure_type(), estimator_types()  # a missing package is reported now, not after hours of training
+        figure_type(), regression_type()  # a missing package is reported now, not after hours of training
         if args.data is None or args.suite == "cifar10":
             make_data(args.suite, data, args.source)
         for seed in range(args.seeds):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from yacs.config import CfgNode
 
-from maskfeat.analysis.probe import features, linear_probe, nearest_neighbours
+from maskfeat.analysis.probes.exact import features, linear_probe, nearest_neighbours
 from maskfeat.build import build_loader, build_objective
 from maskfeat.checkpoint.atomic import fsync_dir, write_and_fsync
 from maskfeat.checkpoint.files import find_checkpoints, open_checkpoint

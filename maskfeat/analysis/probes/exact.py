@@ -1,4 +1,4 @@
-"""Probes of frozen features: a linear classifier and k nearest neighbours on the features of a backbone.
+"""Probes of small sets, in memory: logistic regression to its optimum, and k nearest neighbours, without random draws.
 
 Shape legend: N training and M test samples, D features, K classes.
 """
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskfeat.analysis.probes.features import Stored
+from maskfeat.analysis.probes.knn import neighbour_shares
 from maskfeat.data.loader import BatchLoader
 from maskfeat.engine.parallelize import autocast
 from maskfeat.errors import UserError
@@ -19,8 +21,8 @@ from maskfeat.models.base import Backbone
 BLOCKS = 4
 """Number of last blocks whose features are concatenated, as Caron et al. (ICCV 2021, appendix) do for small ViTs. The
 very last block is the most specialised to the pre-training target."""
-NEIGHBOURS, TEMPERATURE = 20, 0.07
-"""k and temperature of the weighted kNN of Wu et al. (CVPR 2018), section 3.4; k as in Caron et al. (ICCV 2021)."""
+NEIGHBOURS = 20
+"""k, as in Caron et al. (ICCV 2021)."""
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2)
 """Candidate strengths of the L2 penalty; the best on a fifth of the training samples is used."""
 _STEPS = 200
@@ -79,29 +81,27 @@ def features(backbone: Backbone, loader: BatchLoader, device: torch.device, prec
     return Features(torch.cat(rows), torch.cat(labels))
 
 
+def _stored(given: Features) -> Stored:
+    return Stored(given.x[:, None].numpy(), given.label.numpy(), np.arange(len(given.label)), {})
+
+
 def standardised(train: Features, test: Features) -> tuple[Features, Features]:
-    """Standardise both by the mean and standard deviation of each feature of `train`.
-
-    A standard deviation of less than a thousandth of the largest one is replaced by that, so that features that hardly
-    vary are not amplified.
-    """
-    mean, std = train.x.mean(dim=0), train.x.std(dim=0)
-    std = std.clamp(min=float(std.max()) * 1e-3 + 1e-12)
-    return Features((train.x - mean) / std, train.label), Features((test.x - mean) / std, test.label)
+    """Standardise both by the mean and standard deviation of each feature of `train`, see `Scale`."""
+    scale = _stored(train).scale()
+    return train._replace(x=scale(train.x)), test._replace(x=scale(test.x))
 
 
-def estimator_types() -> tuple[type[Any], type[Any]]:
-    """Return scikit-learn's `LogisticRegression` and `KNeighborsClassifier`.
+def regression_type() -> type[Any]:
+    """Return scikit-learn's `LogisticRegression`.
 
     Raises:
         UserError: scikit-learn is not installed.
     """
     try:
         from sklearn.linear_model import LogisticRegression
-        from sklearn.neighbors import KNeighborsClassifier
     except ImportError as error:
         raise UserError("probes need scikit-learn, which is not installed: pip install '.[probes]'") from error
-    return LogisticRegression, KNeighborsClassifier
+    return LogisticRegression
 
 
 def _fit(train: Features, strength: float) -> Any:
@@ -110,9 +110,8 @@ def _fit(train: Features, strength: float) -> Any:
     scikit-learn minimises C x sum of cross-entropies + half the sum of squared weights. For two classes it holds one
     weight vector, the difference of both, whose square is twice the sum of their squares.
     """
-    logistic_regression, _ = estimator_types()
     halves = 1 if len(train.label.unique()) == 2 else 2
-    classifier = logistic_regression(C=1 / (halves * strength * len(train.label)), max_iter=_STEPS)
+    classifier = regression_type()(C=1 / (halves * strength * len(train.label)), max_iter=_STEPS)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "lbfgs failed to converge")  # weak penalties take more steps and gain nothing
         return classifier.fit(train.x.numpy(), train.label.numpy())
@@ -141,16 +140,9 @@ def linear_probe(train: Features, test: Features, strengths: Sequence[float] = S
 def nearest_neighbours(train: Features, test: Features, k: int = NEIGHBOURS) -> float:
     """Return the top-1 accuracy, in percent, of a weighted kNN classifier on standardised features.
 
-    The k training samples with the largest cosine similarity vote, each with weight exp(cosine / TEMPERATURE).
-
-    Raises:
-        UserError: scikit-learn is not installed.
+    The k training samples with the largest cosine similarity vote, see `neighbour_shares`.
     """
-    train, test = standardised(train, test)
-    _, neighbours = estimator_types()
-    classifier = neighbours(
-        min(k, len(train.label)),
-        metric="cosine",
-        weights=lambda distance: np.exp(-distance / TEMPERATURE),  # distance = 1 - cosine; constant factors cancel
-    )
-    return _top1(classifier.fit(train.x.numpy(), train.label.numpy()), test)
+    classes = int(torch.cat([train.label, test.label]).max()) + 1
+    columns = torch.arange(train.x.shape[1])
+    (shares,) = neighbour_shares(_stored(train), _stored(test), columns, (k,), classes, torch.device("cpu"))
+    return 100.0 * float((shares.argmax(dim=1) == test.label).float().mean())

@@ -8,17 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskfeat.analysis import probe
-from maskfeat.analysis.probe import (
+from maskfeat.analysis.probes import exact
+from maskfeat.analysis.probes.exact import (
     BLOCKS,
     STRENGTHS,
-    TEMPERATURE,
     Features,
     features,
     linear_probe,
     nearest_neighbours,
     standardised,
 )
+from maskfeat.analysis.probes.knn import TEMPERATURE
 from maskfeat.batch import BadSample, Batch
 from maskfeat.models.resnet import ResNet
 from maskfeat.models.vit import ViT
@@ -149,13 +149,13 @@ def test_one_strength_is_penalised_regression() -> None:
 
 def test_every_fifth_training_sample_chooses_the_strength(monkeypatch: pytest.MonkeyPatch) -> None:
     fitted: list[tuple[int, float]] = []
-    inner = probe._fit
+    inner = exact._fit
 
     def noted(train: Features, strength: float) -> Any:
         fitted.append((len(train.label), strength))
         return inner(train, strength)
 
-    monkeypatch.setattr(probe, "_fit", noted)
+    monkeypatch.setattr(exact, "_fit", noted)
     chosen = set()
     for seed in range(6):
         train, test = hard(10 + seed), hard(20 + seed)
@@ -180,7 +180,7 @@ def test_every_fifth_training_sample_chooses_the_strength(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("classes", [2, 4])
 def test_the_gradient_vanishes_where_the_fit_ends(strength: float, distance: float, classes: int) -> None:
     train, _ = standardised(blobs(200, distance, 0, classes=classes), blobs(2, distance, 1))
-    classifier = probe._fit(train, strength)
+    classifier = exact._fit(train, strength)
     coefficients, intercepts = torch.from_numpy(classifier.coef_), torch.from_numpy(classifier.intercept_)
     if classes == 2:  # one vector: half the difference of the logits for either class
         coefficients, intercepts = (torch.cat([-value, value]) / 2 for value in (coefficients, intercepts))
@@ -236,11 +236,10 @@ def test_many_samples_are_asked_in_parts() -> None:
     assert 30 < whole < 100
 
 
-@pytest.mark.parametrize("probing", [linear_probe, nearest_neighbours])
-def test_without_scikit_learn_the_extra_is_named(probing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(ValueError, match=r"probes need scikit-learn.*pip install '\.\[probes\]'"):
-        probing(blobs(50, 1.0, 0), blobs(50, 1.0, 1))
+        linear_probe(blobs(50, 1.0, 0), blobs(50, 1.0, 1))
 
 
 # ------------------------------------------------------------------ features
