@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parent
 EXTRAS = {
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5.4"],
     "plots": ["matplotlib>=3.8.4"],
+    "parquet": ["pyarrow>=17.0"],
     "probes": ["scikit-learn>=1.4.2"],
     "slurm": ["submitit>=1.5.1"],
+    "simplejpeg": ["simplejpeg>=1.8.2"],
     "torchcodec": ["torchcodec"],
     "docs": ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
 }
@@ -79,8 +81,10 @@ setup(
         "dev": [
             *EXTRAS["export"],
             *EXTRAS["plots"],
+            *EXTRAS["parquet"],
             *EXTRAS["probes"],
             *EXTRAS["slurm"],
+            *EXTRAS["simplejpeg"],
             *EXTRAS["docs"],
             "pytest>=8.3",
             "pytest-xdist>=3.6.1",

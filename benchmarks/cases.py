@@ -1,6 +1,7 @@
 """What is measured: configs from recipes and options, batches, and files of the size of the real ones."""
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class Options:
         opts: KEY VALUE overrides, after everything that is set here.
         batch: samples; None = what suits a measurement.
         files: how many files are made where there are none; None = what suits a measurement.
+        steps: of whole recipes that are timed, at most.
+        seconds: after which no further ones are begun.
         folder: where they are made, and the outputs of runs.
     """
 
@@ -51,6 +54,7 @@ class Options:
     batch: int | None = None
     files: int | None = None
     steps: int = 200
+    seconds: float = math.inf
     compile: bool = False
     opts: tuple[str, ...] = ()
     folder: str = field(default="", compare=False)

@@ -4,11 +4,12 @@ The steps are the program's own, on what a run builds; input comes from files th
 random batch on the device, which is what the model alone could do.
 """
 
+import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from yacs.config import CfgNode
@@ -18,12 +19,14 @@ from benchmarks.measure import in_turn, synchronise
 from maskfeat.batch import Batch
 from maskfeat.build import build_backbone, build_loader
 from maskfeat.checkpoint.files import Position
+from maskfeat.data.loader import BatchLoader
 from maskfeat.engine.flops import multiply_adds
 from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.trainer import Trainer, build_trainer
 from maskfeat.objectives.maskfeat import MaskFeat
 
 PEAK = 989e12  # multiplications and additions a second of an H200 in bf16, dense, by the datasheet
+FEWEST = 20  # steps that are timed, however long they take
 WATCHED = 10  # steps in which stops for the device are counted
 
 RECIPES = (
@@ -67,6 +70,31 @@ class Training:
         return asdict(self)
 
 
+class Pace(NamedTuple):
+    """Seconds of a step, over how many."""
+
+    seconds: float
+    steps: int
+
+
+def steady(step: Callable[[], object], device: torch.device, steps: int, limit: float = math.inf) -> Pace:
+    """Time steps, after as many as it takes to warm up.
+
+    Args:
+        steps: at most so many are timed.
+        limit: seconds after which no further ones are begun, once there are `FEWEST`.
+    """
+    for _ in range(max(steps // 10, 2)):
+        step()
+    synchronise(device)
+    made, began = 0, time.perf_counter()
+    while made < steps and (made < FEWEST or time.perf_counter() - began < limit):
+        step()
+        made += 1
+    synchronise(device)
+    return Pace((time.perf_counter() - began) / made, made)
+
+
 class Steps:
     """Training steps of a recipe as the training loop makes them, without log lines and checkpoints."""
 
@@ -83,16 +111,9 @@ class Steps:
         trainer.train_step(batch.to(self.device, non_blocking=True))
         trainer.position = Position(0, trainer.position.step + 1)
 
-    def steady(self, batches: Iterator[Batch], steps: int) -> float:
-        """Seconds of a step over `steps` of them, after as many as it takes to warm up."""
-        for _ in range(max(steps // 10, 2)):
-            self.step(next(batches))
-        synchronise(self.device)
-        began = time.perf_counter()
-        for _ in range(steps):
-            self.step(next(batches))
-        synchronise(self.device)
-        return (time.perf_counter() - began) / steps
+    def steady(self, batches: Iterator[Batch], options: Options) -> Pace:
+        """Time steps on batches, as many as the options say."""
+        return steady(lambda: self.step(next(batches)), self.device, options.steps, options.seconds)
 
     def waits_per_step(self, batches: Iterator[Batch]) -> float | None:
         """How often the host stops for the device in a step, by PyTorch's own watch; None on the CPU."""
@@ -110,7 +131,8 @@ class Steps:
         return sum("synchroniz" in str(warning.message) for warning in seen) / WATCHED
 
 
-def _endless(loader: Any) -> Iterator[Batch]:
+def endless(loader: BatchLoader) -> Iterator[Batch]:
+    """Batches of one epoch after another."""
     epoch = 0
     while True:
         loader.set_epoch(epoch)
@@ -126,10 +148,11 @@ def _always(batch: Batch) -> Iterator[Batch]:
 def measure_training(options: Options) -> Iterator[Training]:
     """Each recipe (or the one given) on random input and on files."""
     for path, size, asked in RECIPES if options.cfg is None else ((options.cfg, 0, ""),):
-        yield from _recipe(options, path, size, asked)
+        yield from measure_recipe(options, path, size, asked)
 
 
-def _recipe(options: Options, path: str, size: int, asked: str) -> Iterator[Training]:
+def measure_recipe(options: Options, path: str, size: int, asked: str = "") -> Iterator[Training]:
+    """One recipe on random input, then on files; `size`: of a batch, unless the options say it."""
     precision = ("TRAIN.MIXED_PRECISION", "bf16") if options.device.type == "cuda" else ()
     plain = options.recipe(path, size or 8, *precision)
     images = max(2 * plain.TRAIN.BATCH_SIZE, 512 if options.device.type == "cuda" else 0)
@@ -143,14 +166,14 @@ def _recipe(options: Options, path: str, size: int, asked: str) -> Iterator[Trai
         operations = 3 * 2 * multiply_adds(build_backbone(cfg))
     batch = random_batch(cfg, device)
 
-    def line(kind: str, seconds: float, **more: Any) -> Training:
-        speed = len(batch) / seconds
+    def line(kind: str, pace: Pace, **more: Any) -> Training:
+        speed = len(batch) / pace.seconds
         cuda = device.type == "cuda"
         return Training(
             recipe=cfg_name(options.cfg or path),
             input=kind,
             batch=len(batch),
-            steps=options.steps,
+            steps=pace.steps,
             samples_per_second=speed,
             asked=asked,
             utilisation=operations * speed / PEAK if cuda else None,
@@ -158,14 +181,14 @@ def _recipe(options: Options, path: str, size: int, asked: str) -> Iterator[Trai
             **more,
         )
 
-    alone = training.steady(_always(batch), options.steps)
+    alone = training.steady(_always(batch), options)
     share = _target_seconds(training.trainer, batch)
     waits = training.waits_per_step(_always(batch))
-    yield line("random", alone, waits_per_step=waits, target_share=None if share is None else share / alone)
-    batches = _endless(build_loader(cfg, "train"))
-    fed = training.steady(batches, options.steps)
+    yield line("random", alone, waits_per_step=waits, target_share=None if share is None else share / alone.seconds)
+    batches = endless(build_loader(cfg, "train"))
+    fed = training.steady(batches, options)
     waits = training.waits_per_step(batches)
-    yield line("files", fed, waits_per_step=waits, waiting_for_data=max(0.0, 1 - alone / fed))
+    yield line("files", fed, waits_per_step=waits, waiting_for_data=max(0.0, 1 - alone.seconds / fed.seconds))
 
 
 def cfg_name(path: str) -> str:

@@ -28,6 +28,10 @@ TRAIN = "train"
 
 PROGRAMS = {
     TRAIN: Program("maskfeat.engine.run", "pre-train, fine-tune and test a model as a recipe says"),
+    "inspect": Program("maskfeat.analysis.inspect_checkpoint", "say what is in a file of weights"),
+    "extract-features": Program("maskfeat.analysis.extract_features", "write features of images or videos into a file"),
+    "probe": Program("maskfeat.analysis.probes.command", "measure frozen features by small classifiers", True),
+    "predict": Program("maskfeat.analysis.predict", "say which classes a fine-tuned model sees in images or videos"),
     "visualize": Program("maskfeat.analysis.visualize", "draw what a pre-trained model predicts"),
     "export": Program("maskfeat.analysis.export", "export a trained network to timm, torchvision, ONNX and others"),
     "evidence": Program("maskfeat.demos.evidence", "measure over several seeds what pre-training brings", True),

@@ -75,14 +75,19 @@ def unexpanded_path(path: str) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file so that its readers see either all of it or what it held before. The disk is not waited for.
+    """Write a text file as `replace_bytes` does, in UTF-8."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that its readers see either all of it or what it held before. The disk is not waited for.
 
     Raises:
         OSError: it cannot be written; the file holds what it held before.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_bytes(content)
         draft.replace(path)
     except OSError:
         with suppress(OSError):

@@ -20,7 +20,8 @@ from maskfeat.demos import commands
 from maskfeat.engine.run import parse_args
 from tests.documents import REPO, fenced_blocks, read, recorded_commands
 
-SCRIPTS = {"train": "run_net.py", **{name: f"{name.replace('-', '_')}.py" for name in cli.PROGRAMS if name != "train"}}
+SCRIPTS = {name: f"{name.replace('-', '_')}.py" for name in cli.PROGRAMS}
+SCRIPTS |= {"train": "run_net.py", "inspect": "inspect_checkpoint.py"}  # Python has a module `inspect`
 
 
 def lines_of_help(text: str) -> dict[str, str]:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from maskfeat.analysis.attention import attention_map, attentions, components, rollout, spread
 from maskfeat.analysis.model import Model
-from maskfeat.analysis.pictures import MIN_TILE, Floats, Pixels, tile_grid
 from maskfeat.masking import MaskSampler
 from maskfeat.models.base import Tokens
+from maskfeat.pictures import MIN_TILE, Floats, Pixels, tile_grid
 
 FPS = 8
 """Pictures a second in GIF and MP4 files."""

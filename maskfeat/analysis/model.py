@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from maskfeat.analysis.architecture import build_recognised, recognise
+from maskfeat.analysis.architecture import Recognised, build_recognised, recognise
 from maskfeat.analysis.foreign import CLASSIFIER
+from maskfeat.analysis.published import imagenet_classes
+from maskfeat.analysis.source import Source, read_source
 from maskfeat.batch import Batch, SampleKey
-from maskfeat.checkpoint.files import AVERAGE, read_verified_checkpoint
+from maskfeat.checkpoint.files import AVERAGE
 from maskfeat.checkpoint.reading import trained_classes
 from maskfeat.checkpoint.weights import LoadReport
 from maskfeat.config import load_config
@@ -28,7 +30,7 @@ from maskfeat.data.datasets.imagenet import build_image_folder
 from maskfeat.data.datasets.kinetics import build_video_clips
 from maskfeat.data.sample import Sample
 from maskfeat.data.video.temporal_sampling import frame_indices
-from maskfeat.engine.parallelize import autocast
+from maskfeat.engine.parallelize import PRECISIONS, autocast
 from maskfeat.engine.resume import load_to_evaluate
 from maskfeat.errors import UserError, about
 from maskfeat.models.base import Backbone, Tokens
@@ -290,7 +292,8 @@ def load_model(
     """Load a trained network.
 
     Args:
-        source: a path (`.pyth`, `.pth`, `.safetensors`, a folder `.dcp`), an http(s) address, or a published name.
+        source: a path (`.pyth`, `.pth`, `.safetensors`, a folder `.dcp`), an http(s) address, a name of `list_models`,
+            or torchvision's name of weights of a ResNet.
         cfg: a recipe, by path or name, or a config: what the network is. None = the file's own config, or what its
             names and shapes say.
         device: where it computes; None = CUDA where there is one, else the CPU.
@@ -301,18 +304,30 @@ def load_model(
         UserError: there is no such file, nobody knows the network, or the weights do not fit.
     """
     place = chosen_device(device)
-    path = os.fspath(source)
-    content = read_verified_checkpoint(path)
-    if averaged and AVERAGE not in content:
-        raise UserError(f"{path} has no average of the weights ({AVERAGE})")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}; given {precision!r}")
     given = cfg if cfg is None or isinstance(cfg, CfgNode) else load_config(cfg)
+    file = read_source(source, given)
+    if averaged and AVERAGE not in file.content:
+        raise UserError(f"{file.path} has no average of the weights ({AVERAGE})")
     try:
-        found = recognise(content, given)
+        found = recognise(file.content, file.cfg)
     except UserError as error:
-        raise about(path, error) from error
+        raise about(file.path, error) from error
     objective = build_recognised(found)
-    report = load_to_evaluate(found.cfg, objective, path, content, AVERAGE if averaged else None)
-    return Model(objective, found.cfg, path, found.kind, report, trained_classes(content), precision).to(place)
+    report = load_to_evaluate(found.cfg, objective, file.path, file.content, AVERAGE if averaged else None)
+    classes = _class_names(objective, file, found)
+    return Model(objective, found.cfg, os.fspath(source), found.kind, report, classes, precision).to(place)
+
+
+def _class_names(objective: Objective, file: Source, found: Recognised) -> list[str] | None:
+    """Return the names of the classes: those in the file, else ImageNet-1K's where a file without a config of its own
+    has 1000 classes of images.
+    """
+    names = trained_classes(file.content)
+    if names is None and (found.recipe or file.published) and len(objective.backbone.clip_size) == 2:
+        names = imagenet_classes()
+    return names if names and len(names) == objective.num_classes else None
 
 
 def chosen_device(device: str | torch.device | None) -> torch.device:

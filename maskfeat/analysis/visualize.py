@@ -1,33 +1,31 @@
-"""Pictures of what a trained model sees and predicts: `tools/visualize.py` calls `main`.
-
-Shape legend: B samples, T frames, H x W pixels, grid = output tokens ([T',] H', W'), F values per token.
-"""
+"""Pictures of what a trained model sees and predicts: `tools/visualize.py` calls `main`."""
 
 import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
 from maskfeat.analysis.maps import HEADERS, MapRow, chosen, encoded, map_figure, map_rows, random_mask
 from maskfeat.analysis.model import Model, load_model
-from maskfeat.analysis.pictures import HogRow, SpectrumRow, grey_out, hog_figure, spectrum_figure, tokens_to_cells
 from maskfeat.batch import Batch
 from maskfeat.build import build_loader, build_mask_sampler, build_objective
 from maskfeat.checkpoint.files import given_or_latest_checkpoint
 from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
+from maskfeat.engine.pictures import predicted_rows
 from maskfeat.engine.resume import load_to_evaluate
 from maskfeat.errors import UserError, naming
+from maskfeat.objectives.base import Objective
 from maskfeat.objectives.maskfeat import MaskFeat
-from maskfeat.objectives.mfm import LUMA, MFM
-from maskfeat.objectives.spectrum import inverse_spectrum, spectrum
+from maskfeat.objectives.mfm import MFM
+from maskfeat.objectives.predictions import hog_rows, spectrum_rows, to_pixels
+from maskfeat.pictures import HogRow, Row, predictions_figure
 
 logger = logging.getLogger(__name__)
 
@@ -37,92 +35,13 @@ FRAMES = 4
 """Rows of each clip in a PNG file."""
 
 
-def to_pixels(clip: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Convert a normalised clip (3, [T,] H, W) to pixels (T, H, W, 3) uint8; an image has one frame."""
-    frames = clip if clip.dim() == 4 else clip.unsqueeze(1)
-    shape = (3, 1, 1, 1)
-    unit = frames * torch.tensor(std).reshape(shape) + torch.tensor(mean).reshape(shape)
-    return (unit.clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
-
-
-@torch.no_grad()
-def hog_rows(
-    objective: MaskFeat, batch: Batch, mean: Sequence[float], std: Sequence[float], frames: int = 2
-) -> list[HogRow]:
-    """Return the rows of `hog_figure` for a batch: one per image, `frames` (at most T') per clip.
-
-    Args:
-        objective: on the CPU.
-        batch: with masks; clips normalised by `mean` and `std`.
-        mean, std: of each colour channel.
-        frames: output frames to draw of each clip, spread evenly.
-    """
-    objective.eval()
-    hidden = objective.hidden_tokens(batch)
-    prediction, _ = objective.predict_hidden(batch)
-    target = objective.target(batch.clip)
-    predicted = torch.zeros_like(target)
-    predicted[hidden] = prediction.float()
-    grid = objective.backbone.grid
-    on_grid = (len(batch), *((1,) * (3 - len(grid))), *grid)
-    rows = []
-    for sample in range(len(batch)):
-        pixels = to_pixels(batch.clip[sample], mean, std)
-        steps = np.unique(np.linspace(0, on_grid[1] - 1, min(frames, on_grid[1])).round().astype(int))
-        for step in steps:
-            real, guess = (
-                tokens_to_cells(tokens.reshape(*on_grid, -1)[sample, step].numpy(), objective.bins, objective.cells)
-                for tokens in (target, predicted)
-            )
-            mask = hidden.reshape(on_grid)[sample, step].numpy()
-            frame = int(step) * objective.backbone.frame_stride
-            index = int(batch.index[sample]) if batch.index is not None else sample
-            caption = f"sample {index}" + (f", frame {frame}" if len(grid) == 3 else "")
-            rows.append(HogRow(pixels[frame], grey_out(pixels[frame], mask), real, guess, mask, caption))
-    return rows
-
-
-@torch.no_grad()
-def spectrum_rows(objective: MFM, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> list[SpectrumRow]:
-    """Return the rows of `spectrum_figure` for a batch of images; spectra are averaged over colours.
-
-    Args:
-        objective: on the CPU.
-        batch: normalised by `mean` and `std`; where it has no masks, they are sampled.
-        mean, std: of each colour channel.
-    """
-    objective.eval()
-    batch = objective.prepare(batch)
-    removed, seen, target = objective.inputs(batch)
-    prediction = objective.predict_image(seen).float()
-    masks, real, guess = removed.whole(), spectrum(target), spectrum(prediction)
-    together = inverse_spectrum(torch.where(masks, guess, real)).real
-    if objective.target_channels == 1:  # undo the normalisation of the grey image
-        luma, scale = torch.tensor(LUMA), torch.tensor(std)
-        grey_std = 1 / float((luma / scale).sum())
-        grey_mean = float((luma * torch.tensor(mean) / scale).sum()) * grey_std
-        target_scale: tuple[Sequence[float], Sequence[float]] = (grey_mean,) * 3, (grey_std,) * 3
-        prediction, together = prediction.expand(-1, 3, -1, -1), together.expand(-1, 3, -1, -1)
-    else:
-        target_scale = mean, std
-    rows = []
-    for i in range(len(batch)):
-        image, filtered = (to_pixels(clip[i], mean, std)[0] for clip in (batch.clip, seen))
-        guessed, whole = (to_pixels(clip[i], *target_scale)[0] for clip in (prediction, together))
-        magnitudes = [values[i].abs().mean(dim=0).numpy() for values in (real, guess)]
-        index = int(batch.index[i]) if batch.index is not None else i
-        mask = masks[i, 0].numpy()
-        rows.append(SpectrumRow(image, filtered, magnitudes[0], mask, guessed, magnitudes[1], whole, f"sample {index}"))
-    return rows
-
-
-def _pretrained(cfg: CfgNode) -> tuple[MaskFeat | MFM, str]:
+def _pretrained(cfg: CfgNode) -> tuple[Objective, str]:
     """Return the objective with its weights loaded, and the path of the checkpoint.
 
     The checkpoint is TEST.CHECKPOINT_FILE_PATH, or else the newest one in OUTPUT_DIR.
     """
     objective = build_objective(cfg)
-    if not isinstance(objective, MaskFeat | MFM):
+    if objective.classifies:
         raise UserError(
             f"MODEL.MODEL_NAME is {cfg.MODEL.MODEL_NAME}, expected MaskMViT or MFM: only pre-training predicts features"
         )
@@ -136,40 +55,33 @@ def _pretrained(cfg: CfgNode) -> tuple[MaskFeat | MFM, str]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Rows of an image, either of HOG or of spectra, and the checkpoint that made the predictions."""
+    """Rows that show predictions, and the checkpoint that made them."""
 
-    hog: list[HogRow]
-    spectra: list[SpectrumRow]
+    rows: list[Row]
     path: str
 
     @property
     def name(self) -> str:
         """The default file name of the image."""
-        return "hog_predictions.png" if self.hog else "spectrum_predictions.png"
+        return "hog_predictions.png" if isinstance(self.rows[0], HogRow) else "spectrum_predictions.png"
 
     def figure(self, title: str) -> Image.Image:
         """Return the image."""
-        return hog_figure(self.hog, title) if self.hog else spectrum_figure(self.spectra, title)
+        return predictions_figure(self.rows, title)
 
 
 def drawing(cfg: CfgNode, number: int) -> Drawing:
     """Predict `number` samples, spread evenly over the validation set, with the pre-trained model of a config."""
     objective, path = _pretrained(cfg)
-    loader = build_loader(cfg, "val")
-    chosen = np.unique(np.linspace(0, len(loader.labels) - 1, number).round().astype(int))
-    found = Drawing([], [], path)
-    for batch in loader.iter_samples(chosen.tolist()):
-        if isinstance(objective, MaskFeat):
-            found.hog.extend(hog_rows(objective, batch, cfg.DATA.MEAN, cfg.DATA.STD))
-        else:
-            found.spectra.extend(spectrum_rows(objective, batch, cfg.DATA.MEAN, cfg.DATA.STD))
-    return found
+    rows = predicted_rows(objective, build_loader(cfg, "val"), number, cfg.DATA.MEAN, cfg.DATA.STD)
+    if not rows:
+        raise UserError(
+            f"{cfg.MODEL.MODEL_NAME} shows no predictions of the chosen samples, or none of them can be read"
+        )
+    return Drawing(rows, path)
 
 
-Rows = list[HogRow] | list[SpectrumRow] | list[MapRow]
-
-
-def _predicted(model: Model, x: Tensor, what: str, caption: str, seed: int) -> Rows:
+def _predicted(model: Model, x: Tensor, what: str, caption: str, seed: int) -> Sequence[Row]:
     """Return the rows of HOG or spectra that a pre-trained model predicts of one input."""
     objective, wanted = model.objective, {"hog": MaskFeat, "spectrum": MFM}[what]
     if not isinstance(objective, wanted):
@@ -180,13 +92,14 @@ def _predicted(model: Model, x: Tensor, what: str, caption: str, seed: int) -> R
         raise UserError("AUG.GEN_MASK_LOADER is False in the config of the file: nothing is hidden")
     batch = Batch(x.unsqueeze(0), hidden=random_mask(sampler, seed))
     if isinstance(objective, MaskFeat):
-        rows: Rows = hog_rows(objective, batch, mean, std, frames=len(x[0]))
+        rows: Sequence[Row] = hog_rows(objective, batch, mean, std, frames=len(x[0]))
     else:
+        assert isinstance(objective, MFM)
         rows = spectrum_rows(objective, batch, mean, std)
-    return [replace(row, caption=row.caption.replace("sample 0", caption)) for row in rows]  # type: ignore[return-value]
+    return [replace(row, caption=row.caption.replace("sample 0", caption)) for row in rows]
 
 
-def rows_of(model: Model, path: str, what: str, block: int = -1, seed: int = 0) -> Rows:
+def rows_of(model: Model, path: str, what: str, block: int = -1, seed: int = 0) -> Sequence[Row | MapRow]:
     """Return what is drawn of an image (one row) or of a video (one for each frame or, of HOG, for each output frame).
 
     Args:
@@ -205,10 +118,8 @@ def rows_of(model: Model, path: str, what: str, block: int = -1, seed: int = 0) 
     return map_rows(model, x, what, caption, to_pixels(x, model.cfg.DATA.MEAN, model.cfg.DATA.STD), block)
 
 
-def _figure(rows: Rows, what: str, title: str) -> Image.Image:
-    if what == "hog":
-        return hog_figure(rows, title)  # type: ignore[arg-type]
-    return spectrum_figure(rows, title) if what == "spectrum" else map_figure(rows, what, title)  # type: ignore[arg-type]
+def _figure(rows: Sequence[Any], what: str, title: str) -> Image.Image:
+    return map_figure(rows, what, title) if what in HEADERS else predictions_figure(rows, title)
 
 
 def draw(model: Model, paths: Sequence[str], what: str, suffix: str, block: int = -1) -> bytes:
@@ -224,10 +135,10 @@ def draw(model: Model, paths: Sequence[str], what: str, suffix: str, block: int 
     inputs = [rows_of(model, path, what, block) for path in paths]
     title = f"{what}: {Path(model.source).name}"
     if suffix == ".png":
-        still: Rows = [rows[number] for rows in inputs for number in chosen(rows, FRAMES)]  # type: ignore[assignment]
+        still = [rows[number] for rows in inputs for number in chosen(rows, FRAMES)]
         return encoded([_figure(still, what, title)], suffix)
     moments = [[rows[number] for rows in inputs] for number in range(len(inputs[0]))]
-    return encoded([_figure(rows, what, title) for rows in moments], suffix)  # type: ignore[arg-type]
+    return encoded([_figure(rows, what, title) for rows in moments], suffix)
 
 
 def _draw_inputs(checkpoint: str, cfg: str | None, paths: Sequence[str], what: str, output: Path, block: int) -> None:

@@ -5,6 +5,7 @@ and https, and follows no redirect from https to http.
 """
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -17,7 +18,9 @@ from urllib.error import HTTPError, URLError
 
 from torch.hub import get_dir
 
-from maskfeat.errors import UserError
+from maskfeat.checkpoint.atomic import sha256
+from maskfeat.errors import UserError, naming
+from maskfeat.file_io import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -97,4 +100,36 @@ def download(url: str) -> Path:
         raise UserError(f"{url} could not be fetched: {cause}") from error
     finally:
         temporary.unlink(missing_ok=True)
+    return path
+
+
+def fetch(url: str, size: int | None = None, digest: str = "") -> Path:
+    """Return the path of a URL's file as `download`, after comparing it with what is known of it.
+
+    When a file is first fetched, its size and SHA-256 are recorded in NAME.json beside it, and compared later.
+
+    Args:
+        size: in bytes, where it is known.
+        digest: SHA-256 in hexadecimal, or its first digits, where they are known.
+
+    Raises:
+        UserError: it cannot be fetched, or is another file than it should be.
+    """
+    path = download(url)
+    record = path.with_name(f"{path.name}.json")
+    found = {"url": url, "size": path.stat().st_size, "sha256": sha256(path)}
+    wrong = size not in (None, found["size"]) or not str(found["sha256"]).startswith(digest)
+    if record.is_file():
+        try:
+            wrong |= json.loads(record.read_text(encoding="utf-8")) != found
+        except ValueError:
+            wrong = True
+    if wrong:
+        raise UserError(
+            f"{path} is damaged or not the file that {url} gave before: it has {found['size']} bytes and the SHA-256 "
+            f"{found['sha256']}. Delete it and {record.name} beside it to fetch it again"
+        )
+    if not record.is_file():
+        with naming(f"{record} cannot be written"):
+            replace_text(record, json.dumps(found, indent=1) + "\n")
     return path

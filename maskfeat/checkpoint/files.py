@@ -93,7 +93,8 @@ class _HashingWriter(io.RawIOBase):
         self._file.flush()
 
 
-def _checksum_path(path: Path) -> Path:
+def checksum_path(path: Path) -> Path:
+    """Return where the checksum of a file is."""
     return path.with_name(f"{path.name}.sha256")
 
 
@@ -110,7 +111,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UserFileError: if the disk is full or fails; the message names the file, and no partial file is left behind.
     """
-    partial, checksum = _temporary_path(path), _checksum_path(path)
+    partial, checksum = _temporary_path(path), checksum_path(path)
     partial_checksum = _temporary_path(checksum)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +144,7 @@ def verify_checkpoint(path: Path) -> None:
     try:
         if path.is_dir():
             return verify(path)
-        checksum = _checksum_path(path)
+        checksum = checksum_path(path)
         if checksum.exists():
             words = checksum.read_text(encoding="ascii").split()
             if not words or words[0] != sha256(path):
@@ -169,7 +170,7 @@ def prune_checkpoints(output_dir: str | Path, task: str, newest: Position, keep:
     for position, path in past[: -(keep or _NEWEST_KEPT)]:
         if keep or position.step:
             _delete(path)
-            _delete(_checksum_path(path))
+            _delete(checksum_path(path))
     for path in (Path(output_dir) / "checkpoints").glob(".*"):
         name = re.fullmatch(r"\.(.+?)(?:\.sha256)?\.(?:partial|old)", path.name)
         if name is not None and _position_of(path.with_name(name[1]), task):
@@ -186,7 +187,7 @@ def _delete(path: Path) -> None:
 
 def read_verified_checkpoint(given: str | Path) -> dict[str, Any]:
     """Load a checkpoint with `open_checkpoint` after verifying it, if it has a checksum beside it."""
-    if _checksum_path(Path(given)).exists():
+    if checksum_path(Path(given)).exists():
         verify_checkpoint(Path(given))
     return open_checkpoint(given)
 

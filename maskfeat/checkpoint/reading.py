@@ -3,6 +3,7 @@ torchvision's weights by name.
 """
 
 import argparse
+import json
 import pickle
 import re
 from collections import OrderedDict
@@ -13,7 +14,7 @@ from urllib.error import URLError
 from zipfile import BadZipFile
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.hub import HASH_REGEX
@@ -50,8 +51,13 @@ def _torchvision_file(name: str) -> Path:
     return path
 
 
+def is_torchvision_name(given: str) -> bool:
+    """Return whether a text is the name of weights of torchvision, such as ResNet50_Weights.IMAGENET1K_V1."""
+    return _TORCHVISION.fullmatch(given) is not None
+
+
 def _local_file(given: str) -> Path:
-    if _TORCHVISION.fullmatch(given) and not Path(given).exists():
+    if is_torchvision_name(given) and not Path(given).exists():
         return _torchvision_file(given)
     return download(given) if is_url(given) else Path(local_path(given))
 
@@ -67,11 +73,19 @@ def _load(path: Path) -> Any:
 
 
 def _load_safetensors(path: Path) -> Any:
-    """Load a file that holds tensors alone; its reader compares all sizes with the file."""
+    """Load a file that holds tensors, and texts: its metadata may have `cfg` (YAML) and `classes` (a JSON list).
+
+    Its reader compares all sizes with the file.
+    """
     try:
-        return load_file(path, device="cpu")
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+        state = load_file(path, device="cpu")
     except SafetensorError as error:
         raise RefusedFile(str(error)) from error
+    if "cfg" not in metadata:
+        return state
+    return {"model_state": state, "cfg": metadata["cfg"], CLASSES: json.loads(metadata.get(CLASSES, "null"))}
 
 
 def _check_content(content: Any, size: int) -> None:

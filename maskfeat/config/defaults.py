@@ -42,7 +42,7 @@ def _run(cfg: CfgNode) -> None:
     cfg.DATA_LOADER = CfgNode()
     cfg.DATA_LOADER.NUM_WORKERS = 8  # data workers per process; 0 = load in the training process
     cfg.DATA_LOADER.PIN_MEMORY = True  # page-locked batches: faster copies to a GPU
-    # ours: "pil" | "torchvision" (JPEG decoding by torchvision, resizing by PyTorch; faster, slightly other pixels)
+    # ours: "pil" | "simplejpeg" (JPEG decoding by that package, resizing by PyTorch; faster, slightly other pixels)
     cfg.DATA_LOADER.IMAGE_BACKEND = "pil"
     # ours: decode small images of one size once and keep them on the device, with cropping and masking there
     cfg.DATA_LOADER.RESIDENT = False
@@ -50,6 +50,12 @@ def _run(cfg: CfgNode) -> None:
     cfg.TENSORBOARD = CfgNode()
     cfg.TENSORBOARD.ENABLE = True  # write event files (off in PySlowFast)
     cfg.TENSORBOARD.LOG_DIR = "tensorboard"  # folder below OUTPUT_DIR; files are in its sub-folder TASK
+
+    cfg.VIS = CfgNode()
+    # ours: epochs between two pictures of predictions beside what is true, in OUTPUT_DIR/pictures and TensorBoard, of
+    # the same validation samples each time; also after the first and the last epoch; 0 = none
+    cfg.VIS.PERIOD = 0
+    cfg.VIS.SAMPLES = 4  # ours: samples in such a picture
 
 
 def _train(cfg: CfgNode) -> None:
@@ -112,6 +118,9 @@ def _data(cfg: CfgNode) -> None:
     cfg.DATA.PATH_TO_DATA_DIR = ""  # holds train/, val/ and maybe test/, or train.csv, val.csv and test.csv
     cfg.DATA.PATH_PREFIX = ""  # folder that the paths in a list of videos are relative to
     cfg.DATA.PATH_LABEL_SEPARATOR = " "  # between path and label in a line of the list; \t = a tab
+    # ours: file with the names of the classes of lists, one a line, in the order of their labels; "" = classes.txt
+    # beside the lists, where there is one
+    cfg.DATA.CLASS_NAMES = ""
     cfg.DATA.MEAN = [0.45, 0.45, 0.45]  # per colour channel, of pixels in [0, 1]
     cfg.DATA.STD = [0.225, 0.225, 0.225]  # the same
     cfg.DATA.NUM_FRAMES = 8  # frames per clip; 1 for images
@@ -217,6 +226,7 @@ KINDS: dict[str, str] = {
     "TEST.SAVE_RESULTS_PATH": "path",
     "DATA.PATH_TO_DATA_DIR": "path",
     "DATA.PATH_PREFIX": "path",
+    "DATA.CLASS_NAMES": "path",
     "TRAIN.MIXED_PRECISION": "precision",
     "TEST.MIXED_PRECISION": "precision",
     "TRAIN.CHECKPOINT_INFLATE": "inflation",

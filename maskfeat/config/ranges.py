@@ -15,7 +15,7 @@ _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "DIST_BACKEND": ("nccl", "gloo"),
-    "DATA_LOADER.IMAGE_BACKEND": ("pil", "torchvision"),
+    "DATA_LOADER.IMAGE_BACKEND": ("pil", "simplejpeg"),
     "TRAIN.PARALLEL": ("ddp", "fsdp"),
     "TRAIN.CHECKPOINT_FORMAT": ("gathered", "sharded"),
     "TRAIN.CHECKPOINT_TYPE": ("pytorch",),
@@ -74,6 +74,8 @@ RANGES: dict[str, Range] = {
     "NUM_SHARDS": Range(1, 100_000),
     **dict.fromkeys(("NUM_GPUS", "DATA_LOADER.NUM_WORKERS"), Range(0, 1024)),
     **dict.fromkeys(("TRAIN.EVAL_PERIOD", "TRAIN.KEEP_CHECKPOINTS", "TRAIN.MICRO_BATCH_SIZE"), Range(0, _COUNT_MAX)),
+    "VIS.PERIOD": Range(0, _COUNT_MAX),
+    "VIS.SAMPLES": Range(1, 100),
     **dict.fromkeys(("LOG_PERIOD", "TRAIN.MAX_SKIPPED_STEPS", "TRAIN.CHECKPOINT_PERIOD"), Range(1, _COUNT_MAX)),
     **dict.fromkeys(("HANG_MINUTES", "TRAIN.CHECKPOINT_MINUTES"), Range(0, _WEEK)),
     **dict.fromkeys(("TRAIN.BATCH_SIZE", "TEST.BATCH_SIZE", "SOLVER.MAX_EPOCH"), Range(1, _COUNT_MAX)),

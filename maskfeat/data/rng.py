@@ -22,6 +22,9 @@ SPAN_STREAM = 1
 MASK_STREAM = 2
 """Stream of the mask: separate, so that changing the augmentation does not change the masks."""
 
+_LENT = np.random.MT19937(0)
+"""Numpy's global generator within `seeded`, where its own is to be kept: to copy that one takes half a millisecond."""
+
 
 def sample_generator(seed: int, epoch: int, index: int, view: int, stream: int = VIEW_STREAM) -> np.random.Generator:
     """Return a generator that depends on these non-negative numbers only."""
@@ -29,30 +32,46 @@ def sample_generator(seed: int, epoch: int, index: int, view: int, stream: int =
 
 
 @contextlib.contextmanager
-def seeded(seed: int, epoch: int, index: int, view: int) -> Iterator[np.random.Generator]:
+def seeded(seed: int, epoch: int, index: int, view: int, libraries: bool = True) -> Iterator[np.random.Generator]:
     """Seed the global generators of `random`, numpy and torch (CPU), and yield a numpy generator.
 
     timm's augmentations draw from the global generators. Their states are restored on exit, so that loading data in the
     training process (no workers) does not change the random numbers that the model draws. In a worker they are not
-    restored: nothing else draws there, and saving the states would take half of the time.
+    restored: nothing else draws there, and saving the states would take half of the time. Blocks are not nested. Not
+    kept is the second of a pair of normal numbers that numpy's global generator has ready.
 
     Args:
         seed, epoch, index, view: non-negative integers.
+        libraries: False where nothing is drawn from the generators of `random` and numpy, which then stay as they are:
+            seeding them takes most of the time.
     """
-    words = np.random.SeedSequence((seed, epoch, index, view, VIEW_STREAM)).generate_state(6, np.uint32)
-    in_worker = get_worker_info() is not None
-    states = None if in_worker else (random.getstate(), np.random.get_state(), torch.random.get_rng_state())
+    sequence = np.random.SeedSequence((seed, epoch, index, view, VIEW_STREAM))
+    words = sequence.generate_state(6, np.uint32)
+    restored = get_worker_info() is None
+    state = torch.random.get_rng_state() if restored else None
     try:
-        random.seed(int(words[0]) << 32 | int(words[1]))
-        np.random.seed(words[2:4])
         # Not torch.manual_seed, which would seed the accelerators as well.
         torch.default_generator.manual_seed(int(words[4]) << 31 | int(words[5]) >> 1)
-        yield sample_generator(seed, epoch, index, view)
+        with _seeded_libraries(words, restored) if libraries else contextlib.nullcontext():
+            yield np.random.default_rng(sequence)
+    finally:
+        if state is not None:
+            torch.random.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def _seeded_libraries(words: np.ndarray, restored: bool) -> Iterator[None]:
+    states = (random.getstate(), np.random.get_bit_generator()) if restored else None
+    try:
+        if states is not None:
+            np.random.set_bit_generator(_LENT)
+        random.seed(int(words[0]) << 32 | int(words[1]))
+        np.random.seed(words[2:4])
+        yield
     finally:
         if states is not None:
             random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.random.set_rng_state(states[2])
+            np.random.set_bit_generator(states[1])
 
 
 def draw_mask(sampler: MaskSampler | None, seed: int, epoch: int, index: int, view: int) -> Tensor | None:

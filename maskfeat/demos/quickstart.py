@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskfeat.analysis.pictures import hog_figure, spectrum_figure
 from maskfeat.analysis.visualize import Drawing, drawing
 from maskfeat.checkpoint.files import find_checkpoints
 from maskfeat.config import load_config
@@ -24,6 +23,7 @@ from maskfeat.engine.log_handlers import screen_handler
 from maskfeat.engine.metrics_log import last_json_stats, read_json_stats
 from maskfeat.engine.run import main as run_net
 from maskfeat.errors import UserError
+from maskfeat.pictures import predictions_figure
 
 logger = logging.getLogger(__name__)
 
@@ -161,10 +161,10 @@ class Quickstart:
     def draw(self) -> list[Path]:
         """Write hog_predictions.png (images and clip frames) and spectrum_predictions.png (images)."""
         title = "Quickstart: held-out samples"
-        hog = self.drawing("images", 4).hog + self.drawing("clips", 2).hog
+        hog = self.drawing("images", 4).rows + self.drawing("clips", 2).rows
         figures = {
-            "hog_predictions.png": hog_figure(hog, title),
-            "spectrum_predictions.png": spectrum_figure(self.drawing("mfm", 4).spectra, title),
+            "hog_predictions.png": predictions_figure(hog, title),
+            "spectrum_predictions.png": self.drawing("mfm", 4).figure(title),
         }
         for name, figure in figures.items():
             figure.save(self.root / name)

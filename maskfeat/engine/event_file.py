@@ -10,11 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 logger = logging.getLogger(__name__)
 
 
 class EventFile:
-    """Scalars over steps, for TensorBoard.
+    """Scalars and images over steps, for TensorBoard.
 
     Records are made by TensorBoard and PyTorch, and written here, in one piece and at once: `SummaryWriter` writes in a
     thread of its own, which ends with a traceback where the disk is full and leaves half a record, behind which
@@ -39,11 +42,21 @@ class EventFile:
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         """Write scalars by name. Where that fails, a warning says so, once until it works again."""
-        from tensorboard.compat.proto.event_pb2 import Event
         from torch.utils.tensorboard.summary import scalar
 
+        self._add([scalar(name, value) for name, value in values.items()], step)
+
+    def add_picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """Write an image (H, W, 3), failing as `add` does."""
+        from torch.utils.tensorboard.summary import image
+
+        self._add([image(name, pixels, dataformats="HWC")], step)
+
+    def _add(self, summaries: list[Any], step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
         now = time.time()
-        events = [Event(wall_time=now, step=step, summary=scalar(name, value)) for name, value in values.items()]
+        events = [Event(wall_time=now, step=step, summary=summary) for summary in summaries]
         try:
             self._write([*self._head, *events])
         except OSError as error:

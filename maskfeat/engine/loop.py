@@ -6,6 +6,7 @@ from maskfeat.distributed.collectives import FlagExchange
 from maskfeat.distributed.hang_watchdog import HangWatchdog
 from maskfeat.distributed.preemption import Preempted, StopRequest
 from maskfeat.engine.metrics_log import MetricsLog
+from maskfeat.engine.pictures import Pictures
 from maskfeat.engine.progress import ProgressMeter
 from maskfeat.engine.saver import Saver
 from maskfeat.engine.trainer import Trainer
@@ -18,6 +19,7 @@ def train(
     loader: BatchLoader,
     saver: Saver,
     validator: Validator,
+    pictures: Pictures,
     metrics_log: MetricsLog,
     watchdog: HangWatchdog,
     stop: StopRequest,
@@ -31,6 +33,7 @@ def train(
         loader: batches of this rank.
         saver: decides when a checkpoint is due, and writes it.
         validator: decides after which epochs to validate, and does so.
+        pictures: decides after which epochs to draw predictions, and does so.
         watchdog: receives a heartbeat at every step.
         stop: whether this process was asked to stop.
         log_period: steps between two progress lines.
@@ -78,6 +81,8 @@ def train(
                 saver.save()  # so that validation can be interrupted
             if validator.is_due(epoch):
                 validator.run(epoch)
+            if pictures.is_due(epoch):
+                pictures.draw(epoch)
         trainer.position = Position(epoch + 1)
 
 

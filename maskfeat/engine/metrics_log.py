@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import simplejson
 import torch
+from PIL import Image
 from torch import Tensor
 
 from maskfeat.distributed.collectives import all_gather_object, all_reduce_sum, world_size
@@ -180,9 +182,17 @@ class MetricsLog:
             plain["lr"] = simplejson.RawJSON(f"{stats['lr']:.5e}")
         logger.info(_STATS + "%s", simplejson.dumps({"_type": kind, **plain}), extra={_FOR_SCRIPTS: True})
         if self._folder is not None:
-            self._events = self._events or EventFile(self._folder)
             scalars = {f"{kind}/{name}": value for name, value in stats.items() if isinstance(value, int | float)}
-            self._events.add(scalars, step)
+            self._event_file(self._folder).add(scalars, step)
+
+    def picture(self, name: str, picture: Image.Image, step: int) -> None:
+        """Write an RGB picture to TensorBoard."""
+        if self._folder is not None:
+            self._event_file(self._folder).add_picture(name, np.asarray(picture), step)
+
+    def _event_file(self, folder: Path) -> EventFile:
+        self._events = self._events or EventFile(folder)
+        return self._events
 
     def close(self) -> None:
         """Close the event file."""

@@ -30,8 +30,8 @@ notice that a machine is gone."""
 
 
 @contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Own an OUTPUT_DIR inside the block.
+def owned(folder: Path, name: str = "OUTPUT_DIR") -> Iterator[None]:
+    """Own a folder inside the block; `name` is the key or option that gives it, for messages.
 
     The lock is one of POSIX (`fcntl.lockf`), which network file systems keep for all machines, and which the kernel
     releases when this process ends, however it does. It belongs to this process alone, not to those that it forks, and
@@ -40,11 +40,11 @@ def owned(folder: Path) -> Iterator[None]:
     Raises:
         UserFileError: another run owns it, or the file cannot be made.
     """
-    with naming(f"OUTPUT_DIR {folder} cannot be written"):
+    with naming(f"{name} {folder} cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _take(file, folder)
+        _take(file, folder, name)
         me = f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         with suppress(OSError):  # a full disk: others are then told of no name
             os.pwrite(file, f"{me:<{WIDTH}}\n".encode(), 0)
@@ -53,28 +53,26 @@ def owned(folder: Path) -> Iterator[None]:
         os.close(file)
 
 
-def _take(file: int, folder: Path) -> None:
+def _take(file: int, folder: Path, name: str) -> None:
     """Wait a little for the lock of an open file."""
     began: float | None = None
-    while not _lock(file, folder):
+    while not _lock(file, folder, name):
         owner = os.pread(file, 1000, 0).decode(errors="replace").strip() or "unknown"
         here = owner.startswith(f"{socket.gethostname()},")
         limit = WAIT if here else WAIT_FOR_A_MACHINE
         if began is None:
             began = time.monotonic()
-            logger.warning(
-                "OUTPUT_DIR %s is in use by another run (%s): waiting %g s for its end", folder, owner, limit
-            )
+            logger.warning("%s %s is in use by another run (%s): waiting %g s for its end", name, folder, owner, limit)
         if time.monotonic() - began > limit:
             gone = "" if here else f" If that machine is gone, delete {folder / LOCK}."
             raise UserFileError(
-                f"OUTPUT_DIR {folder} is in use by another run ({owner}): wait for it, stop it, or give another "
-                f"OUTPUT_DIR.{gone}"
+                f"{name} {folder} is in use by another run ({owner}): wait for it, stop it, or give another "
+                f"{name}.{gone}"
             )
         time.sleep(0.1)
 
 
-def _lock(file: int, folder: Path) -> bool:
+def _lock(file: int, folder: Path, name: str) -> bool:
     """Return whether the lock was taken, also where the file system knows no locks."""
     if fcntl is None:
         return True
@@ -84,6 +82,6 @@ def _lock(file: int, folder: Path) -> bool:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False
         logger.warning(
-            "OUTPUT_DIR %s cannot be locked (%s): see to it that no second run uses it", folder, error.strerror
+            "%s %s cannot be locked (%s): see to it that no second run uses it", name, folder, error.strerror
         )
     return True

@@ -36,7 +36,7 @@ from maskfeat.registry import load, objective_spec
 logger = logging.getLogger(__name__)
 
 
-def _load_weights(
+def fit_weights(
     cfg: CfgNode, objective: Objective, path: str, content: dict[str, Any], key: str | None = None
 ) -> LoadReport:
     """Load the weights of a file as TRAIN.CHECKPOINT_* say; `key` as in `model_state`."""
@@ -57,7 +57,7 @@ def _load_to_train(
     """
     different = built_differently(content, cfg)
     try:
-        _load_weights(cfg, objective, path, content, key)
+        fit_weights(cfg, objective, path, content, key)
     except Misfit as error:
         classifier = objective.released_name("head.projection.")
         if not _deciding(different) or all(problem.startswith(classifier) for problem in error.problems):
@@ -84,7 +84,7 @@ def load_to_evaluate(
     """
     different = built_differently(content, cfg)
     try:
-        report = _load_weights(cfg, objective, path, content, key)
+        report = fit_weights(cfg, objective, path, content, key)
     except Misfit as error:
         why = f"{error.summary}{_in_brackets(different)}"
         if _deciding(different):

@@ -19,6 +19,7 @@ from maskfeat.distributed.collectives import run_on_main
 from maskfeat.distributed.launch import check_devices, launch, read_launch_environment
 from maskfeat.distributed.preemption import INTERRUPTED
 from maskfeat.distributed.world import World
+from maskfeat.engine.confusion import Confusion, write_class_results
 from maskfeat.engine.evaluate import multi_view_test
 from maskfeat.engine.loop import train
 from maskfeat.engine.resume import find_tested, load_for_testing
@@ -98,16 +99,20 @@ def run_testing(
         stats["top1_acc"], stats["top5_acc"] = f"{result['top1']:.2f}", f"{result['top5']:.2f}"
         session.metrics_log.write(f"test_final{suffix}", line, stats, number)
         try:
-            run_on_main(partial(_write_results, _results_path(cfg, views + suffix), details))
+            run_on_main(partial(_write_results, cfg, views + suffix, details, loader.classes))
         except UserFileError as error:
             failed.append(error)
     return failed
 
 
-def _write_results(path: Path, details: str) -> None:
+def _write_results(cfg: CfgNode, what: str, details: str, classes: Sequence[str] | None) -> None:
+    """Write the predictions of a test, and what they say of each class; `what`: views and weights, for the names."""
+    path = _results_path(cfg, what)
     with naming(f"{path} cannot be written; the scores are in the log"):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, details)
+    found = Confusion(details, cfg.MODEL.NUM_CLASSES, classes)
+    logger.info(write_class_results(cfg.OUTPUT_DIR, what, found))
 
 
 def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine) -> int:
@@ -123,13 +128,14 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
         test_loaders = _test_loaders(cfg, session, tested) if cfg.TEST.ENABLE else {}
         objectives: dict[str, Objective] = {}
         if cfg.TRAIN.ENABLE:
-            trainer, loader, saver, validator = prepare_training(cfg, command_line, session)
+            trainer, loader, saver, validator, pictures = prepare_training(cfg, command_line, session)
             with saver:
                 train(
                     trainer,
                     loader,
                     saver,
                     validator,
+                    pictures,
                     session.metrics_log,
                     session.watchdog,
                     session.stop,

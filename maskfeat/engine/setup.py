@@ -17,6 +17,7 @@ from maskfeat.data.datasets.classes import describe_split, missing_classes
 from maskfeat.data.loader import BatchLoader
 from maskfeat.engine.batch_arithmetic import check_batch_norm, compare, describe, load_recipe, step_size
 from maskfeat.engine.flops import cost_table, module_costs
+from maskfeat.engine.pictures import FOLDER, Pictures
 from maskfeat.engine.resume import find_source
 from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.saver import Saver
@@ -43,6 +44,7 @@ class Training(NamedTuple):
     loader: BatchLoader
     saver: Saver
     validator: Validator
+    pictures: Pictures
 
 
 def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) -> Training:
@@ -84,6 +86,7 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
         validation_record(cfg),
         session.watchdog.proceed,
     )
+    pictures = _pictures(cfg, trainer, val_loader, validator, session)
     saver = Saver(cfg, trainer, loader.classes if objective.classifies else None)
     epoch = trainer.position.epochs - 1  # the last one that is done
     if not source.is_of(cfg):
@@ -92,7 +95,31 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
         validator.run(epoch)  # it was interrupted
     if trainer.position.epochs >= trainer.max_epoch:
         logger.info("nothing left to train: %s is done, SOLVER.MAX_EPOCH is %d", trainer.position, trainer.max_epoch)
-    return Training(trainer, loader, saver, validator)
+    return Training(trainer, loader, saver, validator, pictures)
+
+
+def _pictures(
+    cfg: CfgNode, trainer: Trainer, val_loader: BatchLoader | None, validator: Validator, session: Session
+) -> Pictures:
+    """Pictures of predictions, where there are any: of the validation set, or else of the training set, plain."""
+    loader = val_loader
+    if trainer.objective.classifies or not cfg.VIS.PERIOD:
+        loader = None
+    elif loader is None:
+        loader = build_loader(cfg, "train", session.world, device=session.device, plain=True)
+    return Pictures(
+        trainer,
+        loader,
+        cfg.VIS.PERIOD,
+        cfg.VIS.SAMPLES,
+        validator.objectives,
+        session.metrics_log,
+        Path(cfg.OUTPUT_DIR) / FOLDER,
+        cfg.TASK,
+        cfg.DATA.MEAN,
+        cfg.DATA.STD,
+        precision_of(cfg.TEST),
+    )
 
 
 def announce_data(cfg: CfgNode, classifies: bool, loaders: Mapping[str, BatchLoader]) -> None:

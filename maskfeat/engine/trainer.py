@@ -231,7 +231,7 @@ def build_trainer(
     if sharded:  # before the optimizer, which refers to the shards
         _transform(cfg, objective, device)
         apply_fsdp(objective, world, device)
-    else:
+    elif any(parameter.device != device for parameter in objective.parameters()):  # fake ones cannot be moved
         objective.to(device)
     optimizer = build_optimizer(cfg, objective)
     ema = ModelEma(objective, cfg.TRAIN.EMA) if cfg.TRAIN.EMA else None

@@ -3,6 +3,7 @@
 The size of the input decides between a video model, with ([T,] H, W) = (T, H, W), and an image model, with (H, W).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -277,7 +278,7 @@ class MViT(nn.Module):
         if position not in ("none", "joint", "separate"):
             raise ValueError(f"position is {position!r}, expected 'none', 'joint' or 'separate'")
         if position == "joint":
-            num = int(class_token) + int(torch.tensor(self.stem_grid).prod())
+            num = int(class_token) + math.prod(self.stem_grid)
             self.pos_embed = token_parameter(1, num, width)
         elif position == "separate":
             frames, height, columns = self.stem_grid

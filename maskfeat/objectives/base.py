@@ -3,7 +3,7 @@
 Shape legend: B samples, K classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 from yacs.config import CfgNode
@@ -13,6 +13,7 @@ from maskfeat.checkpoint.names import unwrapped
 from maskfeat.checkpoint.weights import ReleasedModule
 from maskfeat.masking import MaskSampler, mask_sampler
 from maskfeat.models.base import Backbone
+from maskfeat.pictures import Row
 
 BACKBONE = "backbone."
 
@@ -49,6 +50,16 @@ class Objective(ReleasedModule):
         """Return (B, K) float32 probabilities; only where `classifies`."""
         raise AssertionError(f"{type(self).__name__} does not classify")
 
+    def picture_rows(self, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Sequence[Row]:
+        """Return rows that show what is predicted for a batch, beside what is true; none where nothing can be shown.
+
+        Args:
+            batch: on the device of the objective, with masks where the method samples them in the loader; normalised by
+                `mean` and `std`.
+            mean, std: of each colour channel.
+        """
+        return ()
+
     def released_name(self, name: str) -> str:
         """Return the name in released files of a parameter or buffer of this module."""
         return unwrapped(name).removeprefix(BACKBONE)
@@ -56,6 +67,11 @@ class Objective(ReleasedModule):
     def layer_id(self, released_name: str) -> int:
         """Return the layer for layer-wise learning rate decay; parameters outside the backbone are in the last."""
         return self.backbone.layer_id(released_name)
+
+
+def can_be_read(values: Tensor) -> bool:
+    """Return whether values can be read without waiting for a device: on the CPU, and not of a fake tensor."""
+    return values.device.type == "cpu" and type(values) is Tensor
 
 
 def sample_patches(cfg: CfgNode, grid: tuple[int, ...]) -> MaskSampler:

@@ -18,7 +18,7 @@ from maskfeat.checkpoint.weights import LoadRules
 from maskfeat.errors import UserError
 from maskfeat.models.base import Backbone
 from maskfeat.models.heads import ClassifierHead, init_on, pool_tokens, token_norm
-from maskfeat.objectives.base import Objective
+from maskfeat.objectives.base import Objective, can_be_read
 from maskfeat.objectives.mixup import Mixup
 from maskfeat.registry import BELOW_1, SHARE, ObjectiveSpec, Range, backbone_spec, register
 
@@ -106,11 +106,7 @@ class Classification(Objective):
 
     def _check_labels(self, label: Tensor) -> None:
         # On a device the kernel's own assertion speaks; reading the values here would stop for the device.
-        if (
-            label.device.type == "cpu"
-            and len(label)
-            and not 0 <= int(label.min()) <= int(label.max()) < self.num_classes
-        ):
+        if can_be_read(label) and len(label) and not 0 <= int(label.min()) <= int(label.max()) < self.num_classes:
             raise UserError(
                 f"labels run from {int(label.min())} to {int(label.max())}, but MODEL.NUM_CLASSES is {self.num_classes}"
             )

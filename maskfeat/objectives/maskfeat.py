@@ -18,8 +18,10 @@ from maskfeat.masking import resize_mask
 from maskfeat.models.base import Backbone
 from maskfeat.models.layers import full_precision, is_reference, layer_norm
 from maskfeat.models.mvit_config import TRANSFORMER
-from maskfeat.objectives.base import Objective, check_patch_masks, sample_patches
+from maskfeat.objectives.base import Objective, can_be_read, check_patch_masks, sample_patches
 from maskfeat.objectives.hog import cut_patches, hog, hog_tokens, pad_border, patch_features, pixel_weights
+from maskfeat.objectives.predictions import hog_rows
+from maskfeat.pictures import HogRow
 from maskfeat.registry import ObjectiveSpec, Range, backbone_spec, register
 
 
@@ -165,7 +167,7 @@ class MaskFeat(Objective):
         the mask is counted.
         """
         hidden = self.hidden_tokens(batch)
-        if batch.max_hidden is None or hidden.device.type == "cpu":
+        if batch.max_hidden is None or can_be_read(hidden):
             most = int(hidden.sum(dim=1).max())
         else:
             assert batch.hidden is not None
@@ -207,6 +209,9 @@ class MaskFeat(Objective):
             "mean_hog_predictor": ((target - mean).square() * hidden).sum() / terms,
         }
         return StepOutput(loss, metrics)
+
+    def picture_rows(self, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> list[HogRow]:
+        return hog_rows(self, batch, mean, std)
 
     def load_rules(self, state: Mapping[str, Tensor]) -> LoadRules:
         return LoadRules(fresh=("hogs.*",))

@@ -20,11 +20,10 @@ from maskfeat.models.base import Backbone, check_clip_size
 from maskfeat.models.heads import token_norm
 from maskfeat.models.layers import full_precision
 from maskfeat.objectives.base import Objective
+from maskfeat.objectives.predictions import LUMA, spectrum_rows
 from maskfeat.objectives.spectrum import Frequencies, disc, half_of, magnitude
+from maskfeat.pictures import SpectrumRow
 from maskfeat.registry import SHARE, ObjectiveSpec, Range, backbone_spec, register
-
-LUMA = (0.299, 0.587, 0.114)
-"""Grey of red, green and blue (ITU-R BT.601)."""
 
 
 class MFM(Objective):
@@ -166,6 +165,9 @@ class MFM(Objective):
         if self.mean_per_image:
             return (sums / counts).mean()
         return sums.sum() / (counts.sum() * sums.shape[1])
+
+    def picture_rows(self, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> list[SpectrumRow]:
+        return spectrum_rows(self, batch, mean, std)
 
     def load_rules(self, state: Mapping[str, Tensor]) -> LoadRules:
         if any(name.startswith("decoder.") for name in state):

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from maskfeat.analysis.visualize import hog_rows, main
+from maskfeat.analysis.visualize import main
 from maskfeat.batch import Batch
 from maskfeat.engine.run import main as run_main
 from maskfeat.models.vit import ViT
 from maskfeat.objectives.maskfeat import MaskFeat
+from maskfeat.objectives.predictions import hog_rows
 from tests.small import MVIT_PT, RECIPES, VIT_FT, VIT_PT, clips, images
 
 VIT = str(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml")

@@ -10,7 +10,7 @@ PACKAGE = REPO / "maskfeat"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each package may import of the others: imports point one way. A package may import itself.
-GROUND = {"batch", "masking", "file_io", "registry", "distributed", "__init__"}
+GROUND = {"batch", "masking", "file_io", "pictures", "registry", "distributed", "__init__"}
 ANYWHERE = {"errors"}
 ALLOWED = {
     "config": {"file_io", "registry"},
@@ -18,11 +18,12 @@ ALLOWED = {
     "data": {"batch", "masking", "file_io", "registry", "distributed"},
     "models": {"masking", "registry"},
     "checkpoint": {"config", "file_io", "distributed"},
-    "objectives": {"batch", "masking", "registry", "distributed", "models", "checkpoint"},
+    "objectives": {"batch", "masking", "pictures", "registry", "distributed", "models", "checkpoint"},
     "build": {"masking", "registry", "distributed", "data", "models", "objectives", "optim"},
     "engine": {
         "file_io",
         "batch",
+        "pictures",
         "config",
         "registry",
         "distributed",
@@ -33,9 +34,22 @@ ALLOWED = {
         "optim",
         "build",
     },
-    "analysis": {"batch", "config", "distributed", "data", "models", "checkpoint", "objectives", "build", "engine"},
+    "analysis": {
+        "masking",
+        "batch",
+        "pictures",
+        "config",
+        "distributed",
+        "data",
+        "models",
+        "checkpoint",
+        "objectives",
+        "build",
+        "engine",
+    },
     "demos": {
         "file_io",
+        "pictures",
         "config",
         "distributed",
         "data",

@@ -8,6 +8,9 @@ import torch
 
 from maskfeat.data.rng import MASK_STREAM, SPAN_STREAM, sample_generator, seeded
 
+DRAWN = (0.22319746987562594, 0.029466411847525298, 0.5372437238693237, 0.5345802963976077)
+"""What `draws(1, 2, 3, 4)` gave when it was written."""
+
 
 def draws(*key: int) -> tuple[float, ...]:
     with seeded(*key) as rng:
@@ -50,3 +53,18 @@ def test_global_states_are_restored_even_after_an_error() -> None:
 
 def test_large_seeds() -> None:
     assert draws(2**40 + 1, 0, 0, 0) != draws(1, 0, 0, 0)
+
+
+def test_generators_of_libraries_are_left_alone_where_nothing_draws_from_them() -> None:
+    with seeded(1, 2, 3, 4) as rng:
+        expected = torch.rand(()), rng.random()
+    random.seed(5), np.random.seed(5)
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    with seeded(1, 2, 3, 4, libraries=False) as rng:
+        assert (torch.rand(()), rng.random()) == expected
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+def test_draws_do_not_change_between_versions() -> None:
+    """What training sees of a sample depends on these numbers."""
+    assert draws(1, 2, 3, 4) == pytest.approx(DRAWN, abs=1e-12)

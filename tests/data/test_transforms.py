@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import InterpolationMode, RandAugment, v2
+from torchvision.transforms import InterpolationMode, RandAugment, RandomResizedCrop, v2
 
 from maskfeat.data.device_transforms import DeferredTransform
 from maskfeat.data.rand_augment import augment_frames, make_rand_augment
@@ -131,6 +131,19 @@ def test_random_resized_crop_box_of_slivers_is_central() -> None:
     assert random_resized_crop_box(4, 2000, (0.9, 1.0), (3 / 4, 4 / 3)) == (0, 997, 4, 5)
     assert random_resized_crop_box(2000, 4, (0.9, 1.0), (3 / 4, 4 / 3)) == (997, 0, 5, 4)
     assert random_resized_crop_box(1, 1, (0.5, 1.0), (3 / 4, 4 / 3)) == (0, 0, 1, 1)
+
+
+def test_boxes_and_draws_are_torchvisions() -> None:
+    """Also where no attempt fits, and the box is the central one."""
+    rng = np.random.default_rng(0)
+    for seed in range(600):
+        height, width = (int(side) for side in rng.integers(1, 700, 2))
+        scale, ratio = ((0.08, 1.0), (0.5, 1.0), (0.9, 1.0))[seed % 3], ((3 / 4, 4 / 3), (1.0, 1.0))[seed % 2]
+        torch.manual_seed(seed)
+        image = torch.empty(1, height, width, device="meta")
+        expected = RandomResizedCrop.get_params(image, list(scale), list(ratio)), torch.rand(1)
+        torch.manual_seed(seed)
+        assert (random_resized_crop_box(height, width, scale, ratio), torch.rand(1)) == expected
 
 
 def test_image_training_without_randomness_is_a_resize() -> None:

@@ -88,7 +88,7 @@ def test_the_names_in_the_checkpoint_number_the_classes(
     ):
         data = part(image_data, tmp_path / f"data{number}", **splits)
         assert labels_in_test(trained, data, tmp_path / "out") == [2] * 4 + [3] * 4, splits
-        assert f"8 samples, 2 of 4 classes (no image of {names[0]}, {names[1]})" in said(capsys)
+        assert f"8 samples, 2 of 4 classes (no sample of {names[0]}, {names[1]})" in said(capsys)
     (tmp_path / "data0" / "val" / "zebra").mkdir()
     assert start(FT, [*TEST, "TEST.CHECKPOINT_FILE_PATH", str(trained)], tmp_path / "data0", tmp_path / "out") == 2
     assert "1 class folder that the checkpoint lacks (zebra)" in said(capsys)

@@ -15,7 +15,9 @@ from yacs.config import CfgNode
 from maskfeat.batch import Batch
 from maskfeat.build import build_mask_sampler, build_objective
 from maskfeat.config import load_config
+from maskfeat.engine.trainer import CPU, Trainer
 from maskfeat.objectives.base import Objective
+from maskfeat.optim.schedule import lr_at_epoch, set_lr
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -76,3 +78,42 @@ def load_golden(name: str) -> Any:
 def recipe(name: str, opts: Sequence[str] = ()) -> CfgNode:
     """The resolved config of a recipe."""
     return load_config(REPO / "configs" / "masked_ssl" / f"{name}.yaml", opts)
+
+
+def follow(
+    run: dict[str, Any],
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    first: int,
+    precision: str = "off",
+    micro_batch: int = 0,
+    device: torch.device = CPU,
+) -> list[dict[str, float]]:
+    """Steps `first` to 7 of a golden trajectory through the training loop's own step; what each logged.
+
+    Args:
+        objective: on `device`.
+    """
+    cfg = recipe(run["config"], run["opts"])
+    trainer = Trainer(
+        objective,
+        optimizer,
+        lambda epoch: lr_at_epoch(cfg, epoch),
+        device=device,
+        clip_norm=cfg.SOLVER.CLIP_GRAD_L2NORM,
+        precision=precision,
+        micro_batch=micro_batch,
+    )
+    logged = []
+    for step in range(first, 8):
+        set_lr(optimizer, trainer.lr(step))
+        batch = golden_batch(cfg, run["seed"] * 1000 + step, run["batch"])
+        trainer.train_step(batch.to(device))
+        logged.append({**trainer.metrics.read(), "lr": trainer.lr(step)})
+    return logged
+
+
+def final_norm(objective: Objective) -> float:
+    """L2 norm of all parameters together."""
+    total: float = sum(p.detach().double().square().sum().item() for p in objective.parameters())
+    return total**0.5

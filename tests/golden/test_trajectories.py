@@ -9,11 +9,9 @@ import torch
 from maskfeat.build import build_optimizer
 from maskfeat.checkpoint.reading import model_state, read_checkpoint
 from maskfeat.engine.parallelize import apply_activation_checkpointing
-from maskfeat.engine.trainer import Trainer
 from maskfeat.objectives.base import Objective
 from maskfeat.optim.optimizers import load_optimizer_state
-from maskfeat.optim.schedule import lr_at_epoch, set_lr
-from tests.golden.golden import golden_batch, load_golden, recipe, salted_objective
+from tests.golden.golden import final_norm, follow, golden_batch, load_golden, recipe, salted_objective
 
 RUNS = {entry["name"]: entry for entry in load_golden("training_trajectories")}
 FINETUNED = {entry["finetune"]: entry for entry in load_golden("finetune_from_pretrain")}
@@ -24,33 +22,6 @@ def published_file(shared: Path, name: str) -> dict[str, Any]:
     return read_checkpoint(path)
 
 
-def follow(
-    run: dict[str, Any],
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    first: int,
-    precision: str = "off",
-    micro_batch: int = 0,
-) -> list[dict[str, float]]:
-    """Steps `first` to 7 through the training loop's own step; what each logged."""
-    cfg = recipe(run["config"], run["opts"])
-    trainer = Trainer(
-        objective,
-        optimizer,
-        lambda epoch: lr_at_epoch(cfg, epoch),
-        clip_norm=cfg.SOLVER.CLIP_GRAD_L2NORM,
-        precision=precision,
-        micro_batch=micro_batch,
-    )
-    logged = []
-    for step in range(first, 8):
-        set_lr(optimizer, trainer.lr(step))
-        batch = golden_batch(cfg, run["seed"] * 1000 + step, run["batch"])
-        trainer.train_step(batch)
-        logged.append({**trainer.metrics.read(), "lr": trainer.lr(step)})
-    return logged
-
-
 def assert_follows(run: dict[str, Any], logged: list[dict[str, float]], rel: float = 1e-5) -> None:
     for mine, golden in zip(logged, run["steps"][-len(logged) :], strict=True):
         assert mine["lr"] == pytest.approx(golden["lr"], rel=1e-12)
@@ -59,8 +30,7 @@ def assert_follows(run: dict[str, Any], logged: list[dict[str, float]], rel: flo
 
 
 def assert_final_norm(run: dict[str, Any], objective: Objective) -> None:
-    total = sum(p.detach().double().square().sum().item() for p in objective.parameters())
-    assert total**0.5 == pytest.approx(run["final_param_l2"], rel=1e-6)
+    assert final_norm(objective) == pytest.approx(run["final_param_l2"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", list(RUNS))

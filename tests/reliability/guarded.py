@@ -144,7 +144,7 @@ def read(case: dict[str, Any]) -> Any:
     if reader == "list":
         videos = read_video_list(path, " ", case["options"]["prefix"])
         return [[place, colours(decode_frames(place, [0, 2])[0])] for place, _ in videos]
-    if reader in ("pil", "torchvision"):
+    if reader in ("pil", "simplejpeg"):
         return colours(np.asarray(READERS[reader](path)))
     if reader == "pyav":
         return colours(decode_frames(path, [0, 2, 5])[0])

@@ -23,7 +23,7 @@ from tests.small import MVIT_PT, RECIPES, REPO, VIT_PT, clips, images
 
 pytestmark = pytest.mark.slow
 
-READERS = {"image": ("pil", "torchvision"), "video": ("pyav", "torchcodec")}
+READERS = {"image": ("pil", "simplejpeg"), "video": ("pyav", "torchcodec")}
 
 
 class Counter:
@@ -186,7 +186,7 @@ def shown(result: dict[str, Any]) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(
-    "readers", [("checkpoint",), ("config",), ("list",), ("pil", "torchvision"), ("pyav", "torchcodec")]
+    "readers", [("checkpoint",), ("config",), ("list",), ("pil", "simplejpeg"), ("pyav", "torchcodec")]
 )
 def test_files_run_nothing_and_reach_nothing(readers: tuple[str, ...], results: list[dict[str, Any]]) -> None:
     mine = [result for result in results if result["reader"] in readers]

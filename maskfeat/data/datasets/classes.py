@@ -1,10 +1,52 @@
-"""Whether the class numbers of a data set are those of the model, and the line that says what a split holds."""
+"""Names of classes, whether their numbers are those of the model, and the line that says what a split holds."""
 
+import io
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from maskfeat.data.datasets.folders import class_name, count, some
 from maskfeat.errors import UserError
+from maskfeat.file_io import NotReadable, local_path, open_regular_file
+
+MAX_NAME = 1000
+"""Characters of a class name in a file."""
+
+
+def read_class_names(path: str | os.PathLike[str], num_classes: int, what: str = "DATA.CLASS_NAMES") -> list[str]:
+    """Read the names of classes from a text file: one a line, in the order of their numbers.
+
+    Args:
+        path: a local path or one whose scheme has a handler (`file_io.path_manager`).
+        num_classes: how many the classifier has.
+        what: what names the file, for messages.
+
+    Raises:
+        UserError: the file cannot be read, a line is empty, a name occurs twice or there are not `num_classes` names.
+    """
+    try:
+        with io.TextIOWrapper(open_regular_file(local_path(os.fspath(path))), encoding="utf-8-sig") as file:
+            lines = [line.strip() for line in iter(lambda: file.readline(MAX_NAME + 1), "")]
+    except NotReadable as error:
+        raise UserError(f"the names of classes in {path} cannot be read ({error}): see {what}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the names of classes in {path} are not UTF-8 text: save them as UTF-8; see {what}") from error
+    while lines and not lines[-1]:
+        lines.pop()
+    names = [*map(class_name, lines)]
+    first: dict[str, int] = {}
+    for number, name in enumerate(names, start=1):
+        if not name or len(name) >= MAX_NAME:
+            why = "is empty" if not name else f"has {MAX_NAME} characters or more"
+            raise UserError(f"{path}, line {number} {why}: a line is the name of one class; see {what}")
+        if first.setdefault(name, number) != number:
+            raise UserError(f"{path} has the class {name!r} twice, in lines {first[name]} and {number}; see {what}")
+    if len(names) != num_classes:
+        raise UserError(
+            f"{path} names {count(len(names), 'class')} ({some(names)}), and the classifier has {num_classes}: one "
+            f"name a line is expected, in the order of the labels; see {what} and MODEL.NUM_CLASSES"
+        )
+    return names
 
 
 def class_names(dataset: Any) -> list[str] | None:
@@ -26,7 +68,7 @@ def describe_split(split: str, dataset: Any, num_classes: int | None) -> str:
         classes = count(len(names), "class")
     else:
         missing = [name for number, name in enumerate(names) if number not in present]
-        classes = f"{len(present)} of {count(len(names), 'class')} (no image of {some(missing)})"
+        classes = f"{len(present)} of {count(len(names), 'class')} (no sample of {some(missing)})"
     counted = len(present) if names is None else len(names)
     if num_classes not in (None, counted):
         classes += f", MODEL.NUM_CLASSES is {num_classes}"
@@ -103,7 +145,7 @@ def check_same_classes(path: object, trained: Sequence[str] | None, dataset: Any
         trained: the names in it; None = it has none.
 
     Raises:
-        UserError: the class folders are others.
+        UserError: the classes are others.
     """
     names = class_names(dataset)
     if trained is None or names is None or [*map(class_name, trained)] == [*map(class_name, names)]:
@@ -111,7 +153,7 @@ def check_same_classes(path: object, trained: Sequence[str] | None, dataset: Any
     gone, new = ([name for name in a if name not in b] for a, b in ((trained, names), (names, trained)))
     changes = [f"{what}: {some(found)}" for what, found in (("missing", gone), ("new", new)) if found]
     raise UserError(
-        f"{path} was trained on {count(len(trained), 'class folder')} ({some(trained)}), and DATA.PATH_TO_DATA_DIR has "
-        f"{len(names)} ({some(names)}){'; ' if changes else ', in another order'}{', '.join(changes)}. Restore the "
-        "folders, or start a new run in another OUTPUT_DIR"
+        f"{path} was trained on {count(len(trained), 'class')} ({some(trained)}), and DATA.PATH_TO_DATA_DIR has "
+        f"{len(names)} ({some(names)}){'; ' if changes else ', in another order'}{', '.join(changes)}. Restore them, "
+        "or start a new run in another OUTPUT_DIR"
     )

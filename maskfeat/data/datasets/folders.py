@@ -74,6 +74,7 @@ class FolderScan:
         pictures: how many of these are pictures, as far as names tell.
         possible_classes: archives and broken links beside the class folders, each of which may be a class.
         folders_with_images: how many there are, at any depth.
+        suffixes: endings of the files that are looked for, in lower case.
     """
 
     root: Path
@@ -82,6 +83,7 @@ class FolderScan:
     pictures: int = 0
     possible_classes: list[str] = field(default_factory=list)
     folders_with_images: int = 0
+    suffixes: tuple[str, ...] = SUFFIXES
 
     @property
     def number(self) -> int:
@@ -180,7 +182,7 @@ class FolderScan:
                 self.leave_out(entry)
             elif _is_folder(entry):
                 yield from self.images_below(entry.path, above | {here})
-            elif entry.name.lower().endswith(SUFFIXES):
+            elif entry.name.lower().endswith(self.suffixes):
                 holds_images = True
                 yield entry.path
             else:

@@ -1,7 +1,7 @@
 """Image data sets in the layout of ImageNet: one folder per class."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.bad_samples import error_context, read_with_fallback
 from maskfeat.data.datasets.base import DatasetRequest, augmentation, num_views
 from maskfeat.data.datasets.folders import LAYOUT, FolderScan, class_folders, class_name, count, scan_folder, some
-from maskfeat.data.image_reader import READERS
+from maskfeat.data.image_reader import READERS, load_decoder, read_tensor
 from maskfeat.data.rng import draw_mask, seeded
 from maskfeat.data.sample import Sample, unreadable_sample
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, ImageTransform, RGBImage
@@ -67,7 +67,7 @@ class ImageFolder(Dataset[list[Sample]]):
     """Images with class labels. A SampleKey maps to `num_views` augmented views of one image.
 
     Args:
-        samples: [(path, class index)], see `list_image_folder`.
+        samples: [(path, class index)], see `list_image_folder`; not copied.
         transform: the augmentation, see `ImageTransform`.
         seed: of all random draws.
         draw_hidden: draws a mask for every view; None = no masks.
@@ -97,7 +97,9 @@ class ImageFolder(Dataset[list[Sample]]):
         backend: str = "pil",
     ) -> None:
         self.read = READERS[backend]
-        self.samples = list(samples)
+        if self.read is read_tensor:  # raises here, not at the first image, if the decoder is not installed
+            load_decoder()
+        self.samples = samples
         self.labels = [label for _, label in self.samples]
         self.transform = transform
         self.seed = seed
@@ -125,7 +127,7 @@ class ImageFolder(Dataset[list[Sample]]):
         if image is None:
             sample = unreadable_sample((3, self.transform.crop, self.transform.crop))
         else:
-            with seeded(self.seed, key.epoch, key.index, view) as rng:
+            with seeded(self.seed, key.epoch, key.index, view, self.transform.libraries) as rng:
                 sample = self.transform(image, rng)
         hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
         return replace(sample, label=self.labels[index], hidden=hidden, index=index, bad=bad)
@@ -190,4 +192,13 @@ def _test_folder(root: Path, names: Sequence[str] | None) -> tuple[FolderScan, s
     return scan, ""
 
 
-register(DatasetSpec(name="imagenet", media="image", build=build_imagenet))
+def check_images(cfg: CfgNode) -> Iterator[str]:
+    """Yield the problems of keys that `build_imagenet` reads."""
+    if cfg.DATA.CLASS_NAMES:
+        yield (
+            f"DATA.CLASS_NAMES is {cfg.DATA.CLASS_NAMES!r}, and names the classes of lists: those of imagenet have the "
+            "names of their folders"
+        )
+
+
+register(DatasetSpec(name="imagenet", media="image", build=build_imagenet, check=check_images))

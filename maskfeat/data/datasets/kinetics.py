@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.bad_samples import error_context, read_with_fallback
 from maskfeat.data.datasets.base import DatasetRequest, augmentation, num_views
+from maskfeat.data.datasets.classes import read_class_names
 from maskfeat.data.datasets.video_list import check_some_exist, read_video_list
 from maskfeat.data.rng import SPAN_STREAM, draw_mask, sample_generator, seeded
 from maskfeat.data.sample import Sample, unreadable_sample
@@ -23,6 +24,8 @@ from maskfeat.masking import MaskSampler
 from maskfeat.registry import DatasetSpec, objective_spec, register
 
 MODES = ("train", "val", "test")
+NAMES = "classes.txt"
+"""File beside the lists with the names of their classes, see `read_class_names`."""
 
 
 class VideoClips(Dataset[list[Sample]]):
@@ -33,7 +36,7 @@ class VideoClips(Dataset[list[Sample]]):
     crop.
 
     Args:
-        videos: [(path, label)], see `video_list.read_video_list`.
+        videos: [(path, label)], see `video_list.read_video_list`; not copied.
         transform: the augmentation, see `ClipTransform`.
         num_frames, sampling_rate, target_fps: a clip spans num_frames x sampling_rate frames at target_fps.
         seed: of all random draws.
@@ -48,9 +51,11 @@ class VideoClips(Dataset[list[Sample]]):
         short_side: that frames are scaled to while they are decoded, see `decoder.open_video`; None = their own.
 
     Attributes:
+        classes: their names by their numbers; None = not known.
         place: where the videos are listed, in words, for the log.
     """
 
+    classes: list[str] | None = None
     place = ""
 
     def __init__(
@@ -76,7 +81,7 @@ class VideoClips(Dataset[list[Sample]]):
         self.torchcodec = torchcodec
         self.short_side = short_side
         assert mode in MODES, f"mode is one of {MODES}, not {mode!r}"
-        self.videos = list(videos)
+        self.videos = videos
         self.labels = [label for _, label in self.videos]
         self.transform = transform
         self.num_frames, self.sampling_rate, self.target_fps = num_frames, sampling_rate, target_fps
@@ -201,8 +206,20 @@ def build_kinetics(cfg: CfgNode, request: DatasetRequest) -> VideoClips:
     videos = read_video_list(path, data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX, labelled)
     check_some_exist(videos, path, data.PATH_PREFIX, data.PATH_TO_DATA_DIR)
     clips = build_video_clips(cfg, request, videos)
-    clips.place = f"list {path}"
+    clips.classes, clips.place = _names(cfg, request), f"list {path}"
     return clips
+
+
+def _names(cfg: CfgNode, request: DatasetRequest) -> list[str] | None:
+    """Return the names of a classifier's classes: those of DATA.CLASS_NAMES, of `NAMES` beside the lists or of the
+    checkpoint.
+    """
+    if not objective_spec(cfg).classifies:
+        return None
+    beside = os.path.join(cfg.DATA.PATH_TO_DATA_DIR, NAMES)
+    if cfg.DATA.CLASS_NAMES or os.path.exists(beside):
+        return read_class_names(cfg.DATA.CLASS_NAMES or beside, cfg.MODEL.NUM_CLASSES)
+    return None if request.classes is None else list(request.classes)
 
 
 register(

@@ -24,9 +24,11 @@ NO_LABEL = -1
 
 _HANDFUL = 100
 _DELIMITERS = (",", "\t", ";", " ")
-_VIDEO = re.compile(
-    r"\.(?:mp4|m4v|mov|mkv|webm|avi|mpe?g|m?ts|m2ts|flv|wmv|3gp|ogv|vob|y4m)(?![a-z0-9])", re.IGNORECASE
+SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv", ".3gp"),
+    *(".ogv", ".vob", ".y4m"),
 )
+_VIDEO = re.compile(rf"(?:{'|'.join(map(re.escape, SUFFIXES))})(?![a-z0-9])", re.IGNORECASE)
 _POINTED = re.compile(r"[0-9]+\.0*")  # pandas writes whole numbers as 3.0 where a value of the column is missing
 _UNDECODED = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")

@@ -174,7 +174,7 @@ def samples(labels: list[int], **others: object) -> SimpleNamespace:
 
 def test_the_line_of_a_split() -> None:
     images = samples([0, 0, 2], classes=["a", "b", "c"], place="folder /data/val", left_out="2 .txt files")
-    expected = "val: folder /data/val, 3 samples, 2 of 3 classes (no image of b)"
+    expected = "val: folder /data/val, 3 samples, 2 of 3 classes (no sample of b)"
     assert describe_split("val", images, 3) == f"{expected}; left out: 2 .txt files"
     assert describe_split("val", images, 1000) == f"{expected}, MODEL.NUM_CLASSES is 1000; left out: 2 .txt files"
     listed = samples([5, 1, 1], place="list /data/val.csv")

@@ -2,22 +2,24 @@
 
 import io
 import struct
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 from maskfeat.batch import SampleKey
+from maskfeat.data import image_reader
 from maskfeat.data.bad_samples import UnreadableSample
 from maskfeat.data.datasets.folders import scan_folder
 from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder
 from maskfeat.data.image_reader import FORMATS, MAX_PIXELS, read_image, read_tensor
 from maskfeat.data.sample import Sample
-from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
+from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, ImageTransform
+from maskfeat.errors import UserError
 from tests.data.pictures import overlapping_tags, run_lengths, tiff
 from tests.data.samples import clip_of
 
@@ -242,7 +244,7 @@ def both(path: Path) -> np.ndarray | str:
     return read
 
 
-def test_torchvision_decoder_reads_the_same_bits(tmp_path: Path) -> None:
+def test_both_readers_read_the_same_bits(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number in range(24):
         size = tuple(rng.integers(1, 90, 2))
@@ -262,7 +264,7 @@ def test_torchvision_decoder_reads_the_same_bits(tmp_path: Path) -> None:
         both(tmp_path / "a.jpg")
 
 
-def test_torchvision_decoder_on_mutated_files(tmp_path: Path) -> None:
+def test_both_readers_on_mutated_files(tmp_path: Path) -> None:
     """Both readers reject the same files, and read the same pixels of damaged ones."""
     rng = np.random.default_rng(1)
     originals = []
@@ -280,7 +282,7 @@ def test_torchvision_decoder_on_mutated_files(tmp_path: Path) -> None:
     assert outcomes == {True, False}
 
 
-def test_torchvision_decoder_on_shared_images(shared: Path) -> None:
+def test_both_readers_on_shared_images(shared: Path) -> None:
     for path in sorted((shared / "data" / "imagenet_samples").rglob("*.JPEG")):
         assert isinstance(both(path), np.ndarray), path
     for path in sorted((shared / "data" / "damaged" / "images").iterdir()):
@@ -396,37 +398,124 @@ def test_other_errors_name_the_file(tmp_path: Path) -> None:
         ImageFolder(samples, Broken(32, MEAN, STD), seed=0)[SampleKey(0, 0)]
 
 
-def test_pillow_reads_if_torchvision_has_no_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.fromarray(colours()).save(tmp_path / "a.jpg")
-    monkeypatch.delattr(torchvision.io, "decode_jpeg")
-    both(tmp_path / "a.jpg")
+def segments(jpeg: bytes, at: int, *added: tuple[int, bytes]) -> bytes:
+    """The file with segments of these markers and contents after its first `at` bytes."""
+    inserted = b"".join(struct.pack(">HH", marker, len(content) + 2) + content for marker, content in added)
+    return jpeg[:at] + inserted + jpeg[at:]
 
 
-def test_the_torchvision_backend_differs_by_little(shared: Path) -> None:
-    """Mean absolute difference in grey levels, 0 to 255, from Pillow with the same random numbers."""
+def test_headers_that_are_read_without_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain files take the short way; whatever may be turned, coded or limited otherwise is checked by Pillow."""
+    headers, asked = [], image_reader._opened
+    monkeypatch.setattr(image_reader, "_opened", lambda path: headers.append(path) or asked(path))
+
+    def pillow_asked(content: bytes) -> int:
+        headers.clear()
+        (tmp_path / "a.jpg").write_bytes(content)
+        read_tensor(tmp_path / "a.jpg")
+        return len(headers)
+
+    def jpeg(mode: str = "RGB", **options: object) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(colours()).convert(mode).save(file, "JPEG", **options)
+        return file.getvalue()
+
+    plain, exif = jpeg(), Image.Exif()
+    exif[0x0112] = 1
+    assert pillow_asked(plain) == pillow_asked(jpeg("L")) == 0
+    assert pillow_asked(segments(plain, 2, (0xFFE2, b"ICC_PROFILE\0"), (0xFFFE, b"a comment"))) == 0
+    assert pillow_asked(jpeg(progressive=True)) == pillow_asked(jpeg(exif=exif)) == 1  # then simplejpeg decodes
+    assert pillow_asked(segments(plain, 2, (0xFFE1, b"http://ns.adobe.com/xap/1.0/\0"))) == 1
+    exif[0x0112] = 6
+    assert pillow_asked(jpeg(exif=exif)) == pillow_asked(jpeg("CMYK")) == 2  # and Pillow decodes
+    png = io.BytesIO()
+    Image.fromarray(colours()).save(png, "PNG")
+    assert pillow_asked(png.getvalue()) == 1
+
+
+def test_limits_hold_for_the_fast_reader(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(colours(200, 300)).save(file, "JPEG")
+    plain = file.getvalue()
+    at = plain.index(b"\xff\xc0")
+    large = plain[: at + 5] + struct.pack(">HH", 60_000, 60_000) + plain[at + 9 :]
+    Image.fromarray(colours()).save(tmp_path / "b.jpg", progressive=True)
+    scans = (tmp_path / "b.jpg").read_bytes()
+    scan = scans[scans.index(b"\xff\xda") : scans.index(b"\xff\xc4", scans.index(b"\xff\xda"))]
+    cases = {
+        "more than 80 million": large,
+        "more than 100 passes": scans[:-2] + scan * 101 + scans[-2:],
+        "truncated": plain[: len(plain) * 2 // 3],
+        "the file is empty": b"",
+        "not a JPEG|damaged": plain[:2],
+    }
+    for cause, content in cases.items():
+        (tmp_path / "a.jpg").write_bytes(content)
+        with pytest.raises(UnreadableSample, match=cause):
+            read_tensor(tmp_path / "a.jpg")
+
+
+def test_a_missing_decoder_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with pytest.raises(UserError, match=r"simplejpeg \(pip install '.\[simplejpeg\]'\)"):
+        ImageFolder([], ImageEvalTransform(32, MEAN, STD), 0, backend="simplejpeg")
+
+
+def photograph(rng: np.random.Generator, height: int, width: int) -> Image.Image:
+    """Noise whose amplitude falls with frequency, as that of photographs does, with an edge."""
+    y, x = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    spectrum = np.fft.rfft2(rng.standard_normal((3, height, width))) / np.maximum(np.hypot(y, x), 1 / 500)
+    picture = np.fft.irfft2(spectrum, (height, width)).transpose(1, 2, 0)
+    picture = 128 + 50 * picture / picture.std() + np.where(np.arange(width) < width // 3, 40, 0)[None, :, None]
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+TRANSFORMS = (
+    (ImageTrainTransform(224, (0.5, 1.0), (3 / 4, 4 / 3), MEAN, STD), 0.5),
+    (ImageTrainTransform(224, (0.08, 1.0), (3 / 4, 4 / 3), MEAN, STD, "bilinear"), 0.5),
+    (ImageTrainTransform(96, (0.3, 1.0), (3 / 4, 4 / 3), MEAN, STD, "lanczos"), 0.0),
+    (ImageEvalTransform(224, MEAN, STD), 0.5),
+)
+
+
+def apart(listed: list[tuple[str, int]], transform: ImageTransform) -> float:
+    """Mean absolute difference of both readers in grey levels, 0 to 255, with the same random numbers."""
+    pil, fast = (ImageFolder(listed, transform, seed=0, backend=name) for name in ("pil", "simplejpeg"))
+    differences = []
+    for index in range(len(listed)):
+        (plain,), (other,) = pil[SampleKey(0, index)], fast[SampleKey(0, index)]
+        assert other.transform == plain.transform  # the same draws
+        differences.append((other.pixels.float() - plain.pixels.float()).abs().mean())
+    return torch.stack(differences).mean().item()
+
+
+def test_the_fast_reader_differs_by_little(tmp_path: Path) -> None:
+    rng, listed = np.random.default_rng(0), []
+    for number in range(9):
+        exif = Image.Exif()
+        exif[0x0112] = number  # 0: none
+        size = rng.integers(150, 450, 2)
+        options = {"quality": int(rng.integers(60, 98)), "subsampling": number % 3, "progressive": number % 4 == 0}
+        picture = photograph(rng, *size).convert("L" if number == 5 else "RGB")
+        picture.save(path := str(tmp_path / f"{number}.jpg"), exif=exif, **options)
+        listed.append((path, 0))
+    for transform, bound in TRANSFORMS:
+        assert apart(listed, transform) <= bound
+
+
+def test_the_fast_reader_differs_by_little_on_photographs(shared: Path) -> None:
     listed, _ = list_image_folder(shared / "data" / "imagenet_samples" / "train")
-    for transform, bound in (
-        (ImageTrainTransform(224, (0.5, 1.0), (3 / 4, 4 / 3), MEAN, STD), 0.05),
-        (ImageTrainTransform(224, (0.08, 1.0), (3 / 4, 4 / 3), MEAN, STD, "bilinear"), 0.05),
-        (ImageTrainTransform(96, (0.3, 1.0), (3 / 4, 4 / 3), MEAN, STD, "lanczos"), 0.0),
-        (ImageEvalTransform(224, MEAN, STD), 0.05),
-    ):
-        pil, torchvision = (ImageFolder(listed, transform, seed=0, backend=name) for name in ("pil", "torchvision"))
-        differences = []
-        for index in range(0, len(listed), 4):
-            (plain,), (fast,) = pil[SampleKey(0, index)], torchvision[SampleKey(0, index)]
-            assert fast.transform == plain.transform
-            differences.append((fast.pixels.float() - plain.pixels.float()).abs().mean())
-        assert torch.stack(differences).mean() <= bound, (torch.stack(differences).mean(), max(differences))
+    for transform, bound in TRANSFORMS:
+        assert apart(listed[::4], transform) <= bound
 
 
 @pytest.mark.parametrize(
     "augment", [{"auto_augment": "rand-m9-mstd0.5-inc1"}, {"color_jitter": 0.4}, {"erase_prob": 1.0}]
 )
-def test_the_torchvision_backend_augments(tmp_path: Path, augment: dict) -> None:
+def test_the_fast_reader_augments(tmp_path: Path, augment: dict) -> None:
     listed, _ = list_image_folder(make_folder(tmp_path, {"a": 3}))
     transform = ImageTrainTransform(32, (1.0, 1.0), (1.0, 1.0), MEAN, STD, **augment)
-    views = [ImageFolder(listed, transform, 1, backend=name)[SampleKey(0, 1)][0] for name in ("pil", "torchvision")]
+    views = [ImageFolder(listed, transform, 1, backend=name)[SampleKey(0, 1)][0] for name in ("pil", "simplejpeg")]
     first, second = (clip_of(view) for view in views)
     assert (first - second).abs().mean() < 0.03 and first.std() > 0.1
 

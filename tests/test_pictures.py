@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from maskfeat.analysis.pictures import (
+from maskfeat.pictures import (
     GREY,
     HEADERS,
     HIDDEN_GROUND,

@@ -253,6 +253,15 @@ def _spectrum_tiles(row: SpectrumRow) -> list[Pixels]:
     return [_resized(tile, size, smooth=place in smooth) for place, tile in enumerate(tiles)]
 
 
+Row = HogRow | SpectrumRow
+
+
+def predictions_figure(rows: Sequence[Row], title: str = "") -> Image.Image:
+    """Return the picture of rows of one kind: `hog_figure` or `spectrum_figure`."""
+    hog = [row for row in rows if isinstance(row, HogRow)]
+    return hog_figure(hog, title) if hog else spectrum_figure([r for r in rows if isinstance(r, SpectrumRow)], title)
+
+
 # --------------------------------------------------------------------------- rows of labelled tiles
 
 

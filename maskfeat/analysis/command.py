@@ -1,0 +1,101 @@
+"""What the commands that use a trained network share: options, errors as exit codes, progress."""
+
+import argparse
+import logging
+import time
+from collections.abc import Callable
+
+from maskfeat.analysis.model import Model, load_model
+from maskfeat.engine.metrics_log import format_eta
+from maskfeat.engine.parallelize import PRECISIONS
+from maskfeat.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_SECONDS = 10.0
+"""Between two lines of progress."""
+
+
+def views_option(text: str) -> int | tuple[int, int]:
+    """Read --views: a number, or clips x crops such as 5x3."""
+    numbers = text.lower().split("x")
+    try:
+        clips, *crops = map(int, numbers)
+    except ValueError:
+        clips, crops = 0, []
+    if clips < 1 or len(crops) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of views nor CLIPSxCROPS, such as 5x3")
+    return (clips, crops[0]) if crops else clips
+
+
+def count_option(least: int) -> Callable[[str], int]:
+    """Return what reads a whole number of `least` or more."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return number
+
+    return read
+
+
+def add_options(parser: argparse.ArgumentParser, views: str) -> None:
+    """Add the options of the network and of reading; `views` says what --views is where it is not given."""
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="file, address or published name")
+    parser.add_argument("--cfg", metavar="RECIPE", help="what the network is, where the file does not say")
+    parser.add_argument("--averaged", action="store_true", help="take the average of the weights (TRAIN.EMA)")
+    parser.add_argument("--prefix", default="", metavar="FOLDER", help="that paths in lists are relative to")
+    parser.add_argument("--views", type=views_option, metavar="N|CLIPSxCROPS", help=f"of each video (default: {views})")
+    parser.add_argument(
+        "--batch-size", type=count_option(1), default=32, metavar="N", help="views (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=count_option(0), metavar="N", help="that read and decode (default: one a core)"
+    )
+    parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1 or cpu (default: CUDA where there is one)")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="off", help="off: float32 (default)")
+
+
+def load(args: argparse.Namespace) -> Model:
+    """Return the network that the options name."""
+    return load_model(args.checkpoint, args.cfg, args.device, averaged=args.averaged, precision=args.precision)
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """Return the exit code of `work`; 2, and the error in one line, where a user can mend it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        return work()
+    except UserError as error:
+        logging.getLogger("maskfeat").error("error: %s", error)
+        return 2
+
+
+class Progress:
+    """Log now and then how far a command is, how fast, and how long it will take.
+
+    Args:
+        what: is counted, such as "images".
+        total: how many there are to do.
+    """
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.started = self.said = time.perf_counter()
+
+    def step(self, number: int) -> None:
+        """Note that `number` more are done."""
+        self.done += number
+        now = time.perf_counter()
+        if now - self.said >= _SECONDS:
+            self.said = now
+            rate = self.done / (now - self.started)
+            left = format_eta((self.total - self.done) / rate)
+            share = self.done / self.total
+            logger.info(
+                "%d of %d %s (%.0f %%), %.4g/s, eta %s", self.done, self.total, self.what, 100 * share, rate, left
+            )

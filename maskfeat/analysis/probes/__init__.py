@@ -1,0 +1,1 @@
+"""Probes of frozen features: features are read once, and small classifiers are fitted to them."""

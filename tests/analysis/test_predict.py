@@ -1,0 +1,144 @@
+"""Names and scores of what a classifier sees."""
+
+import csv
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskfeat.analysis.inputs import find_inputs, input_loader
+from maskfeat.analysis.model import load_model
+from maskfeat.analysis.predict import main
+from maskfeat.batch import Batch
+from tests.analysis.saved import CLIPS, IMAGES, PRETRAINED, save_network
+
+Printed = pytest.CaptureFixture[str]
+Logged = pytest.LogCaptureFixture
+NAMES = ["cat", "dog, big", "\u65e5\u672c", "3"]
+
+
+@pytest.fixture(autouse=True)
+def _lines_are_kept(caplog: Logged) -> None:
+    caplog.set_level(logging.INFO, "maskfeat")
+
+
+def said_in(log: Logged) -> str:
+    """What was logged since the last call."""
+    text = "\n".join(record.getMessage() for record in log.records)
+    log.clear()
+    return text
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_network(tmp_path_factory.mktemp("network") / "a.pyth", IMAGES, classes=NAMES)
+
+
+def run(checkpoint: Path, *opts: object) -> int:
+    return main(["--checkpoint", str(checkpoint), "--device", "cpu", "--workers", "0", *map(str, opts)])
+
+
+def test_all_formats_say_what_the_model_does(
+    checkpoint: Path, image_data: Path, tmp_path: Path, capsys: Printed, caplog: Logged
+) -> None:
+    folder = next((image_data / "val").iterdir())
+    paths = sorted(str(path) for path in folder.iterdir())
+    expected = load_model(checkpoint, device="cpu").predict(paths, top=2)
+    assert run(checkpoint, folder, "--top", 2, "--format", "json", "--output", tmp_path / "a.json") == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [entry["path"] for entry in found] == paths
+    for entry, (_, classes) in zip(found, expected, strict=True):
+        assert [one["class"] for one in entry["classes"]] == [name for name, _ in classes]
+        assert [one["score"] for one in entry["classes"]] == pytest.approx([score for _, score in classes], abs=1e-5)
+    assert run(checkpoint, folder, "--top", 2, "--format", "csv", "--output", tmp_path / "a.csv") == 0
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()))
+    assert [(row["path"], row["rank"], row["class"]) for row in rows] == [
+        (path, str(rank), name) for path, classes in expected for rank, (name, _) in enumerate(classes, start=1)
+    ]
+    capsys.readouterr()
+    assert run(checkpoint, folder, "--top", 2) == 0
+    name, score = expected[0].classes[0]
+    assert capsys.readouterr().out.splitlines()[:2] == [paths[0], f"  {100 * score:6.2f} %  {name}"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "a.csv"}
+
+
+@pytest.mark.parametrize(("opts", "views"), [([], (2, 1)), (["--views", "1x3"], (1, 3)), (["--views", "1"], (1, 1))])
+def test_scores_of_views_are_averaged_as_in_a_test(
+    opts: list[str], views: tuple[int, int], clip_data: Path, tmp_path: Path
+) -> None:
+    path = save_network(tmp_path / "a.pyth", CLIPS, "MODEL.NUM_CLASSES", "3", "TEST.NUM_ENSEMBLE_VIEWS", "2")
+    model, inputs = load_model(path, device="cpu"), find_inputs(clip_data / "test.csv", "video")
+    every = torch.cat([model.objective.predict(Batch(clip=b.clip)) for b in input_loader(model, inputs, views, 4, 0)])
+    mean = every.reshape(6, views[0] * views[1], 3).mean(dim=1)
+    output = tmp_path / "a.json"
+    opts = [*opts, "--format", "json", "--output", str(output), "--batch-size", "4", "--top", "9"]
+    assert run(path, clip_data / "test.csv", *opts) == 0
+    found = [{int(one["class"]): one["score"] for one in row["classes"]} for row in json.loads(output.read_text())]
+    assert torch.allclose(torch.tensor([[row[k] for k in range(3)] for row in found]), mean, atol=2e-6)
+
+
+def test_names_of_a_file(image_data: Path, tmp_path: Path, capsys: Printed, caplog: Logged) -> None:
+    path = save_network(tmp_path / "a.pyth", IMAGES)
+    image = next((image_data / "val").rglob("*.jpg"))
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\n")
+    assert run(path, image) == 0
+    assert {line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]} == set("0123")
+    assert run(path, image, "--classes", tmp_path / "names.txt") == 0
+    assert {line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]} == set("abcd")
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    assert run(path, image, "--classes", tmp_path / "names.txt") == 2
+    text = said_in(caplog)
+    assert "names 3 classes (a, b, c), and the classifier has 4" in text and "--classes" in text
+
+
+def test_what_is_left_out_is_said(
+    checkpoint: Path, image_data: Path, tmp_path: Path, capsys: Printed, caplog: Logged
+) -> None:
+    shutil.copy(next((image_data / "val").rglob("*.jpg")), tmp_path / "1.jpg")
+    (tmp_path / "2.jpg").write_bytes(b"broken")
+    (tmp_path / "3.mp4").touch()
+    assert run(checkpoint, tmp_path) == 0
+    found, log = capsys.readouterr(), said_in(caplog)
+    assert "1.jpg" in found.out and "2.jpg" not in found.out
+    assert "left out: 1 video" in log and f"cannot be read: {tmp_path / '2.jpg'}: not a JPEG" in log
+    assert run(checkpoint, tmp_path / "2.jpg") == 2
+    assert "error: none of 1 image can be read" in said_in(caplog)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "opts", "said"),
+    [
+        (["none.jpg"], [], "there is no file or folder none.jpg"),
+        (["empty"], [], "no image in empty"),
+        (["film.mp4"], [], "no image in film.mp4, which holds 1 video"),
+        (["1.jpg"], ["--output", "empty"], "--output empty is a folder"),
+        (["1.jpg"], ["--output", "1.jpg/x.csv"], "--output 1.jpg/x.csv cannot be written: Not a directory"),
+        (["1.jpg"], ["--checkpoint", "none.pyth"], "none.pyth"),
+        (["1.jpg"], ["--checkpoint", "pretrained.pyth"], "pretrained.pyth does not classify"),
+        (["1.jpg"], ["--views", "2x1"], "takes images, which have one view"),
+        (["1.jpg"], ["--classes", "none.txt"], "none.txt cannot be read (no such file): see --classes"),
+    ],
+)
+def test_bad_input_is_one_line_and_2(
+    inputs: list[str],
+    opts: list[str],
+    said: str,
+    checkpoint: Path,
+    image_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Printed,
+    caplog: Logged,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("film.mp4").touch()
+    shutil.copy(next((image_data / "val").rglob("*.jpg")), "1.jpg")
+    if "pretrained.pyth" in opts:
+        save_network(Path("pretrained.pyth"), PRETRAINED)
+    assert run(checkpoint, *inputs, *opts) == 2
+    (line,) = [line for line in said_in(caplog).splitlines() if "error" in line]
+    assert line.startswith("error: ") and said in line and not capsys.readouterr().out

@@ -1,0 +1,11 @@
+"""Check and measure everything on a GPU in minutes: see --help and docs/gpu.md."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed, too
+
+from benchmarks.gpu.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
