@@ -26,6 +26,7 @@ from maskfeat.analysis.architecture import Recognised, build_recognised
 from maskfeat.analysis.foreign import BACKBONE, CLASSIFIER
 from maskfeat.analysis.hub import HubModel, final_norm, model_card, own_state, without_head, write_weights
 from maskfeat.analysis.model import Model, load_model
+from maskfeat.analysis.published import list_models
 from maskfeat.analysis.twins import Different, twin
 from maskfeat.checkpoint.atomic import fsync_dir, write_and_fsync
 from maskfeat.checkpoint.weights import LoadReport
@@ -356,7 +357,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         _check_output(Path(args.output), TARGETS[args.to], args.to)
         model = load_model(args.checkpoint, args.cfg, device="cpu", averaged=args.averaged)
-        worst, how = export(model, args.to, args.output, args.what, args.opset, args.license)
+        figures = [f"As published: {entry.accuracy}" for entry in list_models() if entry.name == args.checkpoint]
+        worst, how = export(model, args.to, args.output, args.what, args.opset, args.license, figures)
     except UserError as error:
         logger.error("error: %s", error)
         return 2

@@ -136,42 +136,54 @@ def saved(path: Path, recipe: Path, opts: list[str]) -> str:
     return str(path)
 
 
-def test_pictures_of_files(image_data: Path, clip_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images = [str(path) for path in sorted(image_data.rglob("*.*g"))[:2]]
-    video = str(next(path for path in sorted(clip_data.rglob("*")) if path.suffix in (".mp4", ".avi", ".mkv")))
-    vit = saved(tmp_path / "vit.pyth", RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml", VIT_PT)
-    mvit = saved(tmp_path / "mvit.pyth", RECIPES / "k400_MVITv2_S_16x4_MaskFeat_PT.yaml", MVIT_PT)
-    mfm = saved(tmp_path / "mfm.pyth", MFM_RECIPES / "in1k_R50_MFM_PT.yaml", MFM_PT)
-    r10 = saved(tmp_path / "r10.pyth", MFM_RECIPES / "in1k_R50_MFM_FT.yaml", R50_FT)
-    for file, what, inputs, name in (
-        *((vit, what, images, f"{what}.png") for what in ("hog", "attention", "rollout", "pca")),
-        (mfm, "spectrum", images, "spectrum.png"),
-        (r10, "pca", images, "resnet.png"),
-        (mvit, "attention", [video], "attention.mp4"),
-        (mvit, "hog", [video, video], "hog.gif"),
-        (mvit, "pca", [video], "clip.png"),
-    ):
-        output = tmp_path / "out" / name
-        assert main(["--checkpoint", file, "--what", what, "--output", str(output), "--input", *inputs]) == 0, name
-        if output.suffix != ".mp4":
-            with Image.open(output) as picture:
-                assert np.asarray(picture.convert("RGB")).std() > 10
-                assert getattr(picture, "n_frames", 1) == (2 if name == "hog.gif" else 1)
-    output = str(tmp_path / "x.png")
+def first_video(folder: Path) -> str:
+    return str(next(path for path in sorted(folder.rglob("*")) if path.suffix in (".mp4", ".avi", ".mkv")))
+
+
+def pictures(folder: Path) -> list[str]:
+    return [str(path) for path in sorted(folder.rglob("*.*g"))[:2]]
+
+
+CASES = {
+    "attention.png": (RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml", VIT_PT),
+    "rollout.png": (VIT, VIT_FT),
+    "hog.png": (RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml", VIT_PT),
+    "spectrum.png": (MFM_RECIPES / "in1k_R50_MFM_PT.yaml", MFM_PT),
+    "pca.png": (MFM_RECIPES / "in1k_R50_MFM_FT.yaml", R50_FT),
+    "attention.mp4": (RECIPES / "k400_MVITv2_S_16x4_MaskFeat_PT.yaml", MVIT_PT),
+    "hog.gif": (RECIPES / "k400_MVITv2_S_16x4_MaskFeat_PT.yaml", MVIT_PT),
+    "pca.gif": (MVIT, MVIT_FT),
+}
+QUICK = ("attention.png", "attention.mp4")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])
+def test_pictures_of_files(name: str, image_data: Path, clip_data: Path, tmp_path: Path) -> None:
+    recipe, opts = CASES[name]
+    inputs = [first_video(clip_data)] * 2 if recipe.name.startswith("k400") else pictures(image_data)
+    output, file = tmp_path / "out" / name, saved(tmp_path / "x.pyth", recipe, opts)
+    assert main(["--checkpoint", file, "--what", output.stem, "--output", str(output), "--input", *inputs]) == 0
+    if output.suffix != ".mp4":
+        with Image.open(output) as picture:
+            assert np.asarray(picture.convert("RGB")).std() > 10
+            frames = {"hog.gif": 2, "pca.gif": 4}.get(name, 1)
+            assert getattr(picture, "n_frames", 1) == frames
+
+
+def test_errors(image_data: Path, clip_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image, video, output = pictures(image_data)[0], first_video(clip_data), str(tmp_path / "x.png")
+    vit, mvit, r10 = (saved(tmp_path / f"{n}.pyth", *CASES[n]) for n in ("hog.png", "hog.gif", "pca.png"))
     for given, text in (
         ([], "give --checkpoint and --input, or --cfg"),
         (["--checkpoint", vit], "belong together"),
         (["--checkpoint", vit, "--input", str(tmp_path / "none.jpg"), "--output", output], "none.jpg cannot be read"),
-        (["--checkpoint", vit, "--input", images[0], "--output", f"{output}.webp"], "--output must end with .png"),
-        (["--checkpoint", vit, "--input", images[0], "--output", str(tmp_path / "x.gif")], "takes images"),
-        (
-            ["--checkpoint", vit, "--input", images[0], "--block", "7", "--output", output],
-            "--block must be from -2 to 1",
-        ),
-        (["--checkpoint", vit, "--input", images[0], "--what", "spectrum", "--output", output], "pre-trained by MFM"),
+        (["--checkpoint", vit, "--input", image, "--output", f"{output}.webp"], "--output must end with .png"),
+        (["--checkpoint", vit, "--input", image, "--output", str(tmp_path / "x.gif")], "takes images"),
+        (["--checkpoint", vit, "--input", image, "--block", "7", "--output", output], "--block must be from -2 to 1"),
+        (["--checkpoint", vit, "--input", image, "--what", "spectrum", "--output", output], "pre-trained by MFM"),
         (["--checkpoint", mvit, "--input", video, "--what", "rollout", "--output", output], "MViTv2 pools"),
-        (["--checkpoint", r10, "--input", images[0], "--output", output], "has no attention"),
-        (["--checkpoint", vit, "--input", images[0], "--output", f"{vit}/x.png"], "cannot be written"),
+        (["--checkpoint", r10, "--input", image, "--output", output], "has no attention"),
+        (["--checkpoint", vit, "--input", image, "--output", f"{vit}/x.png"], "cannot be written"),
     ):
         caplog.clear()
         assert main(given) == 2 and text in caplog.text
