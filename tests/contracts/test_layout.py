@@ -35,8 +35,10 @@ ALLOWED = {
         "build",
     },
     "analysis": {
+        "file_io",
         "masking",
         "batch",
+        "registry",
         "pictures",
         "config",
         "distributed",
