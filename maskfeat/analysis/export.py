@@ -8,7 +8,6 @@ Shape legend: B samples, D token width, N tokens (the class token, if there is o
 
 import argparse
 import contextlib
-import importlib
 import io
 import logging
 import os
@@ -186,12 +185,12 @@ def onnx_runtime() -> Any:
         UserError: a library of the extra `export` is not installed.
     """
     try:
-        import onnx.defs  # noqa: F401
+        import onnx  # noqa: F401  # PyTorch's exporter needs them
+        import onnxruntime
         import onnxscript  # noqa: F401
-
-        return importlib.import_module("onnxruntime")
     except ImportError as error:
         raise UserError(f"ONNX needs {error.name}, which is not installed: pip install '.[export]'") from error
+    return onnxruntime
 
 
 def _check_opset(opset: int) -> None:
