@@ -73,6 +73,7 @@ TOOLS = (
     "visualize.py",
     "benchmark.py",
     "evidence.py",
+    "export.py",
     "prepare_cifar10.py",
     "quickstart.sh",
     "soak.sh",
