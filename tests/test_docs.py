@@ -74,6 +74,7 @@ TOOLS = (
     "benchmark.py",
     "evidence.py",
     "probe.py",
+    "export.py",
     "prepare_cifar10.py",
     "quickstart.sh",
     "soak.sh",

@@ -1,14 +1,20 @@
-"""Images of the predictions of a pre-trained model: `tools/visualize.py` calls `main`."""
+"""Pictures of what a trained model sees and predicts: `tools/visualize.py` calls `main`."""
 
+import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+from torch import Tensor
 from yacs.config import CfgNode
 
-from maskfeat.build import build_loader, build_objective
+from maskfeat.analysis.maps import HEADERS, MapRow, chosen, encoded, map_figure, map_rows, random_mask
+from maskfeat.analysis.model import Model, load_model
+from maskfeat.batch import Batch
+from maskfeat.build import build_loader, build_mask_sampler, build_objective
 from maskfeat.checkpoint.files import given_or_latest_checkpoint
 from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
@@ -16,9 +22,17 @@ from maskfeat.engine.pictures import predicted_rows
 from maskfeat.engine.resume import load_to_evaluate
 from maskfeat.errors import UserError, naming
 from maskfeat.objectives.base import Objective
+from maskfeat.objectives.maskfeat import MaskFeat
+from maskfeat.objectives.mfm import MFM
+from maskfeat.objectives.predictions import hog_rows, spectrum_rows, to_pixels
 from maskfeat.pictures import HogRow, Row, predictions_figure
 
 logger = logging.getLogger(__name__)
+
+KINDS = ("hog", "spectrum", *HEADERS)
+SUFFIXES = (".png", ".gif", ".mp4")
+FRAMES = 4
+"""Rows of each clip in a PNG file."""
 
 
 def _pretrained(cfg: CfgNode) -> tuple[Objective, str]:
@@ -67,8 +81,95 @@ def drawing(cfg: CfgNode, number: int) -> Drawing:
     return Drawing(rows, path)
 
 
+def _predicted(model: Model, x: Tensor, what: str, caption: str, seed: int) -> Sequence[Row]:
+    """Return the rows of HOG or spectra that a pre-trained model predicts of one input."""
+    objective, wanted = model.objective, {"hog": MaskFeat, "spectrum": MFM}[what]
+    if not isinstance(objective, wanted):
+        raise UserError(f"--what {what} needs a file pre-trained by {wanted.__name__}; {model.source} is none")
+    mean, std = model.cfg.DATA.MEAN, model.cfg.DATA.STD
+    sampler = build_mask_sampler(model.cfg)
+    if sampler is None:
+        raise UserError("AUG.GEN_MASK_LOADER is False in the config of the file: nothing is hidden")
+    batch = Batch(x.unsqueeze(0), hidden=random_mask(sampler, seed))
+    if isinstance(objective, MaskFeat):
+        rows: Sequence[Row] = hog_rows(objective, batch, mean, std, frames=len(x[0]))
+    else:
+        assert isinstance(objective, MFM)
+        rows = spectrum_rows(objective, batch, mean, std)
+    return [replace(row, caption=row.caption.replace("sample 0", caption)) for row in rows]
+
+
+def rows_of(model: Model, path: str, what: str, block: int = -1, seed: int = 0) -> Sequence[Row | MapRow]:
+    """Return what is drawn of an image (one row) or of a video (one for each frame or, of HOG, for each output frame).
+
+    Args:
+        model: on the CPU.
+        path: of the input.
+        what: one of `KINDS`.
+        block: whose attention is drawn.
+        seed: of the mask of "hog" and "spectrum".
+
+    Raises:
+        UserError: the input cannot be read, or the model has nothing of this kind.
+    """
+    x, caption = model.transform(path), Path(path).name
+    if what in ("hog", "spectrum"):
+        return _predicted(model, x, what, caption, seed)
+    return map_rows(model, x, what, caption, to_pixels(x, model.cfg.DATA.MEAN, model.cfg.DATA.STD), block)
+
+
+def _figure(rows: Sequence[Any], what: str, title: str) -> Image.Image:
+    return map_figure(rows, what, title) if what in HEADERS else predictions_figure(rows, title)
+
+
+def draw(model: Model, paths: Sequence[str], what: str, suffix: str, block: int = -1) -> bytes:
+    """Return a picture of inputs: a PNG, with up to `FRAMES` rows of each clip; or a GIF or an MP4 of all frames.
+
+    Args:
+        model: on the CPU.
+        paths: of the inputs.
+        what: one of `KINDS`.
+        suffix: ".png", ".gif" or ".mp4"; the last two of videos alone.
+        block: whose attention is drawn.
+    """
+    inputs = [rows_of(model, path, what, block) for path in paths]
+    title = f"{what}: {Path(model.source).name}"
+    if suffix == ".png":
+        still = [rows[number] for rows in inputs for number in chosen(rows, FRAMES)]
+        return encoded([_figure(still, what, title)], suffix)
+    moments = [[rows[number] for rows in inputs] for number in range(len(inputs[0]))]
+    return encoded([_figure(rows, what, title) for rows in moments], suffix)
+
+
+def _draw_inputs(checkpoint: str, cfg: str | None, paths: Sequence[str], what: str, output: Path, block: int) -> None:
+    if output.suffix not in SUFFIXES:
+        raise UserError(f"--output must end with {', '.join(SUFFIXES)}; given {output}")
+    model = load_model(checkpoint, cfg, device="cpu")
+    if output.suffix != ".png" and model.media == "image":
+        raise UserError(f"--output {output}: the network takes images, of which PNG files are drawn")
+    content = draw(model, paths, what, output.suffix, block)
+    with naming(f"--output {output} cannot be written"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(content)
+
+
+def _draw_validation(args: argparse.Namespace) -> Path:
+    """Draw samples of the validation set that a recipe names, and return where."""
+    if args.cfg is None:
+        raise UserError("give --checkpoint and --input, or --cfg of a pre-training recipe")
+    if args.num < 1:
+        raise UserError(f"--num must be at least 1; given {args.num}")
+    found = drawing(load_config(args.cfg, args.opts), args.num)
+    output = Path(args.output or found.name)
+    figure = found.figure(Path(found.path).name)
+    with naming(f"--output {output} cannot be written"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.save(output)
+    return output
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Draw the predictions of a checkpoint into a PNG file; return the exit code.
+    """Draw what a checkpoint sees or predicts; return the exit code.
 
     Args:
         argv: the command line; None = sys.argv.
@@ -76,25 +177,34 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """
     parser = ConfigParser(
         prog=prog,
-        description="Draw the predictions of a pre-trained checkpoint beside its inputs and targets: HOG (MaskFeat) or "
-        "spectra (MFM).",
-        epilog="The checkpoint is TEST.CHECKPOINT_FILE_PATH, or else the newest one in OUTPUT_DIR.",
+        description="Draw what a trained network sees in images and videos (--checkpoint, --input, --what), or the "
+        "predictions of a pre-trained one on the validation set of its recipe (--cfg): HOG (MaskFeat), spectra (MFM).",
+        epilog="With --cfg alone the checkpoint is TEST.CHECKPOINT_FILE_PATH, or else the newest one in OUTPUT_DIR.",
     )
-    parser.add_cfg("a pre-training recipe: path of a YAML file or name below configs/")
-    parser.add_argument("--output", metavar="PNG", help="default: hog_predictions.png or spectrum_predictions.png")
+    parser.add_cfg("a recipe: path of a YAML file or name below configs/", required=False)
+    parser.add_argument("--checkpoint", metavar="FILE", help="file, address or published name of the weights")
+    parser.add_argument("--input", nargs="+", metavar="FILE", help="images, or videos for a network of clips")
+    parser.add_argument(
+        "--what",
+        choices=KINDS,
+        default="attention",
+        help="hog, spectrum: predicted where something is hidden; attention: of --block; rollout: through all blocks "
+        "of a ViT; pca: principal components of the tokens (default: %(default)s)",
+    )
+    parser.add_argument("--block", type=int, default=-1, help="from 0, or from the end (default: %(default)s)")
+    parser.add_argument("--output", metavar="FILE", help="PNG; with --input of videos GIF or MP4, too")
     parser.add_argument("--num", type=int, default=4, help="validation samples to draw (default: %(default)s)")
     parser.add_overrides("overrides")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        if args.num < 1:
-            raise UserError(f"--num must be at least 1; given {args.num}")
-        found = drawing(load_config(args.cfg, args.opts), args.num)
-        output = Path(args.output or found.name)
-        figure = found.figure(Path(found.path).name)
-        with naming(f"--output {output} cannot be written"):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            figure.save(output)
+        if (args.checkpoint is None) != (args.input is None):
+            raise UserError("--checkpoint and --input belong together: a file of weights, and what is shown to it")
+        if args.checkpoint is None:
+            output = _draw_validation(args)
+        else:
+            output = Path(args.output or f"{args.what}.png")
+            _draw_inputs(args.checkpoint, args.cfg, args.input, args.what, output, args.block)
     except UserError as error:
         logger.error("error: %s", error)
         return 2

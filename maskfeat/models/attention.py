@@ -49,6 +49,34 @@ def table_rows(queries: int, keys: int) -> int:
     return 2 * max(queries, keys) - 1
 
 
+def reference_weights(
+    q: Tensor, k: Tensor, tables: Sequence[Tensor], grid: Sequence[int], key_grid: Sequence[int], axes: Sequence[int]
+) -> Tensor:
+    """Compute the weights of attention with relative positions as the paper writes it: softmax(q k^T / sqrt(C) + E),
+    with E = q . (R_t + R_h + R_w) between tokens on the grids and 0 for the prefix.
+
+    Args:
+        q: (B, prefix + prod(grid), G, C).
+        k: (B, prefix + prod(key_grid), G, C).
+        tables: for each of `axes` (queries, keys, C), see `relative_index`.
+        grid, key_grid: ([T,] H, W) of the queries and of the keys.
+        axes: axes of the grids that have relative positions.
+
+    Returns:
+        (B, G, prefix + prod(grid), prefix + prod(key_grid))
+    """
+    prefix, letters = q.shape[1] - math.prod(grid), "xyz"[: len(grid)]
+    q, k = (x.transpose(1, 2) for x in (q, k))  # (B, G, N, C)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    q_on_grid = q[:, :, prefix:].unflatten(2, grid)
+    by_axis = scores[:, :, prefix:, prefix:].unflatten(3, key_grid).unflatten(2, grid)  # (B, G, *grid, *key_grid)
+    for axis, table in zip(axes, tables, strict=True):
+        relative = torch.einsum(f"bg{letters}c,{letters[axis]}kc->bg{letters}k", q_on_grid, table)
+        by_axis = by_axis + relative.unflatten(-1, [n if i == axis else 1 for i, n in enumerate(key_grid)])
+    scores[:, :, prefix:, prefix:] = by_axis.flatten(-len(grid)).flatten(2, -2)
+    return scores.softmax(dim=-1)
+
+
 def reference_attention(
     q: Tensor,
     k: Tensor,
@@ -58,29 +86,16 @@ def reference_attention(
     key_grid: Sequence[int],
     axes: Sequence[int],
 ) -> Tensor:
-    """Attention with relative positions as the paper writes it: softmax(q k^T / sqrt(C) + E) v, with
-    E = q . (R_t + R_h + R_w) between tokens on the grids and 0 for the prefix.
+    """Attention as the paper writes it, with the weights and arguments of `reference_weights`.
 
     Args:
-        q: (B, prefix + prod(grid), G, C).
-        k, v: (B, prefix + prod(key_grid), G, C).
-        tables: for each of `axes` (queries, keys, C), see `relative_index`.
-        grid, key_grid: ([T,] H, W) of the queries and of the keys.
-        axes: axes of the grids that have relative positions.
+        v: (B, prefix + prod(key_grid), G, C).
 
     Returns:
         (B, prefix + prod(grid), G, C)
     """
-    prefix, letters = q.shape[1] - math.prod(grid), "xyz"[: len(grid)]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, G, N, C)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    q_on_grid = q[:, :, prefix:].unflatten(2, grid)
-    by_axis = scores[:, :, prefix:, prefix:].unflatten(3, key_grid).unflatten(2, grid)  # (B, G, *grid, *key_grid)
-    for axis, table in zip(axes, tables, strict=True):
-        relative = torch.einsum(f"bg{letters}c,{letters[axis]}kc->bg{letters}k", q_on_grid, table)
-        by_axis = by_axis + relative.unflatten(-1, [n if i == axis else 1 for i, n in enumerate(key_grid)])
-    scores[:, :, prefix:, prefix:] = by_axis.flatten(-len(grid)).flatten(2, -2)
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    weights = reference_weights(q, k, tables, grid, key_grid, axes)
+    return (weights @ v.transpose(1, 2)).transpose(1, 2)
 
 
 def key_one_hots(grid: Sequence[int], prefix: int, axes: Sequence[int]) -> Tensor:
@@ -327,7 +342,7 @@ class PoolingAttention(nn.Module):
             pooled.append(by_head if norm is None else norm(by_head).to(x.dtype))
         return pooled
 
-    def _tables(self) -> list[Tensor]:
+    def tables(self) -> list[Tensor]:
         """Return, for each axis with relative positions, the row of every query and key: (queries, keys, C)."""
         tables = []
         for axis in self.axes:
@@ -343,7 +358,7 @@ class PoolingAttention(nn.Module):
 
     def _reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention, residual pooling and projection in the reference form: (B, N', G, C) each -> (B, N', D)."""
-        out = reference_attention(q, k, v, self._tables(), self.q_grid, self.kv_grid, self.axes)
+        out = reference_attention(q, k, v, self.tables(), self.q_grid, self.kv_grid, self.axes)
         if self.residual_pooling:
             out[:, self.prefix :] += q[:, self.prefix :]
         return self.dropout(self.proj(out.flatten(2)))
@@ -362,7 +377,7 @@ class PoolingAttention(nn.Module):
         if is_reference(self.impl):
             return self._reference(q, k, v)
         if self.axes:
-            out, q = fast_attention(q, k, v, self._tables(), self._key_one_hots, self.q_grid, self.axes)
+            out, q = fast_attention(q, k, v, self.tables(), self._key_one_hots, self.q_grid, self.axes)
         else:
             out = _fused_attention(q, k, v)
         return self.joined(out, q)

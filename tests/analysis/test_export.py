@@ -38,10 +38,11 @@ CASES: dict[str, tuple[Path, Sequence[str]]] = {
     "MFM ViT": (MFM_RECIPES / "in1k_VIT_B_MFM_PT.yaml", [*VIT_PT[:-2], "MFM.RADIUS", "6"]),
     "MViTv2": (RECIPES / f"{MVIT}.yaml", MVIT_FT),
     "MaskFeat MViTv2": (RECIPES / "k400_MVITv2_S_16x4_MaskFeat_PT.yaml", MVIT_PT),
-    "ResNet": (MFM_RECIPES / f"{R50}.yaml", [*R50_FT, "RESNET.DEPTH", "18"]),
+    "ResNet-18": (MFM_RECIPES / f"{R50}.yaml", [*R50_FT, "RESNET.DEPTH", "18"]),
     "ResNet-10": (MFM_RECIPES / f"{R50}.yaml", R50_FT),
-    "MFM ResNet": (MFM_RECIPES / "in1k_R50_MFM_PT.yaml", [*MFM_PT, "RESNET.DEPTH", "18"]),
+    "MFM ResNet": (MFM_RECIPES / "in1k_R50_MFM_PT.yaml", MFM_PT),
 }
+SLOW = pytest.mark.slow
 NAMES = ["cat", "dog", "owl", "fox"]
 
 
@@ -104,7 +105,10 @@ def by_its_words(how: str) -> Any:
     return eval(how, names).eval()
 
 
-@pytest.mark.parametrize("case", ["ViT", "ViT of a class token", "ViT without", "MaskFeat ViT", "MFM ViT", "ResNet"])
+@pytest.mark.parametrize(
+    "case",
+    ["ViT", "ViT of a class token", "ViT without", "MaskFeat ViT", "MFM ViT", pytest.param("ResNet-18", marks=SLOW)],
+)
 @torch.no_grad()
 def test_timm_computes_the_same(case: str, tmp_path: Path) -> None:
     model = small(case)
@@ -120,7 +124,7 @@ def test_timm_computes_the_same(case: str, tmp_path: Path) -> None:
         assert far(expected(model, what, x), found) <= 1e-5 >= worst
 
 
-@pytest.mark.parametrize("case", ["ViT of a class token", "MaskFeat ViT", "MFM ViT", "ResNet", "MFM ResNet"])
+@pytest.mark.parametrize("case", ["ViT of a class token", "MaskFeat ViT", "MFM ViT", "ResNet-10", "MFM ResNet"])
 @torch.no_grad()
 def test_torchvision_computes_the_same(case: str, tmp_path: Path) -> None:
     model = small(case)
@@ -207,7 +211,11 @@ def check_graph(model: Model, to: str, what: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("case", "opts", "what"),
-    [("ViT", ONE_BLOCK, "classifier"), ("MViTv2", MVIT_ONE, "backbone"), ("ResNet-10", [], "backbone")],
+    [
+        ("MViTv2", MVIT_ONE, "backbone"),
+        pytest.param("ViT", ONE_BLOCK, "classifier", marks=SLOW),
+        pytest.param("ResNet-10", [], "backbone", marks=SLOW),
+    ],
 )
 def test_saved_programs(case: str, opts: list[str], what: str, tmp_path: Path) -> None:
     check_graph(small(case, *opts), "torch.export", what, tmp_path)
@@ -217,14 +225,14 @@ def test_onnx(tmp_path: Path) -> None:
     check_graph(small("ViT", *ONE_BLOCK), "onnx", "backbone", tmp_path)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("what", ["backbone", "classifier"])
 @pytest.mark.parametrize("case", ["MViTv2", "ResNet-10"])
 def test_onnx_of_the_other_networks(case: str, what: str, tmp_path: Path) -> None:
     check_graph(small(case), "onnx", what, tmp_path)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.full_size
 @pytest.mark.parametrize("to", ["onnx", "torch.export"])
 @pytest.mark.parametrize("what", ["backbone", "classifier"])
@@ -233,7 +241,7 @@ def test_graphs_of_published_sizes(recipe: Path, what: str, to: str, tmp_path: P
     check_graph(trained(recipe), to, what, tmp_path)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.full_size
 @torch.no_grad()
 def test_features_of_published_sizes(image_data: Path, tmp_path: Path) -> None:
