@@ -106,7 +106,7 @@ def triton_pooling(dtype: torch.dtype) -> Check:
         found: Figures = {}
         for shape in shapes:
             found[str(shape)] = _pool(shape, dtype, kernels, context)
-            context.note(**{f"triton_{dtype}": found})
+            context.note(**{str(dtype).removeprefix("torch."): found})
         for name, errors in found.items():
             expect(f"the output of {name}", errors["output"], 1.0)
             expect(f"the input's gradient of {name}", errors["input gradient"], 1.0)

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from yacs.config import CfgNode
 
-from benchmarks.cases import random_batch
+from benchmarks.cases import CONFIGS, MVIT_S, RESNET_50, VIT_B, random_batch
 from benchmarks.gpu.checks import (
     MFM_PT,
     MVIT_FT,
@@ -21,12 +22,15 @@ from benchmarks.gpu.checks import (
     small_config,
 )
 from benchmarks.gpu.parts import Context, Failed, Figures
+from benchmarks.measure import peak_mib
 from benchmarks.training import Steps
 from maskfeat.build import build_loader
-from maskfeat.config import CfgNode
+from maskfeat.config import load_config
+from maskfeat.engine.memory import estimate_step_memory
 from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.trainer import Trainer, build_trainer
 
+_MEMORY = 0.15  # of what a step takes
 _WARM = 2  # steps before the watch is set
 
 VARIANTS = {
@@ -145,3 +149,42 @@ def moving_average(context: Context) -> Figures:
             expected = [decay * a + (1 - decay) * b for a, b in zip(before, values, strict=True)]
     off = max(largest(average, value) for average, value in zip(trainer.ema.module.parameters(), expected, strict=True))
     return {"apart": expect("the average", off, 1e-6), "recipe": Path(VIT_PT[0]).stem}
+
+
+def memory(context: Context) -> Figures:
+    """The highest memory of a step against the estimate that is made without a device."""
+    found: Figures = {}
+    wrong = []
+    sizes = {VIT_B: 64, MVIT_S: 8, RESNET_50: 64}
+    for path, recipe in ((VIT_B, VIT_PT), (MVIT_S, MVIT_PT), (RESNET_50, MFM_PT)):
+        for precision in ("False", "bf16"):
+            opts = ("TRAIN.MIXED_PRECISION", precision, "TRAIN.BATCH_SIZE", str(sizes[path]))
+            if context.toy:
+                cfg = small_config(recipe, context, *opts[:2])
+            else:
+                cfg = load_config(CONFIGS / path, ["NUM_GPUS", "1", "OUTPUT_DIR", str(context.folder), *opts])
+            name = f"{Path(path).stem} {precision.replace('False', 'fp32')}"
+            estimate = estimate_step_memory(cfg, cfg.TRAIN.BATCH_SIZE, context.device).total / 2**20
+            measured = _measured(cfg, context)
+            found[name] = {"estimate_mib": round(estimate, 1), "measured_mib": round(measured, 1)}
+            context.note(memory=found)
+            if context.cuda and not abs(estimate / measured - 1) <= _MEMORY:
+                wrong.append(f"{name}: {measured:.0f} MiB, {estimate:.0f} estimated")
+    context.needs_cuda("max_memory_allocated against the estimate")
+    if wrong:
+        raise Failed(f"more than {_MEMORY:.0%} off: {'; '.join(wrong)}")
+    return found
+
+
+def _measured(cfg: CfgNode, context: Context) -> float:
+    """MiB of a second step's peak, with everything that is kept between steps."""
+    seed_everything(0)
+    kept = torch.cuda.memory_allocated() if context.cuda else 0
+    trainer = build_trainer(cfg, context.device)
+    trainer.model.train()
+    batch = random_batch(cfg, context.device)
+    trainer.begin_step(1)
+    trainer.train_step(batch)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    before = (torch.cuda.memory_allocated() - kept) / 2**20 if context.cuda else 0.0
+    return before + peak_mib(lambda: trainer.train_step(batch), context.device)
