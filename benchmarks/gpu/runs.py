@@ -185,6 +185,7 @@ def launched(context: Context) -> Figures:
     arguments += ["SOLVER.BASE_LR_SCALE_NUM_SHARDS", "False"]
     folders = {size: context.folder / str(size) for size in (1, 2)}
     processes, logs = [], []
+    context.needs_cuda("NCCL under torchrun (gloo in its place)")
     for size, folder in folders.items():
         port = free_address().rsplit(":", 1)[1]
         for rank in range(size):
