@@ -39,8 +39,10 @@ _STEPS = Part(
             "loss_scaling": steps.loss_scaling,
             "moving_average": steps.moving_average,
             "memory": steps.memory,
+            "named": steps.named,
         }
     ),
+    covers=("demos/evidence/report.py:machine",),
 )
 _HOG = Part("HOG", CORRECTNESS, 30, all_of({"hog_bins": kernels.hog_bins}))
 _TRITON = Part(

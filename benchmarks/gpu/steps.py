@@ -26,6 +26,7 @@ from benchmarks.measure import peak_mib
 from benchmarks.training import Steps
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
+from maskfeat.demos.evidence.report import machine
 from maskfeat.engine.memory import estimate_step_memory
 from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.trainer import Trainer, build_trainer
@@ -196,3 +197,11 @@ def _measured(cfg: CfgNode, context: Context) -> float:
         tensors = [*trainer.objective.parameters(), *trainer.objective.buffers(), *states, batch.clip]
         before = sum(tensor.nbytes for tensor in tensors)
     return before / 2**20 + peak_mib(lambda: trainer.train_step(batch), context.device)
+
+
+def named(context: Context) -> Figures:
+    """The machine as reports of the evidence name it: by its GPU where it has one."""
+    found = machine()
+    if context.cuda and found != torch.cuda.get_device_name():
+        raise Failed(f"the machine is called {found}")
+    return {"name": found}
