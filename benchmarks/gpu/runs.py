@@ -135,7 +135,7 @@ def one_rank(context: Context) -> Figures:
     found: Figures = {"backend": backend}
     for kind in losses:
         found[kind] = max(relative(a, b) for a, b in zip(losses[kind], losses["plain"], strict=True))
-        expect(f"the loss of {kind}", found[kind], 1e-5)
+        expect(f"the loss or gradient norm of {kind}", found[kind], 1e-4)
     return found
 
 
@@ -200,6 +200,6 @@ def launched(context: Context) -> Figures:
         said = " | ".join(log_of(log, 3) for log, code in zip(logs, codes, strict=True) if code)
         raise Failed(f"exit codes {codes}: {said}")
     alone, two = ([float(step["loss"]) for step in _logged(folder)] for folder in folders.values())
-    # The halves of a batch are added in another order.
+    # The halves of a batch are added in another order, and convolutions have ten bits of mantissa by default (TF32).
     off = max(relative(a, b) for a, b in zip(two, alone, strict=True))
-    return {"steps": len(alone), "two processes": expect("the loss of two processes", off, 1e-3)}
+    return {"steps": len(alone), "two processes": expect("the loss of two processes", off, 5e-3)}

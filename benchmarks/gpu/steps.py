@@ -1,5 +1,6 @@
 """Training steps on the GPU: without a stop for the device, in fp16 with loss scaling, with a moving average."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,6 +184,7 @@ def memory(context: Context) -> Figures:
 def _measured(cfg: CfgNode, context: Context) -> float:
     """MiB of a second step's peak, with everything that is kept between steps."""
     seed_everything(0)
+    gc.collect()  # what lies there of earlier trainers, now and not while this one is measured
     kept = torch.cuda.memory_allocated() if context.cuda else 0
     trainer = build_trainer(cfg, context.device)
     trainer.model.train()
@@ -190,6 +192,7 @@ def _measured(cfg: CfgNode, context: Context) -> float:
     trainer.begin_step(1)
     trainer.train_step(batch)
     trainer.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
     if context.cuda:
         before = torch.cuda.memory_allocated() - kept
     else:  # there, only what a step adds is counted

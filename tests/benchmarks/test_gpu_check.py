@@ -230,6 +230,13 @@ def test_required_packages_are_those_of_setup() -> None:
 
 
 @pytest.mark.slow
+def test_parts_need_no_pytest() -> None:
+    """They take helpers of the tests, on machines where pytest is not installed."""
+    code = "import sys; sys.modules['pytest'] = None; import benchmarks.gpu.table"
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
+
+
+@pytest.mark.slow
 @pytest.mark.alone
 def test_toy_run(tmp_path: Path) -> None:
     """Every path up to the launch of a kernel, on the CPU."""
