@@ -160,6 +160,11 @@ def _passes(
     return out.loss.item(), {name: p.grad.float().cpu() for name, p in _with_gradient(objective)}
 
 
+def _norm(gradient: Tensor) -> float:
+    """L2 norm, in float64: a sum of millions of squares in float32 is a thousandth off."""
+    return gradient.double().norm().item()
+
+
 def against_cpu(name: str) -> Check:
     """A model of full size on one batch: loss and gradients on the device in float32 and bf16 against the CPU's."""
 
@@ -180,14 +185,14 @@ def against_cpu(name: str) -> Check:
             if mine.keys() != gradients.keys():
                 raise Failed("other parameters have gradients than on the CPU")
             away = distance(torch.cat([mine[key].flatten() for key in gradients]), whole)
-            norms = {key: relative(mine[key].norm().item(), g.norm().item()) for key, g in gradients.items()}
+            norms = {key: relative(_norm(mine[key]), _norm(g)) for key, g in gradients.items()}
             # Gradients that are zero in exact arithmetic, such as those of biases before a norm, are left out.
-            shown = {key: norms[key] for key, g in gradients.items() if g.norm() > 1e-2 * whole.norm()}
+            shown = {key: norms[key] for key, g in gradients.items() if _norm(g) > 1e-2 * _norm(whole)}
             worst = max(shown, key=lambda key: shown[key])
             found[precision] = {
                 "loss": relative(loss, expected),
                 "gradient": away,
-                "grad_norm": relative(sum(g.norm().item() ** 2 for g in mine.values()) ** 0.5, whole.norm().item()),
+                "grad_norm": relative(sum(_norm(g) ** 2 for g in mine.values()) ** 0.5, _norm(whole)),
                 "worst": f"{worst}: {shown[worst]:.2e}",
             }
             context.note(**{name: found})
