@@ -72,6 +72,7 @@ TOOLS = (
     "make_synthetic.py",
     "visualize.py",
     "benchmark.py",
+    "gpu_check.py",
     "evidence.py",
     "probe.py",
     "export.py",

@@ -32,6 +32,7 @@ examples:
   python tools/gpu_check.py --output gpu --only correctness --minutes 4
   python tools/gpu_check.py --output gpu --only learning
   python tools/gpu_check.py --output toy --device cpu --toy
+  python tools/gpu_check.py --page gpu/results.json
 
 exit code: 0 = no part failed; 1 = a part failed or hung; 2 = the command line, the machine or DIR is not as it must be
 """
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add("--toy", action="store_true", help="smallest sizes: takes every path, measures nothing")
     add("--wheels", metavar="DIR", type=Path, help="install packages that are missing from this folder, with pip")
     add("--again", action="store_true", help="run parts anew that have passed")
+    add("--page", metavar="FILE", type=Path, help="write docs/gpu.md from the results.json of a check and end")
     add("--list", action="store_true", help="list the parts and end")
     add("--serve", action="store_true", help=argparse.SUPPRESS)
     for hidden, kind in (("--part", str), ("--table", str), ("--seconds", float)):
@@ -106,6 +108,8 @@ def main(argv: Sequence[str] | None = None, table: str = TABLE) -> int:
         return _one(args)
     if args.serve:
         return _serve(args)
+    if args.page is not None:
+        return _page(args.page)
     _check(args, options)
     wheels = install_missing(args.wheels) if args.wheels else {}
     for name, outcome in wheels.items():
@@ -143,6 +147,21 @@ def _run(args: argparse.Namespace, parts: Sequence[Part], table: str, began: flo
         logger.info("\nnot run:\n  %s", "\n  ".join(left_out))
     logger.info("\n%.0f s in all; figures: %s", time.monotonic() - began, results.path)
     return code
+
+
+def _page(path: Path) -> int:
+    """Write the page of the documentation."""
+    from benchmarks.gpu.page import PAGE, read_results, write_page
+    from maskfeat.errors import UserError, naming
+
+    try:
+        with naming(f"{PAGE} cannot be written"):
+            write_page(read_results(path), PAGE)
+    except UserError as error:
+        logger.error("error: %s", error)
+        return 2
+    logger.info("%s", PAGE)
+    return 0
 
 
 def _one(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 
 import torch
+from yacs.config import CfgNode
 
 from benchmarks.gpu.checks import (
     CPU,
@@ -24,7 +25,6 @@ from benchmarks.gpu.checks import (
 from benchmarks.gpu.parts import Context, Failed, Figures
 from maskfeat.batch import Batch, SampleKey
 from maskfeat.build import build_loader, build_objective
-from maskfeat.config import CfgNode
 from maskfeat.data.collate import collate
 from maskfeat.engine.evaluate import multi_view_test, validate
 from maskfeat.engine.rng import seed_everything
@@ -40,7 +40,7 @@ RECIPES: Mapping[str, tuple[Recipe, tuple[str, ...]]] = {
 
 def _config(recipe: Recipe, context: Context, *opts: str) -> CfgNode:
     files = clip_files(context) if "k400" in recipe[0] else image_files(context)
-    return small_config(recipe, context, *files, "DATA_LOADER.NUM_WORKERS", "2", "TRAIN.BATCH_SIZE", "4", *opts)
+    return small_config(recipe, context, *files, "DATA_LOADER.NUM_WORKERS", "1", "TRAIN.BATCH_SIZE", "4", *opts)
 
 
 def batches_on_the_device(context: Context) -> Figures:

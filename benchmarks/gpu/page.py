@@ -1,5 +1,6 @@
 """docs/gpu.md, written from the results.json of a check: no figure in it comes from anywhere else."""
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from benchmarks.gpu.parts import CORRECTNESS, Figures
 from maskfeat.demos.evidence.report import table
+from maskfeat.errors import UserError, naming
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
 
@@ -55,7 +57,24 @@ EXPLAINED = (
 )
 
 
-def write_page(results: Mapping[str, Any] | None, path: Path = PAGE) -> None:
+def read_results(path: Path) -> dict[str, Any]:
+    """Read the results.json of a check.
+
+    Raises:
+        UserError: it cannot be read, or is another file.
+    """
+    with naming(f"{path} cannot be read"):
+        text = path.read_text(encoding="utf-8")
+    try:
+        content: Any = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not a results.json of tools/gpu_check.py: {error}") from error
+    if not (isinstance(content, dict) and {"of", "calls", "parts"} <= content.keys()):
+        raise UserError(f"{path} is not a results.json of tools/gpu_check.py")
+    return content
+
+
+def write_page(results: Mapping[str, Any] | None, path: Path) -> None:
     """Write the page; `results`: content of results.json, None where there is none."""
     path.write_text(page(results), encoding="utf-8")
 
@@ -149,7 +168,7 @@ def _pooling(parts: Sequence[Figures]) -> Iterator[str]:
         rows = []
         for shape in found["shapes"]:
             times = [_ms(shape.get(form), way) for form in _FORMS for way in ("forward", "backward")]
-            rows.append((shape["shape"], *times, _number(shape.get("ratio"), ".2f"), shape.get("verdict", "")))
+            rows.append((_line(shape["shape"]), *times, _number(shape.get("ratio"), ".2f"), shape.get("verdict", "")))
         yield "### Pooling: Triton's kernels, PyTorch's convolutions, compiled conv3d"
         head = [f"{form} {way}, ms" for form in _FORMS for way in ("forward", "backward")]
         yield table(("shape", *head, "compiled / Triton", "so"), rows)

@@ -1,12 +1,12 @@
-"""Whole runs of the program on the GPU: killed and resumed, under torchrun, in two processes, sharded."""
+"""Whole runs of the program on the GPU: killed and resumed, as torchrun starts it, in two processes, sharded."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from benchmarks.gpu.parts import Context, Failed, Figures
 from maskfeat.build import build_objective, build_optimizer
 from maskfeat.distributed.collectives import all_gather_object, all_reduce_sum, broadcast_buffers
 from maskfeat.distributed.launch import free_address
+from maskfeat.distributed.processes import exit_now
 from maskfeat.engine.metrics_log import read_json_stats
 from maskfeat.engine.rng import seed_everything
+from maskfeat.engine.run import main
 from maskfeat.engine.trainer import Trainer, build_trainer
 from maskfeat.optim.schedule import lr_at_epoch
-from tests.reliability.harness import PRETRAINING, Forks, digest
+from tests.reliability.harness import PRETRAINING, digest
 
-REPO = CONFIGS.parent
 KILLS = (2, 9, 16)  # steps after which a run is killed, of 30
 
 
@@ -42,33 +43,59 @@ def _gpus(context: Context) -> list[str]:
     return ["NUM_GPUS", str(int(context.cuda))]
 
 
+def _program(arguments: Sequence[str], log: Path, variables: Mapping[str, str], deterministic: bool) -> None:
+    """Run the program in this process, which was forked for it, and end."""
+    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    os.environ.update(variables)
+    torch.use_deterministic_algorithms(deterministic)
+    exit_now(main(arguments))
+
+
+def _begin(
+    arguments: Sequence[str], log: Path, variables: Mapping[str, str] | None = None, deterministic: bool = False
+) -> BaseProcess:
+    """Start the program in a fork of this process, which must not have used CUDA."""
+    assert not torch.cuda.is_initialized(), "CUDA does not work in a fork of a process that has used it"
+    process = multiprocessing.get_context("fork").Process(
+        target=_program, args=(arguments, log, variables or {}, deterministic)
+    )
+    process.start()
+    return process
+
+
+def _end(process: BaseProcess) -> int:
+    """Wait for its end; return the exit code, that of a signal is negative."""
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
 def resumed(context: Context) -> Figures:
     """A run killed three times at any moment ends with the same bits as one that nobody disturbs."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic algorithms ask of cuBLAS
     common = [
-        *PRETRAINING, *image_files(context), *_gpus(context), "PLUGINS", "[benchmarks.gpu.deterministic]",
-        "TRAIN.CHECKPOINT_MINUTES", "0.001", "DATA_LOADER.NUM_WORKERS", "2", "SOLVER.MAX_EPOCH", "6",
+        *PRETRAINING, *image_files(context), *_gpus(context), "TRAIN.CHECKPOINT_MINUTES", "0.001",
+        "DATA_LOADER.NUM_WORKERS", "2", "SOLVER.MAX_EPOCH", "6",
         "TRAIN.MIXED_PRECISION", "bf16" if context.cuda else "False",
     ]  # fmt: skip
     folders = {name: context.folder / name for name in ("undisturbed", "killed")}
     for folder in folders.values():
         folder.mkdir()
-    forks, kills = Forks(), 0
-    try:
 
-        def begin(name: str) -> Any:
-            return forks.start([*common, "OUTPUT_DIR", str(folders[name])], folders[name] / "log")
+    def begin(name: str) -> BaseProcess:
+        arguments = [*common, "OUTPUT_DIR", str(folders[name])]
+        exactly = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # what deterministic algorithms ask of cuBLAS
+        return _begin(arguments, folders[name] / "log", exactly, deterministic=True)
 
-        codes = [begin("undisturbed").wait()]
-        for steps in KILLS:
-            run = begin("killed")
-            while len(_logged(folders["killed"])) < steps and run.is_there:
-                time.sleep(0.005)
-            run.kill()
-            kills += run.wait() == -signal.SIGKILL
-        codes.append(begin("killed").wait())
-    finally:
-        forks.close()
+    codes, kills = [_end(begin("undisturbed"))], 0
+    for steps in KILLS:
+        run = begin("killed")
+        while len(_logged(folders["killed"])) < steps and run.is_alive():
+            time.sleep(0.005)
+        run.kill()
+        kills += _end(run) == -signal.SIGKILL
+    codes.append(_end(begin("killed")))
     if codes != [0, 0]:
         raise Failed(f"exit codes {codes}: {' | '.join(log_of(folder / 'log', 3) for folder in folders.values())}")
     bits = [digest(folder, "pt") for folder in folders.values()]
@@ -76,14 +103,19 @@ def resumed(context: Context) -> Figures:
         raise Failed(f"after {kills} kills the last checkpoint has other bits than that of an undisturbed run")
     if kills < len(KILLS):
         raise Failed(f"only {kills} of {len(KILLS)} runs were still there to be killed")
-    return {"kills": kills, "steps": len(_logged(folders["undisturbed"])), "same bits": True}
+    memory = _logged(folders["undisturbed"])[-1].get("gpu_mem")
+    if context.needs_cuda("GPU memory in the log") and not memory:
+        raise Failed("the log does not say how much memory the GPU took")
+    return {"kills": kills, "steps": len(_logged(folders["undisturbed"])), "same bits": True, "gpu_mem": memory}
 
 
 @contextmanager
-def _alone_in_a_group(context: Context) -> Any:
+def _alone_in_a_group(context: Context) -> Iterator[str]:
     """A process group of one rank: NCCL on CUDA, else gloo."""
     backend = "nccl" if context.needs_cuda("NCCL (gloo in its place)") else "gloo"
     device = torch.device("cuda", 0) if context.cuda else None
+    if device is not None:
+        torch.cuda.set_device(device)  # where NCCL gathers objects
     dist.init_process_group(backend, init_method=free_address(), rank=0, world_size=1, device_id=device)
     try:
         yield backend
@@ -103,7 +135,7 @@ def one_rank(context: Context) -> Figures:
     found: Figures = {"backend": backend}
     for kind in losses:
         found[kind] = max(relative(a, b) for a, b in zip(losses[kind], losses["plain"], strict=True))
-        expect(f"the loss of {kind}", found[kind], 1e-5)
+        expect(f"the loss or gradient norm of {kind}", found[kind], 1e-4)
     return found
 
 
@@ -143,36 +175,31 @@ def _three_steps(kind: str, context: Context) -> list[float]:
     return logged
 
 
-def _start(arguments: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
-    with open(log, "wb") as said:
-        return subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=REPO,
-            env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-            stdout=said,
-            stderr=subprocess.STDOUT,
-        )
-
-
 def launched(context: Context) -> Figures:
-    """One process by torchrun, and two processes that share the device over gloo: the losses of one process."""
-    net, kind = str(REPO / "tools" / "run_net.py"), "nccl" if context.cuda else "gloo"
-    base = ["--cfg", str(CONFIGS / VIT_PT[0]), *VIT_PT[1], *image_files(context), *_gpus(context)]
-    base += ["TRAIN.EVAL_PERIOD", "0", "TEST.ENABLE", "False", "SOLVER.MAX_EPOCH", "1"]
-    folders = {name: context.folder / name for name in ("torchrun", "two")}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", net, *base]
-    runs = [_start([*torchrun, "DIST_BACKEND", kind, "OUTPUT_DIR", str(folders["torchrun"])], context.folder / "0")]
-    meeting = free_address()
-    for shard in range(2):
-        shared = ["--num_shards", "2", "--shard_id", str(shard), "--init_method", meeting, "DIST_BACKEND", "gloo"]
-        half = ["TRAIN.BATCH_SIZE", "4", "OUTPUT_DIR", str(folders["two"])]
-        runs.append(_start([net, *base, *shared, *half], context.folder / str(1 + shard)))
-    codes = [run.wait() for run in runs]
+    """One process as torchrun starts it, and two that share the device over gloo: both log the same losses.
+
+    The two are launched as on two machines of one GPU each: NCCL takes no two ranks on one GPU.
+    """
+    arguments = ["--cfg", str(CONFIGS / VIT_PT[0]), *VIT_PT[1], *image_files(context), *_gpus(context)]
+    arguments += ["TRAIN.EVAL_PERIOD", "0", "TEST.ENABLE", "False", "SOLVER.MAX_EPOCH", "1"]
+    arguments += ["SOLVER.BASE_LR_SCALE_NUM_SHARDS", "False"]
+    folders = {size: context.folder / str(size) for size in (1, 2)}
+    processes, logs = [], []
+    context.needs_cuda("NCCL under torchrun (gloo in its place)")
+    for size, folder in folders.items():
+        port = free_address().rsplit(":", 1)[1]
+        for rank in range(size):
+            torchrun = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            backend = "nccl" if context.cuda and size == 1 else "gloo"
+            batch = ["TRAIN.BATCH_SIZE", str(8 // size), "DIST_BACKEND", backend, "OUTPUT_DIR", str(folder)]
+            logs.append(context.folder / f"{size}_{rank}.log")
+            processes.append(_begin([*arguments, *batch], logs[-1], torchrun))
+    codes = [_end(process) for process in processes]
     if any(codes):
-        said = " | ".join(log_of(context.folder / str(number), 3) for number, code in enumerate(codes) if code)
+        said = " | ".join(log_of(log, 3) for log, code in zip(logs, codes, strict=True) if code)
         raise Failed(f"exit codes {codes}: {said}")
     alone, two = ([float(step["loss"]) for step in _logged(folder)] for folder in folders.values())
-    context.needs_cuda("NCCL under torchrun")
-    # Two processes add the halves of a batch in another order, and cuDNN may take another algorithm for them.
+    # The halves of a batch are added in another order, and convolutions have ten bits of mantissa by default (TF32).
     off = max(relative(a, b) for a, b in zip(two, alone, strict=True))
-    return {"steps": len(alone), "two processes": expect("the loss of two processes", off, 1e-3)}
+    return {"steps": len(alone), "two processes": expect("the loss of two processes", off, 5e-3)}

@@ -22,6 +22,7 @@ from benchmarks.cases import (
     VIT_B,
     VIT_L,
     Options,
+    data_for,
     random_batch,
 )
 from benchmarks.compute import maskfeat_objective
@@ -205,7 +206,8 @@ def reading(context: Context) -> Figures:
             if not _time_for(context, f"{name} with {workers} workers", 6):
                 continue
             more = (*options.opts, *opts, "DATA_LOADER.NUM_WORKERS", str(workers))
-            cfg = replace(options, opts=more).recipe(path, 32)
+            asked = replace(options, opts=more)
+            cfg = asked.recipe(path, 32, *data_for(asked.recipe(path, 32), asked, 0, 0))
             speed = _read(endless(build_loader(cfg, "train", device=context.device)), 0.2 if context.toy else 3.0)
             found.setdefault(name, {})[str(workers)] = speed
             context.note(samples_per_second_by_workers=found, cores=cores)

@@ -28,6 +28,7 @@ def run_part(part: Part, output: Path, device: torch.device, toy: bool, seconds:
     folder = output / "work" / part.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    outcome_file(output, part.name).parent.mkdir(exist_ok=True)
     path = outcome_file(output, part.name)
     if toy:
         torch.set_num_threads(1)  # more do not speed up small tensors

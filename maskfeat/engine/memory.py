@@ -102,7 +102,7 @@ def estimate_step_memory(cfg: CfgNode, batch_size: int, device: torch.device = C
         parameters = live.now
         batch = _input(objective.backbone.clip_size, batch_size, masks)
         size = live.now - parameters
-        trainer = build_trainer(cfg, device, objective=objective)
+        trainer = build_trainer(cfg, batch.clip.device, objective=objective)  # with its index
         passes: list[int] = []
         trainer.optimizer.register_step_pre_hook(lambda *_: passes.append(live.peak))
         trainer.train_step(batch)

@@ -52,6 +52,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     return output, check(output)
 
 
+@pytest.mark.slow
 def test_what_became_of_each_part(checked: tuple[Path, int]) -> None:
     output, code = checked
     assert code == 1
@@ -77,6 +78,7 @@ def test_what_became_of_each_part(checked: tuple[Path, int]) -> None:
     assert not (output / "work" / "passes").exists()
 
 
+@pytest.mark.slow
 def test_a_hung_part_is_killed_with_its_children(checked: tuple[Path, int]) -> None:
     hung = results(checked[0])["parts"]["hangs"]
     assert 4 <= hung["seconds"] < 30
@@ -84,11 +86,13 @@ def test_a_hung_part_is_killed_with_its_children(checked: tuple[Path, int]) -> N
     wait_until(lambda: not is_there(child), 10)
 
 
+@pytest.mark.slow
 def test_the_machine_is_recorded(checked: tuple[Path, int]) -> None:
     (call,) = results(checked[0])["calls"]
     assert {"cpu", "cores", "gpu", "torch", "cuda", "python", "commit"} <= call["machine"].keys()
 
 
+@pytest.mark.slow
 def test_passed_parts_are_kept(checked: tuple[Path, int], caplog: pytest.LogCaptureFixture) -> None:
     output, _ = checked
     before = results(output)["parts"]
@@ -102,6 +106,7 @@ def test_passed_parts_are_kept(checked: tuple[Path, int], caplog: pytest.LogCapt
     assert "passes, too" in caplog.text and "takes long" not in caplog.text
 
 
+@pytest.mark.slow
 def test_no_time_left(tmp_path: Path) -> None:
     assert check(tmp_path, minutes="0.001") == 0
     parts = results(tmp_path)["parts"]
@@ -118,6 +123,7 @@ def test_a_part_that_outlasts_the_check(tmp_path: Path, monkeypatch: pytest.Monk
     assert part["figures"]["found"] > 0
 
 
+@pytest.mark.slow
 def test_cut_off_at_any_moment(tmp_path: Path) -> None:
     """SIGKILL: the file is valid, knows which part ran and what it had found; the part is gone, and runs again."""
     command = [sys.executable, "-c", f"from benchmarks.gpu.cli import main; main(table={FAKE!r})"]
@@ -146,6 +152,7 @@ def test_cut_off_at_any_moment(tmp_path: Path) -> None:
     wait_until(still, 20)
 
 
+@pytest.mark.slow
 def test_forks_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts then start from nothing."""
     monkeypatch.setattr(processes, "_READY", "something else")
@@ -220,6 +227,13 @@ def test_missing_wheels_are_installed(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_required_packages_are_those_of_setup() -> None:
     names = wheels.required()
     assert {"torch", "av", "yacs", "iopath"} <= set(names) and all(name.isidentifier() for name in names)
+
+
+@pytest.mark.slow
+def test_parts_need_no_pytest() -> None:
+    """They take helpers of the tests, on machines where pytest is not installed."""
+    code = "import sys; sys.modules['pytest'] = None; import benchmarks.gpu.table"
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
 @pytest.mark.slow
