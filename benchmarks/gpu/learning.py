@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.gpu.parts import LEARNING, Context, Failed, Figures, Part
 from maskfeat.demos.evidence import make_data
+from maskfeat.demos.evidence.report import machine
 from maskfeat.demos.evidence.runs import Runs, Stopped, run_seed
 from maskfeat.demos.evidence.suites import SUITES
 
@@ -86,6 +87,7 @@ def suite(name: str) -> Callable[[Context], Figures]:
             make_data(name, data, source, (10, 2, 2) if context.toy else (400, 100, 100))
         runs = NotedRuns(SUITES[name], "gpu", context.data / "evidence", data, TOY if context.toy else ())
         runs.context = context
+        context.note(machine=machine())
         try:
             run_seed(runs, 0, controls=not context.toy)
         except Stopped as stopped:
@@ -98,6 +100,6 @@ def suite(name: str) -> Callable[[Context], Figures]:
 
 
 PARTS: tuple[Part, ...] = (
-    Part("learning from clips", LEARNING, 540, suite("shapes")),
+    Part("learning from clips", LEARNING, 540, suite("shapes"), ("demos/evidence/report.py:machine",)),
     Part("learning from images", LEARNING, 540, suite("cifar10"), cuda=True),
 )
