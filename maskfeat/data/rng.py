@@ -7,6 +7,7 @@ workers and ranks, and after resuming at any step.
 import contextlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ SPAN_STREAM = 1
 MASK_STREAM = 2
 """Stream of the mask: separate, so that changing the augmentation does not change the masks."""
 
+_GLOBAL: Any = np.random  # its type stubs lack the two functions that exchange the global generator
 _LENT = np.random.MT19937(0)
 """Numpy's global generator within `seeded`, where its own is to be kept: to copy that one takes half a millisecond."""
 
@@ -61,17 +63,17 @@ def seeded(seed: int, epoch: int, index: int, view: int, libraries: bool = True)
 
 @contextlib.contextmanager
 def _seeded_libraries(words: np.ndarray, restored: bool) -> Iterator[None]:
-    states = (random.getstate(), np.random.get_bit_generator()) if restored else None
+    states = (random.getstate(), _GLOBAL.get_bit_generator()) if restored else None
     try:
         if states is not None:
-            np.random.set_bit_generator(_LENT)
+            _GLOBAL.set_bit_generator(_LENT)
         random.seed(int(words[0]) << 32 | int(words[1]))
         np.random.seed(words[2:4])
         yield
     finally:
         if states is not None:
             random.setstate(states[0])
-            np.random.set_bit_generator(states[1])
+            _GLOBAL.set_bit_generator(states[1])
 
 
 def draw_mask(sampler: MaskSampler | None, seed: int, epoch: int, index: int, view: int) -> Tensor | None:

@@ -53,9 +53,13 @@ def _graph(frame: Any, height: int, width: int) -> Any:
     """
     graph = av.filter.Graph()
     graph.threads = 1  # as above
+    # With an odd width every pixel has its own colour, which swscale computes by vector code for planes only: the same
+    # pixels in half of the time. Packed ones of fewer than three lines each would be rounded otherwise.
+    planes = width % 2 and frame.height >= 2 * height
     graph.link_nodes(
         graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)),
         graph.add("scale", f"w={width}:h={height}:flags=area:in_chroma_loc=center"),
+        *([graph.add("format", "gbrp"), graph.add("scale")] if planes else []),
         graph.add("format", "rgb24"),
         graph.add("buffersink"),
     ).configure()

@@ -1,6 +1,7 @@
 """Scaling while decoding, against averages over areas in float64; and which short side each split asks for."""
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -16,7 +17,7 @@ from maskfeat.data.bad_samples import UnreadableSample
 from maskfeat.data.datasets.kinetics import VideoClips
 from maskfeat.data.video import torchcodec_decoder
 from maskfeat.data.video.decoder import decode_frames
-from maskfeat.data.video.scaling import scaled_size
+from maskfeat.data.video.scaling import Scaler, scaled_size
 from maskfeat.objectives.hog import hog
 from tests.data.media import write_video
 from tests.small import MVIT_FT, MVIT_PT, RECIPES, clips
@@ -98,6 +99,30 @@ def test_files_of_the_size_are_left_as_they_are(tmp_path: Path) -> None:
     for height, width in ((256, 340), (340, 256), (256, 256)):
         path = write_texture(tmp_path / f"{height}x{width}.mp4", height, width)
         assert np.array_equal(decode_frames(path, [0, 1], short_side=256)[0], decode_frames(path, [0, 1])[0])
+
+
+def scaled_at_once(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+    """(height, width, 3) uint8: one scaler, straight to packed pixels."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    graph.link_nodes(
+        graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)),
+        graph.add("scale", f"w={width}:h={height}:flags=area:in_chroma_loc=center"),
+        graph.add("format", "rgb24"),
+        graph.add("buffersink"),
+    ).configure()
+    graph.push(frame)
+    return graph.pull().to_ndarray()
+
+
+@pytest.mark.parametrize("kind", ["yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv444p12le", "gray"])
+def test_pixels_do_not_depend_on_the_way_through_planes(kind: str) -> None:
+    draw = np.random.default_rng(0)
+    sizes = [(512, 682, 256, 341), (540, 960, 256, 455), (720, 1280, 256, 455), (854, 480, 399, 225)]
+    for height, width, *scaled in [*sizes, (640, 480, 341, 256), (400, 532, 256, 341), (180, 320, 256, 455)]:
+        noise = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        frame = av.VideoFrame.from_ndarray(noise, format="rgb24").reformat(format=kind, threads=1)
+        assert np.array_equal(Scaler().to_rgb(frame, *scaled), scaled_at_once(frame, *scaled)), (height, width)
 
 
 @pytest.mark.parametrize(
