@@ -118,6 +118,9 @@ def test_frames_are_hidden_whole() -> None:
     hidden = frame_mask((8, 7, 7), 3, np.random.default_rng(0))
     assert hidden.all(axis=(1, 2)).sum() == 3 == hidden.any(axis=(1, 2)).sum()
     assert mask_sampler((8, 7, 7), 0.4, frames=True)(np.random.default_rng(0)).sum() == hidden.sum()
+    rng = np.random.default_rng(0)
+    draws = [frame_mask((8, 7, 7), 3, rng)[:, 0, 0] for _ in range(60)]
+    assert np.any(draws, axis=0).all() and not np.all(draws, axis=0).any(), "every frame is hidden at times"
 
 
 def test_a_draw_is_a_function_of_its_generator() -> None:
@@ -159,8 +162,9 @@ def test_resize_mask() -> None:
     expected = torch.nn.functional.interpolate(hidden[:, None].float(), size=(4, 8, 3), mode="nearest")[:, 0].bool()
     assert (up == expected).all()
     assert (resize_mask(up, (2, 2, 3)) == hidden).all()
-    with pytest.raises(ValueError, match="grid"):
-        resize_mask(hidden, (4, 8))
+    for grid in ((4, 8), (2, 4, 8, 3)):
+        with pytest.raises(ValueError, match="grid"):
+            resize_mask(hidden, grid)
 
 
 def test_blocks_and_cubes_lie_and_stand() -> None:

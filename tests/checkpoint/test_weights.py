@@ -106,6 +106,14 @@ def test_positions_of_another_image_size() -> None:
     torch.testing.assert_close(mine[:, 1:].reshape(1, 8, 8, 16), expected)
 
 
+def test_positions_of_a_wide_model() -> None:
+    """Widths above 256 are equal without being the same object of Python."""
+    wide = torch.randn(1, 16, 320)
+    resized = resize_weight("pos_embed_spatial", wide, torch.Size((1, 64, 320)))
+    assert resized is not None and resized.shape == (1, 64, 320)
+    assert resize_weight("pos_embed_spatial", wide, torch.Size((1, 64, 384))) is None
+
+
 def test_positions_of_another_clip() -> None:
     source = Classification(mvit(position="separate"), num_classes=3)
     target = Classification(mvit(position="separate", clip_size=(8, 64, 64)), num_classes=3)

@@ -42,6 +42,13 @@ def test_loss_is_the_mean_square_over_hidden_tokens() -> None:
     assert out.metrics["mean_hog_predictor"] < out.metrics["zero_predictor"]
 
 
+def test_files_carry_the_kernels_of_the_published_layer() -> None:
+    state = MaskFeat(vit(maskable=True)).released_state()
+    across = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+    for name, kernel in (("weight_x", across), ("weight_y", across.T)):
+        assert torch.equal(state[f"hogs.0.{name}"], kernel.expand(3, 1, 3, 3))
+
+
 def test_target_is_of_the_unmasked_input_and_without_gradient() -> None:
     objective, batch = MaskFeat(vit(maskable=True)), masked_batch()
     batch.clip.requires_grad_(True)
