@@ -74,6 +74,7 @@ def test_tubes_aim_at_the_share_of_a_frame(ratio: float, most: int) -> None:
 @pytest.mark.parametrize(
     ("grid", "ratio", "smallest", "largest"),
     [
+        ((4, 4), 0.4, 1, 6),
         ((14, 14), 0.4, 15, 78),
         ((14, 14), 0.6, 23, 118),
         ((14, 14), 0.75, 29, 147),
@@ -180,6 +181,14 @@ def test_blocks_and_cubes_lie_and_stand() -> None:
             if hidden.sum() == height * width:  # one block alone
                 taller, wider = taller + (height > width), wider + (width > height)
         assert taller > 50 and wider > 50 and 0.6 < taller / wider < 1.6, (taller, wider)
+
+
+def test_cubes_lie_everywhere_alike() -> None:
+    rng, sampler = np.random.default_rng(0), mask_sampler((8, 7, 7), 0.4)
+    share = np.mean([sampler(rng) for _ in range(80)], axis=0)
+    for axis in range(3):
+        along = share.mean(axis=tuple({0, 1, 2} - {axis}))
+        assert np.abs(along - along[::-1]).max() < 0.1 < along.min()
 
 
 def test_cubes_last_from_one_frame_to_all() -> None:

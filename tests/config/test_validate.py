@@ -50,6 +50,7 @@ WRONG = [
     (MVIT_FT, ["MVIT.HEAD_MUL", "[[1.5, 2]]"], ["MVIT.HEAD_MUL", "[block, factor"]),
     (MVIT_FT, ["MVIT.POOL_Q_STRIDE", "[[1, 2, 2]]"], ["MVIT.POOL_Q_STRIDE", "[block, t, h, w]"]),
     (MVIT_FT, ["MVIT.POOL_Q_STRIDE", "[[1, 1, 0, 2]]"], ["MVIT.POOL_Q_STRIDE", "at least 1"]),
+    (MVIT_FT, ["MVIT.POOL_Q_STRIDE", "[[1, 0, 2, 2]]"], ["MVIT.POOL_Q_STRIDE", "at least 1"]),
     (MVIT_FT, ["MVIT.POOL_KV_STRIDE", "[[16, 1, 8, 8]]"], ["MVIT.POOL_KV_STRIDE", "MVIT.DEPTH"]),
     (MVIT_FT, ["MVIT.POOL_KV_STRIDE", "[[0, 1, 8, 8]]"], ["MVIT.POOL_KV_STRIDE", "POOL_KV_STRIDE_ADAPTIVE"]),
     (VIT_FT, ["MVIT.NUM_HEADS", "7"], ["MVIT.EMBED_DIM", "MVIT.NUM_HEADS", "768", "7"]),

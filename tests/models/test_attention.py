@@ -75,9 +75,9 @@ def test_relative_index_by_hand() -> None:
     # Keys half as dense as queries: a key's distance counts double.
     assert relative_index(4, 2).tolist() == [[2, 0], [3, 1], [4, 2], [5, 3]]
     assert relative_index(2, 4).tolist() == [[3, 2, 1, 0], [5, 4, 3, 2]]
-    # Neither a multiple of the other: a query's position counts 5 / 2, rounded down after the difference.
-    assert relative_index(2, 5).tolist() == [[4, 3, 2, 1, 0], [6, 5, 4, 3, 2]]
-    assert [table_rows(3, 3), table_rows(4, 2), table_rows(2, 5)] == [5, 7, 9]
+    # Neither a multiple of the other: a query's position counts 8 / 3, rounded down after the difference.
+    assert relative_index(3, 8)[:, 0].tolist() == [7, 9, 12]
+    assert [table_rows(3, 3), table_rows(4, 2), table_rows(3, 8)] == [5, 7, 15]
     for queries, keys in ((8, 8), (28, 14), (14, 28), (56, 7), (5, 3)):
         index = relative_index(queries, keys)
         assert index.min() == 0 and index.max() < table_rows(queries, keys)

@@ -104,6 +104,18 @@ def test_a_whole_objective_in_the_reference_form(video: bool, monkeypatch: pytes
         torch.testing.assert_close(fast, plain, rtol=0, atol=1e-7)  # targets are float32
 
 
+def test_targets_under_a_window_are_those_of_the_reference_form() -> None:
+    objective, batch = MaskFeat(vit(maskable=True), window=16), masked_batch()
+    batch.clip = torch.randint(-16, 17, batch.clip.shape) / 8  # both forms choose the same bins
+    found = []
+    for impl in ("fast", "reference"):
+        set_impl(objective, impl)
+        found.append(objective.predict_hidden(batch)[1])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    objective.window = 0
+    assert not torch.allclose(objective.predict_hidden(batch)[1], found[1], atol=0.01)
+
+
 def test_clips_use_every_second_frame_and_three_grids() -> None:
     backbone = MViT(
         clip_size=(8, 64, 64),
