@@ -93,6 +93,12 @@ def test_resized_table_keeps_a_line_straight() -> None:
     assert same is not None and torch.equal(same, line)
 
 
+def test_a_kernel_of_one_without_strides_is_no_layer() -> None:
+    attention = PoolingAttention(width=16, num_heads=2, grid=(4, 4), kernel=(1, 1), stride_q=(1, 1), stride_kv=(2, 2))
+    assert attention.pool_q is attention.norm_q is None
+    assert attention.pool_k is not None and attention.norm_v is not None
+
+
 def test_class_token_skips_pooling() -> None:
     attention = PoolingAttention(
         width=16, num_heads=2, grid=(2, 4, 4), kernel=(3, 3, 3), stride_q=(1, 2, 2), stride_kv=(1, 2, 2)
