@@ -199,7 +199,7 @@ def resize_mask(hidden: Tensor, grid: Sequence[int]) -> Tensor:
     """Resize a mask (B, *from_grid) to (B, *grid) by nearest neighbours: index i is taken from floor(i * from / to).
 
     Raises:
-        UserError: the mask and the grid differ in their number of axes.
+        ValueError: the mask and the grid differ in their number of axes.
     """
     hidden = hidden.bool()
     if hidden.dim() != len(grid) + 1:

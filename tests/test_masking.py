@@ -74,6 +74,7 @@ def test_tubes_aim_at_the_share_of_a_frame(ratio: float, most: int) -> None:
 @pytest.mark.parametrize(
     ("grid", "ratio", "smallest", "largest"),
     [
+        ((4, 4), 0.4, 1, 6),
         ((14, 14), 0.4, 15, 78),
         ((14, 14), 0.6, 23, 118),
         ((14, 14), 0.75, 29, 147),
@@ -118,6 +119,9 @@ def test_frames_are_hidden_whole() -> None:
     hidden = frame_mask((8, 7, 7), 3, np.random.default_rng(0))
     assert hidden.all(axis=(1, 2)).sum() == 3 == hidden.any(axis=(1, 2)).sum()
     assert mask_sampler((8, 7, 7), 0.4, frames=True)(np.random.default_rng(0)).sum() == hidden.sum()
+    rng = np.random.default_rng(0)
+    draws = [frame_mask((8, 7, 7), 3, rng)[:, 0, 0] for _ in range(60)]
+    assert np.any(draws, axis=0).all() and not np.all(draws, axis=0).any(), "every frame is hidden at times"
 
 
 def test_a_draw_is_a_function_of_its_generator() -> None:
@@ -159,8 +163,9 @@ def test_resize_mask() -> None:
     expected = torch.nn.functional.interpolate(hidden[:, None].float(), size=(4, 8, 3), mode="nearest")[:, 0].bool()
     assert (up == expected).all()
     assert (resize_mask(up, (2, 2, 3)) == hidden).all()
-    with pytest.raises(ValueError, match="grid"):
-        resize_mask(hidden, (4, 8))
+    for grid in ((4, 8), (2, 4, 8, 3)):
+        with pytest.raises(ValueError, match="grid"):
+            resize_mask(hidden, grid)
 
 
 def test_blocks_and_cubes_lie_and_stand() -> None:
@@ -176,6 +181,14 @@ def test_blocks_and_cubes_lie_and_stand() -> None:
             if hidden.sum() == height * width:  # one block alone
                 taller, wider = taller + (height > width), wider + (width > height)
         assert taller > 50 and wider > 50 and 0.6 < taller / wider < 1.6, (taller, wider)
+
+
+def test_cubes_lie_everywhere_alike() -> None:
+    rng, sampler = np.random.default_rng(0), mask_sampler((8, 7, 7), 0.4)
+    share = np.mean([sampler(rng) for _ in range(80)], axis=0)
+    for axis in range(3):
+        along = share.mean(axis=tuple({0, 1, 2} - {axis}))
+        assert np.abs(along - along[::-1]).max() < 0.1 < along.min()
 
 
 def test_cubes_last_from_one_frame_to_all() -> None:

@@ -180,7 +180,7 @@ def _change_axes(name: str, value: Tensor, shape: torch.Size, average: bool) -> 
     if value.dim() == 4 and len(shape) == 5:
         value = value.unsqueeze(2)
     if value.dim() == 5 and len(shape) == 4:
-        return value.sum(dim=2) if value.sum(dim=2).shape == shape else None
+        return value.sum(dim=2)
     if value.dim() != 5 or len(shape) != 5 or value.shape[:2] != shape[:2] or value.shape[3:] != shape[3:]:
         return None
     if value.shape[2] != 1:

@@ -13,7 +13,7 @@ from maskfeat.build import build_loader
 from maskfeat.checkpoint.reading import trained_classes
 from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
-from maskfeat.data.datasets.classes import check_numbering, check_same_classes
+from maskfeat.data.datasets.classes import check_numbering, check_same_classes, class_names
 from maskfeat.data.loader import BatchLoader
 from maskfeat.distributed.collectives import run_on_main
 from maskfeat.distributed.launch import check_devices, launch, read_launch_environment
@@ -35,21 +35,28 @@ logger = logging.getLogger(__name__)
 
 
 def _test_loaders(
-    cfg: CfgNode, session: Session, tested: tuple[str, dict[str, Any]] | None = None
-) -> dict[str, BatchLoader]:
+    cfg: CfgNode,
+    session: Session,
+    tested: tuple[str, dict[str, Any]] | None = None,
+    earlier: Mapping[str, BatchLoader] | None = None,
+) -> Mapping[str, BatchLoader]:
     """A loader for each number of views that the data set is tested with, by its name: clips x crops.
 
     Args:
         tested: path and content of the checkpoint, whose classes number those of the data set; None = the run trains.
+        earlier: what was returned before training; it serves again if it numbers the classes in the same way.
     """
     world, device = session.world, session.device
     classes = None if tested is None else trained_classes(tested[1])
-    loaders = {
-        f"{clips}x{crops}": build_loader(cfg, "test", world, clips, device, classes=classes)
-        for clips, crops in dataset_spec(cfg, "TEST").test_views(cfg)
-    }
+    loaders = earlier or {}
+    numbered = class_names(next(iter(loaders.values())).dataset) if loaders else None
+    if not loaders or (classes is not None and numbered not in (None, classes)):
+        loaders = {
+            f"{clips}x{crops}": build_loader(cfg, "test", world, clips, device, classes=classes)
+            for clips, crops in dataset_spec(cfg, "TEST").test_views(cfg)
+        }
+        announce_data(cfg, True, {"test": next(iter(loaders.values()))})
     first = next(iter(loaders.values()))
-    announce_data(cfg, True, {"test": first})
     if tested is not None:
         check_same_classes(tested[0], classes, first.dataset)
         if classes is None:
@@ -146,7 +153,7 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
         if cfg.TEST.ENABLE:
             if cfg.TRAIN.ENABLE and cfg.TEST.CHECKPOINT_FILE_PATH:
                 tested = find_tested(cfg)
-                test_loaders = _test_loaders(cfg, session, tested)
+                test_loaders = _test_loaders(cfg, session, tested, test_loaders)
             if tested is not None:
                 objectives = load_for_testing(cfg, session.device, *tested)
             failed = []

@@ -66,7 +66,7 @@ class Frequencies:
     Attributes:
         mask: bool. (B, 1, H, W), shifted; or, if `width` is not 0, (B, 1, H, width // 2 + 1), not shifted: the half of
             a symmetric set that the FFT of a real image computes, at half the cost.
-        width: W of the full spectrum if `mask` is a half; 0 = `mask` is the full set.
+        width: W of the full spectrum, even, if `mask` is a half; 0 = `mask` is the full set.
     """
 
     mask: Tensor
@@ -76,7 +76,7 @@ class Frequencies:
         """Return the full set: (B, 1, H, W) bool, shifted."""
         if not self.width:
             return self.mask
-        mirrored = self.mask[..., 1 : (self.width + 1) // 2].flip(-2, -1).roll(1, dims=-2)
+        mirrored = self.mask[..., 1 : self.width // 2].flip(-2, -1).roll(1, dims=-2)
         return torch.fft.fftshift(torch.cat([self.mask, mirrored], dim=-1), dim=(-2, -1))
 
     def transform(self, images: Tensor) -> Tensor:
@@ -91,9 +91,7 @@ class Frequencies:
         if not self.width:
             return None
         copies = torch.full((self.mask.shape[-1],), 2.0, device=self.mask.device)
-        copies[0] = 1.0
-        if self.width % 2 == 0:
-            copies[-1] = 1.0
+        copies[0] = copies[-1] = 1.0
         return copies
 
     def sum(self, values: Tensor) -> Tensor:

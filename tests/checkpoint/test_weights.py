@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maskfeat.checkpoint.reading import model_state, read_checkpoint
-from maskfeat.checkpoint.weights import clean_names, fuse_qkv, resize_weight
+from maskfeat.checkpoint.weights import clean_names, fuse_qkv, list_problems, resize_weight
 from maskfeat.errors import NotFinite
 from maskfeat.models.mvit import MViT
 from maskfeat.models.resnet import ResNet
@@ -104,6 +104,19 @@ def test_positions_of_another_image_size() -> None:
     on_grid = theirs[:, 1:].reshape(1, 4, 4, 16).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(on_grid, size=(8, 8), mode="bicubic").permute(0, 2, 3, 1)
     torch.testing.assert_close(mine[:, 1:].reshape(1, 8, 8, 16), expected)
+
+
+def test_a_long_list_of_problems_is_cut() -> None:
+    assert list_problems(["a", "b"], most=2) == "a\n  b"
+    assert list_problems(["a"] * 7, most=2) == "a\n  a\n  and 5 more"
+
+
+def test_positions_of_a_wide_model() -> None:
+    """Widths above 256 are equal without being the same object of Python."""
+    wide = torch.randn(1, 16, 320)
+    resized = resize_weight("pos_embed_spatial", wide, torch.Size((1, 64, 320)))
+    assert resized is not None and resized.shape == (1, 64, 320)
+    assert resize_weight("pos_embed_spatial", wide, torch.Size((1, 64, 384))) is None
 
 
 def test_positions_of_another_clip() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from maskfeat.checkpoint.files import find_checkpoints
 from maskfeat.distributed.launch import free_address
 from tests.cluster.conftest import ENV, Cluster
 from tests.reliability.harness import digest, wait_until
@@ -107,6 +108,21 @@ def tasks_of(output: Path) -> dict[int, int]:
             if ranks and TOOL.encode() not in parent:  # data workers are children of the tasks
                 found[int(ranks[0].split(b"=")[1])] = one.pid
     return found
+
+
+def test_ctrl_c_of_srun_saves(cluster: Cluster, image_data: Path, tmp_path: Path) -> None:
+    """With --disable-status; without it, srun answers Ctrl-C itself, and kills its tasks on the second one."""
+    log, output = tmp_path / "screen", tmp_path / "out"
+    command = [*cluster.srun("-n2", "--disable-status"), sys.executable, TOOL, *run(image_data, output, *ENDLESS)]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=ENV, cwd=REPO, stdout=file, stderr=file)
+    try:
+        wait_until(lambda: "epoch 2/" in log.read_text() or process.poll() is not None, START, "second epoch")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, log.read_text()
+    finally:
+        process.terminate()  # of srun: ends its tasks
+    assert len(find_checkpoints(output, "ssl")) == 1 and "stopped on Ctrl-C" in log.read_text(), log.read_text()
 
 
 @pytest.mark.alone

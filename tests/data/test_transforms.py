@@ -254,6 +254,8 @@ def test_clip_training_is_a_crop_and_a_resize() -> None:
     region = plain(frames)[..., top : top + height, left : left + width]
     expected = torch.nn.functional.interpolate(region, size=(64, 64), mode="bilinear")
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+    usual = ClipTrainTransform(64, (0.3, 0.5), (), MEAN, STD, flip=False)
+    assert usual.ratio == transform.ratio, "an empty range of aspect ratios is torchvision's"
 
 
 def test_clip_training_by_short_side() -> None:

@@ -113,6 +113,22 @@ def test_without_names_the_number_of_folders_must_be_that_of_the_classifier(
     assert labels_in_test(nameless, data, tmp_path / "out") == [2] * 4 + [3] * 4
 
 
+def test_a_run_that_trains_and_tests_a_file_announces_the_test_set_once(
+    trained: Path, nameless: Path, image_data: Path, tmp_path: Path, capsys: Printed
+) -> None:
+    opts = [*TRAIN, "TEST.ENABLE", "True", "TEST.CHECKPOINT_FILE_PATH"]
+    for number, path in enumerate((trained, nameless)):
+        assert start(FT, [*opts, str(path)], image_data, tmp_path / f"out{number}") == 0
+        text = said(capsys)
+        assert text.count("] test: folder") == 1 and "top1" in text, path
+    # The file numbers its classes by names that train/ has not: the same folder of images has other numbers after.
+    data = part(image_data, tmp_path / "data", train=(names := classes_of(image_data))[2:], val=names[2:])
+    assert start(FT, [*opts, str(trained)], data, tmp_path / "other") == 0
+    assert said(capsys).count("] test: folder") == 2
+    rows = json.loads((tmp_path / "other" / "test_results_1x1.json").read_text())["samples"]
+    assert [row["label"] for row in rows] == [2] * 4 + [3] * 4
+
+
 def test_resuming_with_other_class_folders_is_refused(image_data: Path, tmp_path: Path, capsys: Printed) -> None:
     data = shutil.copytree(image_data, tmp_path / "data")
     assert start(FT, TRAIN, data, tmp_path / "out") == 0

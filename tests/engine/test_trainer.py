@@ -23,7 +23,7 @@ from maskfeat.engine import saver
 from maskfeat.engine.evaluate import validate
 from maskfeat.engine.resume import CheckpointSource
 from maskfeat.engine.run import main
-from maskfeat.engine.trainer import Trainer, build_trainer
+from maskfeat.engine.trainer import Trainer, build_trainer, precision_of
 from tests.small import MFM_PT, MFM_RECIPES, RECIPES, VIT_PT, images
 
 CPU = torch.device("cpu")
@@ -32,6 +32,12 @@ CASES = {
     "resnet_sgd": (MFM_RECIPES / "in1k_R50_MFM_PT.yaml", [*MFM_PT, "SOLVER.OPTIMIZING_METHOD", "sgd"]),
     "vit_fp16": (RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml", [*VIT_PT, "TRAIN.MIXED_PRECISION", "fp16"]),
 }
+
+
+def test_names_of_precisions() -> None:
+    """True and False are PySlowFast's values."""
+    for given, name in ((False, "off"), (True, "fp16"), ("bf16", "bf16"), ("off", "off")):
+        assert precision_of(SimpleNamespace(MIXED_PRECISION=given)) == name
 
 
 def make_steps(trainer: Trainer, count: int) -> list[dict[str, float]]:

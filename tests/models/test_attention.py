@@ -75,6 +75,9 @@ def test_relative_index_by_hand() -> None:
     # Keys half as dense as queries: a key's distance counts double.
     assert relative_index(4, 2).tolist() == [[2, 0], [3, 1], [4, 2], [5, 3]]
     assert relative_index(2, 4).tolist() == [[3, 2, 1, 0], [5, 4, 3, 2]]
+    # Neither a multiple of the other: a query's position counts 8 / 3, rounded down after the difference.
+    assert relative_index(3, 8)[:, 0].tolist() == [7, 9, 12]
+    assert [table_rows(3, 3), table_rows(4, 2), table_rows(3, 8)] == [5, 7, 15]
     for queries, keys in ((8, 8), (28, 14), (14, 28), (56, 7), (5, 3)):
         index = relative_index(queries, keys)
         assert index.min() == 0 and index.max() < table_rows(queries, keys)
@@ -90,10 +93,17 @@ def test_resized_table_keeps_a_line_straight() -> None:
     assert same is not None and torch.equal(same, line)
 
 
+def test_a_kernel_of_one_without_strides_is_no_layer() -> None:
+    attention = PoolingAttention(width=16, num_heads=2, grid=(4, 4), kernel=(1, 1), stride_q=(1, 1), stride_kv=(2, 2))
+    assert attention.pool_q is attention.norm_q is None
+    assert attention.pool_k is not None and attention.norm_v is not None
+
+
 def test_class_token_skips_pooling() -> None:
     attention = PoolingAttention(
         width=16, num_heads=2, grid=(2, 4, 4), kernel=(3, 3, 3), stride_q=(1, 2, 2), stride_kv=(1, 2, 2)
     )
+    assert attention.rel_pos_h.all(), "drawn, not zero, unless that is asked for"
     x = torch.randn(1, 33, 16)
     assert attention(x).shape == (1, 1 + 8, 16)
     moved = x.clone()

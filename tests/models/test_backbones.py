@@ -107,6 +107,7 @@ def test_initialisation() -> None:
             elif parameter.numel() > 3000:
                 assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
     assert (small_mvit(relative_zero_init=True).blocks[0].attn.rel_pos_h == 0).all()
+    assert small_mvit().blocks[0].attn.rel_pos_h.all()
 
 
 @pytest.mark.parametrize("make", [small_vit, small_mvit])
@@ -150,6 +151,8 @@ def test_adaptive_strides_follow_the_queries() -> None:
         (192, 384, 2),
         (384, 384, 4),
     ]
+    # A width is rounded to a multiple of the heads that the next block has.
+    assert plan_blocks(2, 10, 2, {1: 1.5}, {1: 2.0}, {}, {}, None, 3)[0].width_out == 16
 
 
 def test_drop_path_grows_linearly() -> None:

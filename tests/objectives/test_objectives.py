@@ -42,6 +42,13 @@ def test_loss_is_the_mean_square_over_hidden_tokens() -> None:
     assert out.metrics["mean_hog_predictor"] < out.metrics["zero_predictor"]
 
 
+def test_files_carry_the_kernels_of_the_published_layer() -> None:
+    state = MaskFeat(vit(maskable=True)).released_state()
+    across = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+    for name, kernel in (("weight_x", across), ("weight_y", across.T)):
+        assert torch.equal(state[f"hogs.0.{name}"], kernel.expand(3, 1, 3, 3))
+
+
 def test_target_is_of_the_unmasked_input_and_without_gradient() -> None:
     objective, batch = MaskFeat(vit(maskable=True)), masked_batch()
     batch.clip.requires_grad_(True)
@@ -95,6 +102,18 @@ def test_a_whole_objective_in_the_reference_form(video: bool, monkeypatch: pytes
     assert len(found[0]) == len(found[1])
     for fast, plain in zip(*found, strict=True):
         torch.testing.assert_close(fast, plain, rtol=0, atol=1e-7)  # targets are float32
+
+
+def test_targets_under_a_window_are_those_of_the_reference_form() -> None:
+    objective, batch = MaskFeat(vit(maskable=True), window=16), masked_batch()
+    batch.clip = torch.randint(-16, 17, batch.clip.shape) / 8  # both forms choose the same bins
+    found = []
+    for impl in ("fast", "reference"):
+        set_impl(objective, impl)
+        found.append(objective.predict_hidden(batch)[1])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    objective.window = 0
+    assert not torch.allclose(objective.predict_hidden(batch)[1], found[1], atol=0.01)
 
 
 def test_clips_use_every_second_frame_and_three_grids() -> None:
