@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.gpu import goldens, kernels, loading, runs, steps
+from benchmarks.gpu import goldens, kernels, loading, runs, steps, trained
 from benchmarks.gpu.checks import all_of
 from benchmarks.gpu.parts import CORRECTNESS, Part
 
@@ -78,6 +78,13 @@ _DATA = Part(
     ),
     covers=("data/collate.py:PackedBatch.pin_memory", "data/loader.py:Loader.__init__"),
 )
+_TRAINED = Part(
+    "trained networks",
+    CORRECTNESS,
+    40,
+    all_of({"features": trained.features, "extracted": trained.extracted, "exports": trained.exports}),
+    covers=("analysis/inputs.py:input_loader", "analysis/model.py:chosen_device"),
+)
 _RESUMED = Part(
     "killed and resumed",
     CORRECTNESS,
@@ -108,6 +115,7 @@ PARTS: tuple[Part, ...] = (
     _TRITON,
     _RESNET,
     _DATA,
+    _TRAINED,
     _RESUMED,
     _ONE_RANK,
     _LAUNCHED,

@@ -1,6 +1,7 @@
 """Parts that measure speed: whole recipes beside their plain form, reading, kernels, layouts, and where time goes."""
 
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -190,7 +191,7 @@ def _eager(context: Context, options: Options, path: str, size: int) -> None:
 _READ: Sequence[tuple[str, str, tuple[str, ...]]] = (
     # what, recipe, overrides
     ("images, pil", VIT_B, ("DATA_LOADER.IMAGE_BACKEND", "pil")),
-    ("images, torchvision", VIT_B, ("DATA_LOADER.IMAGE_BACKEND", "torchvision")),
+    ("images, simplejpeg", VIT_B, ("DATA_LOADER.IMAGE_BACKEND", "simplejpeg")),
     ("clips", MVIT_S, ()),
 )
 
@@ -201,6 +202,9 @@ def reading(context: Context) -> Figures:
     numbers = (1,) if context.toy else tuple(n for n in (1, 2, 4, 8, 16, 32) if n <= cores)
     found: dict[str, Figures] = {}
     for name, path, opts in _READ:
+        if "simplejpeg" in opts and importlib.util.find_spec("simplejpeg") is None:
+            context.not_run.append(f"{name}: needs the package simplejpeg")
+            continue
         options = with_files(options_for(context, path), context, path)
         for workers in numbers[::-1]:
             if not _time_for(context, f"{name} with {workers} workers", 6):

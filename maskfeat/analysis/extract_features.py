@@ -28,7 +28,7 @@ from maskfeat.distributed.collectives import (
     run_on_main,
 )
 from maskfeat.distributed.launch import read_launch_environment
-from maskfeat.distributed.world import World, available_cores
+from maskfeat.distributed.world import World, available_cores, choose_device
 from maskfeat.engine.owner import owned
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
@@ -151,8 +151,8 @@ def extract(args: argparse.Namespace, world: World) -> int:
     check_format(output)
     if output.is_dir():
         raise UserError(f"--output {output} is a folder: the name of a file is expected")
-    if world.size > 1 and args.device is None and torch.cuda.is_available():
-        args.device = f"cuda:{world.local_rank}"
+    if args.device is None:
+        args.device = str(choose_device(1, world.local_rank))
     if args.workers is None:
         args.workers = min(max(available_cores() // world.local_size, 1), MOST_WORKERS)
     folder = output.with_name(f"{output.name}.parts")

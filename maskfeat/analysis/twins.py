@@ -162,7 +162,7 @@ def _torchvision_vit(model: Model, vit: ViT, classifies: bool) -> Twin | Differe
     def load(path: Path) -> nn.Module:
         network = TorchvisionViT(**arguments)
         if not classifies:
-            network.heads = nn.Identity()  # type: ignore[assignment]
+            network.heads = nn.Identity()
         network.load_state_dict(load_file(path))
         return network.eval()
 
@@ -201,7 +201,7 @@ def _with_output(network: nn.Module, part: nn.Module, x: Tensor) -> tuple[Tensor
 
 
 def _depth(resnet: ResNet) -> int:
-    counts = [len(stage) for stage in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)]  # type: ignore[arg-type]
+    counts = [len(stage) for stage in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)]
     return next(d for d, (block, blocks) in STAGES.items() if blocks == counts and isinstance(resnet.layer1[0], block))
 
 
@@ -223,7 +223,7 @@ def _torchvision_resnet(model: Model, resnet: ResNet, classifies: bool) -> Twin:
     def load(path: Path) -> nn.Module:
         network = TorchvisionResNet(block, blocks, num_classes=max(classes, 1))
         if not classifies:
-            network.fc = nn.Identity()  # type: ignore[assignment]
+            network.fc = nn.Identity()
         network.load_state_dict(load_file(path))
         return network.eval()
 

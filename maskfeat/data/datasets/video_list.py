@@ -386,12 +386,10 @@ def _unescaped(separator: str) -> str:
 
 
 def _is_number(text: str) -> bool:
-    """Whether text is a whole number of 0 or more."""
     return (text.isdigit() and text.isascii()) or ("." in text and _POINTED.fullmatch(text) is not None)
 
 
 def _ends_as_video(path: str) -> bool:
-    """Whether a path ends with the suffix of a video file."""
     return any(match.end() == len(path) for match in _VIDEO.finditer(path))
 
 
