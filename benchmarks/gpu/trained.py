@@ -85,6 +85,6 @@ def exports(context: Context) -> Figures:
             mine, expected = on_device.objective.logits(clip.to(context.device)), on_cpu.objective.logits(clip)
             if to == "torch.export":
                 program = torch.export.load(context.folder / file).module().to(context.device)
-                (mine,) = program(clip.to(context.device))
+                (mine,) = program(clip.to(context.device))  # type: ignore[operator]
         expect(f"logits of {name} exported to {to}", largest(mine, expected), 1e-4)
     return found

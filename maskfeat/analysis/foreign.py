@@ -265,7 +265,9 @@ def _mvit(shapes: Shapes, content: Mapping[str, Any]) -> Guess:
     plans = [_axis(shapes, n, depth, k, starts[n]) for n, k in zip(names, pools[0][2:], strict=True)]
     stem, ones = [plan.stem for plan in plans], [1] * (3 - axes)
     strides = [[plan.strides[i] for plan in plans] for i in range(depth)]
-    stride, padding = [(k + 1) // 2 for k in kernel], [k // 2 for k in kernel]
+    # Patches of MViTv2 overlap by half and are odd; even ones are taken to lie side by side.
+    stride = [(k + 1) // 2 if k % 2 else k for k in kernel]
+    padding = [k // 2 if k % 2 else 0 for k in kernel]
     kind, writer, said = _head(shapes, content)
     keys = {
         **_block(shapes),

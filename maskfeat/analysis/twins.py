@@ -227,7 +227,8 @@ def _torchvision_resnet(model: Model, resnet: ResNet, classifies: bool) -> Twin:
         network.load_state_dict(load_file(path))
         return network.eval()
 
-    call = f"resnet{depth}(" if depth in _TORCHVISION_DEPTHS else f"ResNet({block.__name__}, {blocks}, "
+    named = f"torchvision.models.resnet.{block.__name__}"
+    call = f"resnet{depth}(" if depth in _TORCHVISION_DEPTHS else f"ResNet({named}, {blocks}, "
     how = _loading(f"{call}num_classes={max(classes, 1)})", "fc", classifies)
     return _resnet_twin(model, resnet, classifies, load, how)
 
