@@ -90,6 +90,8 @@ setup(
             "pytest-xdist>=3.6.1",
             "ruff",
             "mypy",
+            "ipykernel>=6.29",  # the test of the notebook
+            "nbclient>=0.10",
             "setuptools>=70.1",  # the test of the wheel builds without isolation
             "types-PyYAML",
             "types-simplejson",

@@ -1,6 +1,7 @@
 """Trained networks on the GPU: loading, features and exports, against the CPU."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from maskfeat.analysis.export import export
 from maskfeat.analysis.model import load_model
 from maskfeat.build import build_objective
 from maskfeat.engine.rng import seed_everything
+from maskfeat.objectives.classification import Classification
 
 RECIPES = {"ViT": VIT_FT, "MViTv2": MVIT_FT, "pre-trained ViT": VIT_PT}
 EXPORTS = (("ViT", "timm", "vit.safetensors"), ("ViT", "torch.export", "vit.pt2"), ("MViTv2", "torch.export", "m.pt2"))
@@ -82,9 +84,11 @@ def exports(context: Context) -> Figures:
         found[f"{name}, {to}"], _ = export(on_cpu, to, context.folder / file)
         clip = torch.randn(3, 3, *on_cpu.backbone.clip_size, generator=torch.Generator().manual_seed(0))
         with exact(), torch.no_grad():
-            mine, expected = on_device.objective.logits(clip.to(context.device)), on_cpu.objective.logits(clip)
+            mine, expected = (
+                cast(Classification, model.objective).logits(clip.to(model.device)) for model in (on_device, on_cpu)
+            )
             if to == "torch.export":
                 program = torch.export.load(context.folder / file).module().to(context.device)
-                (mine,) = program(clip.to(context.device))  # type: ignore[operator]
+                (mine,) = program(clip.to(context.device))
         expect(f"logits of {name} exported to {to}", largest(mine, expected), 1e-4)
     return found
