@@ -43,5 +43,6 @@ OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive "$venv/bin/python" -m pytest -q --dura
   tests/checkpoint/test_reading.py tests/data/test_transforms.py tests/data/video/test_decoder.py \
   tests/data/video/test_scaling.py \
   tests/golden/test_hog.py tests/reliability/test_versions.py tests/engine/test_flops.py \
-  tests/analysis/test_curves.py tests/analysis/test_probe.py \
+  tests/analysis/test_curves.py tests/analysis/probes/test_exact.py tests/analysis/test_architecture.py \
+  tests/engine/test_memory.py tests/engine/test_confusion.py \
   "tests/engine/test_run.py::test_pretrain_finetune_test_in_one_folder" "tests/engine/test_run.py::test_clips_multi_view"
