@@ -17,7 +17,7 @@ from maskfeat.config import load_config
 from maskfeat.distributed.launch import launch
 from maskfeat.distributed.world import World
 from maskfeat.engine import saver as saving
-from maskfeat.engine.run import work
+from maskfeat.engine.run import main, work
 from maskfeat.engine.setup import CommandLine
 from maskfeat.engine.trainer import Trainer, build_trainer
 from maskfeat.errors import UserFileError
@@ -114,3 +114,18 @@ def test_what_fails_at_a_stop_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserFileError, match="No space left"):
         saver.save(must=True)
     assert not find_checkpoints(tmp_path, task)
+
+
+def test_a_run_ends_in_an_error_where_its_last_checkpoint_fails(
+    image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An earlier one that fails is only reported: there may be room by the next."""
+
+    def fails(path: Path, content: object) -> None:
+        raise UserFileError(f"could not write the checkpoint {path}: No space left on device")
+
+    monkeypatch.setattr(saving, "save_checkpoint", fails)
+    assert main(["--cfg", str(PT), *VIT_PT, *images(image_data), "OUTPUT_DIR", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("NOT SAVED, training continues") == 1
+    assert "epoch_00002.pyth: No space left" in said.out + said.err
