@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 from maskfeat.batch import Batch
 from maskfeat.checkpoint import sharded
 from maskfeat.checkpoint.files import Position, find_checkpoints, verify_checkpoint
+from maskfeat.checkpoint.reading import read_checkpoint
 from maskfeat.config import load_config
 from maskfeat.distributed.launch import launch
 from maskfeat.distributed.world import World
@@ -62,6 +63,8 @@ def test_two_processes_save_once(
     opts += ["NUM_GPUS", "2", "DIST_BACKEND", "gloo"]
     assert launch(clocked_work, (load_config(PT, opts), CommandLine("", ()), late), processes=2) == 0
     assert saved(tmp_path) == expected
+    within = [read_checkpoint(path) for path in find_checkpoints(tmp_path, "ssl") if "step" in path.name]
+    assert all(content["samples_per_step"] == 8 for content in within), "of both processes together"
 
 
 def failing_once(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Trainer, saving.Saver, str]:
