@@ -6,9 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from maskfeat.build import build_objective
+from maskfeat.config import load_config
 from maskfeat.models.base import Backbone
 from maskfeat.models.mvit import MViT, plan_blocks
 from maskfeat.models.vit import ViT
+from tests.small import MVIT_FT, RECIPES
 
 
 def small_vit(**changes: object) -> ViT:
@@ -53,6 +56,12 @@ def test_mvit_tokens() -> None:
     assert (mvit.token_pixels, mvit.frame_stride, mvit.width) == ((8, 8), 2, 32)
     assert mvit.blocks[0].mlp.fc1.out_features == 4 * 16
     assert small_mvit(depth=1, width_mul={}, head_mul={}).width == 16
+
+
+def test_a_config_without_pooling() -> None:
+    opts = ["MVIT.POOL_KVQ_KERNEL", "None", "MVIT.POOL_Q_STRIDE", "[]", "MVIT.POOL_KV_STRIDE_ADAPTIVE", "None"]
+    objective = build_objective(load_config(RECIPES / "k400_MVITv2_S_16x4_FT.yaml", [*MVIT_FT, *opts]))
+    assert not [name for name, _ in objective.named_parameters() if "pool_" in name]
 
 
 @pytest.mark.parametrize("position", ["joint", "separate"])
