@@ -54,6 +54,10 @@ def test_a_cube_never_fills_a_frame() -> None:
         assert hidden.sum(axis=(1, 2)).max() <= 6 * 6
 
 
+def test_no_cube_fits_a_frame_of_one_patch() -> None:
+    assert not cube_mask((2, 1, 1), 1, np.random.default_rng(0)).any()
+
+
 def test_tubes_are_the_same_in_every_frame() -> None:
     sampler = mask_sampler((8, 14, 14), 0.4, tube=True)
     for rng in draws(50):

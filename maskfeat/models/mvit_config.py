@@ -47,7 +47,7 @@ def _keys(cfg: CfgNode) -> None:
     cfg.MVIT.POOL_Q_STRIDE = []  # [[block, t, h, w], ...]: stride of the query pooling
     cfg.MVIT.POOL_KV_STRIDE = []  # the same for keys and values; [] (or what it gives) where the next key is given
     cfg.MVIT.POOL_KV_STRIDE_ADAPTIVE = None  # [t, h, w], divided by each query stride as it happens
-    cfg.MVIT.POOL_KVQ_KERNEL = None  # [t, h, w]: pooling kernel; None = stride + 1 where there is a stride
+    cfg.MVIT.POOL_KVQ_KERNEL = None  # [t, h, w]: pooling kernel; None only where nothing is pooled
     cfg.MVIT.RESIDUAL_POOLING = False  # add the pooled query to the attention's output
     cfg.MVIT.SEPARATE_QKV = False  # only False: one linear layer for q, k and v
     cfg.MVIT.USE_ABS_POS = True  # absolute positions

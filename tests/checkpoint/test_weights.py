@@ -193,6 +193,19 @@ def test_eight_bit_floats_become_floats() -> None:
     assert (objective.backbone.blocks[0].attn.rel_pos_h == 1).all()
 
 
+def test_eight_bit_floats_are_summed_over_time() -> None:
+    objective = Classification(vit(), num_classes=3)
+    state = copy_of(objective)
+    state["patch_embed.proj.weight"] = torch.ones(16, 3, 2, 8, 8, dtype=torch.float8_e4m3fn)
+    objective.load_released_state(state)
+    assert (objective.backbone.patch_embed.proj.weight == 2).all()
+
+
+def test_patches_of_another_size_have_no_rule() -> None:
+    image, shape = torch.zeros(4, 3, 1, 8, 8), torch.Size((4, 3, 3, 16, 16))
+    assert resize_weight("patch_embed.proj.weight", image, shape) is None
+
+
 @pytest.mark.filterwarnings("ignore:.*quantize")
 @pytest.mark.parametrize(
     ("kind", "words"),

@@ -357,6 +357,8 @@ ALLOWED = [
     (VIT_FT, ["MODEL.LOSS_FUNC", "bce_logit", "AUG.AA_TYPE", "ra_9_31", "AUG.REPEATS", "3", "TRAIN.EMA", "0.9999"]),
     (R50_FT, ["DATA.TRAIN_CROP_SIZE", "161", "DATA.TEST_CROP_SIZE", "235"]),
     (R50_FT, ["MIXUP.ENABLE", "False", "MODEL.LOSS_FUNC", "cross_entropy"]),
+    (R50_FT, ["RESNET.SPATIAL_STRIDES", "[[1], [2], [2], [2]]", "RESNET.SPATIAL_DILATIONS", "[[1], [1], [1], [1]]"]),
+    (R50_FT, ["RESNET.NUM_GROUPS", "1", "RESNET.WIDTH_PER_GROUP", "64", "RESNET.STRIDE_1X1", "False"]),
     (MFM_VIT_PT, ["MODEL.ARCH", "maskmvit"]),
     (MFM_PT, ["DATA.TRAIN_CROP_SIZE", "64", "MFM.RADIUS", "32"]),
     (MVIT_FT, ["TEST.NUM_SPATIAL_CROPS", "3", "TEST.NUM_TEMPORAL_CLIPS", "[]"]),

@@ -13,11 +13,12 @@ from yacs.config import CfgNode
 from maskfeat.batch import Batch
 from maskfeat.checkpoint import sharded
 from maskfeat.checkpoint.files import Position, find_checkpoints, verify_checkpoint
+from maskfeat.checkpoint.reading import read_checkpoint
 from maskfeat.config import load_config
 from maskfeat.distributed.launch import launch
 from maskfeat.distributed.world import World
 from maskfeat.engine import saver as saving
-from maskfeat.engine.run import work
+from maskfeat.engine.run import main, work
 from maskfeat.engine.setup import CommandLine
 from maskfeat.engine.trainer import Trainer, build_trainer
 from maskfeat.errors import UserFileError
@@ -62,6 +63,8 @@ def test_two_processes_save_once(
     opts += ["NUM_GPUS", "2", "DIST_BACKEND", "gloo"]
     assert launch(clocked_work, (load_config(PT, opts), CommandLine("", ()), late), processes=2) == 0
     assert saved(tmp_path) == expected
+    within = [read_checkpoint(path) for path in find_checkpoints(tmp_path, "ssl") if "step" in path.name]
+    assert all(content["samples_per_step"] == 8 for content in within), "of both processes together"
 
 
 def failing_once(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Trainer, saving.Saver, str]:
@@ -114,3 +117,18 @@ def test_what_fails_at_a_stop_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserFileError, match="No space left"):
         saver.save(must=True)
     assert not find_checkpoints(tmp_path, task)
+
+
+def test_a_run_ends_in_an_error_where_its_last_checkpoint_fails(
+    image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An earlier one that fails is only reported: there may be room by the next."""
+
+    def fails(path: Path, content: object) -> None:
+        raise UserFileError(f"could not write the checkpoint {path}: No space left on device")
+
+    monkeypatch.setattr(saving, "save_checkpoint", fails)
+    assert main(["--cfg", str(PT), *VIT_PT, *images(image_data), "OUTPUT_DIR", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("NOT SAVED, training continues") == 1
+    assert "epoch_00002.pyth: No space left" in said.out + said.err

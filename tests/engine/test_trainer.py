@@ -139,6 +139,16 @@ def test_ranks_draw_for_themselves_and_steps_repeat() -> None:
     assert len({value for values in drawn.values() for value in values}) == 12
 
 
+def test_every_step_of_a_run_has_a_seed_of_its_own() -> None:
+    trainer, drawn = build_trainer(load_config(*CASES["vit"]), CPU), set()
+    for epoch in range(3):
+        for step in range(4):
+            trainer.position = Position(epoch, step)
+            trainer.begin_step(steps_per_epoch=4)
+            drawn.add(torch.rand(()).item())
+    assert len(drawn) == 12
+
+
 def test_resuming_with_other_steps_repeats_samples_and_skips_none() -> None:
     for before, after, step, expected in ((8, 5, 3, 4), (8, 16, 3, 1), (8, 8, 3, 3), (6, 4, 1, 1), (64, 8, 5, 10)):
         source = CheckpointSource("x", {"samples_per_step": before}, resumes=True)

@@ -6,9 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from maskfeat.build import build_objective
+from maskfeat.config import load_config
 from maskfeat.models.base import Backbone
 from maskfeat.models.mvit import MViT, plan_blocks
 from maskfeat.models.vit import ViT
+from tests.small import MVIT_FT, RECIPES
 
 
 def small_vit(**changes: object) -> ViT:
@@ -38,6 +41,12 @@ def test_vit_tokens(class_token: bool) -> None:
     assert tokens.x.shape == (2, 6 + class_token, 24)
 
 
+def test_vit_patches_need_not_be_square() -> None:
+    vit = small_vit(patch=(16, 8), position=True)
+    assert vit.grid == (2, 6) and vit.token_pixels == (16, 8)
+    assert vit.forward_tokens(torch.randn(2, 3, 32, 48)).patches.shape == (2, 12, 24)
+
+
 def test_mvit_tokens() -> None:
     mvit = small_mvit()
     tokens = mvit.forward_tokens(torch.randn(2, 3, 4, 32, 32))
@@ -45,6 +54,14 @@ def test_mvit_tokens() -> None:
     assert tokens.grid == mvit.grid == (2, 4, 4)
     assert tokens.patches.shape == (2, 32, 32)
     assert (mvit.token_pixels, mvit.frame_stride, mvit.width) == ((8, 8), 2, 32)
+    assert mvit.blocks[0].mlp.fc1.out_features == 4 * 16
+    assert small_mvit(depth=1, width_mul={}, head_mul={}).width == 16
+
+
+def test_a_config_without_pooling() -> None:
+    opts = ["MVIT.POOL_KVQ_KERNEL", "None", "MVIT.POOL_Q_STRIDE", "[]", "MVIT.POOL_KV_STRIDE_ADAPTIVE", "None"]
+    objective = build_objective(load_config(RECIPES / "k400_MVITv2_S_16x4_FT.yaml", [*MVIT_FT, *opts]))
+    assert not [name for name, _ in objective.named_parameters() if "pool_" in name]
 
 
 @pytest.mark.parametrize("position", ["joint", "separate"])
@@ -152,7 +169,7 @@ def test_adaptive_strides_follow_the_queries() -> None:
         (384, 384, 4),
     ]
     # A width is rounded to a multiple of the heads that the next block has.
-    assert plan_blocks(2, 10, 2, {1: 1.5}, {1: 2.0}, {}, {}, None, 3)[0].width_out == 16
+    assert plan_blocks(2, 10, 2, {1: 1.4}, {1: 2.0}, {}, {}, None, 3)[0].width_out == 16
 
 
 def test_drop_path_grows_linearly() -> None:

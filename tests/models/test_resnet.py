@@ -62,6 +62,7 @@ def test_blocks_may_begin_as_their_skip_path(depth: int) -> None:
 
 
 def test_layers_for_layer_decay() -> None:
+    assert ResNet(depth=10).num_blocks == 4
     backbone = ResNet(depth=50)
     assert backbone.num_blocks == 16
     expected = {"conv1.weight": 0, "bn1.bias": 0, "layer1.0.conv1.weight": 1, "layer1.2.bn3.weight": 3,
