@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
@@ -20,7 +21,7 @@ from maskfeat.batch import BadSample, Batch
 from maskfeat.data.datasets.classes import read_class_names
 from maskfeat.data.datasets.folders import count
 from maskfeat.engine.parallelize import autocast
-from maskfeat.errors import UserError, naming
+from maskfeat.errors import NotFinite, UserError, naming
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,11 @@ def predictions(
             if view == number - 1:
                 progress.step(1)
                 if index not in unreadable:
+                    if not total.isfinite().all():
+                        raise NotFinite(
+                            f"the scores of {inputs.paths[index]} are not finite (NaN or infinite), in precision "
+                            f"{model.precision}: --precision off, or look at the weights by maskfeat inspect"
+                        )
                     best = (total / number).topk(min(top, len(total)))
                     names = map(model.class_name, best.indices.tolist())
                     yield Prediction(inputs.paths[index], list(zip(names, best.values.tolist(), strict=True)))
@@ -126,6 +132,8 @@ def predict(args: argparse.Namespace) -> int:
     unreadable: dict[int, BadSample] = {}
     found = predictions(model, inputs, args.top, views, args.batch_size, args.workers, unreadable)
     if output is None:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
         FORMATS[args.format](found, sys.stdout)
     else:
         _write(output, args.format, found)

@@ -3,7 +3,10 @@
 import csv
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,3 +145,21 @@ def test_bad_input_is_one_line_and_2(
     assert run(checkpoint, *inputs, *opts) == 2
     (line,) = [line for line in said_in(caplog).splitlines() if "error" in line]
     assert line.startswith("error: ") and said in line and not capsys.readouterr().out
+
+
+def test_a_name_that_is_no_text_is_printed(checkpoint: Path, image_data: Path, tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
+    shutil.copy(next((image_data / "val").rglob("*.jpg")), name)
+    command = [sys.executable, "-m", "maskfeat", "predict", "--checkpoint", str(checkpoint), "--device", "cpu", name]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith(name + b"\n")
+
+
+def test_scores_that_are_not_finite(image_data: Path, tmp_path: Path, caplog: Logged) -> None:
+    path = save_network(tmp_path / "a.pyth", IMAGES)
+    content = torch.load(path, weights_only=True)
+    # Finite weights whose sums overflow.
+    content["model_state"]["head.projection.weight"].fill_(3e38)
+    torch.save(content, path)
+    assert run(path, next((image_data / "val").rglob("*.jpg")), "--top", 1) == 2
+    assert "are not finite" in said_in(caplog)
