@@ -5,10 +5,12 @@ import logging
 import time
 from collections.abc import Callable
 
+from torch import Tensor
+
 from maskfeat.analysis.model import Model, load_model
 from maskfeat.engine.metrics_log import format_eta
 from maskfeat.engine.parallelize import PRECISIONS
-from maskfeat.errors import UserError
+from maskfeat.errors import NotFinite, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,19 @@ def exit_code(work: Callable[[], int]) -> int:
     except UserError as error:
         logging.getLogger("maskfeat").error("error: %s", error)
         return 2
+
+
+def check_finite(values: Tensor, path: str, what: str, precision: str) -> None:
+    """Refuse outputs of an input that are NaN or infinite.
+
+    Raises:
+        NotFinite: names the input.
+    """
+    if not values.isfinite().all():
+        raise NotFinite(
+            f"{what} of {path} are not finite (NaN or infinite), in precision {precision}: --precision off, or look at "
+            "the weights with maskfeat inspect"
+        )
 
 
 class Progress:

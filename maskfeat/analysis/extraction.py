@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskfeat.analysis.command import Progress
+from maskfeat.analysis.command import Progress, check_finite
 from maskfeat.analysis.feature_files import write_part
 from maskfeat.analysis.inputs import InputBatch, Inputs, input_loader
 from maskfeat.analysis.model import Model
@@ -115,6 +115,12 @@ class _Part:
         self.bad.update({sample.index: sample for sample in batch.unreadable})
         self.left -= 1
 
+    def check(self, inputs: Inputs, precision: str) -> None:
+        """Raise NotFinite where a row is NaN or infinite."""
+        for name, sums in self.sums.items():
+            for row in (~sums.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist():
+                check_finite(sums[row], inputs.paths[self.first + row], name, precision)
+
     def write(self, folder: Path) -> None:
         size = len(next(iter(self.sums.values())))
         rows = np.asarray([row for row in range(self.first, self.first + size) if row not in self.bad], dtype=np.int64)
@@ -161,6 +167,7 @@ def compute_parts(
         part.add(batch, outs)
         progress.step(int((batch.view == plan.num_views - 1).sum()))
         if not part.left:
+            part.check(inputs, model.precision)
             part.write(folder)
             part = None
 

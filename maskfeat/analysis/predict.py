@@ -14,14 +14,14 @@ from typing import TextIO
 
 import torch
 
-from maskfeat.analysis.command import Progress, add_options, count_option, exit_code, load
+from maskfeat.analysis.command import Progress, add_options, check_finite, count_option, exit_code, load
 from maskfeat.analysis.inputs import Inputs, find_inputs, input_loader, split_views
 from maskfeat.analysis.model import Model, Prediction
 from maskfeat.batch import BadSample, Batch
 from maskfeat.data.datasets.classes import read_class_names
 from maskfeat.data.datasets.folders import count
 from maskfeat.engine.parallelize import autocast
-from maskfeat.errors import NotFinite, UserError, naming
+from maskfeat.errors import UserError, naming
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +56,7 @@ def predictions(
             if view == number - 1:
                 progress.step(1)
                 if index not in unreadable:
-                    if not total.isfinite().all():
-                        raise NotFinite(
-                            f"the scores of {inputs.paths[index]} are not finite (NaN or infinite), in precision "
-                            f"{model.precision}: --precision off, or look at the weights by maskfeat inspect"
-                        )
+                    check_finite(total, inputs.paths[index], "the scores", model.precision)
                     best = (total / number).topk(min(top, len(total)))
                     names = map(model.class_name, best.indices.tolist())
                     yield Prediction(inputs.paths[index], list(zip(names, best.values.tolist(), strict=True)))

@@ -347,6 +347,17 @@ def test_bad_input_is_one_line_and_2(
     assert line.startswith("error: ") and said in line
 
 
+def test_features_that_are_not_finite(image_data: Path, tmp_path: Path, caplog: Logged) -> None:
+    path = save_network(tmp_path / "big.pyth", PRETRAINED)
+    content = torch.load(path, weights_only=True)
+    content["model_state"]["patch_embed.proj.weight"].fill_(3e38)  # finite, but their sums are not
+    torch.save(content, path)
+    output = tmp_path / "a.npz"
+    assert run(path, image_data / "val", output) == 2
+    said = said_in(caplog)
+    assert "features of " in said and "not finite" in said and not output.exists()
+
+
 def test_a_network_without_a_class_token(clips_checkpoint: Path, tmp_path: Path, caplog: Logged) -> None:
     path = save_network(tmp_path / "a.pyth", IMAGES, "MVIT.CLS_EMBED_ON", "False")
     Path(tmp_path / "1.jpg").touch()
