@@ -14,7 +14,8 @@ WIDTH, DEPTH = 128, 3
 def timm_vit(**changed: Any) -> nn.Module:
     """A small ViT of timm whose norms and biases are not at their first values, in evaluation mode."""
     options = {"img_size": 64, "patch_size": 16, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2, "num_classes": 7}
-    model = timm.models.vision_transformer.VisionTransformer(**{**options, **changed}).eval()
+    with torch.device("cpu"):  # older versions of timm cannot be built on the meta device
+        model = timm.models.vision_transformer.VisionTransformer(**{**options, **changed}).eval()
     for parameter in model.parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter, std=0.1)
