@@ -26,7 +26,6 @@ from maskfeat.data.loader import Loader
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError
-from maskfeat.registry import backbone_spec
 
 LISTS = (".csv", ".tsv", ".txt")
 SEPARATORS = (" ", ",", "\t", ";")
@@ -296,9 +295,6 @@ def input_loader(
     cfg, samples = model.cfg.clone(), _Samples(inputs)
     cfg.defrost()
     cfg.TEST.NUM_SPATIAL_CROPS = crops
-    if not backbone_spec(cfg).any_size:
-        # The one size that the network takes: the config of a pre-training may name another one, which it never used.
-        cfg.DATA.TEST_CROP_SIZE = model.backbone.clip_size[-1]
     request = DatasetRequest("test" if clips * crops > 1 else "val", augmented=False, num_clips=clips)
     build = build_image_folder if model.media == "image" else build_video_clips
     dataset = build(cfg, request, samples)

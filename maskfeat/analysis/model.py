@@ -36,6 +36,7 @@ from maskfeat.errors import UserError, about
 from maskfeat.models.base import Backbone, Tokens
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.maskfeat import MaskFeat
+from maskfeat.registry import backbone_spec
 
 POOLS = ("mean", "cls")
 
@@ -79,7 +80,8 @@ class Model(nn.Module):
         precision: str = "off",
     ) -> None:
         super().__init__()
-        self.objective, self.cfg, self.source, self.kind, self.report = objective, cfg, source, kind, report
+        self.objective, self.source, self.kind, self.report = objective, source, kind, report
+        self.cfg = _shown_size(cfg, objective.backbone)
         self.classes = None if classes is None else list(classes)
         self.precision = precision
         self.media = "image" if len(objective.backbone.clip_size) == 2 else "video"
@@ -276,6 +278,20 @@ class Model(nn.Module):
     def class_name(self, number: int) -> str:
         """Return the name of a class, its number where names are not known."""
         return str(number) if self.classes is None else self.classes[number]
+
+
+def _shown_size(cfg: CfgNode, backbone: Backbone) -> CfgNode:
+    """Return the config with the one size that the network takes, where it takes one: that of a pre-training may name
+    another one for tests, which it never used.
+    """
+    side = backbone.clip_size[-1]
+    if backbone_spec(cfg).any_size or side == cfg.DATA.TEST_CROP_SIZE:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATA.TEST_CROP_SIZE = side
+    cfg.freeze()
+    return cfg
 
 
 _A = {"image": "an image", "video": "a video"}

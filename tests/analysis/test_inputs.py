@@ -187,8 +187,10 @@ def test_unreadable_files_are_named(image_model: Model, image_data: Path, tmp_pa
 
 def test_a_network_of_one_size_is_shown_that_size(image_data: Path, tmp_path: Path) -> None:
     path = save_network(tmp_path / "a.pyth", PRETRAINED, "DATA.TEST_CROP_SIZE", "48", "TRAIN.EVAL_PERIOD", "0")
-    (batch,) = input_loader(load_model(path, device="cpu"), find_inputs(image_data / "val"), workers=0)
+    model, inputs = load_model(path, device="cpu"), find_inputs(image_data / "val")
+    (batch,) = input_loader(model, inputs, workers=0)
     assert batch.clip.shape == (16, 3, 32, 32)
+    torch.testing.assert_close(model.transform(list(inputs.paths)), batch.clip)
 
 
 def test_views_that_cannot_be_had(image_model: Model, clip_model: Model, clip_data: Path, tmp_path: Path) -> None:
