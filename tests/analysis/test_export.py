@@ -205,7 +205,10 @@ def check_graph(model: Model, to: str, what: str, folder: Path) -> None:
     run = reloaded(to, path)
     for batch in (1, 2, 3, 5) if max(model.backbone.clip_size) < 64 else (1, 3):
         x = pictures(model, batch)
-        assert far(expected(model, what, x), list(run(x))) <= 1e-4
+        ours = expected(model, what, x)
+        # Values of a deep ResNet with random weights grow to 1e8, and roundings with them.
+        largest = max(1.0, *(float(one.abs().max()) for one in ours))
+        assert far(ours, list(run(x))) <= 1e-4 * largest
     assert [item.name for item in folder.iterdir()] == [path.name]
 
 
