@@ -45,11 +45,16 @@ def count_option(least: int) -> Callable[[str], int]:
     return read
 
 
-def add_options(parser: argparse.ArgumentParser, views: str) -> None:
-    """Add the options of the network and of reading; `views` says what --views is where it is not given."""
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which network is used."""
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="file, address or published name")
     parser.add_argument("--cfg", metavar="RECIPE", help="what the network is, where the file does not say")
     parser.add_argument("--averaged", action="store_true", help="take the average of the weights (TRAIN.EMA)")
+
+
+def add_options(parser: argparse.ArgumentParser, views: str) -> None:
+    """Add the options of the network and of reading; `views` says what --views is where it is not given."""
+    add_network_options(parser)
     parser.add_argument("--prefix", default="", metavar="FOLDER", help="that paths in lists are relative to")
     parser.add_argument("--views", type=views_option, metavar="N|CLIPSxCROPS", help=f"of each video (default: {views})")
     parser.add_argument(
@@ -67,13 +72,19 @@ def load(args: argparse.Namespace) -> Model:
     return load_model(args.checkpoint, args.cfg, args.device, averaged=args.averaged, precision=args.precision)
 
 
-def exit_code(work: Callable[[], int]) -> int:
-    """Return the exit code of `work`; 2, and the error in one line, where a user can mend it."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def exit_code(work: Callable[[], int], level: int = logging.INFO) -> int:
+    """Return the exit code of `work`; 2, and the error in one line, where a user can mend it.
+
+    Args:
+        level: of the lines of this package that are shown; of other libraries those are from warnings on.
+    """
+    logging.basicConfig(format="%(message)s")
+    package = logging.getLogger("maskfeat")
+    package.setLevel(level)
     try:
         return work()
     except UserError as error:
-        logging.getLogger("maskfeat").error("error: %s", error)
+        package.error("error: %s", error)
         return 2
 
 

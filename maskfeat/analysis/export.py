@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from maskfeat.analysis.architecture import Recognised, build_recognised
+from maskfeat.analysis.command import add_network_options, exit_code
 from maskfeat.analysis.foreign import BACKBONE, CLASSIFIER
 from maskfeat.analysis.hub import HubModel, final_norm, model_card, own_state, without_head, write_weights
 from maskfeat.analysis.model import Model, load_model
@@ -328,6 +329,17 @@ def export(
     return worst, written.how.format(path=output)
 
 
+def _export(args: argparse.Namespace) -> int:
+    """Do what the command line says."""
+    _check_output(Path(args.output), TARGETS[args.to], args.to)
+    model = load_model(args.checkpoint, args.cfg, device="cpu", averaged=args.averaged)
+    figures = [f"As published: {entry.accuracy}" for entry in list_models() if entry.name == args.checkpoint]
+    worst, how = export(model, args.to, args.output, args.what, args.opset, args.license, figures)
+    logger.info("wrote %s; greatest difference from the network here: %.2g", args.output, worst)
+    logger.info("load it by %s", how)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Export a checkpoint; return the exit code.
 
@@ -343,9 +355,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "same, otherwise this project's. onnx and torch.export take batches of any size. A backbone has two outputs: "
         "its tokens and their mean over the picture; a classifier has logits.",
     )
-    parser.add_argument("--checkpoint", required=True, help="file, address or published name of the weights")
-    parser.add_argument("--cfg", help="recipe of the network, where the file does not say what it is")
-    parser.add_argument("--averaged", action="store_true", help="the file's average of the weights (TRAIN.EMA)")
+    add_network_options(parser)
     parser.add_argument("--to", required=True, choices=list(TARGETS), help="library or format")
     parser.add_argument("--output", required=True, metavar="PATH", help="file; for hf a new folder")
     parser.add_argument("--what", choices=PARTS, help="default: classifier where the file has one")
@@ -354,16 +364,4 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--license", default="unknown", help="for the model card, such as apache-2.0 (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("maskfeat").setLevel(logging.INFO)  # and not what ONNX and timm tell of each step
-    try:
-        _check_output(Path(args.output), TARGETS[args.to], args.to)
-        model = load_model(args.checkpoint, args.cfg, device="cpu", averaged=args.averaged)
-        figures = [f"As published: {entry.accuracy}" for entry in list_models() if entry.name == args.checkpoint]
-        worst, how = export(model, args.to, args.output, args.what, args.opset, args.license, figures)
-    except UserError as error:
-        logger.error("error: %s", error)
-        return 2
-    logger.info("wrote %s; greatest difference from the network here: %.2g", args.output, worst)
-    logger.info("load it by %s", how)
-    return 0
+    return exit_code(lambda: _export(args))

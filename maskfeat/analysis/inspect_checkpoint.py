@@ -1,5 +1,6 @@
 """What is in a file of weights: `tools/inspect_checkpoint.py` calls `main`."""
 
+import argparse
 import json
 import logging
 import sys
@@ -15,6 +16,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from maskfeat.analysis.architecture import Recognised, build_recognised, recognise
+from maskfeat.analysis.command import exit_code
 from maskfeat.analysis.source import Source, read_source
 from maskfeat.checkpoint.files import AVERAGE, SHARDED, checksum_path, verify_checkpoint
 from maskfeat.checkpoint.names import bare
@@ -217,6 +219,16 @@ def _first(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def _say(args: argparse.Namespace) -> int:
+    """Do what the command line says."""
+    if args.opts and args.cfg is None:
+        raise UserError(f"overrides change the recipe of --cfg, and none is given: {' '.join(args.opts)}")
+    report = inspect(args.file, None if args.cfg is None else load_config(args.cfg, args.opts))
+    text = json.dumps(report, indent=1, default=str) if args.json else "\n".join(lines(report))
+    sys.stdout.write(f"{text}\n")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Print what is in a file of weights; return the exit code.
 
@@ -234,14 +246,4 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON, with every name")
     parser.add_overrides("overrides of the recipe")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        if args.opts and args.cfg is None:
-            raise UserError(f"overrides change the recipe of --cfg, and none is given: {' '.join(args.opts)}")
-        report = inspect(args.file, None if args.cfg is None else load_config(args.cfg, args.opts))
-    except UserError as error:
-        logging.getLogger(__name__).error("error: %s", error)
-        return 2
-    text = json.dumps(report, indent=1, default=str) if args.json else "\n".join(lines(report))
-    sys.stdout.write(f"{text}\n")
-    return 0
+    return exit_code(lambda: _say(args), logging.WARNING)

@@ -129,17 +129,17 @@ class Model(nn.Module):
         if isinstance(what, list | tuple):
             if not what:
                 raise UserError("no inputs were given: the list is empty")
-            return collate([[self._sample(one)] for one in what]).to_batch(torch.device("cpu")).clip
+            build = build_image_folder if self.media == "image" else build_video_clips
+            paths = [(os.fspath(one) if isinstance(one, str | os.PathLike) else "", 0) for one in what]
+            dataset = build(self.cfg, DatasetRequest("val", augmented=False), paths)
+            samples = [[self._sample(dataset, index, one)] for index, one in enumerate(what)]
+            return collate(samples).to_batch(torch.device("cpu")).clip
         return self.transform([what])[0]
 
-    def _sample(self, what: Any) -> Sample:
-        is_path = isinstance(what, str | os.PathLike)
-        build = build_image_folder if self.media == "image" else build_video_clips
-        dataset: Any = build(
-            self.cfg, DatasetRequest("val", augmented=False), [(os.fspath(what) if is_path else "", 0)]
-        )
-        if is_path:
-            (sample,) = dataset[SampleKey(0, 0)]
+    def _sample(self, dataset: Any, index: int, what: Any) -> Sample:
+        """Return an input as the data set, which has its path if it has one, shows it."""
+        if isinstance(what, str | os.PathLike):
+            (sample,) = dataset[SampleKey(0, index)]
             if sample.bad:
                 raise UserError(f"{what} cannot be read as {_A[self.media]}: {sample.bad[0].cause}")
             return sample

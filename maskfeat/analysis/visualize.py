@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
+from maskfeat.analysis.command import exit_code
 from maskfeat.analysis.maps import HEADERS, MapRow, chosen, encoded, map_figure, map_rows, random_mask
 from maskfeat.analysis.model import Model, load_model
 from maskfeat.batch import Batch
@@ -168,6 +169,19 @@ def _draw_validation(args: argparse.Namespace) -> Path:
     return output
 
 
+def _visualize(args: argparse.Namespace) -> int:
+    """Do what the command line says."""
+    if (args.checkpoint is None) != (args.input is None):
+        raise UserError("--checkpoint and --input belong together: a file of weights, and what is shown to it")
+    if args.checkpoint is None:
+        output = _draw_validation(args)
+    else:
+        output = Path(args.output or f"{args.what}.png")
+        _draw_inputs(args.checkpoint, args.cfg, args.input, args.what, output, args.block)
+    logger.info("wrote %s", output)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Draw what a checkpoint sees or predicts; return the exit code.
 
@@ -196,17 +210,4 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--num", type=int, default=4, help="validation samples to draw (default: %(default)s)")
     parser.add_overrides("overrides")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        if (args.checkpoint is None) != (args.input is None):
-            raise UserError("--checkpoint and --input belong together: a file of weights, and what is shown to it")
-        if args.checkpoint is None:
-            output = _draw_validation(args)
-        else:
-            output = Path(args.output or f"{args.what}.png")
-            _draw_inputs(args.checkpoint, args.cfg, args.input, args.what, output, args.block)
-    except UserError as error:
-        logger.error("error: %s", error)
-        return 2
-    logger.info("wrote %s", output)
-    return 0
+    return exit_code(lambda: _visualize(args))

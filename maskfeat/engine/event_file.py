@@ -1,7 +1,6 @@
 """Event files of TensorBoard that a full disk neither damages nor stops."""
 
 import io
-import logging
 import os
 import socket
 import time
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-logger = logging.getLogger(__name__)
+from maskfeat.engine.log_handlers import WarnOnce
 
 
 class EventFile:
@@ -32,7 +31,7 @@ class EventFile:
         # Slow to import, and only one process of a run needs it.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 
-        self._folder, self._failed = folder, False
+        self._folder, self._once = folder, WarnOnce()
         self._file: BinaryIO | None = None
         self._path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._head: list[Any] = [Event(wall_time=time.time(), file_version="brain.Event:2")]
@@ -57,14 +56,9 @@ class EventFile:
 
         now = time.time()
         events = [Event(wall_time=now, step=step, summary=summary) for summary in summaries]
-        try:
+        with self._once.writing(self._path, "%s cannot be written (%s): TensorBoard will lack points"):
             self._write([*self._head, *events])
-        except OSError as error:
-            if not self._failed:
-                logger.warning("%s cannot be written (%s): TensorBoard will lack points", self._path, error.strerror)
-            self._failed = True
-        else:
-            self._head, self._failed = [], False
+            self._head = []
 
     def _write(self, events: list[Any]) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]

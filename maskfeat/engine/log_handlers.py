@@ -4,12 +4,33 @@ import io
 import logging
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+logger = logging.getLogger(__name__)
+
 ESCAPED = "backslashreplace"
 """What becomes of characters that an encoding lacks, or of the bytes of a file name that is no text: \\xe9, \\udcff."""
+
+
+class WarnOnce:
+    """What a run writes and can do without: a failure is a warning, once until it works again."""
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    @contextmanager
+    def writing(self, path: Path, warning: str) -> Iterator[None]:
+        """Turn an OSError of the block into a warning; `warning` has a %s for the path, then one for the cause."""
+        try:
+            yield
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                logger.warning(warning, path, error.strerror or error)
+            self._failed = True
 
 
 class _Patient(logging.StreamHandler):

@@ -17,7 +17,7 @@ from maskfeat.data.datasets.classes import describe_split, missing_classes
 from maskfeat.data.loader import BatchLoader
 from maskfeat.engine.batch_arithmetic import check_batch_norm, compare, describe, load_recipe, step_size
 from maskfeat.engine.flops import cost_table, module_costs
-from maskfeat.engine.pictures import FOLDER, Pictures
+from maskfeat.engine.pictures import Pictures
 from maskfeat.engine.resume import find_source
 from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.saver import Saver
@@ -107,19 +107,7 @@ def _pictures(
         loader = None
     elif loader is None:
         loader = build_loader(cfg, "train", session.world, device=session.device, plain=True)
-    return Pictures(
-        trainer,
-        loader,
-        cfg.VIS.PERIOD,
-        cfg.VIS.SAMPLES,
-        validator.objectives,
-        session.metrics_log,
-        Path(cfg.OUTPUT_DIR) / FOLDER,
-        cfg.TASK,
-        cfg.DATA.MEAN,
-        cfg.DATA.STD,
-        precision_of(cfg.TEST),
-    )
+    return Pictures(cfg, trainer, loader, validator.objectives, session.metrics_log)
 
 
 def announce_data(cfg: CfgNode, classifies: bool, loaders: Mapping[str, BatchLoader]) -> None:

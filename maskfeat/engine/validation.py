@@ -1,7 +1,6 @@
 """Validation during training: after which epochs, on which weights, and which was the last."""
 
 import json
-import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,12 +11,11 @@ from maskfeat.data.loader import BatchLoader
 from maskfeat.distributed.collectives import broadcast_buffers, run_on_main
 from maskfeat.distributed.fsdp import gather_into
 from maskfeat.engine.evaluate import Heartbeat, validate
+from maskfeat.engine.log_handlers import WarnOnce
 from maskfeat.engine.metrics_log import MetricsLog
 from maskfeat.engine.trainer import Trainer
 from maskfeat.file_io import replace_text
 from maskfeat.objectives.base import Objective
-
-logger = logging.getLogger(__name__)
 
 
 def validation_record(cfg: CfgNode) -> Path:
@@ -83,7 +81,7 @@ class Validator:
         assert loader is not None or not epochs
         self._trainer, self._loader, self._epochs, self._new = trainer, loader, set(epochs), new
         self._precision, self._metrics_log, self._record, self._heartbeat = precision, metrics_log, record, heartbeat
-        self._failed = False  # whether the record could not be written
+        self._once = WarnOnce()
 
     def is_due(self, epoch: int) -> bool:
         """Return whether to validate after `epoch`, counted from 0."""
@@ -126,12 +124,6 @@ class Validator:
             return 0
 
     def _remember(self, values: dict[str, float]) -> None:
-        try:
+        with self._once.writing(self._record, "%s was not written (%s): a run that resumes here validates again"):
             self._record.parent.mkdir(parents=True, exist_ok=True)
             replace_text(self._record, json.dumps(values) + "\n")
-            self._failed = False
-        except OSError as error:
-            if self._failed:
-                return
-            self._failed = True
-            logger.warning("%s was not written (%s): a run that resumes here validates again", self._record, error)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from maskfeat.build import build_objective
@@ -20,3 +21,10 @@ def save_network(path: Path, network: tuple[Path, list[str]], *opts: str, classe
     content = {"model_state": build_objective(cfg).released_state(), "cfg": cfg.dump()}
     torch.save(content if classes is None else {**content, "classes": classes}, path)
     return path
+
+
+def said_in(log: pytest.LogCaptureFixture) -> str:
+    """What was logged since the last call."""
+    text = "\n".join(record.getMessage() for record in log.records)
+    log.clear()
+    return text

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import os
 import shutil
 import signal
@@ -25,24 +24,12 @@ from maskfeat.analysis import extract_features, extraction, feature_files
 from maskfeat.analysis.extract_features import main
 from maskfeat.analysis.inputs import find_inputs, input_loader
 from maskfeat.analysis.model import load_model
-from tests.analysis.saved import CLIPS, IMAGES, PRETRAINED, save_network
+from tests.analysis.saved import CLIPS, IMAGES, PRETRAINED, said_in, save_network
 
 REPO = Path(__file__).resolve().parents[2]
 Logged = pytest.LogCaptureFixture
 Printed = pytest.CaptureFixture[str]
 _LOAD = functools.cache(load_model)
-
-
-@pytest.fixture(autouse=True)
-def _lines_are_kept(caplog: Logged) -> None:
-    caplog.set_level(logging.INFO, "maskfeat")
-
-
-def said_in(log: Logged) -> str:
-    """What was logged since the last call."""
-    text = "\n".join(record.getMessage() for record in log.records)
-    log.clear()
-    return text
 
 
 @pytest.fixture(scope="module")

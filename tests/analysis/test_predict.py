@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -16,23 +15,11 @@ from maskfeat.analysis.inputs import find_inputs, input_loader
 from maskfeat.analysis.model import load_model
 from maskfeat.analysis.predict import main
 from maskfeat.batch import Batch
-from tests.analysis.saved import CLIPS, IMAGES, PRETRAINED, save_network
+from tests.analysis.saved import CLIPS, IMAGES, PRETRAINED, said_in, save_network
 
 Printed = pytest.CaptureFixture[str]
 Logged = pytest.LogCaptureFixture
 NAMES = ["cat", "dog, big", "\u65e5\u672c", "3"]
-
-
-@pytest.fixture(autouse=True)
-def _lines_are_kept(caplog: Logged) -> None:
-    caplog.set_level(logging.INFO, "maskfeat")
-
-
-def said_in(log: Logged) -> str:
-    """What was logged since the last call."""
-    text = "\n".join(record.getMessage() for record in log.records)
-    log.clear()
-    return text
 
 
 @pytest.fixture(scope="module")

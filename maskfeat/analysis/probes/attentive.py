@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskfeat.analysis.probes.features import Stored
-from maskfeat.analysis.probes.sweep import Chosen, Inputs, Plan, Setting, sweep
+from maskfeat.analysis.probes.sweep import Chosen, Plan, sweep
 
 PLAN = Plan(epochs=20, least_steps=500, batch=128, optimizer="adamw")
 LRS = (3e-4, 1e-3, 3e-3)
@@ -81,18 +81,16 @@ def attentive_probe(
 ) -> Chosen:
     """Fit attentive classifiers to frozen tokens; see `sweep`."""
     width = train.x.shape[-1]
-
-    def inputs(stored: Stored) -> Inputs:
-        return lambda rows, view: F.layer_norm(torch.from_numpy(stored.take(rows, view)).to(device), (width,))
-
     return sweep(
         lambda _: AttentiveHead(width, num_classes),
-        [Setting("tokens", lr, decay) for lr in lrs for decay in weight_decays],
+        ["tokens"],
+        lrs,
+        weight_decays,
         plan,
         train,
         test,
         held,
-        inputs,
+        lambda x: F.layer_norm(x, (width,)),
         seed,
         device,
         "attentive probe",

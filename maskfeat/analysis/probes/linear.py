@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maskfeat.analysis.probes.features import Stored
-from maskfeat.analysis.probes.sweep import Chosen, Inputs, Plan, Setting, sweep
+from maskfeat.analysis.probes.sweep import Chosen, Plan, sweep
 
 PLAN = Plan(epochs=10, least_steps=500, batch=256, optimizer="sgd")
 LRS = (0.01, 0.03, 0.1)
@@ -59,19 +59,16 @@ def linear_probe(
         columns: the features to choose from: name -> (F',) int64.
     """
     scale = train.scale()
-
-    def inputs(stored: Stored) -> Inputs:
-        return lambda rows, view: scale(torch.from_numpy(stored.take(rows, view)).to(device))
-
-    settings = [Setting(name, lr, decay) for name in columns for lr in lrs for decay in weight_decays]
     return sweep(
         lambda name: LinearHead(columns[name], num_classes),
-        settings,
+        list(columns),
+        lrs,
+        weight_decays,
         plan,
         train,
         test,
         held,
-        inputs,
+        lambda x: scale(x),
         seed,
         device,
         "linear probe",

@@ -213,12 +213,14 @@ def best_on(scores: Tensor, label: Tensor) -> tuple[int, list[float]]:
 
 def sweep(
     make: MakeHead,
-    settings: Sequence[Setting],
+    features: Sequence[str],
+    lrs: Sequence[float],
+    weight_decays: Sequence[float],
     plan: Plan,
     train: Stored,
     test: Stored,
     held: np.ndarray,
-    inputs: Callable[[Stored], Inputs],
+    prepare: Callable[[Tensor], Tensor],
     seed: int,
     device: torch.device,
     what: str,
@@ -227,21 +229,26 @@ def sweep(
 
     Args:
         make: makes a classifier.
-        settings: to choose from.
+        features, lrs, weight_decays: to choose from; every combination is a setting.
         plan: how they are trained.
         train, test: the samples; scores of test samples are averaged over their views.
         held: (M,) bool, which of `train.rows` choose.
-        inputs: features of a split -> what reads them.
+        prepare: stored features (B, ...) float32 on the device -> what the classifiers are shown.
         seed: of the initial weights and the order of samples.
         device: of the classifiers.
         what: is trained, for the progress.
     """
-    read = inputs(train)
+
+    def reader(stored: Stored) -> Inputs:
+        return lambda rows, view: prepare(torch.from_numpy(stored.take(rows, view)).to(device))
+
+    settings = [Setting(name, lr, decay) for name in features for lr in lrs for decay in weight_decays]
+    read = reader(train)
     heads = Heads(make, settings, seed, device)
     fit(heads, plan, read, train.rows[~held], train.label, seed, f"the {what}, {len(settings)} settings")
     rest = train.rows[held]
     best, accuracies = best_on(scores(heads, plan, read, rest), torch.from_numpy(train.label[rest]))
     final = Heads(make, [settings[best]], seed, device)
     fit(final, plan, read, train.rows, train.label, seed, f"the chosen {what} on all training samples")
-    found = scores(final, plan, inputs(test), test.rows, test.x.shape[1])[0]
-    return Chosen(settings[best], list(settings), accuracies, found)
+    found = scores(final, plan, reader(test), test.rows, test.x.shape[1])[0]
+    return Chosen(settings[best], settings, accuracies, found)
