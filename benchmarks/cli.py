@@ -14,6 +14,7 @@ from benchmarks.features import measure_extract
 from benchmarks.measure import NotTheSame, Row
 from benchmarks.reading import measure_decode, measure_images, measure_video
 from benchmarks.report import machine, machine_line, table, training_table, write_json
+from benchmarks.shards import measure_shards
 from benchmarks.steps import measure_step
 from benchmarks.training import Training, measure_training
 from maskfeat.config.arguments import ConfigParser
@@ -26,6 +27,7 @@ MEASUREMENTS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "attention": measure_attention,
     "step": measure_step,
     "images": measure_images,
+    "shards": measure_shards,
     "video": measure_video,
     "decode": measure_decode,
     "extract": measure_extract,
@@ -42,6 +44,7 @@ WHAT = {
     "attention": "forward and backward of each shape of pooling attention in MViTv2-S",
     "step": "whole steps of pre-training: MViTv2-S, ViT-B",
     "images": "reading and augmenting images",
+    "shards": "the same from tar archives and parquet files as from their folder",
     "video": "reading and augmenting clips",
     "decode": "decoding alone",
     "extract": "features of images into a file, beside reading and the network alone",

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 IN_THIS_PROCESS = ("DATA_LOADER.NUM_WORKERS", "0")
 
 
-def _first_epoch(loader: BatchLoader) -> Run:
+def first_epoch(loader: BatchLoader) -> Run:
     """Reads the first epoch of a training split: the same draws in every call, since their cost differs."""
 
     def read() -> None:
@@ -43,7 +43,7 @@ def _first_epoch(loader: BatchLoader) -> Run:
     return read
 
 
-def _per_second(row: Row, samples: int, unit: str) -> Row:
+def per_second(row: Row, samples: int, unit: str) -> Row:
     """The row with what it read, and samples a second in its note."""
     speeds = f"{samples / row.reference.cpu:.1f} -> {samples / row.ours.cpu:.1f} {unit}/s a core"
     return Row(row.what, row.reference, row.ours, asked=row.asked, note=f"{speeds}; {row.note}")
@@ -68,7 +68,7 @@ def measure_images(options: Options) -> Iterator[Row]:
         cfg = options.recipe(VIT_B, 16, *IN_THIS_PROCESS, *data, BACKEND, str(backend))
         loader = build_loader(cfg, "train")
         row = _images(cfg, loader, str(backend), is_default=number == 0, repeats=options.repeats)
-        yield _per_second(row, len(loader) * loader.batch_size, "images")
+        yield per_second(row, len(loader) * loader.batch_size, "images")
 
 
 def _images(cfg: CfgNode, loader: BatchLoader, backend: str, is_default: bool, repeats: int) -> Row:
@@ -93,7 +93,7 @@ def _images(cfg: CfgNode, loader: BatchLoader, backend: str, is_default: bool, r
         for _ in batches:
             pass
 
-    seconds = in_turn({"reference": reference, "ours": _first_epoch(loader)}, repeats, CPU)
+    seconds = in_turn({"reference": reference, "ours": first_epoch(loader)}, repeats, CPU)
     asked = ">= 1.4x, same pixels" if is_default else ">= 2x, opt-in"
     note = "same pixels" if apart == 0 else f"pixels {apart:.2f} grey levels apart on average"
     what = f"reading {len(plain)} images to {data.TRAIN_CROP_SIZE}, {backend}"
@@ -197,11 +197,11 @@ def measure_video(options: Options) -> Iterator[Row]:
             for index in batch:
                 hidden_of(cfg, index)
 
-    seconds = in_turn({"reference": reference, "ours": _first_epoch(loader)}, options.repeats, CPU)
+    seconds = in_turn({"reference": reference, "ours": first_epoch(loader)}, options.repeats, CPU)
     what = f"reading {len(indices)} clips of {dataset.num_frames} frames to {cfg.DATA.TRAIN_CROP_SIZE}"
     note = f"{largest:.0e} grey levels apart"
     row = Row(what, seconds["reference"], seconds["ours"], asked=">= 3x", note=note)
-    yield _per_second(row, len(indices), "clips")
+    yield per_second(row, len(indices), "clips")
 
 
 def measure_decode(options: Options) -> Iterator[Row]:
@@ -229,4 +229,4 @@ def measure_decode(options: Options) -> Iterator[Row]:
     }
     seconds = in_turn(sides, options.repeats, CPU)
     row = Row(f"decoding {number} clips", seconds["reference"], seconds["ours"], note="same frames to the bit")
-    yield _per_second(row, number, "clips")
+    yield per_second(row, number, "clips")

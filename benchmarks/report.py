@@ -1,7 +1,6 @@
 """The tables of a benchmark, the machine they were measured on, and both as JSON."""
 
 import json
-import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from benchmarks.measure import Row
 from benchmarks.training import Training
 from maskfeat.distributed.world import available_cores
+from maskfeat.engine.provenance import cpu
 
 REPO = Path(__file__).resolve().parents[1]
 COLUMNS = ("what", "reference s", "ours s", "ratio", "reference MiB", "ours MiB", "ratio", "asked", "checked before")
@@ -23,22 +23,13 @@ TRAINING_COLUMNS = (
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures depend on beside the code."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu(),
         "cores": available_cores(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:

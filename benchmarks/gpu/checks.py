@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ def image_files(context: Context) -> list[str]:
 
 def clip_files(context: Context) -> list[str]:
     """Overrides that lead to 16 + 8 + 8 real H.264 files of four classes."""
-    counts = {"train_per_class": 4, "val_per_class": 2, "test_per_class": 2}
+    counts: dict[str, Any] = {"train_per_class": 4, "val_per_class": 2, "test_per_class": 2}
     root = make_clips(context.data / "clips", MOTIONS[:4], num_frames=20, size=(48, 64), **counts)
     return ["DATA.PATH_TO_DATA_DIR", str(root), "DATA.PATH_PREFIX", str(root)]
 

@@ -42,7 +42,7 @@ _STEPS = Part(
             "named": steps.named,
         }
     ),
-    covers=("demos/evidence/report.py:machine",),
+    covers=("engine/provenance.py:machine",),
 )
 _HOG = Part("HOG", CORRECTNESS, 30, all_of({"hog_bins": kernels.hog_bins}))
 _TRITON = Part(
@@ -89,10 +89,12 @@ _RESUMED = Part(
     "killed and resumed",
     CORRECTNESS,
     75,
-    all_of({"resumed": runs.resumed}),
+    all_of({"resumed": runs.resumed, "dry_run": runs.dry_run}),
     covers=(
         "distributed/launch.py:check_devices",
         "distributed/world.py:choose_device",
+        "engine/dry_run.py:DryRun._check_memory",
+        "engine/dry_run.py:DryRun._time",
         "engine/progress.py:ProgressMeter.write",
         "engine/setup.py:_announce",
     ),

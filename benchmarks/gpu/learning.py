@@ -7,9 +7,9 @@ from typing import Any
 
 from benchmarks.gpu.parts import LEARNING, Context, Failed, Figures, Part
 from maskfeat.demos.evidence import make_data
-from maskfeat.demos.evidence.report import machine
-from maskfeat.demos.evidence.runs import Runs, Stopped, run_seed
+from maskfeat.demos.evidence.runs import Runs, Stopped, run_seed, scratch
 from maskfeat.demos.evidence.suites import SUITES
+from maskfeat.engine.provenance import machine
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = "MASKFEAT_SHARED"  # in the environment: a folder with data/cifar10
@@ -48,24 +48,17 @@ def gains(runs: Runs, found: Figures) -> Figures:
     """
     rows = []
     for method in runs.methods:
-        family = method.family.name
-        for title, labels in runs.budget.labels.items():
-            pairs = {
-                "linear probe": (f"{family}_random_probe", f"{method.name}_probe"),
-                "fine-tuning": (f"{family}_scratch_{labels}", f"{method.name}_ft_{labels}"),
-            }
-            for what, names in pairs.items():
-                if all(name in found for name in names):
-                    before, after = (_top1(found[name], labels) for name in names)
-                    row = {"method": method.title, "what": what, "on": title, "without": before, "with": after}
-                    rows.append({**row, "gain": after - before})
+        for labels in runs.budget.labels:
+            row = {"method": method.title, "on": labels.title}
+            probe = found.get(f"{method.name}_probe", {}).get("probe", {}).get(labels.folder)
+            if probe:
+                before, after = (float(probe[weights]["linear"]) for weights in ("random", "given"))
+                rows.append({**row, "what": "linear probe", "without": before, "with": after, "gain": after - before})
+            trained = [found.get(f"{arm}_{labels.folder}") for arm in (scratch(method), method.name)]
+            if all(trained):
+                before, after = (float(run["test_final"]["top1"]) for run in trained if run)
+                rows.append({**row, "what": "fine-tuning", "without": before, "with": after, "gain": after - before})
     return {"gains": rows}
-
-
-def _top1(result: Figures, labels: str) -> float:
-    if "probe" in result:
-        return float(result["probe"][labels]["linear"])
-    return float(result["test_final"]["top1"])
 
 
 def cifar10() -> Path | None:
@@ -100,6 +93,6 @@ def suite(name: str) -> Callable[[Context], Figures]:
 
 
 PARTS: tuple[Part, ...] = (
-    Part("learning from clips", LEARNING, 540, suite("shapes"), ("demos/evidence/report.py:machine",)),
+    Part("learning from clips", LEARNING, 540, suite("shapes"), ("engine/provenance.py:machine",)),
     Part("learning from images", LEARNING, 540, suite("cifar10"), cuda=True),
 )

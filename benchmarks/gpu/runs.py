@@ -109,6 +109,20 @@ def resumed(context: Context) -> Figures:
     return {"kills": kills, "steps": len(_logged(folders["undisturbed"])), "same bits": True, "gpu_mem": memory}
 
 
+def dry_run(context: Context) -> Figures:
+    """A dry run says that a run would start, measures steps and, on a GPU, memory, and writes nothing."""
+    output, log = context.folder / "not made", context.folder / "dry_run.log"
+    code = _end(
+        _begin([*PRETRAINING, *image_files(context), *_gpus(context), "OUTPUT_DIR", str(output), "--dry-run"], log)
+    )
+    said = log.read_text()
+    if code or "The run would start." not in said or output.exists():
+        raise Failed(f"exit code {code}, {output} {'is' if output.exists() else 'is not'} there: {log_of(log, 3)}")
+    if context.needs_cuda("the memory that a dry run measures") and "memory of the GPU, measured" not in said:
+        raise Failed("a dry run on a GPU does not say how much memory its steps took")
+    return {"exit code": code, "seconds a step": float(said.split(" s a step")[0].split()[-1])}
+
+
 @contextmanager
 def _alone_in_a_group(context: Context) -> Iterator[str]:
     """A process group of one rank: NCCL on CUDA, else gloo."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -77,7 +78,7 @@ def images(context: Context) -> Path:
 def clips(context: Context) -> Path:
     """H.264 files in the size of Kinetics', shared by the parts: the folder, whose list has each of them many times."""
     size, frames = ((48, 64), 20) if context.toy else (CLIP_SIZE, CLIP_FRAMES)
-    counts = {"train_per_class": 4, "val_per_class": 1, "test_per_class": 1}
+    counts: dict[str, Any] = {"train_per_class": 4, "val_per_class": 1, "test_per_class": 1}
     root = make_clips(context.data / "speed_clips", MOTIONS[:1], num_frames=frames, size=size, **counts)
     lines = (root / "train.csv").read_text(encoding="utf-8").splitlines(keepends=True)
     (context.folder / "train.csv").write_text("".join(lines * (_LISTED // len(lines))), encoding="utf-8")

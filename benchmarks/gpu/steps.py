@@ -27,8 +27,8 @@ from benchmarks.measure import peak_mib
 from benchmarks.training import Steps
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
-from maskfeat.demos.evidence.report import machine
 from maskfeat.engine.memory import estimate_step_memory
+from maskfeat.engine.provenance import machine
 from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.trainer import Trainer, build_trainer
 

@@ -19,7 +19,8 @@ from maskfeat.data.datasets.base import DatasetRequest
 from maskfeat.data.datasets.folders import FolderScan, class_folders, class_name, count, some
 from maskfeat.data.datasets.imagenet import build_image_folder
 from maskfeat.data.datasets.kinetics import build_video_clips
-from maskfeat.data.datasets.video_list import NO_LABEL, VideoList, read_video_list
+from maskfeat.data.datasets.lists import LISTS, read_any_list
+from maskfeat.data.datasets.video_list import NO_LABEL
 from maskfeat.data.datasets.video_list import SUFFIXES as VIDEOS
 from maskfeat.data.image_reader import SUFFIXES as IMAGES
 from maskfeat.data.loader import Loader
@@ -27,12 +28,8 @@ from maskfeat.data.samplers import EpochSampler
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError
 
-LISTS = (".csv", ".tsv", ".txt")
-SEPARATORS = (" ", ",", "\t", ";")
-"""Of path and label in a list, in the order in which they are tried."""
 SPLITS = {"train", "val", "test"}
 MOST_WORKERS = 8
-_TRIED = 100
 
 
 class Item(NamedTuple):
@@ -149,7 +146,7 @@ def _find(given: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[in
         paths = sorted(scan.images_below(given))
         return paths, [NO_LABEL] * len(paths)
     if given.lower().endswith(LISTS):
-        listed = _listed(given, prefix)
+        listed = read_any_list(given, prefix, "--prefix")
         return [path for path, _ in listed], [label for _, label in listed]
     if not os.path.exists(given):
         raise UserError(f"there is no file or folder {given}")
@@ -159,35 +156,6 @@ def _find(given: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[in
             f"({', '.join(LISTS)}), as its ending tells"
         )
     return [given], [NO_LABEL]
-
-
-def _listed(path: str, prefix: str) -> VideoList:
-    """Read a list, with the first separator that all of its lines can be read with."""
-    first: UserError | None = None
-    for separator in SEPARATORS:
-        try:
-            found = read_video_list(path, separator, prefix, labelled=False)
-        except UserError as error:
-            first = first or error
-            if not os.path.isfile(path):
-                break
-            continue
-        return found if prefix else _from_a_folder(found, path)
-    assert first is not None
-    raise first
-
-
-def _from_a_folder(found: VideoList, path: str) -> VideoList:
-    """Return a list with its relative paths completed by the folder of the list, unless they are there as they are."""
-    tried = [name for name, _ in found[:: max(len(found) // _TRIED, 1)][:_TRIED] if not os.path.isabs(name)]
-    folder = os.path.dirname(path)
-    for base in dict.fromkeys((folder, "")):
-        if not tried or any(os.path.exists(os.path.join(base, name)) for name in tried):
-            return [(os.path.join(base, name), label) for name, label in found]
-    raise UserError(
-        f"no file of {path} was found ({len(tried)} were looked for, such as {tried[0]!r}), neither from its folder "
-        f"nor from the working folder {os.getcwd()}: --prefix names the folder that paths are relative to"
-    )
 
 
 def _number_classes(inputs: Inputs, root: str) -> None:
@@ -236,8 +204,8 @@ class _Batches(EpochSampler):
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        order = np.arange(self.num_samples)
-        return (self._batch(order, 0, number) for number in self.numbers)
+        order, first = np.arange(self.num_samples), np.zeros(self.num_samples, dtype=int)
+        return (self._batch(order, first, number) for number in self.numbers)
 
 
 def split_views(model: Model, views: int | tuple[int, int]) -> tuple[int, int]:

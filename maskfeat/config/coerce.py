@@ -181,6 +181,12 @@ def _recomputation(value: object) -> bool | str:
     return _bool_or_word(value, {"light": "light"})
 
 
+def _source(value: object) -> list[object]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise _Mismatch("")
+    return [_str(value[0]), _float(decode(value[1]))]
+
+
 _SCALARS: dict[str, Callable[[object], object]] = {
     "bool": _bool,
     "int": _int,
@@ -191,6 +197,7 @@ _SCALARS: dict[str, Callable[[object], object]] = {
     "precision": _precision,
     "inflation": _inflation,
     "recomputation": _recomputation,
+    "source": _source,
 }
 
 
@@ -200,5 +207,6 @@ def _describe(kind: str) -> str:
     if kind.startswith("list["):
         inner = kind.removeprefix("list[").removesuffix("]")
         words = {"int": "whole numbers", "float": "numbers", "number": "numbers", "str": "names"}
+        words["source"] = """pairs of a path and a weight, such as [["/data/a", 2], ["/data/b", 1]]"""
         return f"a list of {words.get(inner, 'lists of numbers')}"
     return _WORDS[kind]

@@ -39,6 +39,10 @@ def _run(cfg: CfgNode) -> None:
     cfg.LOG_PERIOD = 10  # iterations between two progress lines
     cfg.LOG_MODEL_INFO = True  # log a table of the backbone's parameters, multiply-adds and activations at the start
 
+    cfg.LOG = CfgNode()
+    cfg.LOG.TRACKERS = []  # ours: where metrics go as well; "tensorboard" does what TENSORBOARD.ENABLE does
+    cfg.LOG.REPORT = True  # ours: write OUTPUT_DIR/report.html when the run ends, see `maskfeat report`
+
     cfg.DATA_LOADER = CfgNode()
     cfg.DATA_LOADER.NUM_WORKERS = 8  # data workers per process; 0 = load in the training process
     cfg.DATA_LOADER.PIN_MEMORY = True  # page-locked batches: faster copies to a GPU
@@ -115,17 +119,30 @@ def _test(cfg: CfgNode) -> None:
 
 def _data(cfg: CfgNode) -> None:
     cfg.DATA = CfgNode()
-    cfg.DATA.PATH_TO_DATA_DIR = ""  # holds train/, val/ and maybe test/, or train.csv, val.csv and test.csv
+    # holds train/, val/ and maybe test/, or train.csv, val.csv and test.csv; in pre-training any folder of images or
+    # videos, or a list
+    cfg.DATA.PATH_TO_DATA_DIR = ""
+    # ours: several folders or lists to pre-train on instead: [[path, weight], ...]. An epoch has as many samples as all
+    # together; weights are the shares of each in it
+    cfg.DATA.SOURCES = []
+    # ours: how the samples lie there: "auto" (as the files show) | "folder" (each in a file, of folders or a list) |
+    # "tar" | "parquet" (many in a file, read in place)
+    cfg.DATA.FORMAT = "auto"
     cfg.DATA.PATH_PREFIX = ""  # folder that the paths in a list of videos are relative to
     cfg.DATA.PATH_LABEL_SEPARATOR = " "  # between path and label in a line of the list; \t = a tab
     # ours: file with the names of the classes of lists, one a line, in the order of their labels; "" = classes.txt
     # beside the lists, where there is one
     cfg.DATA.CLASS_NAMES = ""
+    # lists give each sample one or more labels, separated by commas: a sigmoid per class, mAP in evaluation
+    cfg.DATA.MULTI_LABEL = False
     cfg.DATA.MEAN = [0.45, 0.45, 0.45]  # per colour channel, of pixels in [0, 1]
     cfg.DATA.STD = [0.225, 0.225, 0.225]  # the same
     cfg.DATA.NUM_FRAMES = 8  # frames per clip; 1 for images
     cfg.DATA.SAMPLING_RATE = 8  # distance between two sampled frames, in frames at DATA.TARGET_FPS
     cfg.DATA.TARGET_FPS = 30  # frame rate that DATA.SAMPLING_RATE refers to
+    # ours: a clip is one frame from each of DATA.NUM_FRAMES equal segments of the video, a random one in training and
+    # the central one otherwise; DATA.SAMPLING_RATE has no effect
+    cfg.DATA.SEGMENT_SAMPLING = False
     cfg.DATA.USE_OFFSET_SAMPLING = False  # test clips start a whole number of frames apart
     # "pyav" and "torchvision" (the built-in PyAV decoder) | "torchcodec" (the same frames by that package)
     cfg.DATA.DECODING_BACKEND = "torchvision"
@@ -219,12 +236,14 @@ def _solver(cfg: CfgNode) -> None:
 # $VARIABLE are expanded.
 KINDS: dict[str, str] = {
     "PLUGINS": "list[str]",
+    "LOG.TRACKERS": "list[str]",
     "OUTPUT_DIR": "path",
     "TENSORBOARD.LOG_DIR": "path",
     "TRAIN.CHECKPOINT_FILE_PATH": "path",
     "TEST.CHECKPOINT_FILE_PATH": "path",
     "TEST.SAVE_RESULTS_PATH": "path",
     "DATA.PATH_TO_DATA_DIR": "path",
+    "DATA.SOURCES": "list[source]",
     "DATA.PATH_PREFIX": "path",
     "DATA.CLASS_NAMES": "path",
     "TRAIN.MIXED_PRECISION": "precision",
@@ -284,7 +303,6 @@ INERT_KEYS = (
     "DATA.INV_UNIFORM_SAMPLE",
     "DATA.LOADER_CHUNK_OVERALL_SIZE",
     "DATA.LOADER_CHUNK_SIZE",
-    "DATA.MULTI_LABEL",
     "DATA.PATH_TO_PRELOAD_IMDB",
     "DATA.REVERSE_INPUT_CHANNEL",
     "DATA.SKIP_ROWS",

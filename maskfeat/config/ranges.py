@@ -14,6 +14,7 @@ _RANDAUGMENT = re.compile(r"rand(-[a-z]+[0-9.]*)*|ra_\d+_\d+")
 _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
 
 CHOICES: dict[str, tuple[object, ...]] = {
+    "LOG.TRACKERS": ("tensorboard", "csv", "wandb", "mlflow", "trackio"),
     "DIST_BACKEND": ("nccl", "gloo"),
     "DATA_LOADER.IMAGE_BACKEND": ("pil", "simplejpeg"),
     "TRAIN.PARALLEL": ("ddp", "fsdp"),
@@ -21,6 +22,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "TRAIN.CHECKPOINT_TYPE": ("pytorch",),
     "TEST.CHECKPOINT_TYPE": ("pytorch",),
     "TEST.NUM_SPATIAL_CROPS": (1, 3),
+    "DATA.FORMAT": ("auto", "folder", "tar", "parquet"),
     "DATA.DECODING_BACKEND": ("pyav", "torchvision", "torchcodec"),
     "DATA.TEST_INTERPOLATION": _INTERPOLATIONS,
     "AUG.INTERPOLATION": _INTERPOLATIONS,
@@ -37,7 +39,6 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "DATA.IN22k_VAL_IN1K": ("",),
     "DATA.INV_UNIFORM_SAMPLE": (False,),
     "DATA.LOADER_CHUNK_SIZE": (0,),
-    "DATA.MULTI_LABEL": (False,),
     "DATA.REVERSE_INPUT_CHANNEL": (False,),
     "DATA.SKIP_ROWS": (0,),
     "DATA.SSL_COLOR_JITTER": (False,),
@@ -56,8 +57,8 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "SOLVER.LARS_ON": (False,),
     "TRAIN.CHECKPOINT_IN_INIT": (False,),
 }
-"""The values that a key may have. A choice of one is a feature of PySlowFast that is not supported here: where the key
-changes results there, no other value is accepted, whether the key is read here or not."""
+"""The values that a key, or each item of its list, may have. A choice of one is a feature of PySlowFast that is not
+supported here: where the key changes results there, no other value is accepted, whether the key is read here or not."""
 
 
 _CLIP = Range(0, 1e6, above=True, note=" (None = no clipping)")
@@ -147,7 +148,8 @@ def check_single_keys(cfg: CfgNode, rules: Rules) -> Iterator[str]:
 def _choices(cfg: CfgNode, rules: Rules) -> Iterator[str]:
     for key, allowed in rules.choices.items():
         value = lookup(cfg, key)
-        if value is None or (value in allowed and isinstance(value, bool) == isinstance(allowed[0], bool)):
+        each = value if isinstance(value, list) else [] if value is None else [value]
+        if all(one in allowed and isinstance(one, bool) == isinstance(allowed[0], bool) for one in each):
             continue
         if len(allowed) == 1:
             yield f"{key} {value!r} is not supported here; the only value is {allowed[0]!r}"

@@ -75,6 +75,7 @@ def _combinations(cfg: CfgNode) -> Iterator[str]:
     yield from _datasets(cfg)
     yield from _views(cfg)
     yield from _resident(cfg)
+    yield from _several_labels(cfg)
     yield from backbone_spec(cfg).check(cfg)
     yield from _schedule(cfg)
     yield from _objective(cfg)
@@ -129,6 +130,8 @@ def _datasets(cfg: CfgNode) -> Iterator[str]:
         if images != (cfg.DATA.NUM_FRAMES == 1):
             expected = "1 for images" if images else "more than 1 for clips"
             yield f"DATA.NUM_FRAMES must be {expected} ({key} {spec.name}); given {cfg.DATA.NUM_FRAMES}"
+        if cfg.DATA.SOURCES and not spec.mixes:
+            yield f"DATA.SOURCES must be [] for {key} {spec.name}, which does not read it"
         yield from spec.check(cfg)
 
 
@@ -171,6 +174,24 @@ def _resident(cfg: CfgNode) -> Iterator[str]:
                 f"AUG.{key} must be {needed!r} where DATA_LOADER.RESIDENT is True (training crops and mirrors there, "
                 f"and does no more); given {aug[key]!r}"
             )
+
+
+def _several_labels(cfg: CfgNode) -> Iterator[str]:
+    """Yield problems of samples that have several classes."""
+    if not cfg.DATA.MULTI_LABEL:
+        return
+    needed: dict[str, object] = {"DATA_LOADER.RESIDENT": False}
+    if objective_spec(cfg).classifies:
+        # A mixed sample would have shares of classes, and smoothing takes the classes for exclusive.
+        needed |= {"MODEL.LOSS_FUNC": "bce_logit", "MIXUP.ENABLE": False}
+    for key, expected in needed.items():
+        if lookup(cfg, key) != expected:
+            yield f"{key} must be {expected!r} where DATA.MULTI_LABEL is True; given {lookup(cfg, key)!r}"
+    if "," in cfg.DATA.PATH_LABEL_SEPARATOR:
+        yield (
+            "DATA.PATH_LABEL_SEPARATOR must not be ',' where DATA.MULTI_LABEL is True (commas separate the labels of a "
+            f"line); given {cfg.DATA.PATH_LABEL_SEPARATOR!r}"
+        )
 
 
 def _schedule(cfg: CfgNode) -> Iterator[str]:

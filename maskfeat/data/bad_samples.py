@@ -12,6 +12,7 @@ import numpy as np
 
 from maskfeat import file_io
 from maskfeat.batch import BadSample, SampleKey
+from maskfeat.data.shards.members import Member
 from maskfeat.errors import UserError, about
 
 try:
@@ -53,13 +54,14 @@ class TooManyBadSamples(UserError):
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a sample's file, which must be a local, regular, non-empty one, see `file_io.open_regular_file`.
+    """Open a sample's file, which must be a local, regular, non-empty one, see `file_io.open_regular_file`; or its part
+    of a shard, if it is named by a `Member`.
 
     Raises:
         UnreadableSample: the file is missing, empty, not regular, or cannot be opened.
     """
     try:
-        return file_io.open_regular_file(path)
+        return path.open() if isinstance(path, Member) else file_io.open_regular_file(path)
     except file_io.NotReadable as error:
         raise UnreadableSample(path, str(error)) from error
 

@@ -24,7 +24,7 @@ class PackedBatch:
         pixels: (n,) uint8, the bytes of all views, one after another.
         shapes, dtypes: of each view in `pixels`.
         transforms: of each view, without the values to erase with, which are in `erase_values`.
-        label: (B,) int64.
+        label: (B,) int64, or (B, K) float32.
         hidden: (B, *mask_grid) bool, or None.
         index: (B,) int64.
         flipped: (k,) int64, the rows of an image batch to flip, or None.
@@ -118,7 +118,7 @@ def collate(samples: Sequence[Sequence[Sample]]) -> PackedBatch:
         transforms=tuple(
             replace(view.transform, erase=()) if view.transform.erase else view.transform for view in views
         ),
-        label=torch.tensor([view.label for view in views], dtype=torch.int64),
+        label=torch.stack([torch.as_tensor(view.label) for view in views]),
         hidden=hidden,
         index=torch.tensor([view.index for view in views], dtype=torch.int64),
         flipped=torch.tensor(flipped, dtype=torch.int64) if flipped else None,

@@ -92,7 +92,9 @@ def _check_tiff(path: str | os.PathLike[str], file: BinaryIO) -> None:
         order, big = "<" if start[:2] == b"II" else ">", start[2] == ord("+")  # as Pillow decides
         file.seek(struct.unpack_from(f"{order}{'Q' if big else 'L'}", start, 8 if big else 4)[0])
         number = struct.unpack(f"{order}{'Q' if big else 'H'}", file.read(8 if big else 2))[0]
-        size, claimed = os.fstat(file.fileno()).st_size, 0
+        here = file.tell()
+        size, claimed = file.seek(0, os.SEEK_END), 0
+        file.seek(here)
         for _ in range(number):
             if len(entry := file.read(20 if big else 12)) < 12:
                 break

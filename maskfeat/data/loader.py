@@ -25,14 +25,14 @@ class LabelledSamples(Protocol):
 
     Attributes:
         views: views of each sample that are shown in turn; 1 except in testing.
-        labels: the class of every sample.
+        labels: the class of every sample; a tuple of classes with DATA.MULTI_LABEL.
         path: the file of a sample, for messages.
     """
 
     @property
     def views(self) -> int: ...
 
-    labels: list[int]
+    labels: list[Any]
 
     def __len__(self) -> int: ...
 
@@ -57,8 +57,8 @@ class BatchLoader:
         self.device = device or torch.device("cpu")
 
     @property
-    def labels(self) -> list[int]:
-        """Class index of every sample of the data set."""
+    def labels(self) -> list[Any]:
+        """Class index of every sample of the data set; a tuple of indices with DATA.MULTI_LABEL."""
         return self.dataset.labels
 
     @property

@@ -17,7 +17,7 @@ class Sample:
     Attributes:
         pixels: with any strides: (H, W, C) uint8 of an image; (T, h, w, C) uint8, or float32 of 0 to 255, of a clip.
         transform: what is still to be applied to the pixels, see `DeferredTransform`.
-        label: class index.
+        label: class index; (K,) float32 of 0 and 1 where a sample may have several of K classes.
         hidden: bool of the shape of the mask grid, True = removed from the model's view; or None.
         index: index of the sample in its data set; if another sample replaced it, that sample's index.
         bad: samples that could not be read before this one.
@@ -25,7 +25,7 @@ class Sample:
 
     pixels: Tensor
     transform: DeferredTransform
-    label: int = -1
+    label: int | Tensor = -1
     hidden: Tensor | None = None
     index: int = -1
     bad: tuple[BadSample, ...] = ()

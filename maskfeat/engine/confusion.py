@@ -39,8 +39,7 @@ class Confusion:
 
     def __init__(self, details: str, num_classes: int, names: Sequence[str] | None) -> None:
         self.rows: Rows = json.loads(details)["samples"]
-        known = list(names or ())[:num_classes]
-        self.names = [*known, *map(str, range(len(known), num_classes))]
+        self.names = all_names(num_classes, names)
         self.taken = Counter((row["label"], row["predicted"][0]) for row in self.rows if row["read"])
 
     @property
@@ -76,12 +75,12 @@ class Confusion:
             return [label, name, samples[label], *shares, unread[label], *worst.get(label, ("", ""))]
 
         head = ("number", "class", "samples", "top1", "top5", "unreadable", "most_often_taken_for", "times")
-        return _csv([head, *(line(*each) for each in enumerate(self.names))])
+        return csv_text([head, *(line(*each) for each in enumerate(self.names))])
 
     def matrix_table(self) -> str:
         """Return the matrix as CSV: a row for each class, a column for each that it was taken for."""
         lines = ([name, *counts] for name, counts in zip(self.names, self.matrix.tolist(), strict=True))
-        return _csv([["class", *self.names], *lines])
+        return csv_text([["class", *self.names], *lines])
 
     def picture(self, title: str) -> bytes | None:
         """Return the matrix as a PNG file: for each class the shares of its samples; None without matplotlib."""
@@ -128,7 +127,14 @@ def _short(name: str) -> str:
     return name if len(name) <= _LETTERS else f"{name[: _LETTERS - 3]}..."
 
 
-def _csv(rows: Iterable[Sequence[Any]]) -> str:
+def all_names(num_classes: int, names: Sequence[str] | None) -> list[str]:
+    """Return the names of all classes; those without one are called by their number."""
+    known = list(names or ())[:num_classes]
+    return [*known, *map(str, range(len(known), num_classes))]
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Return rows as the text of a CSV file."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

@@ -14,6 +14,8 @@ from torch import Tensor
 from maskfeat.batch import Batch
 from maskfeat.data.loader import BatchLoader
 from maskfeat.distributed.collectives import all_gather_object, all_reduce_sum, run_on_main
+from maskfeat.engine import multi_label
+from maskfeat.engine.live_line import LiveLine
 from maskfeat.engine.metrics_log import MetricWindow, format_eta
 from maskfeat.engine.parallelize import autocast
 from maskfeat.errors import NotFinite
@@ -49,20 +51,26 @@ Heartbeat = Callable[[str], None]
 
 
 class _EvaluationProgress:
-    """Log now and then how far an evaluation is."""
+    """Log now and then how far an evaluation is; on a terminal, a live line says it all the time."""
 
     def __init__(self, what: str, steps: int, heartbeat: Heartbeat) -> None:
         self.what, self.steps, self.heartbeat = what, steps, heartbeat
         self.started = self.said = time.perf_counter()
+        self.line = LiveLine(what, steps)
 
     def step(self, step: int) -> None:
         """Note that `step` (from 0) is done; log at most twice a minute."""
         self.heartbeat(f"{self.what}, step {step + 1}")
-        now = time.perf_counter()
-        if now - self.said > _REPORT_SECONDS:
-            self.said = now
-            left = (now - self.started) / (step + 1) * (self.steps - step - 1)
-            logger.info("%s  step %d/%d  eta %s", self.what, step + 1, self.steps, format_eta(left))
+        self.line.show(step + 1, lambda: self._state(step))
+        if time.perf_counter() - self.said > _REPORT_SECONDS:
+            self.said = time.perf_counter()
+            logger.info("%s  %s", self.what, self._state(step))
+        if step + 1 == self.steps:
+            self.line.close()
+
+    def _state(self, step: int) -> str:
+        left = (time.perf_counter() - self.started) / (step + 1) * (self.steps - step - 1)
+        return f"step {step + 1}/{self.steps}  eta {format_eta(left)}"
 
 
 @torch.no_grad()
@@ -80,12 +88,14 @@ def validate(
 
     Returns:
         for a classifier "top1" and "top5" in percent (a sample that is unreadable, or whose scores are not finite,
-        counts as wrong); otherwise the means of the loss and of the objective's metrics.
+        counts as wrong), "mAP" where a sample may have several classes (it then has the lowest scores); otherwise the
+        means of the loss and of the objective's metrics.
     """
     objective.eval()
     window = MetricWindow()
     finite: list[Tensor] = []
     shown: list[Tensor] = []
+    several: list[tuple[Tensor, Tensor]] = []  # scores and targets where a sample may have several classes
     progress = _EvaluationProgress("validation", len(loader), heartbeat)
     for step, batch in enumerate(loader):
         batch = batch.to(device, non_blocking=True)
@@ -94,10 +104,13 @@ def validate(
                 assert batch.label is not None
                 scores = objective.predict(batch)
                 finite.append(scores.isfinite().all(dim=1))
-                right = in_top(scores, batch.label, (1, 5))
                 good = finite[-1] & ~_unreadable(batch)
-                weight = torch.tensor(float(len(batch)), device=device)
-                window.add(weight, {name: 100.0 * (hit & good).float().mean() for name, hit in right.items()})
+                if batch.label.is_floating_point():
+                    several.append((scores.float().masked_fill(~good[:, None], 0.0), batch.label))
+                else:
+                    right = in_top(scores, batch.label, (1, 5))
+                    weight = torch.tensor(float(len(batch)), device=device)
+                    window.add(weight, {name: 100.0 * (hit & good).float().mean() for name, hit in right.items()})
             else:
                 out = objective(batch)
                 finite.append(out.loss.isfinite().expand(len(batch)))
@@ -106,11 +119,17 @@ def validate(
         shown.append(batch.index)
         progress.step(step)
     mine = torch.cat(shown)[~torch.cat(finite)].tolist() if shown else []
-    broken = sorted({index for found in all_gather_object(mine) for index in found})
+    of_ranks = all_gather_object((mine, bool(several)))
+    broken = sorted({index for indices, _ in of_ranks for index in indices})
     if broken:
         text = _describe("scores" if objective.classifies else "losses of the batches", broken, loader, precision)
         run_on_main(lambda: logger.error("NOT FINITE in validation: %s", text))
-    return window.read(uneven=True)
+    found = window.read(uneven=True)
+    if any(has_several for _, has_several in of_ranks):  # said by all ranks, as one may have had no batch
+        gathered = all_gather_object([torch.cat(parts).cpu() for parts in zip(*several, strict=True)])
+        scores, targets = (torch.cat(parts) for parts in zip(*filter(None, gathered), strict=True))
+        found["mAP"] = multi_label.mean_average_precision(scores, targets)
+    return found
 
 
 def in_top(scores: Tensor, label: Tensor, ks: Sequence[int]) -> dict[str, Tensor]:
@@ -124,20 +143,21 @@ def in_top(scores: Tensor, label: Tensor, ks: Sequence[int]) -> dict[str, Tensor
 def multi_view_test(
     objective: Objective,
     loader: BatchLoader,
-    labels: Sequence[int],
+    labels: Sequence[int] | Sequence[tuple[int, ...]],
     device: torch.device,
     precision: str,
     heartbeat: Heartbeat = lambda _: None,
 ) -> tuple[dict[str, float], str]:
-    """Test with every view of every video or image; softmax scores are summed over views.
+    """Test with every view of every video or image; probabilities are summed over views.
 
     Args:
         loader: yields each (index, view) once over all ranks.
-        labels: V class indices, by index.
+        labels: V class indices, by index; or V tuples of them, where a sample may have several.
 
     Returns:
-        "top1" and "top5" in percent of all V, where unreadable ones count as wrong, and "unreadable", their number;
-        and as JSON text the same, with label, predictions and whether it was read for each index.
+        "top1" and "top5" in percent of all V, where unreadable ones count as wrong, or "mAP", where they have the
+        lowest scores; "unreadable", their number; and as JSON text the same, with label, predictions and whether it was
+        read for each index.
 
     Raises:
         NotFinite: scores are NaN or infinite, on every rank.
@@ -163,9 +183,12 @@ def multi_view_test(
     broken = (~scores.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if broken:
         raise NotFinite(f"{_describe('scores', broken, loader, precision)}: the test has no result")
+    readable = unreadable == 0
+    sets = [label for label in labels if isinstance(label, tuple)]
+    if sets:
+        return multi_label.results(sets, scores, readable)
     truth = torch.as_tensor(labels)
     hits = in_top(scores, truth, (1, 5))
-    readable = unreadable == 0
     result = {name: 100.0 * float((hit & readable).float().mean()) for name, hit in hits.items()}
     result["unreadable"] = int((~readable).sum())
     return result, _results(result, truth, scores, readable)

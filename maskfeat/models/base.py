@@ -5,7 +5,7 @@ Shape legend: B samples, C channels, D token width, N tokens (the class token, i
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -134,20 +134,36 @@ def init_layer_beit(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-INITS: dict[str, InitLayer] = {"pyslowfast": init_weights, "beit": init_layer_beit}
+def init_layer_mae(module: nn.Module) -> None:
+    """Initialise a layer as the code of MAE: Xavier uniform weights (Glorot and Bengio, 2010), also of the convolution
+    that embeds patches, LayerNorm weights 1, biases 0. A depthwise convolution keeps PyTorch's weights.
+    """
+    if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d | nn.Conv3d) and module.groups == 1):
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d | nn.LayerNorm) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+INITS: dict[str, InitLayer] = {"pyslowfast": init_weights, "beit": init_layer_beit, "mae": init_layer_mae}
 """MVIT.INIT -> how a layer is initialised."""
 
 
-def init_transformer(backbone: nn.Module, blocks: Sequence[nn.Module], init: str) -> InitLayer:
+def init_transformer(
+    backbone: nn.Module, blocks: Sequence[nn.Module], init: str, grids: Mapping[str, Sequence[int]]
+) -> InitLayer:
     """Initialise a transformer, in place.
 
     With "beit", tokens and positions are drawn like weights, and the last layers of both branches of block i, counted
-    from 1, are divided by sqrt(2 i), so that the residual stream does not grow with depth.
+    from 1, are divided by sqrt(2 i), so that the residual stream does not grow with depth. With "mae", positions start
+    as sines and cosines; they are learned like any other.
 
     Args:
         backbone: with its tables of tokens and positions, see `token_parameter`, as parameters of its own.
         blocks: of the backbone, in order; each has `attn.proj` and `mlp.fc2`.
         init: a key of `INITS`.
+        grids: name of a table of positions -> sizes of the axes that it is for; a class token may come before them.
 
     Returns:
         what initialises a layer on top of this backbone.
@@ -159,7 +175,31 @@ def init_transformer(backbone: nn.Module, blocks: Sequence[nn.Module], init: str
         for number, block in enumerate(blocks, start=1):
             for name in ("attn.proj.weight", "mlp.fc2.weight"):
                 block.get_parameter(name).data.div_(math.sqrt(2 * number))
+    if init == "mae":
+        for name, table in backbone.named_parameters(recurse=False):
+            if name in grids:
+                positions = sine_cosine(grids[name], table.shape[-1])
+                table.data[0, -len(positions) :] = positions
     return INITS[init]
+
+
+def sine_cosine(grid: Sequence[int], width: int) -> Tensor:
+    """Return sines and cosines of positions (Vaswani et al., 2017) along each axis of a grid, as MAE has them.
+
+    Each axis has an equal share of the channels, and wavelengths from 2 pi to 2 pi 10000; channels left over are 0.
+
+    Args:
+        grid: sizes of the axes.
+
+    Returns:
+        (prod(grid), width) float32
+    """
+    share = width // (2 * len(grid))
+    rate = 10000.0 ** -(torch.arange(share) / share)
+    places = torch.stack(torch.meshgrid(*(torch.arange(float(size)) for size in grid), indexing="ij"), dim=-1)
+    angles = places.reshape(-1, len(grid), 1) * rate
+    table = torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)
+    return nn.functional.pad(table, (0, width - table.shape[1]))
 
 
 def token_parameter(*shape: int) -> nn.Parameter:

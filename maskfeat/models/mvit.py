@@ -272,7 +272,7 @@ class MViT(nn.Module):
         self.grid, self.width = grid, plans[-1].width_out
         self.token_pixels = (clip_size[-2] // grid[-2], clip_size[-1] // grid[-1])
         self.frame_stride = clip_size[0] // grid[0] if len(grid) == 3 else 1
-        self.init_layer = init_transformer(self, blocks, init)
+        self.init_layer = init_transformer(self, blocks, init, self._position_grids())
 
     def _add_positions(self, position: str, width: int, class_token: bool) -> None:
         if position not in ("none", "joint", "separate"):
@@ -287,6 +287,10 @@ class MViT(nn.Module):
             if class_token:
                 self.pos_embed_class = token_parameter(1, 1, width)
         self.position = position
+
+    def _position_grids(self) -> dict[str, Sequence[int]]:
+        time, space = self.stem_grid[:-2], self.stem_grid[-2:]
+        return {"pos_embed": self.stem_grid, "pos_embed_spatial": space, "pos_embed_temporal": time}
 
     def _positions(self) -> Tensor:
         if self.position == "joint":

@@ -59,7 +59,8 @@ def _keys(cfg: CfgNode) -> None:
     cfg.MVIT.USE_MEAN_POOLING = False  # classify the mean of the tokens, not the class token
     cfg.MVIT.HEAD_INIT_SCALE = 1.0  # factor on the classifier's first weights
     # ours: first weights: "pyslowfast" | "beit", that of MFM's paper: cut at one standard deviation (what is left has
-    # 0.0108 for 0.0200), the last layers of both branches of block i over sqrt(2 i), and biases 0 for 0.02
+    # 0.0108 for 0.0200), the last layers of both branches of block i over sqrt(2 i), and biases 0 for 0.02 | "mae":
+    # Xavier uniform weights, biases 0, positions that start as sines and cosines; for networks narrower than 768
     cfg.MVIT.INIT = "pyslowfast"
 
 

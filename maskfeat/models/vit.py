@@ -74,7 +74,7 @@ class ViT(nn.Module):
             )
             for rate in drop_path_rates(drop_path, depth)
         )
-        self.init_layer = init_transformer(self, list(self.blocks), init)
+        self.init_layer = init_transformer(self, list(self.blocks), init, {"pos_embed": self.grid})
 
     def forward_tokens(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
         """Compute the tokens of an image.

@@ -47,7 +47,7 @@ class Objective(ReleasedModule):
         return batch.clip.new_full((), float(len(batch)))
 
     def predict(self, batch: Batch) -> Tensor:
-        """Return (B, K) float32 probabilities; only where `classifies`."""
+        """Return (B, K) float32 probabilities, of each class by itself with DATA.MULTI_LABEL; where `classifies`."""
         raise AssertionError(f"{type(self).__name__} does not classify")
 
     def picture_rows(self, batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Sequence[Row]:

@@ -41,6 +41,7 @@ class Classification(Objective):
         mixup: applied in training mode to batches with hard labels; soft targets are used unchanged.
         binary: a sigmoid per class (Wightman et al., 2021, section 2) instead of a softmax; the loss is the mean over
             samples and classes.
+        multi_label: a sample may have several classes: probabilities are those of each class by itself.
     """
 
     classifies = True
@@ -54,11 +55,12 @@ class Classification(Objective):
         head_init_scale: float | None = 1.0,
         mixup: Mixup | None = None,
         binary: bool = False,
+        multi_label: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.num_classes, self.mean_pooling = num_classes, mean_pooling
-        self.mixup, self.binary = mixup, binary
+        self.mixup, self.binary, self.multi_label = mixup, binary, multi_label
         self.norm = token_norm(backbone)
         self.head = ClassifierHead(backbone.width, num_classes, dropout, head_init_scale, init_on(backbone))
 
@@ -112,8 +114,9 @@ class Classification(Objective):
             )
 
     def predict(self, batch: Batch) -> Tensor:
-        """Return (B, K) float32 probabilities."""
-        return torch.softmax(self.logits(batch.clip).float(), dim=1)
+        """Return (B, K) float32 probabilities, which add up to 1 unless `multi_label`."""
+        logits = self.logits(batch.clip).float()
+        return torch.sigmoid(logits) if self.multi_label else torch.softmax(logits, dim=1)
 
     def renamed_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Take the names that timm, MAE and the MFM paper's code give final norm and classifier: `fc_norm` is of
@@ -172,6 +175,7 @@ def build_classification(cfg: CfgNode, backbone: Backbone) -> Classification:
         dropout=cfg.MODEL.DROPOUT_RATE,
         mixup=mixup,
         binary=cfg.MODEL.LOSS_FUNC == "bce_logit",
+        multi_label=cfg.DATA.MULTI_LABEL,
         **backbone_spec(cfg).classifier(cfg),
     )
 

@@ -10,7 +10,8 @@ import pytest
 
 from maskfeat.batch import BadSample
 from maskfeat.data.bad_samples import BadSampleLog, TooManyBadSamples, UnreadableSample, allowed_bad, error_context
-from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder
+from maskfeat.data.datasets.folders import list_image_folder
+from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.transforms import ImageEvalTransform
 from maskfeat.errors import UserError
 from tests.data.datasets.test_imagenet import make_folder

@@ -19,7 +19,8 @@ from maskfeat.config import load_config
 from maskfeat.data import cached_loader
 from maskfeat.data.bad_samples import BadSampleLog, TooManyBadSamples, UnreadableSample
 from maskfeat.data.cached_loader import CachedLoader, crop_and_resize, random_crop_boxes
-from maskfeat.data.datasets.imagenet import ImageFolder, ImageList
+from maskfeat.data.datasets.folders import ImageList
+from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.loader import BatchLoader, Loader
 from maskfeat.data.sample import Sample
 from maskfeat.data.samplers import EpochSampler

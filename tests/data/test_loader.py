@@ -17,7 +17,8 @@ from maskfeat.batch import BadSample, Batch, SampleKey
 from maskfeat.data.bad_samples import BadSampleLog, TooManyBadSamples, UnreadableSample
 from maskfeat.data.cached_loader import CachedLoader
 from maskfeat.data.collate import collate
-from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder
+from maskfeat.data.datasets.folders import list_image_folder
+from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.device_transforms import DeferredTransform
 from maskfeat.data.loader import Loader
 from maskfeat.data.sample import Sample, unreadable_sample

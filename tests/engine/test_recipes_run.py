@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskfeat.build import build_objective
 from maskfeat.checkpoint.files import find_checkpoints
 from maskfeat.checkpoint.reading import read_checkpoint
 from maskfeat.config import load_config
@@ -13,11 +14,13 @@ from maskfeat.demos.scenes import MOTIONS
 from maskfeat.demos.synthetic import make_clips, make_images
 from maskfeat.engine.run import main
 from tests.documents import marked_block, read, recorded_commands
-from tests.small import MFM_RECIPES, REPO
+from tests.small import MFM_RECIPES, RECIPES, REPO
 from tests.worker import json_stats
 
 FAMILIES = ("vit_b", "vit_l", "mvit_s", "mvit_l", "r50_mfm", "vit_b_mfm")
 OTHERS = "r50_others"
+VIDEOS = "video_ft"
+VIDEO_RECIPES = sorted(path.name for path in (REPO / "configs" / "video_ft").glob("*.yaml"))
 GUIDE = "docs/all-recipes.md"
 
 
@@ -39,12 +42,12 @@ def data(request: pytest.FixtureRequest) -> tuple[Path, Path]:
     return samples / "imagenet_samples", samples / "kinetics_samples"
 
 
-def commands(family: str, variables: dict[str, str]) -> list[list[str]]:
+def commands(family: str, variables: dict[str, str], number: int = 3) -> list[list[str]]:
     """Arguments of run_net.py for pre-training, fine-tuning and testing, as the guide has them."""
     text = read(GUIDE)
     script = marked_block(text, "setup") + marked_block(text, family)
     found = recorded_commands(script, variables)
-    assert [command[:2] for command in found] == [["python", "tools/run_net.py"]] * 3
+    assert [command[:2] for command in found] == [["python", "tools/run_net.py"]] * number
     return [command[2:] for command in found]
 
 
@@ -76,6 +79,8 @@ def test_the_guide_covers_all_recipes() -> None:
     mfm = {f"configs/mfm/{path.name}" for path in MFM_RECIPES.glob("*.yaml")}
     assert len(names) == 8 and len(mfm) == 7
     assert recipes == names | mfm
+    videos = commands(VIDEOS, {"IMAGES": "i", "CLIPS": "c", "RUNS": "r"}, len(VIDEO_RECIPES))
+    assert sorted(command[1] for command in videos) == [f"configs/video_ft/{name}" for name in VIDEO_RECIPES]
 
 
 @pytest.mark.slow
@@ -160,3 +165,33 @@ def test_other_recipes_run_small(data: tuple[Path, Path], tmp_path: Path, monkey
         (tested,) = json_stats(out, "test_final")
         assert 0 <= float(tested["top1"]) <= float(tested["top5"]) <= 100
     shutil.rmtree(tmp_path / "runs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", VIDEO_RECIPES)
+def test_video_recipe_runs_small(
+    recipe: str, synthetic: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the weights of a classifier with the classes of Kinetics, whose head is left out."""
+    monkeypatch.chdir(REPO)
+    variables = {"CLIPS": str(synthetic[1]), "IMAGES": "", "RUNS": str(tmp_path)}
+    found = commands(VIDEOS, variables, len(VIDEO_RECIPES))
+    (finetune,) = [command for command in found if command[1].endswith(f"/{recipe}")]
+    weights = Path(finetune[finetune.index("TRAIN.CHECKPOINT_FILE_PATH") + 1])
+    size = "L" if "mvit_l" in str(weights) else "S"
+    shrunk = finetune[2 : finetune.index("TRAIN.CHECKPOINT_FILE_PATH")]
+    weights.parent.mkdir(parents=True)
+    kinetics = build_objective(load_config(RECIPES / f"k400_MVITv2_{size}_16x4_FT.yaml", shrunk))
+    torch.save({"model_state": kinetics.released_state()}, weights)
+    out = run(finetune)
+    log = log_of(out)
+    cfg = load_config(finetune[1], finetune[2:])
+    report = {line.split()[0]: int(line.split()[1]) for line in log.split("weights from", 1)[1].splitlines()[1:5]}
+    larger = cfg.DATA.TRAIN_CROP_SIZE > 32  # of the same classes: positions are resized, and the classifier is kept
+    assert f"weights from {weights}" in log and report["fresh"] == (0 if larger else 2)
+    assert (report["resized"] > 0) == larger
+    tested = json_stats(out, "test_final")
+    clips = cfg.TEST.NUM_TEMPORAL_CLIPS or [cfg.TEST.NUM_ENSEMBLE_VIEWS]
+    assert [stats["views"] for stats in tested] == [f"{count}x{cfg.TEST.NUM_SPATIAL_CROPS}" for count in clips]
+    assert json_stats(out, "train_iter")[-1]["epoch"] == "2/2" and tested[0]["unreadable"] == 0
+    shutil.rmtree(tmp_path)

@@ -8,7 +8,7 @@ import torch
 
 from maskfeat.build import build_objective
 from maskfeat.config import load_config
-from maskfeat.models.base import Backbone
+from maskfeat.models.base import Backbone, sine_cosine
 from maskfeat.models.mvit import MViT, plan_blocks
 from maskfeat.models.vit import ViT
 from tests.small import MVIT_FT, RECIPES
@@ -125,6 +125,36 @@ def test_initialisation() -> None:
                 assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
     assert (small_mvit(relative_zero_init=True).blocks[0].attn.rel_pos_h == 0).all()
     assert small_mvit().blocks[0].attn.rel_pos_h.all()
+
+
+@pytest.mark.parametrize("make", [small_vit, small_mvit])
+def test_initialisation_of_mae(make: Callable[..., ViT | MViT]) -> None:
+    """Xavier uniform weights, that of patches as of a linear layer; biases 0; positions as timm's sines and cosines."""
+    backbone = make(width=96, depth=3, maskable=True, init="mae")
+    for name, parameter in backbone.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0.0).all(), name
+        elif ".norm" in name:
+            assert (parameter == 1.0).all(), name
+        elif name.startswith("blocks") and ".rel_pos" not in name and ".pool" not in name:
+            limit = math.sqrt(6 / sum(parameter.shape))
+            assert 0.98 * limit < parameter.abs().max() <= limit, name
+    weight = backbone.patch_embed.proj.weight
+    limit = math.sqrt(6 / (96 + weight[0].numel()))
+    assert 0.98 * limit < weight.abs().max() <= limit
+
+
+def test_positions_start_as_sines_and_cosines() -> None:
+    table = sine_cosine((3, 4), 16).reshape(3, 4, 16)
+    for axis, (row, column) in enumerate(((2, 1), (2, 3))):
+        place = (row, column)[axis]
+        angles = place * 10000.0 ** -(torch.arange(4) / 4)
+        wanted = torch.cat([angles.sin(), angles.cos()])
+        torch.testing.assert_close(table[row, column, 8 * axis : 8 * axis + 8], wanted)
+    assert sine_cosine((2, 2, 2), 16)[:, 12:].eq(0).all(), "two channels of sines and two of cosines an axis"
+    vit = small_vit(init="mae")
+    assert vit.pos_embed is not None
+    torch.testing.assert_close(vit.pos_embed[0, -vit.grid[0] * vit.grid[1] :], sine_cosine(vit.grid, vit.width))
 
 
 @pytest.mark.parametrize("make", [small_vit, small_mvit])

@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from yacs.config import CfgNode
 
+from maskfeat.errors import UserError
 from maskfeat.masking import MaskSampler
+
+
+class NoValidation(UserError):
+    """There is no validation set where pre-training looks for one; it goes on without."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,23 @@ class DatasetRequest:
     draw_hidden: MaskSampler | None = None
     num_clips: int | None = None
     classes: Sequence[str] | None = None
+
+
+class Split(NamedTuple):
+    """The samples of a split.
+
+    Attributes:
+        samples: [(path, class number)]; NO_LABEL where there are no classes; with DATA.MULTI_LABEL [(path, numbers)].
+        place, left_out: where they are and what else is there, in words.
+        classes: their names by their numbers; None = they have none.
+        mixture: (samples, weight) of each of DATA.SOURCES.
+    """
+
+    samples: Sequence[tuple[str, Any]]
+    place: str
+    left_out: str = ""
+    classes: list[str] | None = None
+    mixture: Sequence[tuple[int, float]] = ()
 
 
 def augmentation(cfg: CfgNode) -> dict[str, Any]:

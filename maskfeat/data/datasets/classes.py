@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from maskfeat.data.datasets.folders import class_name, count, some
+from maskfeat.data.datasets.label_sets import labels_present
 from maskfeat.errors import UserError
 from maskfeat.file_io import NotReadable, local_path, open_regular_file
 
@@ -61,8 +62,10 @@ def describe_split(split: str, dataset: Any, num_classes: int | None) -> str:
     Args:
         num_classes: MODEL.NUM_CLASSES of a classifier; None for other objectives.
     """
-    names, present = class_names(dataset), set(dataset.labels)
-    if names is None:
+    names, present = class_names(dataset), labels_present(dataset.labels)
+    if max(present) < 0:
+        classes = "no labels"
+    elif names is None:
         classes = f"{count(len(present), 'class')} (labels {min(present)} to {max(present)})"
     elif len(present) == len(names):
         classes = count(len(names), "class")
@@ -88,7 +91,7 @@ def check_labels(split: str, dataset: Any, num_classes: int, trains: bool) -> No
     Raises:
         UserError: labels are too large, or there is nothing to learn.
     """
-    present = set(dataset.labels)
+    present = labels_present(dataset.labels)
     if max(present) >= num_classes:
         from_1 = min(present) == 1 and max(present) == num_classes
         raise UserError(
@@ -107,7 +110,7 @@ def check_labels(split: str, dataset: Any, num_classes: int, trains: bool) -> No
 
 def missing_classes(split: str, dataset: Any, num_classes: int) -> str:
     """Return a warning about outputs of a classifier that have no sample to learn from; "" if all have."""
-    names, present = class_names(dataset), set(dataset.labels)
+    names, present = class_names(dataset), labels_present(dataset.labels)
     if len(present) == num_classes:
         return ""
     missing = [number for number in range(num_classes) if number not in present]

@@ -1,9 +1,9 @@
-"""The content of an image folder with one folder per class: its images, and what is left out of the set."""
+"""The content of folders of images or videos, with one folder per class or not, and what is left out of the set."""
 
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,16 +11,24 @@ from maskfeat.data.image_reader import SUFFIXES
 from maskfeat.errors import UserError, naming
 
 LAYOUT = "DATA.PATH_TO_DATA_DIR must hold train/ and val/ with one folder a class: train/<class>/<image>.JPEG"
+LAYOUT_OF_VIDEOS = (
+    "DATA.PATH_TO_DATA_DIR must hold train.csv, val.csv and test.csv, or train/ and val/ with one folder a class: "
+    "train/<class>/<video>.mp4"
+)
 
 _PICTURES = (
     *(".arw", ".avif", ".cr2", ".dng", ".exr", ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jxl", ".nef"),
     *(".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga"),
 )
 """Endings of pictures that are not read."""
+_FILMS = (".asf", ".divx", ".dv", ".f4v", ".m1v", ".m2v", ".mxf", ".rm", ".rmvb")
+"""Endings of videos that are not read."""
 _ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
 _OF_SYSTEMS = {"#recycle", "$RECYCLE.BIN", "@eaDir", "__MACOSX", "lost+found", "System Volume Information"}
 """Folders that file systems, macOS and network drives make; some hold thumbnails of the images beside them."""
 _NAMED = 5
+
+ImageList = list[tuple[str, int]]
 
 Kind = tuple[str, str]
 """What is left out: the noun in the singular, and what follows it."""
@@ -75,6 +83,7 @@ class FolderScan:
         possible_classes: archives and broken links beside the class folders, each of which may be a class.
         folders_with_images: how many there are, at any depth.
         suffixes: endings of the files that are looked for, in lower case.
+        noun: what these files are, "image" or "video".
     """
 
     root: Path
@@ -84,6 +93,12 @@ class FolderScan:
     possible_classes: list[str] = field(default_factory=list)
     folders_with_images: int = 0
     suffixes: tuple[str, ...] = SUFFIXES
+    noun: str = "image"
+
+    @property
+    def layout(self) -> str:
+        """How the folder should look, for messages."""
+        return LAYOUT if self.noun == "image" else LAYOUT_OF_VIDEOS
 
     @property
     def number(self) -> int:
@@ -101,7 +116,7 @@ class FolderScan:
         return some([count(number, noun) + rest for (noun, rest), number in kinds])
 
     def check_share(self) -> None:
-        """Check that the images in class folders are most of the pictures.
+        """Check that the images in class folders are most of the pictures, or the videos most of the films.
 
         Raises:
             UserError: there are none, or more pictures are left out.
@@ -109,15 +124,15 @@ class FolderScan:
         left_out = self.left_out_in_words()
         if not self.number:
             raise UserError(
-                f"no image ({', '.join(SUFFIXES)}) in the class folders of {self.root}"
-                f"{f', which holds {left_out}' if left_out else ''}: {LAYOUT}"
+                f"no {self.noun} ({', '.join(self.suffixes)}) in the class folders of {self.root}"
+                f"{f', which holds {left_out}' if left_out else ''}: {self.layout}"
             )
         if self.pictures > self.number:
             folders = count(len(self.images) - len(self.empty), "class folder")
             raise UserError(
-                f"{self.root} has {count(self.number, 'image')} in {folders}, and more would be left out: {left_out}. "
-                f"Move them into class folders, convert what is not one of {', '.join(SUFFIXES)}, or move them away; "
-                "DATA.PATH_TO_DATA_DIR names the folder"
+                f"{self.root} has {count(self.number, self.noun)} in {folders}, and more would be left out: "
+                f"{left_out}. Move them into class folders, convert what is not one of {', '.join(self.suffixes)}, or "
+                "move them away; DATA.PATH_TO_DATA_DIR names the folder"
             )
 
     def check_numbers(self, num_classes: int) -> None:
@@ -154,21 +169,24 @@ class FolderScan:
             self.left_out["hidden folder" if _is_folder(entry) else "hidden file", ""] += 1
         elif entry.is_symlink() and not os.path.exists(entry.path):
             self.left_out["broken link", ""] += 1
-        elif suffix in SUFFIXES:
+        elif suffix in self.suffixes:
             self.pictures += 1
-            self.left_out["image", where] += 1
+            self.left_out[self.noun, where] += 1
         elif suffix:
-            self.pictures += suffix in _PICTURES
+            self.pictures += suffix in (_PICTURES if self.noun == "image" else _FILMS)
             self.left_out[f"{suffix} file", ""] += 1
         else:
             self.pictures += 1
             self.left_out["file", " without an ending"] += 1
 
-    def images_below(self, folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+    def images_below(
+        self, folder: str, above: frozenset[tuple[int, int]] = frozenset(), skip: Collection[str] = ()
+    ) -> Iterator[str]:
         """Yield the image files in a folder and the folders in it; links to folders are followed, but not in circles.
 
         Args:
             above: device and inode of the folders above it.
+            skip: names of folders directly in it that are not searched.
         """
         with naming(f"{folder} cannot be listed"):
             status = os.stat(folder)
@@ -180,6 +198,8 @@ class FolderScan:
         for entry in _entries(folder):
             if _is_hidden(entry):
                 self.leave_out(entry)
+            elif _is_folder(entry) and entry.name in skip:
+                self.left_out["folder", f" {entry.name}/"] += 1
             elif _is_folder(entry):
                 yield from self.images_below(entry.path, above | {here})
             elif entry.name.lower().endswith(self.suffixes):
@@ -190,15 +210,19 @@ class FolderScan:
         self.folders_with_images += holds_images
 
 
-def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
+def scan_folder(root: str | os.PathLike[str], suffixes: tuple[str, ...] = SUFFIXES, noun: str = "image") -> FolderScan:
     """Look for the images of `root/<class>/`, at any depth. Hidden files and folders are left out.
+
+    Args:
+        root: the folder of a split.
+        suffixes, noun: what is looked for, see `FolderScan`.
 
     Raises:
         UserError: the folder does not exist, a folder cannot be listed, or two names are the same in Unicode.
     """
-    found = FolderScan(Path(root))
+    found = FolderScan(Path(root), suffixes=suffixes, noun=noun)
     if not found.root.is_dir():
-        raise UserError(f"no folder {root}: {LAYOUT}")
+        raise UserError(f"no folder {root}: {found.layout}")
     for entry in sorted(_entries(root), key=lambda entry: (class_name(entry.name), entry.name)):
         name = class_name(entry.name)
         if _is_folder(entry) and not _is_hidden(entry):
@@ -207,7 +231,7 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
             found.images[name] = sorted(found.images_below(entry.path))
             continue
         found.leave_out(entry, f" directly in {found.root.name}/, outside of a class folder")
-        broken = entry.is_symlink() and not os.path.exists(entry.path) and not name.lower().endswith(SUFFIXES)
+        broken = entry.is_symlink() and not os.path.exists(entry.path) and not name.lower().endswith(suffixes)
         if (broken or name.lower().endswith(_ARCHIVES)) and not _is_hidden(entry):
             found.possible_classes.append(entry.name)
     # An archive that has been unpacked beside itself is no class.
@@ -215,3 +239,42 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
         name for name in found.possible_classes if class_name(name.split(".")[0]) not in found.images
     ]
     return found
+
+
+def list_image_folder(
+    root: str | os.PathLike[str] | FolderScan, classes: Sequence[str] | None = None, whose: str = "the training set"
+) -> tuple[ImageList, list[str]]:
+    """List the images of `root/<class>/`, at any depth.
+
+    Args:
+        root: the folder of a split, such as DATA.PATH_TO_DATA_DIR/train, or a scan of it.
+        classes: class names in the order of their indices; None = the folders of `root`, sorted by name. Pass the names
+            of the training set for a validation set that lacks some classes.
+        whose: what `classes` belong to, for messages.
+
+    Returns:
+        [(path, class index)] sorted by class and name, and the class names.
+
+    Raises:
+        UserError: the folder does not exist, contains no image or leaves out most of them, or contains a class that is
+            not in `classes`.
+    """
+    scan = root if isinstance(root, FolderScan) else scan_folder(root)
+    names = list(scan.images) if classes is None else [class_name(name) for name in classes]
+    class_index = {name: index for index, name in enumerate(names)}
+    unknown = [name for name in scan.images if name not in class_index]
+    if unknown:
+        alike = {_without_case(name): name for name in names}
+        shown = [
+            f"{name} ({alike[_without_case(name)]} but for case or spaces)" if _without_case(name) in alike else name
+            for name in unknown
+        ]
+        raise UserError(
+            f"{scan.root} has {count(len(unknown), 'class folder')} that {whose} lacks ({some(shown)}): {scan.layout}"
+        )
+    scan.check_share()
+    return [(path, class_index[name]) for name, files in scan.images.items() for path in files], names
+
+
+def _without_case(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").split())

@@ -1,9 +1,7 @@
 """Image data sets in the layout of ImageNet: one folder per class."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -12,62 +10,21 @@ from yacs.config import CfgNode
 from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.bad_samples import error_context, read_with_fallback
 from maskfeat.data.datasets.base import DatasetRequest, augmentation, num_views
-from maskfeat.data.datasets.folders import LAYOUT, FolderScan, class_folders, class_name, count, scan_folder, some
+from maskfeat.data.datasets.label_sets import LabelSet, target_of
+from maskfeat.data.datasets.layouts import check_sources, find_split
 from maskfeat.data.image_reader import READERS, load_decoder, read_tensor
 from maskfeat.data.rng import draw_mask, seeded
 from maskfeat.data.sample import Sample, unreadable_sample
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, ImageTransform, RGBImage
-from maskfeat.errors import UserError
 from maskfeat.masking import MaskSampler
-from maskfeat.registry import DatasetSpec, objective_spec, register
-
-ImageList = list[tuple[str, int]]
-
-
-def list_image_folder(
-    root: str | os.PathLike[str] | FolderScan, classes: Sequence[str] | None = None, whose: str = "the training set"
-) -> tuple[ImageList, list[str]]:
-    """List the images of `root/<class>/`, at any depth.
-
-    Args:
-        root: the folder of a split, such as DATA.PATH_TO_DATA_DIR/train, or a scan of it.
-        classes: class names in the order of their indices; None = the folders of `root`, sorted by name. Pass the names
-            of the training set for a validation set that lacks some classes.
-        whose: what `classes` belong to, for messages.
-
-    Returns:
-        [(path, class index)] sorted by class and name, and the class names.
-
-    Raises:
-        UserError: the folder does not exist, contains no image or leaves out most of them, or contains a class that is
-            not in `classes`.
-    """
-    scan = root if isinstance(root, FolderScan) else scan_folder(root)
-    names = list(scan.images) if classes is None else [class_name(name) for name in classes]
-    class_index = {name: index for index, name in enumerate(names)}
-    unknown = [name for name in scan.images if name not in class_index]
-    if unknown:
-        alike = {_without_case(name): name for name in names}
-        shown = [
-            f"{name} ({alike[_without_case(name)]} but for case or spaces)" if _without_case(name) in alike else name
-            for name in unknown
-        ]
-        raise UserError(
-            f"{scan.root} has {count(len(unknown), 'class folder')} that {whose} lacks ({some(shown)}): {LAYOUT}"
-        )
-    scan.check_share()
-    return [(path, class_index[name]) for name, files in scan.images.items() for path in files], names
-
-
-def _without_case(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").split())
+from maskfeat.registry import DatasetSpec, register
 
 
 class ImageFolder(Dataset[list[Sample]]):
     """Images with class labels. A SampleKey maps to `num_views` augmented views of one image.
 
     Args:
-        samples: [(path, class index)], see `list_image_folder`; not copied.
+        samples: [(path, class index)], see `list_image_folder`, or [(path, class indices)]; not copied.
         transform: the augmentation, see `ImageTransform`.
         seed: of all random draws.
         draw_hidden: draws a mask for every view; None = no masks.
@@ -75,37 +32,41 @@ class ImageFolder(Dataset[list[Sample]]):
             by zeros.
         num_views: number of augmented views per key (repeated augmentation).
         backend: of decoding and resizing, a key of `READERS`.
+        num_classes: of multi-hot targets, where samples have several class indices.
 
     Attributes:
         classes: their names by their numbers; None = not known.
         place, left_out: where the images are and what else is there, in words, for the log.
+        mixture: (samples, weight) of each of DATA.SOURCES, in the order of the samples; () = there are none.
     """
 
     views = 1
     classes: list[str] | None = None
     place = ""
     left_out = ""
+    mixture: Sequence[tuple[int, float]] = ()
 
     def __init__(
         self,
-        samples: Sequence[tuple[str, int]],
+        samples: Sequence[tuple[str, int | LabelSet]],
         transform: ImageTransform,
         seed: int,
         draw_hidden: MaskSampler | None = None,
         replace_bad: bool = True,
         num_views: int = 1,
         backend: str = "pil",
+        num_classes: int = 0,
     ) -> None:
         self.read = READERS[backend]
         if self.read is read_tensor:  # raises here, not at the first image, if the decoder is not installed
             load_decoder()
-        self.samples = samples
+        self.samples: Sequence[tuple[str, Any]] = samples
         self.labels = [label for _, label in self.samples]
         self.transform = transform
         self.seed = seed
         self.draw_hidden = draw_hidden
         self.replace_bad = replace_bad
-        self.num_views = num_views
+        self.num_views, self.num_classes = num_views, num_classes
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -130,11 +91,15 @@ class ImageFolder(Dataset[list[Sample]]):
             with seeded(self.seed, key.epoch, key.index, view, self.transform.libraries) as rng:
                 sample = self.transform(image, rng)
         hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
-        return replace(sample, label=self.labels[index], hidden=hidden, index=index, bad=bad)
+        return replace(
+            sample, label=target_of(self.labels[index], self.num_classes), hidden=hidden, index=index, bad=bad
+        )
 
 
-def build_image_folder(cfg: CfgNode, request: DatasetRequest, samples: Sequence[tuple[str, int]]) -> ImageFolder:
-    """Return images [(path, class number)] with the transforms that the config describes."""
+def build_image_folder(
+    cfg: CfgNode, request: DatasetRequest, samples: Sequence[tuple[str, int | LabelSet]]
+) -> ImageFolder:
+    """Return images [(path, class number or numbers)] with the transforms that the config describes."""
     data = cfg.DATA
     if request.augmented:
         transform: ImageTrainTransform | ImageEvalTransform = ImageTrainTransform(
@@ -159,46 +124,22 @@ def build_image_folder(cfg: CfgNode, request: DatasetRequest, samples: Sequence[
         replace_bad=request.augmented,
         num_views=num_views(cfg, request),
         backend=cfg.DATA_LOADER.IMAGE_BACKEND,
+        num_classes=cfg.MODEL.NUM_CLASSES,
     )
 
 
 def build_imagenet(cfg: CfgNode, request: DatasetRequest) -> ImageFolder:
-    """Return a split of DATA.PATH_TO_DATA_DIR; "test" reads test/ where it has class folders, else val/.
-
-    `request.classes` number the classes, else the folders of train/, where there is one.
-    """
-    root, split, names = Path(cfg.DATA.PATH_TO_DATA_DIR), request.split, request.classes
-    whose = "the checkpoint" if split == "test" and names is not None else "the training set"
-    if names is None and split != "train" and (root / "train").is_dir():
-        names = class_folders(root / "train") or None
-    scan, note = _test_folder(root, names) if split == "test" else (scan_folder(root / split), "")
-    if names is None and objective_spec(cfg).classifies:
-        scan.check_numbers(cfg.MODEL.NUM_CLASSES)
-    samples, classes = list_image_folder(scan, names, whose)
-    images = build_image_folder(cfg, request, samples)
-    images.classes, images.place, images.left_out = classes, f"folder {scan.root}{note}", scan.left_out_in_words()
+    """Return a split of DATA.PATH_TO_DATA_DIR, or of DATA.SOURCES, see `layouts.find_split`."""
+    found = find_split(cfg, request, "image")
+    images = build_image_folder(cfg, request, found.samples)
+    images.classes, images.place, images.left_out = found.classes, found.place, found.left_out
+    images.mixture = found.mixture
     return images
-
-
-def _test_folder(root: Path, names: Sequence[str] | None) -> tuple[FolderScan, str]:
-    """Return a scan of test/, or of val/ where test/ has no labelled image, and a note which it is."""
-    test, val = root / "test", root / "val"
-    if not test.is_dir():
-        return scan_folder(val), f" (there is no {test})"
-    scan = scan_folder(test)
-    known = set(scan.images) if names is None else {class_name(name) for name in names}
-    if val.is_dir() and not any(files and name in known for name, files in scan.images.items()):
-        return scan_folder(val), f" ({test} has no image in a class folder)"
-    return scan, ""
 
 
 def check_images(cfg: CfgNode) -> Iterator[str]:
     """Yield the problems of keys that `build_imagenet` reads."""
-    if cfg.DATA.CLASS_NAMES:
-        yield (
-            f"DATA.CLASS_NAMES is {cfg.DATA.CLASS_NAMES!r}, and names the classes of lists: those of imagenet have the "
-            "names of their folders"
-        )
+    yield from check_sources(cfg)
 
 
-register(DatasetSpec(name="imagenet", media="image", build=build_imagenet, check=check_images))
+register(DatasetSpec(name="imagenet", media="image", build=build_imagenet, check=check_images, mixes=True))

@@ -1,6 +1,5 @@
-"""Video data sets in the layout of Kinetics: a csv file per split lists the videos and their labels."""
+"""Video data sets: a csv file per split lists the videos and their labels, as for Kinetics, or they lie in folders."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,20 +11,18 @@ from yacs.config import CfgNode
 from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.bad_samples import error_context, read_with_fallback
 from maskfeat.data.datasets.base import DatasetRequest, augmentation, num_views
-from maskfeat.data.datasets.classes import read_class_names
-from maskfeat.data.datasets.video_list import check_some_exist, read_video_list
+from maskfeat.data.datasets.label_sets import LabelSet, target_of
+from maskfeat.data.datasets.layouts import check_sources, find_split
 from maskfeat.data.rng import SPAN_STREAM, draw_mask, sample_generator, seeded
 from maskfeat.data.sample import Sample, unreadable_sample
 from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform, ClipTransform
 from maskfeat.data.video import torchcodec_decoder
 from maskfeat.data.video.decoder import VideoInfo, decode_frames
-from maskfeat.data.video.temporal_sampling import clip_length, clip_span, frame_indices
+from maskfeat.data.video.temporal_sampling import clip_length, clip_span, frame_indices, segment_indices
 from maskfeat.masking import MaskSampler
-from maskfeat.registry import DatasetSpec, objective_spec, register
+from maskfeat.registry import DatasetSpec, register
 
 MODES = ("train", "val", "test")
-NAMES = "classes.txt"
-"""File beside the lists with the names of their classes, see `read_class_names`."""
 
 
 class VideoClips(Dataset[list[Sample]]):
@@ -36,7 +33,7 @@ class VideoClips(Dataset[list[Sample]]):
     crop.
 
     Args:
-        videos: [(path, label)], see `video_list.read_video_list`; not copied.
+        videos: [(path, label)] or [(path, labels)], see `video_list`; not copied.
         transform: the augmentation, see `ClipTransform`.
         num_frames, sampling_rate, target_fps: a clip spans num_frames x sampling_rate frames at target_fps.
         seed: of all random draws.
@@ -49,18 +46,23 @@ class VideoClips(Dataset[list[Sample]]):
             zeros.
         torchcodec: decode by torchcodec, which must be installed and returns the same frames, see `torchcodec_decoder`.
         short_side: that frames are scaled to while they are decoded, see `decoder.open_video`; None = their own.
+        num_classes: of multi-hot targets, where videos have several labels.
+        segments: a clip is one frame from each of num_frames equal parts of the whole video, see `segment_indices`.
 
     Attributes:
         classes: their names by their numbers; None = not known.
-        place: where the videos are listed, in words, for the log.
+        place, left_out: where the videos are and what else is there, in words, for the log.
+        mixture: (samples, weight) of each of DATA.SOURCES, in the order of the samples; () = there are none.
     """
 
     classes: list[str] | None = None
     place = ""
+    left_out = ""
+    mixture: Sequence[tuple[int, float]] = ()
 
     def __init__(
         self,
-        videos: Sequence[tuple[str, int]],
+        videos: Sequence[tuple[str, int | LabelSet]],
         transform: ClipTransform,
         num_frames: int,
         sampling_rate: int,
@@ -75,13 +77,15 @@ class VideoClips(Dataset[list[Sample]]):
         replace_bad: bool = True,
         torchcodec: bool = False,
         short_side: int | None = None,
+        num_classes: int = 0,
+        segments: bool = False,
     ) -> None:
         if torchcodec:  # raises here, not at the first video, if it is not installed
             torchcodec_decoder.load_decoder()
         self.torchcodec = torchcodec
-        self.short_side = short_side
+        self.short_side, self.num_classes, self.segments = short_side, num_classes, segments
         assert mode in MODES, f"mode is one of {MODES}, not {mode!r}"
-        self.videos = videos
+        self.videos: Sequence[tuple[str, Any]] = videos
         self.labels = [label for _, label in self.videos]
         self.transform = transform
         self.num_frames, self.sampling_rate, self.target_fps = num_frames, sampling_rate, target_fps
@@ -112,6 +116,8 @@ class VideoClips(Dataset[list[Sample]]):
 
     def _decode(self, index: int, key: SampleKey) -> np.ndarray:
         def wanted(info: VideoInfo) -> list[int]:
+            if self.segments:
+                return segment_indices(self.num_frames, info.frames, self._rng(key) if self.mode == "train" else None)
             start, end = self._span(info, key)
             return frame_indices(start, end, self.num_frames, info.frames)
 
@@ -124,11 +130,13 @@ class VideoClips(Dataset[list[Sample]]):
             self._last = clip, decode(self.path(index), wanted, short_side=self.short_side)[0]
         return self._last[1]
 
+    def _rng(self, key: SampleKey) -> np.random.Generator:
+        return sample_generator(self.seed, key.epoch, key.index, key.view, SPAN_STREAM)
+
     def _span(self, info: VideoInfo, key: SampleKey) -> tuple[float, float]:
         length = clip_length(self.num_frames, self.sampling_rate, self.target_fps, info.fps)
         if self.mode == "train":
-            rng = sample_generator(self.seed, key.epoch, key.index, key.view, SPAN_STREAM)
-            return clip_span(info.frames, length, -1, 1, rng=rng)
+            return clip_span(info.frames, length, -1, 1, rng=self._rng(key))
         if self.mode == "val":
             return clip_span(info.frames, length, 0, 1, use_offset=True)
         return clip_span(info.frames, length, key.view // self.num_crops, self.num_clips, self.use_offset)
@@ -142,17 +150,27 @@ class VideoClips(Dataset[list[Sample]]):
             with seeded(self.seed, key.epoch, key.index, view) as rng:
                 sample = self.transform(frames, rng, view % self.num_crops)
         hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
-        return replace(sample, label=self.labels[index], hidden=hidden, index=index, bad=bad)
+        return replace(
+            sample, label=target_of(self.labels[index], self.num_classes), hidden=hidden, index=index, bad=bad
+        )
 
 
 def check_clips(cfg: CfgNode) -> Iterator[str]:
-    """Yield the problems of keys that `build_video_clips` reads."""
+    """Yield the problems of keys that `build_video_clips` and `build_kinetics` read."""
     data = cfg.DATA
+    yield from check_sources(cfg)
     jitters = cfg.TRAIN.ENABLE and not data.TRAIN_JITTER_SCALES_RELATIVE
     if jitters and data.TRAIN_JITTER_SCALES[0] < data.TRAIN_CROP_SIZE:
         yield (
             f"DATA.TRAIN_JITTER_SCALES must start at DATA.TRAIN_CROP_SIZE ({data.TRAIN_CROP_SIZE}) or above, "
             f"or the crop does not fit; given {data.TRAIN_JITTER_SCALES}"
+        )
+    clips = [number for number, _ in views_in_testing(cfg)]
+    if cfg.TEST.ENABLE and data.SEGMENT_SAMPLING and clips != [1]:
+        key = "TEST.NUM_TEMPORAL_CLIPS" if cfg.TEST.NUM_TEMPORAL_CLIPS else "TEST.NUM_ENSEMBLE_VIEWS"
+        yield (
+            f"{key} must be {'[1]' if cfg.TEST.NUM_TEMPORAL_CLIPS else 1} where DATA.SEGMENT_SAMPLING is True (every "
+            f"clip would have the same frames); given {cfg.TEST.NUM_TEMPORAL_CLIPS or clips[0]}"
         )
 
 
@@ -162,8 +180,10 @@ def views_in_testing(cfg: CfgNode) -> list[tuple[int, int]]:
     return [(count, cfg.TEST.NUM_SPATIAL_CROPS) for count in counts]
 
 
-def build_video_clips(cfg: CfgNode, request: DatasetRequest, videos: Sequence[tuple[str, int]]) -> VideoClips:
-    """Return clips of videos [(path, label)] with the transforms that the config describes."""
+def build_video_clips(
+    cfg: CfgNode, request: DatasetRequest, videos: Sequence[tuple[str, int | LabelSet]]
+) -> VideoClips:
+    """Return clips of videos [(path, label or labels)] with the transforms that the config describes."""
     data, split = cfg.DATA, request.split
     num_crops = cfg.TEST.NUM_SPATIAL_CROPS if split == "test" else 1
     short_side = data.TRAIN_JITTER_SCALES[0]
@@ -194,34 +214,27 @@ def build_video_clips(cfg: CfgNode, request: DatasetRequest, videos: Sequence[tu
         replace_bad=request.augmented,
         torchcodec=data.DECODING_BACKEND == "torchcodec",
         short_side=short_side if data.DECODER_SCALE else None,
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        segments=data.SEGMENT_SAMPLING,
     )
 
 
 def build_kinetics(cfg: CfgNode, request: DatasetRequest) -> VideoClips:
-    """Return a split of DATA.PATH_TO_DATA_DIR, which holds train.csv, val.csv and test.csv."""
-    data = cfg.DATA
-    path = os.path.join(data.PATH_TO_DATA_DIR, f"{request.split}.csv")  # as text: a Path would turn s3:// into s3:/
-    # Pre-training needs no labels, except where its training samples are shown plainly, to be told apart by a probe.
-    labelled = objective_spec(cfg).classifies or (request.split == "train" and not request.augmented)
-    videos = read_video_list(path, data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX, labelled)
-    check_some_exist(videos, path, data.PATH_PREFIX, data.PATH_TO_DATA_DIR)
-    clips = build_video_clips(cfg, request, videos)
-    clips.classes, clips.place = _names(cfg, request), f"list {path}"
+    """Return a split of DATA.PATH_TO_DATA_DIR, or of DATA.SOURCES, see `layouts.find_split`."""
+    found = find_split(cfg, request, "video")
+    clips = build_video_clips(cfg, request, found.samples)
+    clips.classes, clips.place, clips.left_out = found.classes, found.place, found.left_out
+    clips.mixture = found.mixture
     return clips
 
 
-def _names(cfg: CfgNode, request: DatasetRequest) -> list[str] | None:
-    """Return the names of a classifier's classes: those of DATA.CLASS_NAMES, of `NAMES` beside the lists or of the
-    checkpoint.
-    """
-    if not objective_spec(cfg).classifies:
-        return None
-    beside = os.path.join(cfg.DATA.PATH_TO_DATA_DIR, NAMES)
-    if cfg.DATA.CLASS_NAMES or os.path.exists(beside):
-        return read_class_names(cfg.DATA.CLASS_NAMES or beside, cfg.MODEL.NUM_CLASSES)
-    return None if request.classes is None else list(request.classes)
-
-
 register(
-    DatasetSpec(name="kinetics", media="clip", build=build_kinetics, check=check_clips, test_views=views_in_testing)
+    DatasetSpec(
+        name="kinetics",
+        media="clip",
+        build=build_kinetics,
+        check=check_clips,
+        test_views=views_in_testing,
+        mixes=True,
+    )
 )

@@ -9,10 +9,11 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from maskfeat.data.datasets.label_sets import LABELS, LabelSet, is_number, read_labels
 from maskfeat.errors import UserError
 from maskfeat.file_io import NotReadable, local_path, open_regular_file
 
@@ -23,14 +24,12 @@ MAX_LINE = 16_384
 NO_LABEL = -1
 """Label of videos whose list has none."""
 
-_HANDFUL = 100
 _DELIMITERS = (",", "\t", ";", " ")
 SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv", ".3gp"),
     *(".ogv", ".vob", ".y4m"),
 )
 _VIDEO = re.compile(rf"(?:{'|'.join(map(re.escape, SUFFIXES))})(?![a-z0-9])", re.IGNORECASE)
-_POINTED = re.compile(r"[0-9]+\.0*")  # pandas writes whole numbers as 3.0 where a value of the column is missing
 _UNDECODED = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _QUOTES = "\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
@@ -90,43 +89,22 @@ def read_video_list(
     return _Reader(os.fspath(csv_path), separator, prefix, labelled).read()
 
 
-def check_some_exist(videos: Sequence[tuple[str, int]], csv_path: str, prefix: str, folder: str) -> None:
-    """Look for videos spread over a list until one is found.
+def read_multi_label_list(
+    csv_path: str | os.PathLike[str], separator: str = " ", prefix: str = "", labelled: bool = True
+) -> list[tuple[str, LabelSet]]:
+    """Read a list of videos with one or more labels each, separated by commas: `path 3,17`; see `read_video_list`.
 
-    Args:
-        videos: [(path, label)], see `read_video_list`.
-        csv_path: the list.
-        prefix: DATA.PATH_PREFIX.
-        folder: DATA.PATH_TO_DATA_DIR, for advice.
-
-    Raises:
-        UserError: there is none of _HANDFUL videos; names the first of them and DATA.PATH_PREFIX.
+    Returns:
+        [(path, labels)]; without labels, they are (NO_LABEL,).
     """
-    tried = [path for path, _ in videos[:: max(len(videos) // _HANDFUL, 1)][:_HANDFUL]]
-    if any(map(os.path.exists, tried)):
-        return
-    first = tried[0]
-    try:
-        open_regular_file(first).close()
-        cause = "no such file"  # it has appeared in the meantime
-    except NotReadable as error:
-        cause = str(error)
-    base = "" if os.path.isabs(first) else f", from the working folder {os.getcwd()}"
-    listed = os.path.relpath(first, prefix) if prefix else first
-    others = [] if os.path.isabs(listed) else [folder, os.path.dirname(os.path.normpath(prefix))]
-    there = [other for other in others if other != prefix and os.path.exists(os.path.join(other, listed))]
-    raise UserError(
-        f"no video of {csv_path} was found ({len(tried)} were looked for): {first}: {cause}{base}. DATA.PATH_PREFIX, "
-        f"the folder that the paths of the list are relative to, is {prefix!r}"
-        + (f"; they are there with DATA.PATH_PREFIX {there[0]!r}" if there else "")
-    )
+    return _Reader(os.fspath(csv_path), separator, prefix, labelled, several=True).read()
 
 
 class _Reader:
     """Reads one list; the arguments are those of `read_video_list`."""
 
-    def __init__(self, csv_path: str, separator: str, prefix: str, labelled: bool) -> None:
-        self.csv_path, self.prefix, self.labelled = csv_path, prefix, labelled
+    def __init__(self, csv_path: str, separator: str, prefix: str, labelled: bool, several: bool = False) -> None:
+        self.csv_path, self.prefix, self.labelled, self.several = csv_path, prefix, labelled, several
         self.base = os.path.join(prefix, "") if prefix else ""
         self.delimiter = _unescaped(separator)
         if not self.delimiter or any(mark in self.delimiter for mark in '"\r\n'):
@@ -139,9 +117,9 @@ class _Reader:
         # A line that can be read in one way only: names of letters, digits and common marks, a suffix, a label.
         name = r"(?!\.)[\w.()+=@&!#~ -]+"
         path = rf"(?! |\d+{mark}){'' if prefix else '/?'}{name}(?:/{name})*(?<=\w){_VIDEO.pattern}"
-        self.plain = re.compile(rf"({path})(?:{mark}([0-9]+))?{mark}([0-9]{{1,18}})", re.IGNORECASE)
+        self.plain = re.compile(rf"({path})(?:{mark}([0-9]+))?{mark}({LABELS[several]})", re.IGNORECASE)
 
-    def read(self) -> VideoList:
+    def read(self) -> list[tuple[str, Any]]:
         lines = list(self._lines())
         header = self._header(lines[0]) if lines else None
         lines = lines[1:] if header else lines
@@ -180,17 +158,18 @@ class _Reader:
                 if text and (text[0] not in fillers or text.strip().strip(fillers)):
                     yield _Line(number, text)
 
-    def _plain_list(self, lines: list[_Line], header: tuple[list[str], int, int | None] | None) -> VideoList | None:
+    def _plain_list(self, lines: list[_Line], header: tuple[list[str], int, int | None] | None) -> list[Any] | None:
         """Return the videos of a list of plain lines, in half the time; None if one line is not plain."""
         if self.delimiter not in _DELIMITERS or (header and (len(header[0]) != 2 or header[1])):
             return None
+        read: Callable[[str], int | LabelSet] = partial(read_labels, several=True) if self.several else int
         videos, with_frames = [], 0
         for _, text in lines:
             found = self.plain.fullmatch(text)
             if found is None or (self.delimiter in found[1] and self.more.search(found[1])):
                 return None
             with_frames += found[2] is not None
-            videos.append((self.base + found[1], int(found[3])))
+            videos.append((self.base + found[1], read(found[3])))
         return videos if with_frames in (0, 0 if header else len(lines)) else None
 
     # ------------------------------------------------------------------ a list with names of columns
@@ -204,7 +183,7 @@ class _Reader:
         names = [first, *(name for name in rest if name or not self.delimiter.isspace())]
         paths = [place for place, name in enumerate(names) if name in _PATH_NAMES]
         labels = [place for place, name in enumerate(names) if name in _LABEL_NAMES]
-        if not paths or not (labels or len(names) == 1) or any(map(_is_number, names)):
+        if not paths or not (labels or len(names) == 1) or any(map(is_number, names)):
             return None  # in the first line of a list of paths, any words may stand
         if len(paths) > 1 or len(labels) > 1:
             raise self._refused(line, "names more than one column that may be the path or the label")
@@ -218,13 +197,13 @@ class _Reader:
             fields = [fields[0], *filter(None, fields[1:])]
         after = len(names) - path - 1
         numbers = fields[:path] + fields[len(fields) - after :]
-        if len(fields) > len(names) and '"' not in line.text and all(map(_is_number, numbers)):
+        if len(fields) > len(names) and '"' not in line.text and all(map(is_number, numbers)):
             inner = line.text.split(self.delimiter, path)[-1]  # a path that contains the delimiter
             inner = inner.rsplit(self.delimiter, after)[0] if after else inner
             fields = [*fields[:path], inner.strip(), *fields[len(fields) - after :]]
         if len(fields) != len(names):
             raise self._refused(line, f"has {len(fields)} columns, and the first line names {len(names)}")
-        if label is not None and not _is_number(fields[label]):
+        if label is not None and not is_number(fields[label], self.several):
             raise self._refused(line, f"has the label {fields[label]!r}, which is not a number of 0 or more")
         return _Row(line, fields[path], "" if label is None else fields[label], quoted='"' in line.text)
 
@@ -235,15 +214,15 @@ class _Reader:
         if '"' in text and (text[0] == '"' or self.delimiter + '"' in text):
             first, *rest = self._fields(line)
             numbers = [field for field in rest if field] if self.delimiter.isspace() else rest
-            if len(numbers) > 2 or not all(_is_number(number) for number in numbers):
+            if len(numbers) > 2 or not all(is_number(number, self.several) for number in numbers):
                 raise self._refused(line)
             return _Row(line, first, numbers[-1] if numbers else "", first if len(numbers) == 2 else "", True)
         path, _, label = text.rpartition(self.delimiter)
         path, label = path.strip(), label.strip()
-        if not path or not _is_number(label):
+        if not path or not is_number(label, self.several):
             return _Row(line, text)
         short, _, frames = path.rpartition(self.delimiter)
-        return _Row(line, path, label, short.strip() if _is_number(frames.strip()) else "")
+        return _Row(line, path, label, short.strip() if is_number(frames.strip()) else "")
 
     def _same_columns(self, rows: list[_Row]) -> list[_Row]:
         """Return the rows with the columns that all of them have."""
@@ -316,13 +295,13 @@ class _Reader:
         fields = [field.replace(mark, self.delimiter) for field in fields]
         return [fields[0] if text.startswith('"') else fields[0].strip(), *(field.strip() for field in fields[1:])]
 
-    def _label(self, row: _Row) -> int:
+    def _label(self, row: _Row) -> int | LabelSet:
         if not row.label:
-            return NO_LABEL
-        digits = row.label.partition(".")[0]
-        if len(digits) > 18:
-            raise UserError(f"{self._where(row.line)}: a label of {len(digits)} digits")
-        return int(digits)
+            return (NO_LABEL,) if self.several else NO_LABEL
+        try:
+            return read_labels(row.label, self.several)
+        except ValueError as error:
+            raise UserError(f"{self._where(row.line)}: {error}") from None
 
     def _path(self, row: _Row) -> str:
         path, prefix = row.path, self.prefix
@@ -358,6 +337,8 @@ class _Reader:
     @property
     def _format(self) -> str:
         pair = f"'path{self.delimiter}label' with a label of 0 or more"
+        if self.several:
+            pair = f"'path{self.delimiter}label,label' with labels of 0 or more"
         return pair if self.labelled else f"{pair}, or a path alone"
 
     def _where(self, line: _Line) -> str:
@@ -367,7 +348,8 @@ class _Reader:
         """Return the error that names a line, what is wrong with it, and the key."""
         text = line.text.strip()
         shown = text if len(text) <= 300 else f"{text[:300]}..."
-        fitting = [d for d in _DELIMITERS if d != self.delimiter and _fits(text, d)]
+        delimiters = _DELIMITERS[1:] if self.several else _DELIMITERS  # a comma separates the labels
+        fitting = [d for d in delimiters if d != self.delimiter and _fits(text, d, self.several)]
         advice = f"; {fitting[0]!r} would fit this line" if fitting else ""
         why = f"{why} (a line is {self._format})" if why else f"is not {self._format}"
         return UserError(
@@ -385,15 +367,11 @@ def _unescaped(separator: str) -> str:
         return separator
 
 
-def _is_number(text: str) -> bool:
-    return (text.isdigit() and text.isascii()) or ("." in text and _POINTED.fullmatch(text) is not None)
-
-
 def _ends_as_video(path: str) -> bool:
     return any(match.end() == len(path) for match in _VIDEO.finditer(path))
 
 
-def _fits(text: str, delimiter: str) -> bool:
+def _fits(text: str, delimiter: str, several: bool) -> bool:
     """Whether a line is a path and a label, or names such columns, with another delimiter."""
     fields = [field.strip().strip('"').lower() for field in text.split(delimiter)]
-    return len(fields) > 1 and (_is_number(fields[-1]) or bool(_PATH_NAMES.intersection(fields)))
+    return len(fields) > 1 and (is_number(fields[-1], several) or bool(_PATH_NAMES.intersection(fields)))

@@ -31,8 +31,11 @@ from maskfeat.data.bad_samples import UnreadableSample, open_regular_file
 from maskfeat.data.video.pts_index import PtsIndex
 from maskfeat.data.video.scaling import Scaler, scaled_size
 
-DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,flv"
-DECODERS = ("h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "libaom-av1", "mpeg4")
+DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv"
+DECODERS = (
+    *("h264", "hevc", "vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "libaom-av1"),
+    *("mpeg4", "mpeg1video", "mpeg2video"),
+)
 MAX_SIDE = 8192
 MAX_PIXELS = 8192 * 4352
 """Of one frame: 8K. The decoder checks it too, before it allocates memory."""
@@ -116,12 +119,15 @@ class Video:
         images = None
         can_skip = self._threads == 1 and self._stream.codec_context.name in _CAN_SKIP_FRAMES
         skip_options = (True, False) if can_skip else (False,)
-        for timestamp, skip in itertools.product(self._packets.seek_timestamps(wanted[0]), skip_options):
+        # After a seek in an MPEG program stream, frames can get the times of others.
+        can_seek = self._container.format.name != "mpeg"
+        starts = self._packets.seek_timestamps(wanted[0]) if can_seek else []
+        for timestamp, skip in itertools.product(starts, skip_options):
             if self._seek(timestamp):
                 images = self._collect(wanted, from_start=False, skip=skip)
             if images is not None:
                 break
-        if images is None:  # no usable timestamps, or every seek ended too late: decode from the beginning
+        if images is None:  # no seek, no usable timestamps, or every seek ended too late: decode from the beginning
             self.close()
             self._open()
             images = self._collect(wanted, from_start=True)

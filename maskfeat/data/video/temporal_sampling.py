@@ -59,3 +59,21 @@ def frame_indices(start: float, end: float, num_frames: int, video_size: float) 
     """
     positions = torch.linspace(start, end, num_frames, dtype=torch.float32)
     return torch.clamp(positions, 0, max(video_size - 1, 0)).long().tolist()
+
+
+def segment_indices(num_frames: int, video_size: float, rng: np.random.Generator | None = None) -> list[int]:
+    """Return one frame number from each of `num_frames` segments of a video, which are equal up to one frame.
+
+    Segment i of T has the frames from floor(i N / T) to floor((i + 1) N / T) - 1. Of a video of fewer frames than
+    segments, some are returned several times.
+
+    Args:
+        num_frames: T.
+        video_size: N, whole frames of it count.
+        rng: draws uniformly within each segment; None = its centre, the earlier one of two.
+    """
+    size = max(int(video_size), 1)
+    edges = np.arange(num_frames + 1) * size // num_frames
+    first, last = edges[:-1], np.maximum(edges[1:] - 1, edges[:-1])
+    chosen = (first + last) // 2 if rng is None else rng.integers(first, last, endpoint=True)
+    return chosen.tolist()

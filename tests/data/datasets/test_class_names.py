@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.data.datasets.base import DatasetRequest
 from maskfeat.data.datasets.classes import MAX_NAME, read_class_names
@@ -72,4 +73,6 @@ def test_where_the_names_of_lists_come_from(tmp_path: Path) -> None:
 
 def test_folders_name_their_classes_themselves(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="DATA.CLASS_NAMES is 'names.txt', and names the classes of lists"):
-        load_config(RECIPES / "in1k_VIT_B_MaskFeat_FT.yaml", [*VIT_FT, "DATA.CLASS_NAMES", "names.txt"])
+        build_loader(
+            load_config(RECIPES / "in1k_VIT_B_MaskFeat_FT.yaml", [*VIT_FT, "DATA.CLASS_NAMES", "names.txt"]), "train"
+        )

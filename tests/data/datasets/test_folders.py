@@ -16,8 +16,7 @@ from maskfeat.data.datasets.classes import (
     describe_split,
     missing_classes,
 )
-from maskfeat.data.datasets.folders import class_folders, scan_folder
-from maskfeat.data.datasets.imagenet import list_image_folder
+from maskfeat.data.datasets.folders import class_folders, list_image_folder, scan_folder
 from maskfeat.errors import UserError
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from maskfeat.batch import SampleKey
 from maskfeat.data import image_reader
 from maskfeat.data.bad_samples import UnreadableSample
-from maskfeat.data.datasets.folders import scan_folder
-from maskfeat.data.datasets.imagenet import ImageFolder, list_image_folder
+from maskfeat.data.datasets.folders import list_image_folder, scan_folder
+from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.image_reader import FORMATS, MAX_PIXELS, read_image, read_tensor
 from maskfeat.data.sample import Sample
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, ImageTransform

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from maskfeat.batch import SampleKey
+from maskfeat.config import load_config
+from maskfeat.config.recipes import CONFIG_ROOT
 from maskfeat.data.datasets import kinetics
 from maskfeat.data.datasets.kinetics import VideoClips
 from maskfeat.data.datasets.video_list import read_video_list
@@ -16,6 +18,7 @@ from maskfeat.data.sample import Sample
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform
 from maskfeat.data.video.temporal_sampling import clip_span, frame_indices
+from maskfeat.errors import UserError
 from tests.data.media import read_numbers, write_video
 from tests.data.samples import clip_of
 
@@ -219,3 +222,37 @@ def test_shared_videos(shared: Path) -> None:
             continue  # 720p: slow
         (sample,) = dataset[SampleKey(0, index)]
         assert sample.bad == () and sample.label == label and clip_of(sample).std() > 0.05, path
+
+
+def test_segments(videos: list[tuple[str, int]]) -> None:
+    """Training draws within each segment, by epoch and sample alone; validation and test take the centres."""
+    raw = Raw()
+    train = VideoClips(videos, raw, 4, 4, 30, seed=0, segments=True)
+    for epoch in range(20):
+        train[SampleKey(epoch, 0)]
+    drawn = np.array([read_numbers(frames) for frames in raw.seen])
+    assert (drawn // 25 == range(4)).all() and all(len(set(column)) > 8 for column in drawn.T)
+    train[SampleKey(7, 0)]
+    assert read_numbers(raw.seen[-1]) == drawn[7].tolist()
+    VideoClips(videos, raw, 4, 4, 30, seed=0, mode="val", segments=True)[SampleKey(0, 0)]
+    assert read_numbers(raw.seen[-1]) == [12, 37, 62, 87]
+    test = VideoClips(videos, raw, 4, 4, 30, seed=0, mode="test", num_crops=3, segments=True)
+    for view in range(3):
+        test[SampleKey(0, 1, view)]
+        assert read_numbers(raw.seen[-1]) == [7, 22, 37, 52] and raw.positions[-1] == view
+    assert test.views == 3
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (["TEST.NUM_ENSEMBLE_VIEWS", "5"], "TEST.NUM_ENSEMBLE_VIEWS must be 1 where DATA.SEGMENT_SAMPLING is True"),
+        (["TEST.NUM_TEMPORAL_CLIPS", "[1, 5]"], r"TEST.NUM_TEMPORAL_CLIPS must be \[1\] where .*; given \[1, 5\]"),
+    ],
+)
+def test_segments_have_one_clip(opts: list[str], words: str) -> None:
+    recipe = CONFIG_ROOT / "video_ft" / "ssv2_MVITv2_S_16_FT.yaml"
+    with pytest.raises(UserError, match=words):
+        load_config(recipe, opts)
+    load_config(recipe, ["TEST.NUM_TEMPORAL_CLIPS", "[1]"])
+    load_config(recipe, [*opts, "TEST.ENABLE", "False"])

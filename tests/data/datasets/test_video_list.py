@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from maskfeat.data.datasets import video_list
-from maskfeat.data.datasets.video_list import MAX_LINE, NO_LABEL, check_some_exist, read_video_list
+from maskfeat.data.datasets.lists import check_some_exist
+from maskfeat.data.datasets.video_list import MAX_LINE, NO_LABEL, read_video_list
 from maskfeat.errors import UserError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskfeat.data.video.temporal_sampling import clip_length, clip_span, frame_indices
+from maskfeat.data.video.temporal_sampling import clip_length, clip_span, frame_indices, segment_indices
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "temporal_sampling.json.gz"
 
@@ -49,3 +49,22 @@ def test_random_start_is_uniform() -> None:
 def test_a_single_clip_is_central_with_offset_only() -> None:
     assert clip_span(100, 16, 0, 1, use_offset=True)[0] == 42
     assert clip_span(100, 16, 0, 1, use_offset=False)[0] == 0
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 17, 40, 300])
+def test_one_frame_of_each_segment(size: int) -> None:
+    """Segments follow one another and differ by a frame at most; the draw is uniform in each, the centre fixed."""
+    rng = np.random.default_rng(0)
+    drawn = np.array([segment_indices(16, size, rng) for _ in range(2000)])
+    centre = segment_indices(16, size)
+    assert centre == sorted(centre) and (np.diff(drawn, axis=1) >= 0).all()
+    lengths = []
+    for i in range(16):
+        first, end = i * size // 16, (i + 1) * size // 16
+        frames = list(range(first, end)) or [first]
+        assert set(drawn[:, i]) == set(frames) and centre[i] == frames[(len(frames) - 1) // 2]
+        lengths.append(end - first)
+        counts = np.bincount(drawn[:, i] - first, minlength=len(frames))
+        assert counts.min() > 0.6 * 2000 / len(frames)
+    assert sum(lengths) == size and max(lengths) - min(lengths) <= 1
+    assert segment_indices(16, 40.7) == segment_indices(16, 40)

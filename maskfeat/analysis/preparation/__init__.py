@@ -1,0 +1,1 @@
+"""Published data sets, as they are downloaded, made into what training reads."""

@@ -1,0 +1,94 @@
+"""Lists of images or videos as people have them: any usual separator, with or without labels, in any folder."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from maskfeat.data.datasets.video_list import VideoList, read_video_list
+from maskfeat.errors import UserError
+from maskfeat.file_io import NotReadable, open_regular_file
+
+LISTS = (".csv", ".tsv", ".txt")
+SEPARATORS = (" ", ",", "\t", ";")
+"""Of path and label in a list, in the order in which they are tried."""
+_TRIED = 100
+
+
+def check_some_exist(videos: Sequence[tuple[str, Any]], csv_path: str, prefix: str, folder: str) -> None:
+    """Look for videos spread over a list until one is found.
+
+    Args:
+        videos: [(path, label)], see `read_video_list`.
+        csv_path: the list.
+        prefix: DATA.PATH_PREFIX.
+        folder: DATA.PATH_TO_DATA_DIR, for advice.
+
+    Raises:
+        UserError: there is none of _TRIED videos; names the first of them and DATA.PATH_PREFIX.
+    """
+    tried = [path for path, _ in videos[:: max(len(videos) // _TRIED, 1)][:_TRIED]]
+    if any(map(os.path.exists, tried)):
+        return
+    first = tried[0]
+    try:
+        open_regular_file(first).close()
+        cause = "no such file"  # it has appeared in the meantime
+    except NotReadable as error:
+        cause = str(error)
+    base = "" if os.path.isabs(first) else f", from the working folder {os.getcwd()}"
+    listed = os.path.relpath(first, prefix) if prefix else first
+    others = [] if os.path.isabs(listed) else [folder, os.path.dirname(os.path.normpath(prefix))]
+    there = [other for other in others if other != prefix and os.path.exists(os.path.join(other, listed))]
+    raise UserError(
+        f"no video of {csv_path} was found ({len(tried)} were looked for): {first}: {cause}{base}. DATA.PATH_PREFIX, "
+        f"the folder that the paths of the list are relative to, is {prefix!r}"
+        + (f"; they are there with DATA.PATH_PREFIX {there[0]!r}" if there else "")
+    )
+
+
+def read_any_list(path: str, prefix: str, key: str, there: bool = True) -> VideoList:
+    """Read a list, with the first separator that all of its lines can be read with.
+
+    Args:
+        path: the list, see `read_video_list`.
+        prefix: folder that its paths are relative to; "" = that of the list, or the working folder.
+        key: what names the prefix, for messages.
+        there: False = accept a list of which no file is there.
+
+    Returns:
+        [(path, label)]; the label is NO_LABEL where the list has none.
+
+    Raises:
+        UserError: it cannot be read, or no file of it is there.
+    """
+    first: UserError | None = None
+    for separator in SEPARATORS:
+        try:
+            found = read_video_list(path, separator, prefix, labelled=False)
+        except UserError as error:
+            first = first or error
+            if not os.path.isfile(path) and "://" not in path:
+                break
+            continue
+        if not prefix:
+            return _from_a_folder(found, path, key, there)
+        if there:
+            check_some_exist(found, path, prefix, os.path.dirname(path))
+        return found
+    assert first is not None
+    raise first
+
+
+def _from_a_folder(found: VideoList, path: str, key: str, there: bool) -> VideoList:
+    """Return a list with its relative paths completed by the folder of the list, unless they are there as they are."""
+    tried = [name for name, _ in found[:: max(len(found) // _TRIED, 1)][:_TRIED] if not os.path.isabs(name)]
+    folder = os.path.dirname(path)
+    for base in dict.fromkeys((folder, "")):
+        if not tried or any(os.path.exists(os.path.join(base, name)) for name in tried):
+            return [(os.path.join(base, name), label) for name, label in found]
+    if not there:
+        return [(os.path.join(folder, name), label) for name, label in found]
+    raise UserError(
+        f"no file of {path} was found ({len(tried)} were looked for, such as {tried[0]!r}), neither from its folder "
+        f"nor from the working folder {os.getcwd()}: {key} names the folder that paths are relative to"
+    )
