@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from maskfeat.analysis.model import Model, load_model
+from maskfeat.engine.live_line import LiveLine, close_lines
 from maskfeat.engine.metrics_log import format_eta
 from maskfeat.engine.parallelize import PRECISIONS
 from maskfeat.errors import NotFinite, UserError
@@ -86,6 +87,8 @@ def exit_code(work: Callable[[], int], level: int = logging.INFO) -> int:
     except UserError as error:
         package.error("error: %s", error)
         return 2
+    finally:
+        close_lines()
 
 
 def check_finite(values: Tensor, path: str, what: str, precision: str) -> None:
@@ -102,7 +105,8 @@ def check_finite(values: Tensor, path: str, what: str, precision: str) -> None:
 
 
 class Progress:
-    """Log now and then how far a command is, how fast, and how long it will take.
+    """Say how far a command is, how fast, and how long it will take: in a live line on a terminal, else in lines of the
+    log now and then.
 
     Args:
         what: is counted, such as "images".
@@ -112,16 +116,20 @@ class Progress:
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.done = what, total, 0
         self.started = self.said = time.perf_counter()
+        self.line = LiveLine(what, total)
 
     def step(self, number: int) -> None:
         """Note that `number` more are done."""
         self.done += number
-        now = time.perf_counter()
-        if now - self.said >= _SECONDS:
-            self.said = now
-            rate = self.done / (now - self.started)
-            left = format_eta((self.total - self.done) / rate)
+        if self.line.is_shown:
+            self.line.show(self.done, lambda: f"{self.done} of {self.total}, {self._speed()}")
+            if self.done >= self.total:
+                self.line.close()
+        elif time.perf_counter() - self.said >= _SECONDS:
+            self.said = time.perf_counter()
             share = self.done / self.total
-            logger.info(
-                "%d of %d %s (%.0f %%), %.4g/s, eta %s", self.done, self.total, self.what, 100 * share, rate, left
-            )
+            logger.info("%d of %d %s (%.0f %%), %s", self.done, self.total, self.what, 100 * share, self._speed())
+
+    def _speed(self) -> str:
+        rate = self.done / (time.perf_counter() - self.started)
+        return f"{rate:.4g}/s, eta {format_eta((self.total - self.done) / rate)}"

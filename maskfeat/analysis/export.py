@@ -182,6 +182,23 @@ def _write_program(job: Job, path: Path) -> Written:
     return Written(lambda x: _plain(module(x)), 'torch.export.load("{path}").module()', 1e-5)
 
 
+def _conv3d(
+    clip: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int] = (0, 0, 0),
+    dilation: Sequence[int] = (1, 1, 1),
+    groups: int = 1,
+) -> Any:
+    """Translate `aten::conv3d` into ONNX: onnxscript gives one without a bias zeros of a wrong shape, (channels, 2)."""
+    from onnxscript import opset18
+
+    bias = () if bias is None else (bias,)
+    pads = [*padding, *padding]
+    return opset18.Conv(clip, weight, *bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
+
+
 def onnx_runtime() -> Any:
     """Return the module `onnxruntime`.
 
@@ -213,7 +230,9 @@ def _write_onnx(job: Job, path: Path) -> Written:
         output_names=list(job.network.names),
         opset_version=job.opset,
         dynamo=True,
+        custom_translation_table={torch.ops.aten.conv3d.default: _conv3d},
         verbose=False,
+        optimize=False,  # onnxruntime does it on loading; onnxscript needs more than 20 minutes for MViTv2-S
     )
     assert program is not None
     program.save(str(path), external_data=False)

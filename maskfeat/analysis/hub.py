@@ -102,6 +102,7 @@ def _without_paths(cfg: CfgNode) -> CfgNode:
     cleaned.defrost()
     cleaned.OUTPUT_DIR = "."
     cleaned.DATA.PATH_TO_DATA_DIR = cleaned.DATA.PATH_PREFIX = ""
+    cleaned.DATA.SOURCES = []
     cleaned.TRAIN.CHECKPOINT_FILE_PATH = cleaned.TEST.CHECKPOINT_FILE_PATH = ""
     cleaned.freeze()
     return cleaned

@@ -19,6 +19,7 @@ from maskfeat.build import build_loader, build_mask_sampler, build_objective
 from maskfeat.checkpoint.files import given_or_latest_checkpoint
 from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
+from maskfeat.data.datasets.base import NoValidation
 from maskfeat.engine.pictures import predicted_rows
 from maskfeat.engine.resume import load_to_evaluate
 from maskfeat.errors import UserError, naming
@@ -72,9 +73,14 @@ class Drawing:
 
 
 def drawing(cfg: CfgNode, number: int) -> Drawing:
-    """Predict `number` samples, spread evenly over the validation set, with the pre-trained model of a config."""
+    """Predict `number` samples, spread evenly over the validation set or, where there is none, the training
+    set, with the pre-trained model of a config."""
     objective, path = _pretrained(cfg)
-    rows = predicted_rows(objective, build_loader(cfg, "val"), number, cfg.DATA.MEAN, cfg.DATA.STD)
+    try:
+        loader = build_loader(cfg, "val")
+    except NoValidation:
+        loader = build_loader(cfg, "train", plain=True)
+    rows = predicted_rows(objective, loader, number, cfg.DATA.MEAN, cfg.DATA.STD)
     if not rows:
         raise UserError(
             f"{cfg.MODEL.MODEL_NAME} shows no predictions of the chosen samples, or none of them can be read"

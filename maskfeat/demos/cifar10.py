@@ -11,7 +11,6 @@ import logging
 import lzma
 import os
 import re
-import shutil
 import tarfile
 import zipfile
 import zlib
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from maskfeat.demos.shares import begin, finish, link
 from maskfeat.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -119,17 +119,10 @@ def prepare(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> P
     Raises:
         UserError: the source is not one of these, or is damaged; or the output exists and is not complete.
     """
-    root, done = Path(output), Path(output) / "complete"
-    if done.is_file():
-        logger.info("%s is there already", root)
+    root = Path(output)
+    draft = begin(root, list(SHARES))
+    if draft is None:
         return root
-    there = [str(root / share) for share in SHARES if (root / share).exists()]
-    if there:
-        raise UserError(
-            f"{' and '.join(there)} exists and was not laid out here to its end: remove it, or name another"
-        )
-    draft = root / ".partial"
-    shutil.rmtree(draft, ignore_errors=True)  # of a call that was interrupted
     counts: dict[tuple[str, str], int] = defaultdict(int)
     try:
         for split, name, file, content in _images(Path(source)):
@@ -145,10 +138,7 @@ def prepare(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> P
     missing = [f"{split}/{name}" for split in SPLITS for name in CLASSES if not counts[split, name]]
     if missing:
         raise UserError(f"{source} has no picture of {', '.join(missing)}: download it again")
-    for share in SHARES:
-        (draft / share).rename(root / share)
-    draft.rmdir()
-    done.touch()
+    finish(draft, root, list(SHARES))
     total = {split: sum(counts[split, name] for name in CLASSES) for split in SPLITS}
     logger.info("%s: %d training and %d test images", root, total["train"], total["test"])
     return root
@@ -160,13 +150,10 @@ class _NotWritten(Exception):
 
 def _write_or_link(path: Path, content: bytes, original: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path != original:
-            try:
-                path.hardlink_to(original)
-                return
-            except OSError:  # a file system without links
-                pass
+            link(original, path)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     except OSError as error:
         raise _NotWritten(error.strerror) from error

@@ -22,6 +22,12 @@ from PIL import Image, ImageDraw
 
 SHAPES = ("crescent", "cross", "disc", "heart", "ring", "square", "star", "triangle")
 MOTIONS = ("bob", "fall", "grow", "rise", "shrink", "sway")
+TEXTURES = ("mixed", "stripes")
+"""Textures of backgrounds: faint stripes, checks, noise and blobs, as those of shapes; or vivid stripes, which run on
+behind whatever hides them, so that a small model soon learns to predict their HOG.
+"""
+VIVID = 150.0
+"""Contrast of vivid stripes, at most."""
 
 SUPERSAMPLE = 4  # subpixels along each side of a pixel, to anti-alias polygons
 TILE_EXTENT = 1.6  # half the side of a shape's texture, in units where the area of the shape is 1
@@ -105,9 +111,13 @@ def _rng(seed: int, *names: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
-def _texture(rng: np.random.Generator, height: int, width: int, base: Float, contrast: float) -> Image.Image:
+def _texture(
+    rng: np.random.Generator, height: int, width: int, base: Float, contrast: float, texture: str
+) -> Image.Image:
     """Render stripes, checks, noise or blobs of random frequency and orientation around a colour (3,), 0 to 255."""
-    kind = rng.integers(4)
+    kind = int(rng.integers(4))
+    if texture == "stripes":
+        kind = 0
     cycles, angle = rng.uniform(2.5, 8.0), rng.uniform(0.0, np.pi)
     phase = rng.uniform(0.0, 2 * np.pi, size=2)
     sharp = rng.uniform(0.6, 4.0)
@@ -171,12 +181,13 @@ class Scene:
     front: tuple[Bar, ...]
 
 
-def _scene(rng: np.random.Generator, shape: str, height: int, width: int, difficulty: float) -> Scene:
+def _scene(rng: np.random.Generator, shape: str, height: int, width: int, difficulty: float, texture: str) -> Scene:
     side = min(height, width)
     ground, body = _two_colours(rng, difficulty)
-    contrasts = rng.uniform(0.4, 1.0, size=2) * (8.0 + 42.0 * difficulty)
-    background = _texture(rng, height, width, ground, contrasts[0])
-    tile = _texture(rng, side, side, body, contrasts[1])
+    faint = 8.0 + 42.0 * difficulty
+    contrasts = rng.uniform(0.4, 1.0, size=2) * (VIVID if texture == "stripes" else faint, faint)
+    background = _texture(rng, height, width, ground, contrasts[0], texture)
+    tile = _texture(rng, side, side, body, contrasts[1], "mixed")
     bars = []
     for _ in range(rng.integers(0, 1 + round(8 * difficulty))):
         length, thick = rng.uniform(0.15, 0.5) * side, rng.uniform(0.015, 0.04) * side
@@ -249,11 +260,12 @@ def render_image(
     size: tuple[int, int] = (96, 96),
     seed: int = 0,
     difficulty: float = 0.1,
+    texture: str = "mixed",
 ) -> Pixels:
     """Render one image (H, W, 3) uint8, RGB: a pure function of the arguments."""
     rng = _rng(seed, "image", split, shape, number)
     height, width = size
-    scene = _scene(rng, shape, height, width, difficulty)
+    scene = _scene(rng, shape, height, width, difficulty, texture)
     x, y = rng.uniform(0.36, 0.64, size=2) * (width, height)
     pose = Pose(x, y, rng.uniform(0.34, 0.52) * min(size), _turn(rng, difficulty))
     return _draw(scene, pose, wrap=False)
@@ -296,11 +308,12 @@ def render_clip(
     size: tuple[int, int] = (96, 128),
     seed: int = 0,
     difficulty: float = 0.1,
+    texture: str = "mixed",
 ) -> Pixels:
     """Render one clip (T, H, W, 3) uint8, RGB, of a random shape of `SHAPES`: a pure function of the arguments."""
     rng = _rng(seed, "clip", split, motion, number)
     height, width = size
-    scene = _scene(rng, SHAPES[rng.integers(len(SHAPES))], height, width, difficulty)
+    scene = _scene(rng, SHAPES[rng.integers(len(SHAPES))], height, width, difficulty, texture)
     angle = _turn(rng, difficulty)
     track = motion_track(motion, rng, num_frames, fps)
     # sizes are on a log scale, on which equal steps look like steady growth

@@ -9,13 +9,16 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import av
 from PIL import Image
 
-from maskfeat.demos.scenes import MOTIONS, SHAPES, Pixels, render_clip, render_image
+from maskfeat.demos.scenes import MOTIONS, SHAPES, TEXTURES, Pixels, render_clip, render_image
+from maskfeat.engine.live_line import LiveLine
+from maskfeat.engine.metrics_log import format_eta
 from maskfeat.errors import UserError
 from maskfeat.file_io import replace_text
 
@@ -38,7 +41,8 @@ def write_video(path: Path, frames: Pixels, fps: int) -> str:
     encoder = next((name for name in ENCODERS if name in av.codecs_available), None)
     if encoder is None:
         raise UserError(f"PyAV here can write none of {', '.join(ENCODERS)}: install the `av` wheel")
-    quality = {"crf": "20", "preset": "veryfast"} if encoder == "libx264" else {}
+    # Slower presets look ahead, and then a rare clip depends on what the memory held before: not always the same bytes.
+    quality = {"crf": "20", "preset": "ultrafast"} if encoder == "libx264" else {}
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream(encoder, rate=fps, options=quality)
         stream.height, stream.width = frames.shape[1:3]
@@ -60,6 +64,7 @@ def make_images(
     size: tuple[int, int] = (96, 96),
     seed: int = 0,
     difficulty: float = 0.1,
+    texture: str = "mixed",
 ) -> Path:
     """Write `root/{train,val}/<shape>/NNNN.jpg`, ImageNet's layout; labels are indices of the sorted class names.
 
@@ -72,6 +77,7 @@ def make_images(
         seed: the same seed gives the same pixels.
         difficulty: 0 to 1. It increases the contrast of textures, the amount of clutter, the range of rotation angles,
             and how often a shape is darker than its background.
+        texture: one of `TEXTURES`.
 
     Returns:
         the folder.
@@ -81,14 +87,14 @@ def make_images(
     """
     counts = {"train": train_per_class, "val": val_per_class}
     root = Path(root)
-    stamp = _stamp("images", SHAPES, classes, counts, size, seed, difficulty)
+    stamp = _stamp("images", SHAPES, classes, counts, size, seed, difficulty, texture)
     jobs = [(s, c, n) for s, count in counts.items() for c in stamp["classes"] for n in range(count)]
     if not _claim(root, stamp, [root / s / c / f"{n:04d}.jpg" for s, c, n in jobs]):
         return root
     for split, shape, number in _reported(jobs, f"images in {root}"):
         path = root / split / shape / f"{number:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = render_image(shape, split, number, size, seed, difficulty)
+        pixels = render_image(shape, split, number, size, seed, difficulty, texture)
         Image.fromarray(pixels).save(path, quality=92)
     _write_stamp(root, stamp | {"complete": True})
     return root
@@ -105,6 +111,7 @@ def make_clips(
     size: tuple[int, int] = (96, 128),
     seed: int = 0,
     difficulty: float = 0.1,
+    texture: str = "mixed",
 ) -> Path:
     """Write `root/videos/<split>/<motion>_NNNN.mp4` and `root/{train,val,test}.csv`, Kinetics' layout.
 
@@ -115,7 +122,7 @@ def make_clips(
     """
     counts = {"train": train_per_class, "val": val_per_class, "test": test_per_class}
     root = Path(root)
-    stamp = _stamp("clips", MOTIONS, classes, counts, size, seed, difficulty)
+    stamp = _stamp("clips", MOTIONS, classes, counts, size, seed, difficulty, texture)
     if num_frames < 1 or fps < 1 or size[0] % 2 or size[1] % 2:
         raise UserError(
             f"num_frames {num_frames}, fps {fps} and size {tuple(size)} given: expected at least 1 frame and "
@@ -129,7 +136,7 @@ def make_clips(
     lines: dict[str, list[str]] = {split: [] for split in counts}
     for name, (split, motion, number) in _reported(list(zip(names, jobs, strict=True)), f"clips in {root}"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        frames = render_clip(motion, split, number, num_frames, fps, size, seed, difficulty)
+        frames = render_clip(motion, split, number, num_frames, fps, size, seed, difficulty, texture)
         write_video(root / name, frames, fps)
         lines[split].append(f"{name} {stamp['classes'].index(motion)}\n")
     for split, rows in lines.items():
@@ -146,6 +153,7 @@ def _stamp(
     size: tuple[int, int],
     seed: int,
     difficulty: float,
+    texture: str,
 ) -> dict[str, Any]:
     """Return the content of `dataset.json`: everything that the pixels depend on."""
     unknown = sorted(set(classes) - set(known))
@@ -157,6 +165,8 @@ def _stamp(
         raise UserError(f"size {tuple(size)} given: expected (height, width) of at least 32 pixels")
     if not 0.0 <= difficulty <= 1.0:
         raise UserError(f"difficulty {difficulty} given: expected a number from 0 to 1")
+    if texture not in TEXTURES:
+        raise UserError(f"texture {texture!r} given: expected one of {', '.join(TEXTURES)}")
     return {
         "made_by": "maskfeat make-synthetic",
         "version": VERSION,
@@ -166,6 +176,7 @@ def _stamp(
         "size": [int(v) for v in size],
         "seed": int(seed),
         "difficulty": float(difficulty),
+        "texture": texture,
         "complete": False,
     }
 
@@ -203,12 +214,17 @@ def _write_stamp(root: Path, stamp: dict[str, Any]) -> None:
 
 
 def _reported(jobs: Sequence[Any], what: str, every: float = 5.0) -> Iterator[Any]:
-    """Yield the jobs; log progress every few seconds and at the end."""
+    """Yield the jobs; log progress at the end and, where no live line says it, every few seconds."""
     began = logged = time.monotonic()
+    line = LiveLine(what, len(jobs))
     for done, job in enumerate(jobs):
         yield job
         now = time.monotonic()
-        if now - logged >= every or done + 1 == len(jobs):
+        left = (now - began) / (done + 1) * (len(jobs) - done - 1)
+        line.show(done + 1, partial("eta {}".format, format_eta(left)))
+        if done + 1 == len(jobs):
+            line.close()
+        if (now - logged >= every and not line.is_shown) or done + 1 == len(jobs):
             logger.info("%d of %d synthetic %s, %.1f s", done + 1, len(jobs), what, now - began)
             logged = now
 
@@ -245,11 +261,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--fps", type=int, default=30, help="frames a second (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same pixels (default %(default)s)")
     parser.add_argument("--difficulty", type=float, default=0.1, help="0 to 1 (default %(default)s)")
+    parser.add_argument("--texture", choices=TEXTURES, default="mixed", help="(default %(default)s)")
     args = parser.parse_args(argv)
     if not (args.images or args.clips):
         parser.error("give --images DIR, --clips DIR or both")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    common: dict[str, Any] = {"seed": args.seed, "difficulty": args.difficulty}
+    common: dict[str, Any] = {"seed": args.seed, "difficulty": args.difficulty, "texture": args.texture}
     if args.size:
         common["size"] = args.size
     counts = {"train_per_class": args.per_class, "val_per_class": args.val_per_class}

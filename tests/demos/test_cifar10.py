@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskfeat.data.datasets.imagenet import list_image_folder
+from maskfeat.data.datasets.folders import list_image_folder
 from maskfeat.demos.cifar10 import ARCHIVE, CLASSES, prepare
 
 TRAIN = [f"cifar-10-batches-bin/data_batch_{number}.bin" for number in range(1, 6)]

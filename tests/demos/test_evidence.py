@@ -1,10 +1,11 @@
 """The evidence at toy size: every run of a suite, once; figures that are those of the runs; controls that control."""
 
+import io
 import json
 import math
 import re
-import zipfile
-from io import BytesIO
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,77 +13,117 @@ import pytest
 import torch
 from PIL import Image
 
-from maskfeat.build import build_loader, build_objective
+from maskfeat.analysis.probes.sweep import Plan
+from maskfeat.build import build_objective
 from maskfeat.checkpoint.files import find_checkpoints, open_checkpoint
 from maskfeat.config import load_config
-from maskfeat.demos.cifar10 import CLASSES
 from maskfeat.demos.evidence import main, make_data
 from maskfeat.demos.evidence.report import Spread, gain, table
-from maskfeat.demos.evidence.runs import Runs, held_out
+from maskfeat.demos.evidence.runs import Runs, tuning_run
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, SUITES
+from maskfeat.demos.synthetic import make_clips
 from maskfeat.engine.metrics_log import read_json_stats
 from maskfeat.engine.rng import seed_everything
-from maskfeat.objectives.maskfeat import MaskFeat
 
 TOY = ["SOLVER.MAX_EPOCH", "2", "SOLVER.WARMUP_EPOCHS", "0", "TRAIN.EVAL_PERIOD", "1", "TRAIN.CHECKPOINT_PERIOD", "1",
-       "TRAIN.BATCH_SIZE", "10", "TEST.BATCH_SIZE", "10", "DATA_LOADER.NUM_WORKERS", "0", "LOG_PERIOD", "2",
-       "TRAIN.MIXED_PRECISION", "off"]  # fmt: skip
+       "TRAIN.BATCH_SIZE", "6", "TEST.BATCH_SIZE", "6", "DATA_LOADER.NUM_WORKERS", "0", "LOG_PERIOD", "2",
+       "NUM_GPUS", "0", "TRAIN.COMPILE", "False", "TRAIN.MIXED_PRECISION", "off"]  # fmt: skip
+IMAGES = ["DATA.TRAIN_CROP_SIZE", "32", "DATA.TEST_CROP_SIZE", "32", "MODEL.NUM_CLASSES", "3", "MVIT.EMBED_DIM", "24",
+          "MVIT.DEPTH", "2", "MASK.PRETRAIN_DEPTH", "[1]"]  # fmt: skip
+FEW = SUITES["caltech101"].budgets["cpu"].labels[0]
 
 
-def zip_of(path: Path, split: str, per_class: int) -> None:
-    """Noise with a colour for each class."""
-    rng = np.random.default_rng(per_class)
-    with zipfile.ZipFile(path, "w") as archive:
-        for number, name in enumerate(CLASSES):
-            for k in range(per_class):
-                pixels = rng.integers(0, 80, (32, 32, 3)) + 17 * number
-                content = BytesIO()
-                Image.fromarray(pixels.astype(np.uint8)).save(content, "JPEG")
-                archive.writestr(f"{split}/{name}/{k:04d}.jpg", content.getvalue())
+def photographs(path: Path, train: int = 15, val: int = 3) -> Path:
+    """A tar of noise with a colour for each of three classes."""
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w") as archive:
+        for split, number in (("train", train), ("val", val)):
+            for label, name in enumerate(("ant", "bass", "cup")):
+                for k in range(number):
+                    pixels = rng.integers(0, 80, (40, 48, 3)) + 60 * label
+                    content = io.BytesIO()
+                    Image.fromarray(pixels.astype(np.uint8)).save(content, "JPEG")
+                    info = tarfile.TarInfo(f"{split}/{name}/image_{k:04d}.jpg")
+                    info.size = content.tell()
+                    content.seek(0)
+                    archive.addfile(info, content)
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_probes() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "steps", lambda self, samples: 3)
+        yield
 
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the whole suite with two seeds: its folder."""
     root = tmp_path_factory.mktemp("evidence")
-    zip_of(root / "train.zip", "train", 20)
-    zip_of(root / "test.zip", "test", 3)
+    photographs(root / "caltech101.tar")
     assert main(command(root)) == 0
     return root
 
 
 def command(root: Path) -> list[str]:
-    places = ["--source", str(root), "--output", str(root / "runs"), "--docs", str(root / "docs")]
-    return ["--suite", "cifar10", "--seeds", "2", *places, *TOY]
+    places = ["--source", str(root / "caltech101.tar"), "--output", str(root / "runs"), "--docs", str(root / "docs")]
+    return ["--suite", "caltech101", "--seeds", "2", *places, *TOY, *IMAGES]
 
 
 def runs_of(root: Path) -> Runs:
-    return Runs(SUITES["cifar10"], "cpu", root / "runs", root / "runs" / "data" / "cifar10", tuple(TOY))
+    data = root / "runs" / "data" / "caltech101"
+    return Runs(SUITES["caltech101"], "cpu", root / "runs", data, (*TOY, *IMAGES))
 
 
 @pytest.mark.slow
 def test_the_report_tells_what_the_runs_have_left(suite: Path) -> None:
     runs, text = runs_of(suite), (suite / "docs" / "evidence.md").read_text()
+    arms = ("ViT_scratch", "maskfeat")
     for seed in (0, 1):
         names = {path.parent.name for path in (runs.root / f"seed{seed}").glob("*/done.json")}
-        wanted = {"ViT_random_probe", "ViT_scratch_tenth"}
-        for method in runs.methods:
-            wanted |= {method.name, f"{method.name}_probe", f"{method.name}_references", f"{method.name}_ft_tenth"}
+        wanted = {"maskfeat", "maskfeat_probe", "maskfeat_references", *(f"{arm}_few" for arm in arms)}
         if seed == 0:
             wanted |= {"maskfeat_shuffled", "maskfeat_shuffled_probe", "maskfeat_unmasked", "maskfeat_unmasked_probe"}
-            wanted |= {"maskfeat_headless_ft_tenth"}
+            wanted |= {"maskfeat_headless_few"}
+            wanted |= {tuning_run(arm, FEW, number) for arm in arms for number in range(len(FEW.grid))}
         assert names == wanted
-    for name in ("ViT_random_probe", "maskfeat_probe"):
-        values = [runs.result(seed, name)["probe"]["tenth"]["linear"] for seed in (0, 1)]
-        assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in text
-    tops = [float(runs.stats(seed, "maskfeat_ft_tenth", "test_final")[-1]["top1"]) for seed in (0, 1)]
-    assert f"| {np.mean(tops):.1f} ± {np.std(tops, ddof=1):.1f} |" in text
+    for weights in ("random", "given"):
+        for kind in ("linear", "attentive", "knn"):
+            values = [runs.result(seed, "maskfeat_probe")["probe"]["few"][weights][kind] for seed in (0, 1)]
+            assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in text
+    tops = [float(runs.stats(seed, "maskfeat_few", "test_final")[-1]["top1"]) for seed in (0, 1)]
+    assert f"| {np.mean(tops):.1f} ± {np.std(tops, ddof=1):.1f} (lr " in text
+    for name in ("ridge", "mean_by_place", "model"):
+        losses = [runs.result(seed, "maskfeat_references")["losses"][name] for seed in (0, 1)]
+        assert f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}" in text
     pictures = re.findall(r"\]\((evidence/\S+\.png)\)", text)
     assert len(pictures) == 3
     for picture in pictures:
         pixels = np.asarray(Image.open(suite / "docs" / picture).convert("RGB"))
         assert pixels.std() > 10
-    assert "--suite cifar10 --seeds 2" in text
+    assert "--suite caltech101 --seeds 2" in text
+
+
+@pytest.mark.slow
+def test_settings_are_chosen_on_training_samples(suite: Path) -> None:
+    """Each arm by its own grid, which the first seed tries; every seed is trained with the best."""
+    runs = runs_of(suite)
+    trained = {path.name for path in (runs.data / "all" / "train").rglob("*.jpg")}
+    for arm in ("ViT_scratch", "maskfeat"):
+        found = runs.tuned(arm, FEW)
+        assert list(found) == list(FEW.grid) and runs.chosen(arm, FEW) in found
+        assert found[runs.chosen(arm, FEW)] == max(found.values())
+        for number, setting in enumerate(FEW.grid.values()):
+            asked = json.loads((runs.folder(0, tuning_run(arm, FEW, number)) / "asked.json").read_text())
+            assert str(runs.data / "few_tuning") in asked and setting[1] in asked
+        for seed in (0, 1):
+            asked = json.loads((runs.folder(seed, f"{arm}_few") / "asked.json").read_text())
+            assert str(runs.data / "few") in asked and FEW.grid[runs.chosen(arm, FEW)][1] in asked
+    for name in ("ant", "bass", "cup"):
+        few, held = ({path.name for path in (runs.data / share / name).glob("*")}
+                     for share in ("few/train", "few_tuning/val"))  # fmt: skip
+        assert len(few) == 5 and len(held) == 3 and not few & held and few | held <= trained
 
 
 @pytest.mark.slow
@@ -94,14 +135,14 @@ def test_a_second_call_trains_nothing(suite: Path) -> None:
     assert main(command(suite)) == 0
     assert {path: path.read_bytes() for path in runs.root.rglob("*.json*")} == before
     after = (suite / "docs" / "evidence.md").read_text()
-    assert after.startswith("Mine stays.") and after.count("<!-- begin: cifar10 cpu -->") == 1
+    assert after.startswith("Mine stays.") and after.count("<!-- begin: caltech101 cpu -->") == 1
 
 
 @pytest.mark.slow
 def test_what_was_broken_off_goes_on(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that ends with an exit code ends the suite with it, and is the next one the time after."""
     runs = runs_of(suite)
-    done = runs.folder(1, "maskfeat_ft_tenth") / "done.json"
+    done = runs.folder(1, "maskfeat_few") / "done.json"
     kept = json.loads(done.read_text())
     done.unlink()
     monkeypatch.setattr("maskfeat.demos.evidence.runs.run_net", lambda argv: 75)
@@ -130,7 +171,7 @@ def test_controls(suite: Path) -> None:
     # With all but the backbone loaded, fine-tuning is training from scratch, to the bit.
     states = [
         open_checkpoint(find_checkpoints(runs.folder(0, name), "ft")[-1])["model_state"]
-        for name in ("maskfeat_headless_ft_tenth", "ViT_scratch_tenth", "maskfeat_ft_tenth")
+        for name in ("maskfeat_headless_few", "ViT_scratch_few", "maskfeat_few")
     ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
     assert not all(torch.equal(states[2][name], states[1][name]) for name in states[1])
@@ -149,55 +190,50 @@ def test_controls(suite: Path) -> None:
 
 
 @pytest.mark.slow
-def test_references_are_the_costs_of_constants(suite: Path) -> None:
-    """Against a plain computation: all hidden targets at once, in float64."""
-    runs = runs_of(suite)
-    method = runs.methods[0]
-    cfg = load_config(CONFIGS / method.pretraining, runs.pretraining(method, 0, "x"))
-    torch.manual_seed(0)
-    objective = build_objective(cfg)
-    assert isinstance(objective, MaskFeat)
-    found = held_out(objective.eval(), cfg, torch.device("cpu"))
-    train = build_loader(cfg, "train")
-    everywhere = torch.cat([objective.target(batch.clip) for batch in train]).double()
-    zero, mean, place, count = 0.0, 0.0, 0.0, 0
-    for batch in build_loader(cfg, "val"):
-        target, hidden = objective.target(batch.clip).double(), objective.hidden_tokens(batch)
-        zero += float(target[hidden].square().sum())
-        mean += float((target - everywhere.mean(dim=(0, 1)))[hidden].square().sum())
-        place += float((target - everywhere.mean(dim=0))[hidden].square().sum())
-        count += target[hidden].numel()
-    wanted = {"zero": zero / count, "mean_hog": mean / count, "mean_hog_of_place": place / count}
-    for name, value in wanted.items():
-        assert found[name] == pytest.approx(value, rel=1e-4), name
-    assert found["model"] > 0
-
-
-@pytest.mark.slow
-def test_the_resnet_of_the_other_budget(suite: Path) -> None:
-    """Pre-training and fine-tuning of the method that the smaller budget leaves out."""
-    runs = Runs(SUITES["cifar10"], "gpu", suite / "resnet", suite / "runs" / "data" / "cifar10",
-                (*TOY, "NUM_GPUS", "0", "TRAIN.COMPILE", "False"))  # fmt: skip
-    (method,) = [method for method in runs.methods if method.name == "mfm_resnet"]
-    runs.train(0, method.name, method.pretraining, runs.pretraining(method, 0, method.name))
-    weights = runs.checkpoint(0, method.name)
-    tuned = runs.fine_tuning(method, 0, "tuned", "tenth", weights)
-    runs.train(0, "tuned", method.family.fine_tuning, tuned)
-    assert "weights from" in (runs.folder(0, "tuned") / "stdout.log").read_text()
-    assert 0 <= float(runs.stats(0, "tuned", "test_final")[-1]["top1"]) <= 100
+@pytest.mark.parametrize("name", ["mfm_vit", "mfm_resnet"])
+def test_methods_of_larger_budgets(suite: Path, name: str) -> None:
+    """Pre-training, references and fine-tuning of the methods that the smallest budget leaves out."""
+    data = suite / "runs" / "data" / "caltech101"
+    runs = Runs(SUITES["caltech101"], "night", suite / "others", data, (*TOY, *IMAGES, "TRAIN.BATCH_SIZE", "4"))
+    (method,) = [method for method in runs.methods if method.name == name]
+    opts = runs.pretraining(method, 0, method.name)
+    runs.train(0, method.name, method.pretraining, opts)
+    runs.references(0, f"{name}_references", method, opts)
+    assert set(runs.result(0, f"{name}_references")["losses"]) == {"zero", "mean_by_place", "ridge", "model"}
+    tuned = runs.fine_tuning(method, 0, f"{name}_tuned", FEW, runs.checkpoint(0, method.name), ())
+    runs.train(0, f"{name}_tuned", method.family.fine_tuning, tuned)
+    assert "weights from" in (runs.folder(0, f"{name}_tuned") / "stdout.log").read_text()
+    assert 0 <= float(runs.stats(0, f"{name}_tuned", "test_final")[-1]["top1"]) <= 100
 
 
 @pytest.mark.slow
 def test_clips(tmp_path: Path) -> None:
-    """The other suite, with one seed."""
-    make_data("shapes", tmp_path / "data", clips=(10, 2, 3))
-    places = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")]
-    toy = [*TOY, "TRAIN.BATCH_SIZE", "6"]  # a tenth of the clips is one of each motion
-    assert main(["--suite", "shapes", "--seeds", "1", *places, *toy]) == 0
+    """The suite of clips with one seed, on generated ones in the place of JHMDB's."""
+    made = make_clips(tmp_path / "made", ("bob", "fall", "sway"), 10, 1, 2, num_frames=16, size=(80, 80))
+    for split, source in (("train", "train"), ("val", "test")):
+        lines = []
+        for line in (made / f"{source}.csv").read_text().splitlines():
+            path, label = line.split()
+            recording, number = divmod(int(path[-8:-4]), 2)  # two clips of each recording
+            renamed = f"{path[7:-8]}{recording}_jump_f_nm_np1_fr_med_{number}.mp4"
+            (made / path).rename(made / "videos" / renamed)
+            lines.append(f"{renamed} {label}\n")
+        (made / f"{split}.csv").write_text("".join(lines))
+    places = ["--source", str(made), "--output", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")]
+    toy = [*TOY, "MODEL.NUM_CLASSES", "3", "DATA.SAMPLING_RATE", "2", "MVIT.EMBED_DIM", "16", "MASK.HOG_BINS", "2"]
+    assert main(["--suite", "jhmdb", "--seeds", "1", *places, *toy]) == 0
+    for share in ("all_tuning", "few_tuning"):  # no recording is on both sides
+        sides = [(tmp_path / "runs/data/jhmdb" / share / f"{split}.csv").read_text() for split in ("train", "val")]
+        recordings = [{line.rsplit("_", 1)[0] for line in side.splitlines()} for side in sides]
+        assert all(recordings) and not recordings[0] & recordings[1]
     text = (tmp_path / "docs" / "evidence.md").read_text()
-    assert "synthetic motions, budget cpu" in text and "mask ratio 0" in text
-    tested = read_json_stats(tmp_path / "runs/shapes_cpu/seed0/maskfeat_ft_tenth/stdout.log", "test_final")
-    assert int(tested[-1]["samples"]) == 18
+    assert "JHMDB-21, budget cpu" in text and "mask ratio 0" in text
+    tested = read_json_stats(tmp_path / "runs/jhmdb_cpu/seed0/maskfeat_all/stdout.log", "test_final")
+    assert int(tested[-1]["samples"]) == 6
+
+
+def test_synthetic_clips(tmp_path: Path) -> None:
+    make_data("shapes", tmp_path / "data", clips=(10, 2, 3))
     assert (tmp_path / "data" / "tenth" / "train.csv").read_text().count("\n") == 6
 
 
@@ -213,13 +249,20 @@ def test_a_table() -> None:
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
 
 
-def test_cifar10_has_to_come_from_somewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--suite", "cifar10", "--output", str(tmp_path)]) == 2
+@pytest.mark.parametrize(("name", "budget"), [("cifar10", "gpu"), ("caltech101", "cpu"), ("jhmdb", "cpu")])
+def test_real_data_has_to_come_from_somewhere(
+    name: str, budget: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--suite", name, "--budget", budget, "--output", str(tmp_path)]) == 2
     assert "--source" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("budget", ["cpu", "gpu"])
-@pytest.mark.parametrize("name", sorted(SUITES))
+def test_a_budget_that_a_suite_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--suite", "cifar10", "--budget", "night", "--output", str(tmp_path)]) == 2
+    assert "has the budgets gpu; given night" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "budget"), [(name, budget) for name in SUITES for budget in SUITES[name].budgets])
 def test_every_run_of_every_budget_is_a_valid_config(name: str, budget: str, tmp_path: Path) -> None:
     """Pre-training, fine-tuning and scratch of one family are of one model; the same fine-tuning with and without."""
     runs = Runs(SUITES[name], budget, tmp_path, tmp_path)
@@ -227,13 +270,18 @@ def test_every_run_of_every_budget_is_a_valid_config(name: str, budget: str, tmp
         pretraining = load_config(CONFIGS / method.pretraining, runs.pretraining(method, 0, "pt"))
         for control in CONTROLS:
             load_config(CONFIGS / method.pretraining, runs.pretraining(method, 0, "pt", control))
-        for labels in runs.budget.labels.values():
-            tuned, scratch = (
-                load_config(CONFIGS / method.family.fine_tuning, runs.fine_tuning(method, 0, "run", labels, weights))
-                for weights in (tmp_path / "weights.pyth", None)
-            )
-            assert pretraining.MVIT.DEPTH == tuned.MVIT.DEPTH and pretraining.RESNET.DEPTH == tuned.RESNET.DEPTH
-            assert pretraining.MVIT.PATCH_STRIDE == tuned.MVIT.PATCH_STRIDE
-            tuned.defrost()
-            tuned.TRAIN.CHECKPOINT_FILE_PATH = ""
-            assert tuned == scratch
+        for labels in runs.budget.labels:
+            for setting in labels.grid.values() or [()]:
+                tuned, scratch = (
+                    load_config(
+                        CONFIGS / method.family.fine_tuning,
+                        runs.fine_tuning(method, 0, "run", labels, weights, setting),
+                    )
+                    for weights in (tmp_path / "weights.pyth", None)
+                )
+                assert pretraining.MVIT.DEPTH == tuned.MVIT.DEPTH and pretraining.RESNET.DEPTH == tuned.RESNET.DEPTH
+                assert pretraining.MVIT.PATCH_STRIDE == tuned.MVIT.PATCH_STRIDE
+                assert pretraining.MVIT.INIT == tuned.MVIT.INIT
+                tuned.defrost()
+                tuned.TRAIN.CHECKPOINT_FILE_PATH = ""
+                assert tuned == scratch

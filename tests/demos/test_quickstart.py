@@ -8,17 +8,16 @@ import pytest
 from PIL import Image
 
 from maskfeat.config import load_config
-from maskfeat.demos.quickstart import CONFIGS, Outcome, Quickstart, Size, play, verdict
-from maskfeat.engine.metrics_log import read_json_stats
+from maskfeat.demos.quickstart import CONFIGS, Outcome, Quickstart, Size, learned, play, verdict
 
 TOY = Size(
     images=4,
     labelled=4,
     image_tests=2,
-    clips=2,
+    clips=4,
     clip_tests=2,
     opts=("SOLVER.MAX_EPOCH", "1", "SOLVER.WARMUP_EPOCHS", "0", "TRAIN.EVAL_PERIOD", "1", "TRAIN.BATCH_SIZE", "4",
-          "DATA_LOADER.NUM_WORKERS", "0", "TENSORBOARD.ENABLE", "False"),
+          "DATA_LOADER.NUM_WORKERS", "0", "TENSORBOARD.ENABLE", "False", "MASK.HOG_BINS", "3"),
 )  # fmt: skip
 
 
@@ -33,11 +32,11 @@ def test_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     table = quickstart.table()
     found = [[float(x) for x in re.findall(r"\d\.\d{4}", line)] for line in table.splitlines()]
     losses = [row for row in found if row]
-    assert [len(row) for row in losses] == [5, 5, 4]  # no mean HOG for MFM
+    assert [len(row) for row in losses] == [4, 4, 4]
     for kind, row in zip(("images", "clips", "mfm"), losses, strict=True):
-        steps = read_json_stats(quickstart.root / f"{kind}_pt" / "stdout.log", "train_iter")
-        assert row[0] == pytest.approx(float(steps[0]["loss"]), abs=1e-4)
-        assert row[2] == pytest.approx(float(quickstart.last(f"{kind}_pt", "val_epoch")["loss"]), abs=1e-4)
+        held_out = quickstart.last(f"{kind}_pt", "val_epoch")
+        assert row[0] == pytest.approx(float(held_out["zero_predictor"]), abs=1e-4)
+        assert row[3] == pytest.approx(float(held_out["loss"]), abs=1e-4)
         tested = quickstart.last(f"{kind}_ft", "test_final")
         assert f"{float(tested['top1']):.1f} %" in table
     log = (tmp_path / "quick start" / "images_ft" / "stdout.log").read_text()
@@ -49,6 +48,18 @@ def test_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     # A second time, nothing is trained again.
     assert play(Quickstart(tmp_path / "quick start", TOY)) == 0
     assert capsys.readouterr().out.count("nothing left to train") == 9
+
+
+@pytest.mark.parametrize(
+    ("model", "ridge", "words"),
+    [
+        (0.05, 0.04, "5.0 % below the mean of each position, 21 % of what a linear model finds"),
+        (0.05, 0.06, "5.0 % below the mean of each position."),
+        (0.0527, 0.04, "no more than the mean of each position (loss 0.1 % above it)"),
+    ],
+)
+def test_what_a_model_has_learned_follows_from_its_losses(model: float, ridge: float, words: str) -> None:
+    assert words in learned({"mean_by_place": 0.05263, "ridge": ridge, "model": model})
 
 
 @pytest.mark.parametrize(

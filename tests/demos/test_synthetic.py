@@ -246,3 +246,30 @@ def test_bad_arguments_write_nothing(tmp_path: Path, options: dict) -> None:
     with pytest.raises(ValueError, match="given"):
         make_clips(tmp_path / "new", size=(97, 128))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_clip_has_the_same_bytes_whatever_memory_held_before(tmp_path: Path) -> None:
+    frames = render_clip("sway", "test", 14, 32, 30, (80, 80), 0, 0.4, "stripes")
+    written = set()
+    for number in range(30):
+        for _ in range(3):
+            left = [av.VideoFrame(80, 80, name) for name in ("rgb24", "yuv420p") for _ in range(24)]
+            for frame in left:
+                for plane in frame.planes:
+                    np.frombuffer(plane, np.uint8)[...] = 7 * number
+            del left
+        synthetic.write_video(tmp_path / "clip.mp4", frames, 30)
+        written.add((tmp_path / "clip.mp4").read_bytes())
+    assert len(written) == 1
+
+
+def test_vivid_stripes() -> None:
+    """The largest change from one pixel to the next in a corner, where there is background."""
+    steps = [
+        [np.abs(np.diff(render_image("disc", "train", n, texture=texture)[:24, :24].astype(int), axis=1)).max()
+         for n in range(12)]
+        for texture in ("mixed", "stripes")
+    ]  # fmt: skip
+    assert np.median(steps[1]) > 2 * np.median(steps[0])
+    with pytest.raises(ValueError, match="texture 'dots' given: expected one of mixed, stripes"):
+        make_images("unused", texture="dots")

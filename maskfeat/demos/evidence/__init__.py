@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskfeat.analysis.curves import figure_type
-from maskfeat.analysis.probes.exact import regression_type
+from maskfeat.analysis.preparation.ucf_hmdb import source_video
 from maskfeat.config.arguments import ConfigParser
-from maskfeat.demos.cifar10 import prepare
+from maskfeat.demos.caltech101 import prepare as prepare_caltech101
+from maskfeat.demos.cifar10 import prepare as prepare_cifar10
 from maskfeat.demos.commands import program
 from maskfeat.demos.evidence.report import FILE, Report
 from maskfeat.demos.evidence.runs import Runs, Stopped, run_seed
 from maskfeat.demos.evidence.suites import SUITES
+from maskfeat.demos.shares import COMPLETE, write_list_shares
 from maskfeat.demos.synthetic import make_clips
 from maskfeat.engine.log_handlers import screen_handler
-from maskfeat.errors import UserError
+from maskfeat.errors import UserError, naming
 
 logger = logging.getLogger(__name__)
 
@@ -30,33 +32,45 @@ def make_data(
     Args:
         suite: name of the suite.
         folder: where the data is written.
-        source: CIFAR-10 as downloaded, see `prepare`.
+        source: the data as downloaded, of suites of real data: see `demos.cifar10.prepare` and
+            `demos.caltech101.prepare`; for JHMDB a folder with videos/<class>/<video>, train.csv and val.csv.
         clips: number of synthetic clips per class for training, validation and testing.
 
     Raises:
-        UserError: CIFAR-10 is neither in `folder` nor given.
+        UserError: real data is neither in `folder` nor given.
     """
-    if suite == "cifar10":
-        if not (folder / "complete").is_file() and source is None:
-            prepared_by = shlex.join(program("prepare-cifar10", "prepare_cifar10.py"))
-            raise UserError(
-                f"{folder} has no CIFAR-10: give --source, the official binary archive (cifar-10-binary.tar.gz) or a "
-                f"folder with train.zip and test.zip; or lay it out with `{prepared_by}` and give --data"
-            )
-        if source is not None:
-            prepare(source, folder)
+    if suite == "shapes":
+        train, val, test = clips
+        # Compression noise hides textures of low contrast or few pixels: nothing would predict their HOG.
+        made = make_clips(
+            folder / "all",
+            train_per_class=train,
+            val_per_class=val,
+            test_per_class=test,
+            size=(80, 80),
+            difficulty=0.6,
+        )
+        write_share(made, folder / "tenth", 10)
         return
-    train, val, test = clips
-    # Compression noise hides textures of low contrast or few pixels: their HOG could not be predicted from anything.
-    made = make_clips(
-        folder / "all",
-        train_per_class=train,
-        val_per_class=val,
-        test_per_class=test,
-        size=(80, 80),
-        difficulty=0.6,
-    )
-    write_share(made, folder / "tenth", 10)
+    if (folder / COMPLETE).is_file():
+        return
+    if source is None:
+        raise UserError(
+            f"{folder} has no data of {suite}: give --source, {_SOURCES[suite]}; or --data, a prepared folder"
+        )
+    if suite == "jhmdb":
+        with naming(f"{source} cannot be laid out in {folder}"):
+            write_list_shares(source, source / "videos", folder, lambda path: source_video(Path(path).stem))
+            (folder / COMPLETE).touch()
+    else:
+        (prepare_cifar10 if suite == "cifar10" else prepare_caltech101)(source, folder)
+
+
+_SOURCES = {
+    "caltech101": "the official caltech-101.zip, or a tar or folder with train/<class>/ and val/<class>/",
+    "cifar10": "the official binary archive (cifar-10-binary.tar.gz), or a folder with train.zip and test.zip",
+    "jhmdb": "a folder with videos/<class>/<video>, train.csv and val.csv",
+}
 
 
 def write_share(source: Path, target: Path, every: int) -> None:
@@ -77,10 +91,10 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
     )
     parser.add_argument("--suite", choices=sorted(SUITES), required=True, help="which data and methods")
     parser.add_argument(
-        "--budget", choices=("cpu", "gpu"), default="cpu", help="amount of computation (default: %(default)s)"
+        "--budget", choices=("cpu", "night", "gpu"), default="cpu", help="amount of computation (default: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: %(default)s)")
-    parser.add_argument("--source", type=Path, metavar="PATH", help="CIFAR-10 as downloaded")
+    parser.add_argument("--source", type=Path, metavar="PATH", help="the data as downloaded")
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared data (default: below --output)")
     parser.add_argument(
         "--output",
@@ -104,12 +118,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     data = args.data or args.output / "data" / args.suite
     given = list(sys.argv[1:] if argv is None else argv)
-    runs = Runs(SUITES[args.suite], args.budget, args.output, data, tuple(args.opts))
     try:
+        suite = SUITES[args.suite]
+        if args.budget not in suite.budgets:
+            raise UserError(f"--suite {args.suite} has the budgets {', '.join(suite.budgets)}; given {args.budget}")
+        runs = Runs(suite, args.budget, args.output, data, tuple(args.opts))
         if args.seeds < 1:
             raise UserError(f"--seeds is {args.seeds}, expected at least 1")
-        figure_type(), regression_type()  # a missing package is reported now, not after hours of training
-        if args.data is None or args.suite == "cifar10":
+        figure_type()  # a missing package is reported now, not after hours of training
+        if args.data is None or args.suite != "shapes":
             make_data(args.suite, data, args.source)
         for seed in range(args.seeds):
             run_seed(runs, seed, controls=seed < runs.budget.control_seeds)

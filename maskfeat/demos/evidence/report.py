@@ -4,25 +4,23 @@ Each suite and budget has its own section between two comments; text outside of 
 """
 
 import math
-import os
-import platform
 import re
 import statistics
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-import maskfeat
 from maskfeat.analysis.curves import Chart, Line, Point, chart_figure
+from maskfeat.analysis.probes.command import GIVEN, RANDOM
+from maskfeat.analysis.references import MEAN, MODEL, PLACE, RIDGE, ZERO, share
 from maskfeat.analysis.visualize import drawing
 from maskfeat.checkpoint.files import find_checkpoints
 from maskfeat.config import load_config
-from maskfeat.config.recipes import INSTALLED
-from maskfeat.demos.evidence.runs import Runs
-from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Method
+from maskfeat.demos.evidence.runs import TUNING, Runs, scratch
+from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Labels, Method
+from maskfeat.engine.provenance import machine, revision
 
 FILE = "evidence.md"
 _HEAD = """# Evidence that pre-training helps
@@ -32,6 +30,7 @@ run of a command replaces its section only.
 """
 _PICTURED = 4
 """Number of held-out samples in an image."""
+_PROBE_NAMES = {"linear": "linear", "attentive": "attentive", "knn": "kNN"}
 
 
 @dataclass(frozen=True)
@@ -104,10 +103,13 @@ class Report:
 
     # ------------------------------------------------------------------ figures
 
-    def probe(self, name: str, labels: str, kind: str, seeds: Sequence[int] | None = None) -> Spread:
-        """Return the top-1 accuracy of a probe."""
-        found = [self.runs.result(seed, name)["probe"][labels][kind] for seed in seeds or self.seeds]
-        return Spread(found)
+    def probe(
+        self, name: str, labels: Labels, kind: str, weights: str = GIVEN, seeds: Sequence[int] | None = None
+    ) -> Spread:
+        """Return the top-1 accuracy of a probe; `weights` is `GIVEN` or `RANDOM`."""
+        return Spread(
+            [self.runs.result(seed, name)["probe"][labels.folder][weights][kind] for seed in seeds or self.seeds]
+        )
 
     def tested(self, name: str, seeds: Sequence[int] | None = None) -> Spread:
         """Return the top-1 accuracy of the last test of a run."""
@@ -128,6 +130,7 @@ class Report:
             "Top-1 in percent on the held-out set, mean ± standard deviation over seeds; gains are paired by seed.",
             self.probes(),
             self.fine_tuning(),
+            self.tuning(),
             self.held_out(),
             self.controls(),
             self.charts(),
@@ -144,74 +147,84 @@ class Report:
         """Compare frozen features with those of a backbone with random weights."""
         rows = []
         for method in self.runs.methods:
-            for words, labels in self.runs.budget.labels.items():
-                row = [method.title, words]
-                for kind in ("linear", "knn"):
-                    random = self.probe(f"{method.family.name}_random_probe", labels, kind)
-                    learned = self.probe(f"{method.name}_probe", labels, kind)
-                    row += [random.shown(), learned.shown(), (learned - random).shown(sign="+")]
-                rows.append(row)
-        head = ["frozen features", "probe fitted to", "linear: random", "pre-trained", "gain", "kNN: random"]
-        return table([*head, "pre-trained", "gain"], rows)
+            for labels in self.runs.budget.labels:
+                for kind in self.suite.probes:
+                    name = f"{method.name}_probe"
+                    random, learned = (self.probe(name, labels, kind, weights) for weights in (RANDOM, GIVEN))
+                    row = [random.shown(), learned.shown(), gain(learned - random)]
+                    rows.append([method.title, labels.title, _PROBE_NAMES[kind], *row])
+        return table(["frozen features", "probe fitted to", "probe", "random", "pre-trained", "gain"], rows)
 
     def fine_tuning(self) -> str:
         """Compare fine-tuning with training from scratch."""
         rows = []
         for method in self.runs.methods:
-            for words, labels in self.runs.budget.labels.items():
-                scratch = self.tested(f"{method.family.name}_scratch_{labels}")
-                tuned = self.tested(f"{method.name}_ft_{labels}")
-                rows.append([method.title, words, scratch.shown(), tuned.shown(), gain(tuned - scratch)])
+            for labels in self.runs.budget.labels:
+                arms = scratch(method), method.name
+                before, after = (self.tested(f"{arm}_{labels.folder}") for arm in arms)
+                settings = [self.runs.chosen(arm, labels) for arm in arms]
+                cells = [
+                    f"{found.shown()}{f' ({setting})' if setting else ''}"
+                    for found, setting in zip((before, after), settings, strict=True)
+                ]
+                rows.append([method.title, labels.title, *cells, gain(after - before)])
         return table(["fine-tuning", "on", "from scratch", "pre-trained", "gain"], rows)
 
+    def tuning(self) -> str:
+        """Return what each setting of the grids reached on held-out training samples."""
+        methods = self.runs.methods
+        arms = dict.fromkeys(arm for method in methods for arm in (scratch(method), method.name))
+        parts = []
+        for labels in self.runs.budget.labels:
+            if labels.grid:
+                found = {arm: self.runs.tuned(arm, labels).values() for arm in arms}
+                rows = [[f"`{arm}`", *(f"{value:.1f}" for value in values)] for arm, values in found.items()]
+                parts.append(table([f"held-out training samples, {labels.title}", *labels.grid], rows))
+        return "\n\n".join(parts)
+
     def held_out(self) -> str:
-        """Compare the held-out loss of pre-training with that of constant predictors."""
+        """Compare the held-out loss of pre-training with that of simple predictors."""
         rows = []
         for method in self.runs.methods:
-            name = f"{method.name}_references"
-            found = [self.runs.result(seed, name) for seed in self.seeds]
-            if "model" not in found[0]:
-                steps = [self.runs.last(seed, method.name, "val_epoch") for seed in self.seeds]
-                zero, model = (
-                    Spread([float(step[key]) for step in steps]).shown(".4f") for key in ("zero_predictor", "loss")
-                )
-                rows.append([method.title, zero, "", "", model])
-                continue
-            keys = ("zero", "mean_hog", "mean_hog_of_place", "model")
-            rows.append([method.title, *(Spread([run[key] for run in found]).shown(".4f") for key in keys)])
-        head = ["loss on held-out samples", "zero", "mean HOG of the training set", "the same, by place", "model"]
-        return table(head, rows)
+            found = [self.runs.result(seed, f"{method.name}_references")["losses"] for seed in self.seeds]
+            row = [method.title]
+            for key in (ZERO, MEAN, PLACE, RIDGE, MODEL):
+                row.append(Spread([losses[key] for losses in found]).shown(".4f") if key in found[0] else "")
+            part = Spread([100 * share(losses) for losses in found])
+            rows.append([*row, "" if math.isnan(part.mean) else f"{part.shown('.0f')} %"])
+        head = ["loss on held-out samples", "zero", "mean", "mean by place", "ridge regression", "model"]
+        return table([*head, "share of what the regression finds"], rows)
 
     def controls(self) -> str:
         """Return the results of the controls, which should remove the gain."""
         rows = []
         for method in self.runs.methods:
             for control in CONTROLS:
-                for words, labels in self.runs.budget.labels.items():
+                for labels in self.runs.budget.labels:
                     row = self._control(method, f"{method.name}_{control.name}", labels)
                     if row:
-                        rows.append([f"{method.title}: {control.title}", words, *row])
+                        rows.append([f"{method.title}: {control.title}", labels.title, *row])
         if not rows:
             return ""
         head = ["control", "on", "seeds", "linear probe", "gain over random", "fine-tuning", "gain over scratch"]
         return table(head, rows)
 
-    def _control(self, method: Method, name: str, labels: str) -> list[str]:
-        family, empty = method.family.name, ["", ""]
-        probed, tuned = self.with_run(f"{name}_probe"), self.with_run(f"{name}_ft_{labels}")
+    def _control(self, method: Method, name: str, labels: Labels) -> list[str]:
+        empty = ["", ""]
+        probed, tuned = self.with_run(f"{name}_probe"), self.with_run(f"{name}_{labels.folder}")
         if not probed and not tuned:
             return []
         row = [str(len(probed or tuned))]
         if probed:
-            found = self.probe(f"{name}_probe", labels, "linear", probed)
-            random = self.probe(f"{family}_random_probe", labels, "linear", probed)
+            found = self.probe(f"{name}_probe", labels, "linear", seeds=probed)
+            random = self.probe(f"{method.name}_probe", labels, "linear", RANDOM, probed)
             row += [found.shown(), (found - random).shown(sign="+")]
         else:
             row += empty
         if not tuned:
             return [*row, *empty]
-        found, scratch = (self.tested(n, tuned) for n in (f"{name}_ft_{labels}", f"{family}_scratch_{labels}"))
-        return [*row, found.shown(), (found - scratch).shown(sign="+")]
+        found, before = (self.tested(f"{arm}_{labels.folder}", tuned) for arm in (name, scratch(method)))
+        return [*row, found.shown(), (found - before).shown(sign="+")]
 
     def times(self) -> str:
         """Return wall-clock and CPU minutes of each run."""
@@ -228,7 +241,7 @@ class Report:
                 Spread([sum(self.runs.result(seed, name)[key] / 60 for name in own) for seed in self.seeds]).shown()
                 for key in ("seconds", "cpu_seconds")
             ]
-            rows.append([f"**{method.title}**, one seed without controls", str(len(self.seeds)), *totals])
+            rows.append([f"**{method.title}**, one seed without controls and grid", str(len(self.seeds)), *totals])
         return table(["run", "seeds", "wall-clock minutes", "CPU minutes"], rows)
 
     # ------------------------------------------------------------------ images
@@ -239,23 +252,27 @@ class Report:
         for method in self.runs.methods:
             held = Line("held-out", [self._curve(seed, method.name, "val_epoch", "loss") for seed in self.seeds])
             lines = [Line("training", [self._curve(seed, method.name, "train_iter", "loss") for seed in self.seeds])]
-            levels = [self._curve(seed, method.name, "val_epoch", "mean_hog_predictor") for seed in self.seeds]
-            if all(levels):  # MFM has none
-                lines.append(Line("mean HOG", levels, level=True))
+            for key, words in ((PLACE, "mean by place"), (RIDGE, "ridge regression")):
+                lines.append(Line(words, [self._level(seed, method, key) for seed in self.seeds], level=True))
             charts.append(Chart(f"{method.title}: loss", "epoch of pre-training", [*lines, held]))
-            for words, labels in self.runs.budget.labels.items():
+            for labels in self.runs.budget.labels:
                 names = {
-                    "pre-trained": f"{method.name}_ft_{labels}",
-                    "from scratch": f"{method.family.name}_scratch_{labels}",
+                    "pre-trained": f"{method.name}_{labels.folder}",
+                    "from scratch": f"{scratch(method)}_{labels.folder}",
                 }
                 found = [
                     Line(line, [self._curve(seed, name, "val_epoch", "top1") for seed in self.seeds])
                     for line, name in names.items()
                 ]
-                charts.append(Chart(f"{method.title}: top-1, {words}", "epoch of fine-tuning", found))
+                charts.append(Chart(f"{method.title}: top-1, {labels.title}", "epoch of fine-tuning", found))
         path = self.images / f"{self.name.replace(' ', '_')}_curves.png"
         chart_figure(charts, columns=1 + len(self.runs.budget.labels)).savefig(path)
         return f"![Curves](evidence/{path.name})"
+
+    def _level(self, seed: int, method: Method, key: str) -> list[Point]:
+        """Return a held-out loss that does not change, at the epochs of the validations."""
+        value = self.runs.result(seed, f"{method.name}_references")["losses"][key]
+        return [(epoch, value) for epoch, _ in self._curve(seed, method.name, "val_epoch", "loss")]
 
     def _curve(self, seed: int, name: str, kind: str, key: str) -> list[Point]:
         points: dict[float, float] = {}  # of a step that was repeated after a kill, the last one
@@ -287,8 +304,8 @@ class Report:
 
 
 def _belongs(name: str, method: Method) -> bool:
-    """Return whether a run belongs to a method: its own runs and those of its family, not its controls."""
-    if any(name.startswith(f"{method.name}_{control.name}") for control in CONTROLS):
+    """Return whether a run belongs to a method: its own runs and those of its family, not its controls or grids."""
+    if TUNING in name or any(name.startswith(f"{method.name}_{control.name}") for control in CONTROLS):
         return False
     return name == method.name or name.startswith((f"{method.name}_", f"{method.family.name}_"))
 
@@ -299,25 +316,3 @@ def gain(spread: Spread) -> str:
         return spread.shown(sign="+")
     errors = spread.mean / spread.error if spread.error else math.inf
     return f"{spread.shown(sign='+')} ({errors:+.1f} standard errors)"
-
-
-def machine() -> str:
-    """Return the name of the GPU, or of the CPU with its number of cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
-    return f"{found[1] if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def revision() -> str:
-    """Return the version of an installed package, or the commit of a checkout, with a + where files differ from it."""
-    if INSTALLED:
-        return f"maskfeat {maskfeat.__version__}"
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=CONFIGS, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "commit unknown"
-    return f"commit {done.stdout.strip()}"

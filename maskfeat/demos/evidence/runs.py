@@ -8,30 +8,32 @@ import json
 import logging
 import os
 import shlex
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from yacs.config import CfgNode
 
-from maskfeat.analysis.probes.exact import features, linear_probe, nearest_neighbours
-from maskfeat.build import build_loader, build_objective
+from maskfeat.analysis.model import load_model
+from maskfeat.analysis.probes.command import GIVEN, RANDOM, block_numbers, randomised
+from maskfeat.analysis.probes.data import find_splits
+from maskfeat.analysis.probes.probe import Probing
+from maskfeat.analysis.references import references_of
+from maskfeat.build import build_objective
 from maskfeat.checkpoint.atomic import fsync_dir, write_and_fsync
 from maskfeat.checkpoint.files import find_checkpoints, open_checkpoint
-from maskfeat.checkpoint.reading import model_state
 from maskfeat.config import load_config
 from maskfeat.demos.commands import train_command
-from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Control, Method, Suite
+from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Control, Labels, Method, Suite
 from maskfeat.distributed.world import choose_device
 from maskfeat.engine.metrics_log import last_json_stats, read_json_stats
 from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.run import main as run_net
-from maskfeat.engine.trainer import precision_of
 from maskfeat.errors import UserError, UserFileError
-from maskfeat.objectives.maskfeat import MaskFeat
 
 logger = logging.getLogger("maskfeat.evidence")
 
@@ -39,8 +41,7 @@ ASKED = "asked.json"
 """File in the folder of a run, written when it starts: its recipe and overrides."""
 DONE = "done.json"
 """File written when a run is finished: wall-clock and CPU seconds, and what was measured."""
-_MEAN_OF = 40
-"""Number of training batches over which the mean HOG of the data set is computed."""
+SCRATCH, TUNING = "scratch", "_tuning_"
 
 
 class Stopped(RuntimeError):
@@ -100,7 +101,7 @@ class Runs:
 
     def _data(self, name: str) -> list[str]:
         """Return overrides for a folder of the suite's data; lists of clips refer to files in the unlabelled folder."""
-        prefix = ["DATA.PATH_PREFIX", str(self.data / self.suite.unlabelled)] if self.suite.of_clips else []
+        prefix = ["DATA.PATH_PREFIX", str(self.data / self.suite.unlabelled)] if self.suite.relative_lists else []
         return ["DATA.PATH_TO_DATA_DIR", str(self.data / name), *prefix]
 
     def pretraining(self, method: Method, seed: int, name: str, control: Control | None = None) -> list[str]:
@@ -109,11 +110,29 @@ class Runs:
         more = control.opts if control is not None and control.opts is not None else ()
         return [*self._paths(seed, name, self.suite.unlabelled), *own, *more, *self.opts]
 
-    def fine_tuning(self, method: Method, seed: int, name: str, labels: str, weights: Path | None) -> list[str]:
-        """Return the overrides for fine-tuning, or without weights for training from scratch."""
-        own = (*self.budget.families.get(method.family.name, ()), *self.budget.fine_tuning.get(labels, ()))
+    def fine_tuning(
+        self, method: Method, seed: int, name: str, labels: Labels, weights: Path | None, setting: tuple[str, ...]
+    ) -> list[str]:
+        """Return the overrides for fine-tuning, or without weights for training from scratch.
+
+        Args:
+            setting: one of the grid of `labels`; for a run that compares them, with its own data.
+        """
+        own = (*self.budget.families.get(method.family.name, ()), *labels.opts, *setting)
         start = [] if weights is None else ["TRAIN.CHECKPOINT_FILE_PATH", str(weights)]
-        return [*self._paths(seed, name, labels), *own, *start, *self.opts]
+        return [*self._paths(seed, name, labels.folder), *own, *start, *self.opts]
+
+    def tuned(self, arm: str, labels: Labels) -> dict[str, float]:
+        """Return the top-1 accuracies of the settings of a grid on held-out training samples, by name."""
+        return {
+            name: float(self.last(0, tuning_run(arm, labels, number), "test_final")["top1"])
+            for number, name in enumerate(labels.grid)
+        }
+
+    def chosen(self, arm: str, labels: Labels) -> str:
+        """Return the name of the best setting of a grid, the first one of equals; "" where there is no grid."""
+        found = self.tuned(arm, labels)
+        return max(found, key=found.__getitem__) if found else ""
 
     def once(self, seed: int, name: str, asked: list[str], work: Callable[[], dict[str, Any]]) -> None:
         """Run `work` unless the run is finished, and store its result and its duration, earlier attempts included.
@@ -154,81 +173,45 @@ class Runs:
 
         self.once(seed, name, [config, *opts], work)
 
-    def probe(self, seed: int, name: str, method: Method, opts: list[str], weights: Path | None) -> None:
-        """Probe a backbone (linear and kNN) for each set of labels; without weights, one with random weights."""
+    def probe(self, seed: int, name: str, method: Method, weights: Path, random: bool = True) -> None:
+        """Probe frozen features for each set of labels; with `random`, also those of random weights.
 
-        def work() -> dict[str, Any]:
-            logger.info("\n== %s, seed %d: %s", self.suite.name, seed, name)
-            cfg = load_config(CONFIGS / method.pretraining, opts)
-            device = choose_device(cfg.NUM_GPUS, 0)
-            seed_everything(cfg.RNG_SEED)  # as at the start of a run: these are the initial weights of pre-training
-            objective = build_objective(cfg)
-            if weights is not None:
-                objective.load_released_state(model_state(open_checkpoint(weights)))
-            objective.to(device)
-            found: dict[str, Any] = {}
-            test = features(objective.backbone, self._plain(cfg, "val", device), device, precision_of(cfg.TRAIN))
-            for labels in self.budget.labels.values():
-                loader = self._plain(
-                    load_config(CONFIGS / method.pretraining, [*opts, *self._data(labels)]), "train", device
-                )
-                train = features(objective.backbone, loader, device, precision_of(cfg.TRAIN))
-                found[labels] = {
-                    "linear": linear_probe(train, test),
-                    "knn": nearest_neighbours(train, test),
-                    "train": len(train.label),
-                    "test": len(test.label),
-                }
-                logger.info("%s: linear %.2f %%, kNN %.2f %%", labels, found[labels]["linear"], found[labels]["knn"])
-            return {"probe": found}
-
-        self.once(seed, name, [method.pretraining, *opts, str(weights)], work)
-
-    def _plain(self, cfg: CfgNode, split: str, device: torch.device) -> Any:
-        return build_loader(cfg, split, device=device, plain=True)
-
-    def references(self, seed: int, name: str, method: Method, opts: list[str]) -> None:
-        """Measure the held-out loss of the model and of two constant predictors: zero, and the mean HOG of the training
-        set, the latter also for each position, because borders differ from the centre.
+        These are the initial weights of the pre-training with this seed.
         """
 
         def work() -> dict[str, Any]:
             logger.info("\n== %s, seed %d: %s", self.suite.name, seed, name)
+            cfg = load_config(CONFIGS / method.pretraining, self.pretraining(method, seed, method.name))
+            model = load_model(weights, device=choose_device(cfg.NUM_GPUS, 0))
+            blocks = block_numbers(self.suite.blocks, len(model.backbone.repeated_blocks()))
+            networks = {GIVEN: model, **({RANDOM: randomised(model, seed)} if random else {})}
+            found: dict[str, Any] = {}
+            for labels in self.budget.labels:
+                prefix = str(self.data / self.suite.unlabelled) if self.suite.relative_lists else ""
+                splits = find_splits(str(self.data / labels.folder), model.media, prefix)
+                found[labels.folder] = {}
+                for label, network in networks.items():
+                    with tempfile.TemporaryDirectory(prefix="maskfeat-probe-") as folder:
+                        probing = Probing(
+                            network, label, splits, Path(folder), blocks, seed=seed, workers=cfg.DATA_LOADER.NUM_WORKERS
+                        )
+                        results = {kind: probing.run(kind) for kind in self.suite.probes}
+                    found[labels.folder][label] = {kind: result.top1 for kind, result in results.items()}
+                    shown = ", ".join(f"{kind} {result.top1:.1f} %" for kind, result in results.items())
+                    logger.info("%s, %s weights: %s", labels.title, label, shown)
+            return {"probe": found}
+
+        self.once(seed, name, [method.pretraining, str(weights), str(random)], work)
+
+    def references(self, seed: int, name: str, method: Method, opts: list[str]) -> None:
+        """Measure the held-out loss of the model and of simple predictors, see `maskfeat.analysis.references`."""
+
+        def work() -> dict[str, Any]:
+            logger.info("\n== %s, seed %d: %s", self.suite.name, seed, name)
             cfg = load_config(CONFIGS / method.pretraining, opts)
-            objective = build_objective(cfg)
-            if not isinstance(objective, MaskFeat):
-                return {}
-            objective.load_released_state(model_state(open_checkpoint(self.checkpoint(seed, method.name))))
-            device = choose_device(cfg.NUM_GPUS, 0)
-            return held_out(objective.to(device).eval(), cfg, device)
+            return {"losses": references_of(self.checkpoint(seed, method.name), cfg)}
 
         self.once(seed, name, [method.pretraining, *opts], work)
-
-
-@torch.no_grad()
-def held_out(objective: MaskFeat, cfg: CfgNode, device: torch.device) -> dict[str, float]:
-    """Return the mean squared error on hidden tokens of the validation set, for the model and constant predictors."""
-    train = build_loader(cfg, "train", device=device)
-    train.set_epoch(0)
-    total, count = torch.zeros((), device=device), 0
-    for number, batch in enumerate(train):
-        if number == _MEAN_OF:
-            break
-        target = objective.target(batch.clip.to(device))
-        total, count = total + target.sum(dim=0), count + len(target)
-    by_position = total / count  # (tokens, F)
-    overall = by_position.mean(dim=0)
-    sums = {name: torch.zeros((), device=device) for name in ("model", "zero", "mean_hog", "mean_hog_of_place")}
-    terms = 0
-    for batch in build_loader(cfg, "val", device=device):
-        batch = batch.to(device)
-        prediction, target = objective.predict_hidden(batch)
-        positions = objective.hidden_tokens(batch).nonzero()[:, 1]
-        guesses = (prediction.float(), torch.zeros_like(target), overall, by_position[positions])
-        for name, guess in zip(sums, guesses, strict=True):
-            sums[name] += (guess - target).square().sum()
-        terms += target.numel()
-    return {name: float(value) / terms for name, value in sums.items()}
 
 
 def _read(path: Path) -> Any:
@@ -270,35 +253,60 @@ def without_backbone(source: Path, fresh: Mapping[str, torch.Tensor], target: Pa
     torch.save({"epoch": content["epoch"], "model_state": state, "cfg": content["cfg"]}, target)
 
 
+def tuning_run(arm: str, labels: Labels, number: int) -> str:
+    """Return the name of the run that tries setting `number` of the grid of `labels`.
+
+    Args:
+        arm: name of a method, or of a family's training from scratch.
+    """
+    return f"{arm}{TUNING}{labels.folder}_{number}"
+
+
+def scratch(method: Method) -> str:
+    """Return the name of training the backbone of a method from scratch, which its family shares."""
+    return f"{method.family.name}_{SCRATCH}"
+
+
 def run_seed(runs: Runs, seed: int, controls: bool) -> None:
-    """Run everything for one seed."""
-    met: set[str] = set()
+    """Run everything for one seed. Settings are chosen once, by seed 0, which is run first."""
     for method in runs.methods:
-        opts, family = runs.pretraining(method, seed, method.name), method.family.name
+        opts = runs.pretraining(method, seed, method.name)
         runs.train(seed, method.name, method.pretraining, opts)
         weights = runs.checkpoint(seed, method.name)
-        if family not in met:  # the first method's recipe names the size of its family's backbone
-            runs.probe(seed, f"{family}_random_probe", method, opts, None)
-            met.add(family)
-        runs.probe(seed, f"{method.name}_probe", method, opts, weights)
+        runs.probe(seed, f"{method.name}_probe", method, weights)
         runs.references(seed, f"{method.name}_references", method, opts)
-        for labels in runs.budget.labels.values():
-            _fine_tune(runs, seed, method, f"{family}_scratch_{labels}", labels, None)
-            _fine_tune(runs, seed, method, f"{method.name}_ft_{labels}", labels, weights)
+        for labels in runs.budget.labels:
+            for arm, start in ((scratch(method), None), (method.name, weights)):
+                if seed == 0:
+                    _tune(runs, method, arm, labels, start)
+                _fine_tune(runs, seed, method, arm, f"{arm}_{labels.folder}", labels, start)
         for control in CONTROLS if method.has_controls and controls else ():
             _control(runs, seed, method, control)
 
 
-def _fine_tune(runs: Runs, seed: int, method: Method, name: str, labels: str, weights: Path | None) -> None:
-    runs.train(seed, name, method.family.fine_tuning, runs.fine_tuning(method, seed, name, labels, weights))
+def _tune(runs: Runs, method: Method, arm: str, labels: Labels, weights: Path | None) -> None:
+    """Try each setting of a grid on a part of the training samples; the others of them are its test."""
+    for number, setting in enumerate(labels.grid.values()):
+        name = tuning_run(arm, labels, number)
+        part = replace(labels, folder=labels.tuning)
+        runs.train(0, name, method.family.fine_tuning, runs.fine_tuning(method, 0, name, part, weights, setting))
+
+
+def _fine_tune(
+    runs: Runs, seed: int, method: Method, arm: str, name: str, labels: Labels, weights: Path | None
+) -> None:
+    setting = labels.grid.get(runs.chosen(arm, labels), ())
+    opts = runs.fine_tuning(method, seed, name, labels, weights, setting)
+    runs.train(seed, name, method.family.fine_tuning, opts)
 
 
 def _control(runs: Runs, seed: int, method: Method, control: Control) -> None:
     name = f"{method.name}_{control.name}"
     if control.opts is None:
-        for labels in runs.budget.labels.values():
-            run, weights = f"{name}_ft_{labels}", runs.folder(seed, name) / f"{labels}.pyth"
-            opts = runs.fine_tuning(method, seed, run, labels, weights)
+        for labels in runs.budget.labels:
+            run, weights = f"{name}_{labels.folder}", runs.folder(seed, name) / f"{labels.folder}.pyth"
+            setting = labels.grid.get(runs.chosen(scratch(method), labels), ())
+            opts = runs.fine_tuning(method, seed, run, labels, weights, setting)
             # As at the start of a run: the result must equal training from scratch if nothing else was loaded.
             seed_everything(seed)
             objective = build_objective(load_config(CONFIGS / method.family.fine_tuning, opts))
@@ -306,10 +314,9 @@ def _control(runs: Runs, seed: int, method: Method, control: Control) -> None:
             without_backbone(runs.checkpoint(seed, method.name), fresh, weights)
             runs.train(seed, run, method.family.fine_tuning, opts)
         return
-    opts = runs.pretraining(method, seed, name, control)
-    runs.train(seed, name, method.pretraining, opts)
+    runs.train(seed, name, method.pretraining, runs.pretraining(method, seed, name, control))
     weights = runs.checkpoint(seed, name)
-    runs.probe(seed, f"{name}_probe", method, opts, weights)
+    runs.probe(seed, f"{name}_probe", method, weights, random=False)
     if runs.budget.fine_tune_controls:
-        for labels in runs.budget.labels.values():
-            _fine_tune(runs, seed, method, f"{name}_ft_{labels}", labels, weights)
+        for labels in runs.budget.labels:
+            _fine_tune(runs, seed, method, method.name, f"{name}_{labels.folder}", labels, weights)

@@ -1,6 +1,8 @@
 """The suites of the evidence: data, methods, recipes and budgets."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from maskfeat.config.recipes import CONFIG_ROOT
 
@@ -47,24 +49,42 @@ CONTROLS = (
 
 
 @dataclass(frozen=True)
+class Labels:
+    """A set of labelled data, on which fine-tuning is compared with training from scratch.
+
+    Attributes:
+        title: in the report.
+        folder: below the data of the suite.
+        opts: overrides for every training on it.
+        tuning: folder of a part of its training samples with held-out ones of the training set as `val`, on which
+            settings of `grid` are compared; "" = none, and there is no grid.
+        grid: overrides to choose from, by name: once for each method and once for training from scratch.
+    """
+
+    title: str
+    folder: str
+    opts: tuple[str, ...] = ()
+    tuning: str = ""
+    grid: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Budget:
     """The amount of computation.
 
     Attributes:
-        labels: name in the report -> folder of labelled data below the data of the suite.
+        labels: sets of labelled data.
         opts: overrides for every run.
         families: overrides for every run of a family: the size of its backbone.
         pretraining: overrides for pre-training, by method; methods that are not listed are not run at this budget.
-        fine_tuning: overrides for fine-tuning and training from scratch, by folder of labelled data.
         control_seeds: number of seeds for which controls are run.
         fine_tune_controls: whether controls are also fine-tuned, not only probed.
     """
 
-    labels: dict[str, str]
+    labels: tuple[Labels, ...]
     opts: tuple[str, ...]
     families: dict[str, tuple[str, ...]] = field(default_factory=dict)
     pretraining: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    fine_tuning: dict[str, tuple[str, ...]] = field(default_factory=dict)
     control_seeds: int = 1
     fine_tune_controls: bool = False
 
@@ -75,7 +95,9 @@ class Suite:
 
     Attributes:
         unlabelled: the folder for pre-training, below the data of the suite.
-        of_clips: whether the data are lists of clips, which need DATA.PATH_PREFIX.
+        probes: kinds of probes of frozen features.
+        blocks: the blocks that kNN and linear probes read, as --blocks of tools/probe.py.
+        relative_lists: whether paths of lists are relative to the folder for pre-training.
     """
 
     name: str
@@ -83,20 +105,18 @@ class Suite:
     unlabelled: str
     methods: tuple[Method, ...]
     budgets: dict[str, Budget]
-    of_clips: bool = False
+    probes: tuple[str, ...] = ("linear", "knn")
+    blocks: str = "4"
+    relative_lists: bool = False
 
 
 _BF16 = ("TRAIN.MIXED_PRECISION", "bf16", "TEST.MIXED_PRECISION", "bf16")
-_CPU = ("NUM_GPUS", "0", *_BF16)
 _GPU = ("NUM_GPUS", "1", *_BF16, "TRAIN.COMPILE", "True", "DATA_LOADER.NUM_WORKERS", "8")
 
-_BIG = ("TRAIN.BATCH_SIZE", "512", "SOLVER.BASE_LR", "2e-3")
+# With every control of every seed.
+_ON_GPU: dict[str, Any] = {"opts": _GPU, "control_seeds": 100, "fine_tune_controls": True}
 
-# A few hundred steps are too few for mixup, cutmix and drop path.
-_SHORT = (
-    *("MIXUP.ENABLE", "False", "MODEL.LOSS_FUNC", "cross_entropy", "MVIT.DROPPATH_RATE", "0.0"),
-    *("TRAIN.BATCH_SIZE", "32"),
-)
+_BIG = ("TRAIN.BATCH_SIZE", "512", "SOLVER.BASE_LR", "2e-3")
 
 _VIT = Family("ViT", "cifar10/cifar10_VIT_FT.yaml")
 _RESNET = Family("ResNet", "cifar10/cifar10_R10_FT.yaml")
@@ -112,67 +132,145 @@ def _epochs(number: int, warmup: float, looks: int = 10) -> tuple[str, ...]:
     )
 
 
-_SMALL_VIT = ("MVIT.EMBED_DIM", "128", "MVIT.NUM_HEADS", "2", "MVIT.DEPTH", "4")
 _WIDE_VIT = ("MVIT.EMBED_DIM", "192", "MVIT.NUM_HEADS", "3", "MVIT.DEPTH", "9")
 
-SUITES = {
-    "cifar10": Suite(
-        "cifar10",
-        "CIFAR-10",
-        unlabelled="all",
-        methods=(
-            Method("maskfeat", "MaskFeat, ViT", _VIT, "cifar10/cifar10_VIT_MaskFeat_PT.yaml", has_controls=True),
-            Method("mfm_vit", "MFM, ViT", _VIT, "cifar10/cifar10_VIT_MFM_PT.yaml"),
-            Method("mfm_resnet", "MFM, ResNet-10", _RESNET, "cifar10/cifar10_R10_MFM_PT.yaml"),
-        ),
-        budgets={
-            "cpu": Budget(
-                labels={"a tenth of the labels": "tenth"},
-                opts=_CPU,
-                families={"ViT": _SMALL_VIT},
-                pretraining={
-                    "maskfeat": (*_epochs(3, 0.1), "MASK.PRETRAIN_DEPTH", "[3]", "TRAIN.BATCH_SIZE", "64"),
-                },
-                fine_tuning={"tenth": (*_epochs(6, 1, looks=3), *_SHORT)},
-            ),
-            "gpu": Budget(
-                labels={"all labels": "all", "a tenth of the labels": "tenth"},
-                opts=_GPU,
-                families={"ViT": _WIDE_VIT},
-                pretraining={
-                    "maskfeat": (*_epochs(100, 5), *_BIG, "MASK.PRETRAIN_DEPTH", "[8]"),
-                    "mfm_vit": (*_epochs(100, 5), *_BIG),
-                    "mfm_resnet": (*_epochs(60, 5), *_BIG),
-                },
-                fine_tuning={"all": _epochs(40, 4), "tenth": _epochs(60, 5)},
-                control_seeds=100,
-                fine_tune_controls=True,
-            ),
-        },
+
+def _grid(rates: Sequence[str], epochs: Sequence[int]) -> dict[str, tuple[str, ...]]:
+    """Return every combination of learning rates and numbers of epochs, a tenth of which warm up."""
+    return {
+        f"lr {rate}, {number} epochs": ("SOLVER.BASE_LR", rate, *_epochs(number, number / 10, looks=5))
+        for rate in rates
+        for number in epochs
+    }
+
+
+def _both(
+    all_rates: Sequence[str], all_epochs: Sequence[int], few_rates: Sequence[str], few_epochs: Sequence[int]
+) -> tuple[Labels, ...]:
+    """Return all labels and five of each class, with a grid each."""
+    return (
+        Labels("all labels", "all", (), "all_tuning", _grid(all_rates, all_epochs)),
+        Labels("5 of each class", "few", (), "few_tuning", _grid(few_rates, few_epochs)),
+    )
+
+
+_CALTECH_VIT = Family("ViT", "caltech101/caltech101_VIT_FT.yaml")
+_CALTECH_RESNET = Family("ResNet", "caltech101/caltech101_R10_FT.yaml")
+_JHMDB_MVIT = Family("MViTv2", "jhmdb/jhmdb_MVITv2_FT.yaml")
+_THREE_PROBES = ("linear", "attentive", "knn")
+
+CIFAR10 = Suite(
+    "cifar10",
+    "CIFAR-10",
+    unlabelled="all",
+    methods=(
+        Method("maskfeat", "MaskFeat, ViT", _VIT, "cifar10/cifar10_VIT_MaskFeat_PT.yaml", has_controls=True),
+        Method("mfm_vit", "MFM, ViT", _VIT, "cifar10/cifar10_VIT_MFM_PT.yaml"),
+        Method("mfm_resnet", "MFM, ResNet-10", _RESNET, "cifar10/cifar10_R10_MFM_PT.yaml"),
     ),
-    "shapes": Suite(
-        "shapes",
-        "synthetic motions",
-        unlabelled="all",
-        methods=(
-            Method("maskfeat", "MaskFeat, MViTv2", _MVIT, "shapes/shapes_MVITv2_MaskFeat_PT.yaml", has_controls=True),
+    budgets={
+        "gpu": Budget(
+            labels=(
+                Labels("all labels", "all", _epochs(40, 4)),
+                Labels("a tenth of the labels", "tenth", _epochs(60, 5)),
+            ),
+            **_ON_GPU,
+            families={"ViT": _WIDE_VIT},
+            pretraining={
+                "maskfeat": (*_epochs(100, 5), *_BIG, "MASK.PRETRAIN_DEPTH", "[8]"),
+                "mfm_vit": (*_epochs(100, 5), *_BIG),
+                "mfm_resnet": (*_epochs(60, 5), *_BIG),
+            },
         ),
-        budgets={
-            "cpu": Budget(
-                labels={"a tenth of the labels": "tenth"},
-                opts=_CPU,
-                pretraining={"maskfeat": _epochs(16, 1, looks=4)},
-                fine_tuning={"tenth": _epochs(20, 2, looks=5)},
-            ),
-            "gpu": Budget(
-                labels={"all labels": "all", "a tenth of the labels": "tenth"},
-                opts=_GPU,
-                pretraining={"maskfeat": _epochs(100, 5)},
-                fine_tuning={"all": _epochs(20, 2), "tenth": _epochs(60, 5)},
-                control_seeds=100,
-                fine_tune_controls=True,
-            ),
-        },
-        of_clips=True,
+    },
+)
+
+CALTECH101 = Suite(
+    "caltech101",
+    "Caltech-101",
+    unlabelled="all",
+    methods=(
+        Method(
+            "maskfeat", "MaskFeat, ViT", _CALTECH_VIT, "caltech101/caltech101_VIT_MaskFeat_PT.yaml", has_controls=True
+        ),
+        Method("mfm_vit", "MFM, ViT", _CALTECH_VIT, "caltech101/caltech101_VIT_MFM_PT.yaml"),
+        Method("mfm_resnet", "MFM, ResNet-10", _CALTECH_RESNET, "caltech101/caltech101_R10_MFM_PT.yaml"),
     ),
-}
+    budgets={
+        "cpu": Budget(
+            labels=(Labels("5 of each class", "few", (), "few_tuning", _grid(("3e-4", "1e-3"), (10, 20))),),
+            opts=("NUM_GPUS", "0"),
+            pretraining={"maskfeat": _epochs(8, 1, looks=4)},
+        ),
+        "night": Budget(
+            labels=_both(("3e-4", "1e-3"), (10, 20), ("3e-4", "1e-3"), (20, 60)),
+            opts=("NUM_GPUS", "0"),
+            pretraining={
+                "maskfeat": _epochs(60, 3),
+                "mfm_vit": _epochs(30, 2),
+                "mfm_resnet": _epochs(30, 2),
+            },
+        ),
+        "gpu": Budget(
+            labels=_both(("3e-4", "1e-3"), (50, 100), ("3e-4", "1e-3"), (50, 200)),
+            **_ON_GPU,
+            pretraining={
+                "maskfeat": _epochs(400, 20),
+                "mfm_vit": _epochs(200, 10),
+                "mfm_resnet": _epochs(200, 10),
+            },
+        ),
+    },
+    probes=_THREE_PROBES,
+    blocks="1",
+)
+
+JHMDB = Suite(
+    "jhmdb",
+    "JHMDB-21",
+    unlabelled="all",
+    methods=(
+        Method("maskfeat", "MaskFeat, MViTv2", _JHMDB_MVIT, "jhmdb/jhmdb_MVITv2_MaskFeat_PT.yaml", has_controls=True),
+    ),
+    budgets={
+        "cpu": Budget(
+            labels=(Labels("all labels", "all", (), "all_tuning", _grid(("3e-4", "1e-3"), (10, 20))),),
+            opts=("NUM_GPUS", "0"),
+            pretraining={"maskfeat": _epochs(20, 2, looks=4)},
+        ),
+        "night": Budget(
+            labels=_both(("3e-4", "1e-3"), (20, 50), ("3e-4", "1e-3"), (50, 150)),
+            opts=("NUM_GPUS", "0"),
+            pretraining={"maskfeat": _epochs(150, 8)},
+        ),
+        "gpu": Budget(
+            labels=_both(("3e-4", "1e-3"), (50, 100), ("3e-4", "1e-3"), (100, 300)),
+            **_ON_GPU,
+            pretraining={"maskfeat": _epochs(600, 30)},
+        ),
+    },
+    probes=_THREE_PROBES,
+    blocks="1",
+)
+
+SHAPES = Suite(
+    "shapes",
+    "synthetic motions",
+    unlabelled="all",
+    methods=(
+        Method("maskfeat", "MaskFeat, MViTv2", _MVIT, "shapes/shapes_MVITv2_MaskFeat_PT.yaml", has_controls=True),
+    ),
+    budgets={
+        "gpu": Budget(
+            labels=(
+                Labels("all labels", "all", _epochs(20, 2)),
+                Labels("a tenth of the labels", "tenth", _epochs(60, 5)),
+            ),
+            **_ON_GPU,
+            pretraining={"maskfeat": _epochs(100, 5)},
+        ),
+    },
+    relative_lists=True,
+)
+
+SUITES = {suite.name: suite for suite in (CALTECH101, CIFAR10, JHMDB, SHAPES)}
