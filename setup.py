@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent
 EXTRAS = {
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5.4"],
     "plots": ["matplotlib>=3.8.4"],
+    "imagenet": ["scipy>=1.13"],
     "parquet": ["pyarrow>=17.0"],
-    "probes": ["scikit-learn>=1.4.2"],
+    "trackers": ["wandb>=0.31", "mlflow-skinny>=3.17", "trackio>=0.43"],
     "slurm": ["submitit>=1.5.1"],
     "simplejpeg": ["simplejpeg>=1.8.2"],
     "torchcodec": ["torchcodec"],
@@ -58,7 +59,11 @@ setup(
     # The recipes of configs/ are data of the package: installed, they lie in maskfeat/configs/.
     packages=[*find_packages(include=["maskfeat", "maskfeat.*"]), "maskfeat.configs"],
     package_dir={"maskfeat.configs": "configs"},
-    package_data={"maskfeat": ["py.typed"], "maskfeat.configs": ["**/*.yaml"]},
+    package_data={
+        "maskfeat": ["py.typed"],
+        "maskfeat.report": ["page.css", "page.js"],
+        "maskfeat.configs": ["**/*.yaml"],
+    },
     entry_points={"console_scripts": ["maskfeat = maskfeat.cli:main"]},
     # Exactly what maskfeat/ imports (a test compares them); tools/test_lowest.sh installs and tests the lower bounds.
     install_requires=[
@@ -75,19 +80,21 @@ setup(
         "numpy>=1.26.4",
         "simplejson>=3.19.1",
         "tensorboard>=2.16.2",
+        "tqdm>=4.66.3",
     ],
     extras_require={
         **EXTRAS,
         "dev": [
             *EXTRAS["export"],
             *EXTRAS["plots"],
+            *EXTRAS["imagenet"],
             *EXTRAS["parquet"],
-            *EXTRAS["probes"],
             *EXTRAS["slurm"],
             *EXTRAS["simplejpeg"],
             *EXTRAS["docs"],
             "pytest>=8.3",
             "pytest-xdist>=3.6.1",
+            "scikit-learn>=1.4.2",  # tests compare with it
             "ruff",
             "mypy",
             "ipykernel>=6.29",  # the test of the notebook

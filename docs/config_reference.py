@@ -37,7 +37,7 @@ line, as `KEY VALUE` or `KEY=VALUE`: `TRAIN.BATCH_SIZE 64`. The command line win
 `_BASE_`, and that over the defaults here. Lists are quoted on a command line: `"[8, 7, 7]"`. An unknown key stops the
 run, and the message names the nearest one. Values that do not fit together stop it before any work.
 
-In a `path`, `~`, `$VARIABLE` and `${VARIABLE}` are expanded (`$$` is a dollar sign); a variable that is not set stops
+In a path, `~`, `$VARIABLE` and `${VARIABLE}` are expanded (`$$` is a dollar sign); a variable that is not set stops
 the run. Addresses such as `https://` are left as they are.
 
 Overrides and options may stand in any order, with or without PySlowFast's `--opts`. Of several files behind `--cfg`
@@ -55,6 +55,7 @@ _KINDS = {
     "precision": "bool or str",
     "inflation": "bool or str",
     "recomputation": "bool or str",
+    "list[source]": "list of [path, weight]",
 }
 _OURS = re.compile(r"^ours(?:(, [\w ]+): |: |$)")
 

@@ -91,7 +91,7 @@ def build_loader(
         world: where this process stands; None = alone on its machine.
         num_clips: clips a video in testing; None = TEST.NUM_ENSEMBLE_VIEWS.
         device: where batches are finished and handed out; None = the CPU.
-        plain: "train" as "val" shows its samples: in order, not augmented, every one (probes of frozen features).
+        plain: "train" as "val" shows its samples: in order, not augmented, every one.
         classes: names that number the classes; None = those of the training set.
 
     Raises:
@@ -130,6 +130,7 @@ def build_loader(
         seed=cfg.RNG_SEED,
         views=dataset.views,
         repeats=cfg.AUG.REPEATS if trains else 1,
+        mixture=getattr(dataset, "mixture", ()) if trains else (),
     )
     bad_samples = BadSampleLog(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split, dataset)
     # More workers than cores only take each other's time; how many there are changes nothing in the data.

@@ -28,6 +28,8 @@ TRAIN = "train"
 
 PROGRAMS = {
     TRAIN: Program("maskfeat.engine.run", "pre-train, fine-tune and test a model as a recipe says"),
+    "check-data": Program("maskfeat.analysis.checks.command", "say what a data set holds and what is wrong with it"),
+    "report": Program("maskfeat.report.command", "write a page on one run or several: curves, figures, differences"),
     "inspect": Program("maskfeat.analysis.inspect_checkpoint", "say what is in a file of weights"),
     "extract-features": Program("maskfeat.analysis.extract_features", "write features of images or videos into a file"),
     "probe": Program("maskfeat.analysis.probes.command", "measure frozen features by small classifiers", True),
@@ -35,9 +37,16 @@ PROGRAMS = {
     "visualize": Program("maskfeat.analysis.visualize", "draw what a pre-trained model predicts"),
     "export": Program("maskfeat.analysis.export", "export a trained network to timm, torchvision, ONNX and others"),
     "evidence": Program("maskfeat.demos.evidence", "measure over several seeds what pre-training brings", True),
+    "sweep": Program("maskfeat.engine.sweep", "run a recipe with several values of some keys"),
     "submit": Program("maskfeat.engine.submit", "submit a run to a Slurm cluster"),
     "quickstart": Program("maskfeat.demos.quickstart", "train small models on data that it makes: a first look", True),
     "make-synthetic": Program("maskfeat.demos.synthetic", "make small labelled sets of images and clips"),
+    "make-shards": Program("maskfeat.analysis.preparation.shards", "pack a data set into tar archives"),
+    "prepare-ucf-hmdb": Program("maskfeat.analysis.preparation.ucf_hmdb", "list UCF-101, HMDB51, JHMDB or the like"),
+    "prepare-imagenet": Program("maskfeat.analysis.preparation.imagenet", "lay out ImageNet-1K as folders"),
+    "prepare-kinetics": Program("maskfeat.analysis.preparation.kinetics", "list Kinetics-400, -600 or -700"),
+    "prepare-ssv2": Program("maskfeat.analysis.preparation.ssv2", "list Something-Something v2"),
+    "prepare-caltech101": Program("maskfeat.demos.caltech101", "lay out Caltech-101 as folders"),
     "prepare-cifar10": Program("maskfeat.demos.cifar10", "lay out CIFAR-10 as folders"),
 }
 

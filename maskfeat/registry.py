@@ -202,10 +202,12 @@ class DatasetSpec(Spec):
         build: `build(cfg, request)` -> data set, see `maskfeat.data.datasets.base`.
         media: what it holds: "image" or "clip".
         test_views: how often each sample is tested: (clips, crops) for every test that is run in turn.
+        mixes: whether `build` heeds DATA.SOURCES.
     """
 
     media: str
     test_views: Callable[[CfgNode], Sequence[tuple[int, int]]] = lambda cfg: [(1, 1)]
+    mixes: bool = False
 
 
 S = TypeVar("S", bound=Spec)

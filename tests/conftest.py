@@ -34,14 +34,21 @@ def _fresh_torch_seed() -> None:
     torch.manual_seed(0)
 
 
+_LOGGER = logging.getLogger("maskfeat")
+_LOGGING = (_LOGGER.handlers[:], _LOGGER.propagate, _LOGGER.level)
+
+
+def _reset_logging() -> None:
+    _LOGGER.handlers[:], _LOGGER.propagate = _LOGGING[0], _LOGGING[1]
+    _LOGGER.setLevel(_LOGGING[2])  # which forgets what was enabled
+
+
 @pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    """A run within a test sets up logging; the next test finds it as it was."""
-    logger = logging.getLogger("maskfeat")
-    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+def _logging_as_imported() -> Iterator[None]:
+    """A run within a test, or within a fixture of several, sets up logging; every test finds it as after an import."""
+    _reset_logging()
     yield
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)  # which forgets what was enabled
+    _reset_logging()
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,8 @@ KEYS = frozenset(full_keys(get_defaults()))
 SECTIONS = frozenset(key.rsplit(".", 1)[0] for key in KEYS if "." in key)
 RECIPES = REPO / "configs" / "masked_ssl"
 MFM_RECIPES = REPO / "configs" / "mfm"
-SMALL_RECIPES = (REPO / "configs" / "cifar10", REPO / "configs" / "shapes")
+VIDEO_RECIPES = REPO / "configs" / "video_ft"
+SMALL_RECIPES = tuple(REPO / "configs" / name for name in ("caltech101", "jhmdb", "cifar10", "shapes"))
 
 VARIABLES: dict[str, str] = {}
 
@@ -76,6 +77,7 @@ TOOLS = (
     "evidence.py",
     "probe.py",
     "export.py",
+    "prepare_caltech101.py",
     "prepare_cifar10.py",
     "quickstart.sh",
     "soak.sh",
@@ -112,6 +114,7 @@ def test_commands_parse(command: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         load_config(args.cfg, args.opts)
     elif tool == "tools/evidence.py":
         args = parser_of(tool).parse_args(arguments)
+        assert args.budget in SUITES[args.suite].budgets
         for method in SUITES[args.suite].methods:
             load_config(REPO / "configs" / method.pretraining, args.opts)
     else:
@@ -159,7 +162,9 @@ def test_blocks_are_valid_bash(document: str) -> None:
 
 def test_yaml_of_the_guide_loads(tmp_path: Path) -> None:
     """The own config of the guide, put where the guide says that it lies."""
-    ((_, text),) = fenced_blocks(read("docs/data.md"), "yaml")
+    (_, sources), (_, text) = fenced_blocks(read("docs/data.md"), "yaml")
+    (tmp_path / "mix.yaml").write_text(f"_BASE_: {RECIPES}/in1k_VIT_B_MaskFeat_PT.yaml\n{sources}")
+    assert [weight for _, weight in load_config(tmp_path / "mix.yaml").DATA.SOURCES] == [3, 1, 1]
     path = tmp_path / "flowers_ft.yaml"
     path.write_text(text.replace("masked_ssl/", f"{RECIPES}/"))
     cfg = load_config(path)
@@ -181,6 +186,8 @@ def test_keys_exist(document: str) -> None:
     single = set(re.findall(r"`([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)\b", text))
     top = {key for key in KEYS if "." not in key} | SECTIONS
     known = {
+        *("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "TRACKIO_DIR", "TRACKIO_PROJECT", "TRACKIO_SPACE_ID"),
+        *("WANDB_MODE", "WANDB_PROJECT"),
         "GLOO_SOCKET_IFNAME",
         "OMP_NUM_THREADS",
         "MASKFEAT_SHARED",
@@ -211,7 +218,7 @@ def test_paths_exist(document: str) -> None:
         if path != "configs/flowers_ft.yaml":  # the reader's own
             assert any(REPO.glob(path)), path
     for name in re.findall(r"`(\w+\.yaml)`", text):
-        recipe = any((folder / name).is_file() for folder in (RECIPES, MFM_RECIPES, *SMALL_RECIPES))
+        recipe = any((folder / name).is_file() for folder in (RECIPES, MFM_RECIPES, VIDEO_RECIPES, *SMALL_RECIPES))
         assert recipe or name in ("config.yaml", "config_given.yaml"), name
 
 
@@ -289,6 +296,18 @@ def test_mfm_table_is_that_of_the_configs() -> None:
 def test_small_recipes_are_all_listed() -> None:
     listed = [name for row in table_rows(read("docs/small-data.md")) for name in re.findall(r"`(\w+\.yaml)`", row[0])]
     assert sorted(listed) == sorted(path.name for folder in SMALL_RECIPES for path in folder.glob("*.yaml"))
+
+
+def test_video_recipes_are_all_listed() -> None:
+    rows = {row[0].strip("`"): row for row in table_rows(read("docs/video.md")) if row[0].endswith(".yaml`")}
+    assert sorted(rows) == sorted(path.name for path in VIDEO_RECIPES.glob("*.yaml"))
+    for name, (_, data, _, published) in rows.items():
+        head = (VIDEO_RECIPES / name).read_text().split("_BASE_")[0]
+        assert "Published: " in head and "Ours: " in head, f"{name} says what is published and what is our choice"
+        for number in re.findall(r"\d\d\.\d", published):
+            assert number in head, name
+        if classes := re.search(r"(\d+) classes", data):
+            assert int(classes[1]) == load_config(VIDEO_RECIPES / name).MODEL.NUM_CLASSES, name
 
 
 def test_mfm_variants_differ_as_the_guide_says() -> None:

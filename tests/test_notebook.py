@@ -22,7 +22,7 @@ def test_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client.execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     shown = "".join(out.get("text", "") for cell in cells for out in cell.outputs if out.output_type == "stream")
-    for words in ("pre-trained | image", "(4, 17, 128) on a grid of (4, 4)", "validation after epoch 12", "test: top1"):
+    for words in ("pre-trained | image", "(4, 37, 128) on a grid of (6, 6)", "validation after epoch 12", "test: top1"):
         assert words in shown
     pictures = [out for cell in cells for out in cell.outputs if "image/png" in out.get("data", {})]
     assert len(pictures) == 1

@@ -77,8 +77,9 @@ def test_contents(wheel: Path) -> None:
     assert f"\nVersion: {maskfeat.__version__}\n" in metadata and "Description-Content-Type: text/markdown" in metadata
     modules = {str(path.relative_to(REPO)) for path in (REPO / "maskfeat").rglob("*.py")}
     recipes = {f"maskfeat/{path.relative_to(REPO)}" for path in (REPO / "configs").rglob("*.yaml")}
+    data = {"maskfeat/py.typed", "maskfeat/report/page.css", "maskfeat/report/page.js"}
     assert len(modules) > 60 and len(recipes) > 40
-    assert {name for name in names if ".dist-info/" not in name} == modules | recipes | {"maskfeat/py.typed"}
+    assert {name for name in names if ".dist-info/" not in name} == modules | recipes | data
 
 
 def test_command(installed: Path, tmp_path: Path) -> None:

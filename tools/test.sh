@@ -12,6 +12,7 @@ case "${1:-}" in
   "") tier="slow or not slow" ;;
   *) echo "test.sh: unknown option $1 (see --help)" >&2; exit 2 ;;
 esac
+MASKFEAT_EXTRAS=dev,trackers
 . tools/venv.sh
 echo "== lint"
 "$venv/bin/ruff" check .

@@ -7,9 +7,13 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
   exit 1
 fi
 [ -x "$venv/bin/python" ] || { echo "== making $venv"; "$python" -m venv "$venv"; }
-wanted=$(cat setup.py pyproject.toml | cksum)
-if [ "$(cat "$venv/.maskfeat-installed" 2>/dev/null || true)" != "$wanted" ]; then
-  echo "== installing into $venv (PyTorch is large: a few minutes)"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-  echo "$wanted" > "$venv/.maskfeat-installed"
-fi
+extras=${MASKFEAT_EXTRAS:-dev}
+sum=$(cat setup.py pyproject.toml | cksum)
+case "$(cat "$venv/.maskfeat-installed" 2>/dev/null || true)" in
+  "$extras $sum" | "dev,trackers $sum") ;; # the latter has all that is asked for
+  *)
+    echo "== installing into $venv (PyTorch is large: a few minutes)"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".[$extras]"
+    echo "$extras $sum" > "$venv/.maskfeat-installed"
+    ;;
+esac

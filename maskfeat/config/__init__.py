@@ -92,10 +92,12 @@ def dump_config(cfg: CfgNode) -> str:
     written = cfg.clone()
     written.defrost()
     for key, kind in schema(cfg.PLUGINS).rules.kinds.items():
+        *sections, name = key.split(".")
+        node = lookup(written, ".".join(sections)) if sections else written
         if kind == "path":
-            *sections, name = key.split(".")
-            node = lookup(written, ".".join(sections)) if sections else written
             node[name] = unexpanded_path(node[name])
+        elif kind == "list[source]":
+            node[name] = [[unexpanded_path(path), weight] for path, weight in node[name]]
     return WRITTEN + str(written.dump(default_flow_style=None, sort_keys=True, width=100))
 
 

@@ -57,12 +57,14 @@ def expand_paths(cfg: CfgNode, layers: Sequence[Mapping[str, Entry]], allowed: S
     """
     given = {key: entry for entries in layers for key, entry in entries.items()}
     for key, entry in given.items():
-        if allowed.rules.kinds.get(key) == "path":
-            path = lookup(cfg, key)
-            try:
-                _set(cfg, key, expand_path(path), entry)
-            except UserError as error:
-                raise UserError(f"{entry.where}: {key} {path!r}: {error}") from None
+        kind, value = allowed.rules.kinds.get(key), lookup(cfg, key)
+        try:
+            if kind == "path":
+                _set(cfg, key, expand_path(value), entry)
+            elif kind == "list[source]":
+                _set(cfg, key, [[expand_path(path), weight] for path, weight in value], entry)
+        except UserError as error:
+            raise UserError(f"{entry.where}: {key} {value!r}: {error}") from None
 
 
 def is_override(word: str) -> bool:

@@ -48,14 +48,15 @@ def _flush() -> None:
 def run_program(main: Callable[[], int]) -> NoReturn:
     """Run `main` and exit with the code it returns, or print the traceback and exit with 1 if it raises.
 
-    A failed program exits at once, because other ranks wait for it.
+    A failed program exits at once, because other ranks wait for it. So does one with threads that did not end: what a
+    tracker does at a normal exit may wait for a network that is not there.
     """
     try:
         code = main()
     except Exception:
         traceback.print_exc()
         code = 1
-    if code:
+    if code or any(thread.daemon for thread in threading.enumerate()):
         exit_now(code)
     _flush()
     sys.exit(0)

@@ -84,6 +84,7 @@ def train(
             if pictures.is_due(epoch):
                 pictures.draw(epoch)
         trainer.position = Position(epoch + 1)
+    progress.line.close()
 
 
 def _check_skipped(trainer: Trainer, steps: int, most: int) -> None:

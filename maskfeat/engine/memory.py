@@ -101,6 +101,8 @@ def estimate_step_memory(cfg: CfgNode, batch_size: int, device: torch.device = C
         _make_fake(objective)
         parameters = live.now
         batch = _input(objective.backbone.clip_size, batch_size, masks)
+        if cfg.DATA.MULTI_LABEL:
+            batch.label = torch.empty(batch_size, cfg.MODEL.NUM_CLASSES)
         size = live.now - parameters
         trainer = build_trainer(cfg, batch.clip.device, objective=objective)  # with its index
         passes: list[int] = []

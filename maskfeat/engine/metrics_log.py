@@ -17,7 +17,9 @@ from maskfeat.distributed.collectives import all_gather_object, all_reduce_sum, 
 from maskfeat.distributed.world import World
 from maskfeat.engine.event_file import EventFile
 from maskfeat.engine.log_handlers import LogFile, screen_handler
+from maskfeat.engine.trackers import Trackers
 from maskfeat.errors import UserFileError, naming
+from maskfeat.report.run_log import LOG, STATS, WARNING, parse_stats
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +48,19 @@ def log_to_file(output_dir: str | Path) -> None:
         OSError: it cannot be opened.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    _add_handler(LogFile(Path(output_dir) / "stdout.log"))
+    _add_handler(LogFile(Path(output_dir) / LOG))
+
+
+class _Formatter(logging.Formatter):
+    """Says of a warning that it is one; texts of errors do so themselves."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.kind = WARNING if record.levelno == logging.WARNING else ""
+        return super().formatMessage(record)
 
 
 def _add_handler(handler: logging.Handler, who: str = "") -> None:
-    handler.setFormatter(logging.Formatter(f"[%(asctime)s] {who}%(message)s", datefmt="%m/%d %H:%M:%S"))
+    handler.setFormatter(_Formatter(f"[%(asctime)s] {who}%(kind)s%(message)s", datefmt="%m/%d %H:%M:%S"))
     logging.getLogger("maskfeat").addHandler(handler)
 
 
@@ -111,7 +121,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_STATS = "json_stats: "
 _FOR_SCRIPTS = "for_scripts"  # attribute of their log records
 
 
@@ -123,14 +132,13 @@ def read_json_stats(log: Path, kind: str) -> list[dict[str, Any]]:
     """
     entries, broken = [], 0
     for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if _STATS not in line:
-            continue
         try:
-            entry = simplejson.loads(line.rsplit(_STATS, 1)[1])
-            if entry["_type"] == kind:
-                entries.append(entry)
-        except (ValueError, TypeError, KeyError, RecursionError):
+            entry = parse_stats(line)
+        except ValueError:
             broken += 1
+            continue
+        if entry is not None and entry["_type"] == kind:
+            entries.append(entry)
     if broken:
         logger.warning("%s: %d damaged lines are left out", log, broken)
     return entries
@@ -155,9 +163,11 @@ class MetricsLog:
     Args:
         world: only rank 0 writes.
         tensorboard_dir: folder of the event files; None = no TensorBoard.
+        trackers: of rank 0, which get every entry and picture as well; None = none.
     """
 
-    def __init__(self, world: World, tensorboard_dir: Path | None) -> None:
+    def __init__(self, world: World, tensorboard_dir: Path | None, trackers: Trackers | None = None) -> None:
+        self._trackers = trackers
         self._folder = tensorboard_dir if world.is_main else None
         self._events: EventFile | None = None
 
@@ -165,6 +175,8 @@ class MetricsLog:
         """Say, before training, with which step it begins: TensorBoard hides points of an earlier run from there on."""
         if self._folder is not None:
             self._events = EventFile(self._folder, first_step)
+        if self._trackers is not None:
+            self._trackers.begin(resume=first_step > 0)
 
     def write(self, kind: str, line: str, stats: Mapping[str, Any], step: int) -> None:
         """Write one entry.
@@ -180,21 +192,27 @@ class MetricsLog:
         plain = {name: _plain(value) for name, value in stats.items()}
         if "lr" in stats:
             plain["lr"] = simplejson.RawJSON(f"{stats['lr']:.5e}")
-        logger.info(_STATS + "%s", simplejson.dumps({"_type": kind, **plain}), extra={_FOR_SCRIPTS: True})
+        logger.info(STATS + "%s", simplejson.dumps({"_type": kind, **plain}), extra={_FOR_SCRIPTS: True})
         if self._folder is not None:
             scalars = {f"{kind}/{name}": value for name, value in stats.items() if isinstance(value, int | float)}
             self._event_file(self._folder).add(scalars, step)
+        if self._trackers is not None:
+            self._trackers.write(kind, stats, step)
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
-        """Write an RGB picture to TensorBoard."""
+        """Write an RGB picture to TensorBoard and the trackers."""
         if self._folder is not None:
             self._event_file(self._folder).add_picture(name, np.asarray(picture), step)
+        if self._trackers is not None:
+            self._trackers.picture(name, picture, step)
 
     def _event_file(self, folder: Path) -> EventFile:
         self._events = self._events or EventFile(folder)
         return self._events
 
     def close(self) -> None:
-        """Close the event file."""
+        """Close the event file and the trackers."""
         if self._events is not None:
             self._events.close()
+        if self._trackers is not None:
+            self._trackers.close()

@@ -45,19 +45,50 @@ def owned(folder: Path, name: str = "OUTPUT_DIR") -> Iterator[None]:
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _take(file, folder, name)
-        me = f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         with suppress(OSError):  # a full disk: others are then told of no name
-            os.pwrite(file, f"{me:<{WIDTH}}\n".encode(), 0)
+            os.pwrite(file, f"{_me():<{WIDTH}}\n".encode(), 0)
         yield
     finally:
         os.close(file)
+
+
+def owner_of(folder: Path) -> str:
+    """Return which process owns a folder now; "" = none, or not known. Nothing is written.
+
+    Not for a process that owns the folder itself: it would lose its lock.
+    """
+    if fcntl is None:
+        return ""
+    try:
+        file = os.open(folder / LOCK, os.O_RDWR)
+    except OSError:
+        return ""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return _owner(file) if error.errno in (errno.EACCES, errno.EAGAIN) else ""
+    finally:
+        os.close(file)
+    return ""
+
+
+def _owner(file: int) -> str:
+    """Return what an open lock file says of its owner."""
+    return os.pread(file, 1000, 0).decode(errors="replace").strip() or "unknown"
+
+
+def _me() -> str:
+    """Return which process this is: its machine, its number, since when, and the Slurm job that it belongs to."""
+    job = os.environ.get("SLURM_JOB_ID")
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return f"{socket.gethostname()}, process {os.getpid()}, since {since}" + (f", Slurm job {job}" if job else "")
 
 
 def _take(file: int, folder: Path, name: str) -> None:
     """Wait a little for the lock of an open file."""
     began: float | None = None
     while not _lock(file, folder, name):
-        owner = os.pread(file, 1000, 0).decode(errors="replace").strip() or "unknown"
+        owner = _owner(file)
         here = owner.startswith(f"{socket.gethostname()},")
         limit = WAIT if here else WAIT_FOR_A_MACHINE
         if began is None:

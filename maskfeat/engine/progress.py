@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from maskfeat.engine.live_line import LiveLine
 from maskfeat.engine.metrics_log import MetricsLog, format_eta
 from maskfeat.engine.trainer import Trainer
 
@@ -24,8 +25,10 @@ class ProgressMeter:
     def __init__(self, metrics_log: MetricsLog, trainer: Trainer, steps: int, period: int) -> None:
         self.metrics_log, self.trainer, self.steps, self.period = metrics_log, trainer, steps, period
         position = trainer.position
-        self.done, self.todo = 0, trainer.max_epoch * steps - position.epochs * steps - position.step
+        self.first = position.epochs * steps + position.step
+        self.done, self.todo = 0, trainer.max_epoch * steps - self.first
         self.started = time.perf_counter()
+        self.line, self.loss = LiveLine("training", self.todo), ""
         self._begin_window()
         self.start_waiting()
 
@@ -42,6 +45,7 @@ class ProgressMeter:
         self.waited += time.perf_counter() - self.asked
         self.samples += samples
         self.done += 1
+        self.line.show(self.done - 1, self._state)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -67,7 +71,6 @@ class ProgressMeter:
         values = trainer.metrics.read()
         now = time.perf_counter()
         spent, steps = now - self.since, self.done - self.since_step
-        left = (now - self.started) / self.done * (self.todo - self.done)
         stats = {
             "epoch": f"{epoch + 1}/{trainer.max_epoch}",
             "iter": f"{step}/{self.steps}",
@@ -76,7 +79,7 @@ class ProgressMeter:
             **values,
             "lr": lr,
             "samples_per_second": self.samples / spent,
-            "eta": format_eta(left),
+            "eta": self._eta(now),
         }
         if trainer.device.type == "cuda":
             stats["gpu_mem"] = f"{torch.cuda.max_memory_allocated(trainer.device) / 2**30:.2f}G"
@@ -84,14 +87,26 @@ class ProgressMeter:
         self.metrics_log.write("train_iter", line, stats, epoch * self.steps + step - 1)
         self._begin_window()
 
+    def _eta(self, now: float) -> str:
+        return format_eta((now - self.started) / self.done * (self.todo - self.done))
+
+    def _state(self) -> str:
+        """What the live line says. The loss is that of the last line of the log: to read it, the device must wait."""
+        now, epoch, step = time.perf_counter(), *divmod(self.first + self.done - 1, self.steps)
+        return (
+            f"epoch {epoch + 1}/{self.trainer.max_epoch}  step {step + 1}/{self.steps}  eta {self._eta(now)}{self.loss}"
+            f"  {self.waited / (now - self.since):.0%} waiting for data"
+        )
+
     def _line(self, stats: Mapping[str, Any], values: Mapping[str, float], spent: float) -> str:
         """The readable line."""
         extra = [f"{k} {v:.4g}" for k, v in values.items() if k not in ("loss", "grad_norm", "clipped", "skipped")]
         beside = f" ({', '.join(extra)})" if extra else ""
+        self.loss = f"  loss {values['loss']:.4g}{beside}"
         skipped = f", {values['skipped']:.0f} steps skipped" if values["skipped"] else ""
         memory = f"  mem {stats['gpu_mem']}" if "gpu_mem" in stats else ""
         return (
-            f"epoch {stats['epoch']}  step {stats['iter']}  loss {values['loss']:.4g}{beside}  lr {stats['lr']:.3e}  "
+            f"epoch {stats['epoch']}  step {stats['iter']}{self.loss}  lr {stats['lr']:.3e}  "
             f"grad norm {values['grad_norm']:.3g}, {values['clipped']:.0%} clipped{skipped}  "
             f"{stats['samples_per_second']:.4g} samples/s, {self.waited / spent:.0%} waiting for data  "
             f"eta {stats['eta']}{memory}"

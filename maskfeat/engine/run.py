@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,18 +14,23 @@ from maskfeat.build import build_loader
 from maskfeat.checkpoint.reading import trained_classes
 from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
+from maskfeat.config.show import HOW, shown
 from maskfeat.data.datasets.classes import check_numbering, check_same_classes, class_names
 from maskfeat.data.loader import BatchLoader
 from maskfeat.distributed.collectives import run_on_main
 from maskfeat.distributed.launch import check_devices, launch, read_launch_environment
 from maskfeat.distributed.preemption import INTERRUPTED
 from maskfeat.distributed.world import World
+from maskfeat.engine.batch_arithmetic import load_recipe
 from maskfeat.engine.confusion import Confusion, write_class_results
+from maskfeat.engine.dry_run import STEPS, DryRun
 from maskfeat.engine.evaluate import multi_view_test
 from maskfeat.engine.loop import train
+from maskfeat.engine.multi_label import write_class_precision
 from maskfeat.engine.resume import find_tested, load_for_testing
 from maskfeat.engine.session import Session
 from maskfeat.engine.setup import CommandLine, announce_data, prepare_training
+from maskfeat.engine.trackers import find_trackers
 from maskfeat.engine.trainer import precision_of
 from maskfeat.errors import UserError, UserFileError, naming
 from maskfeat.file_io import replace_text
@@ -98,12 +104,13 @@ def run_testing(
             precision_of(cfg.TEST),
             session.watchdog.proceed,
         )
+        found = ", ".join(f"{key} {result[key]:.2f} %" for key in ("top1", "top5", "mAP") if key in result)
         line = (
-            f"test{' of averaged weights' if name else ''}: top1 {result['top1']:.2f} %, top5 {result['top5']:.2f} % "
+            f"test{' of averaged weights' if name else ''}: {found} "
             f"of {len(loader.labels)} ({views} views), {result['unreadable']} unreadable"
         )
         stats = {"split": f"test_final{suffix}", "samples": len(loader.labels), "views": views, **result}
-        stats["top1_acc"], stats["top5_acc"] = f"{result['top1']:.2f}", f"{result['top5']:.2f}"
+        stats |= {f"{key}_acc": f"{result[key]:.2f}" for key in ("top1", "top5") if key in result}
         session.metrics_log.write(f"test_final{suffix}", line, stats, number)
         try:
             run_on_main(partial(_write_results, cfg, views + suffix, details, loader.classes))
@@ -118,8 +125,11 @@ def _write_results(cfg: CfgNode, what: str, details: str, classes: Sequence[str]
     with naming(f"{path} cannot be written; the scores are in the log"):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, details)
-    found = Confusion(details, cfg.MODEL.NUM_CLASSES, classes)
-    logger.info(write_class_results(cfg.OUTPUT_DIR, what, found))
+    if cfg.DATA.MULTI_LABEL:
+        said = write_class_precision(cfg.OUTPUT_DIR, what, details, classes)
+    else:
+        said = write_class_results(cfg.OUTPUT_DIR, what, Confusion(details, cfg.MODEL.NUM_CLASSES, classes))
+    logger.info(said)
 
 
 def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine) -> int:
@@ -136,6 +146,7 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
         objectives: dict[str, Objective] = {}
         if cfg.TRAIN.ENABLE:
             trainer, loader, saver, validator, pictures = prepare_training(cfg, command_line, session)
+            session.has_results = True
             with saver:
                 train(
                     trainer,
@@ -156,6 +167,7 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
                 test_loaders = _test_loaders(cfg, session, tested, test_loaders)
             if tested is not None:
                 objectives = load_for_testing(cfg, session.device, *tested)
+                session.has_results = True
             failed = []
             for name, objective in objectives.items():
                 failed += run_testing(cfg, session, test_loaders, objective, name)
@@ -178,8 +190,27 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
     parser.add_argument("--num_shards", type=int, default=None, help="machines (default: NUM_SHARDS of the config)")
     parser.add_argument("--shard_id", type=int, default=None, help="this machine's number, from 0")
     parser.add_argument("--init_method", default="", help="tcp://HOST:PORT where several machines meet")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing, and say what the run would do and what it lacks; exit code 0 = it would start, 1 = not",
+    )
+    parser.add_argument(
+        "--dry-steps", type=int, default=STEPS, metavar="N", help="of --dry-run, timed; 0 = none (default %(default)s)"
+    )
+    parser.add_argument(
+        "--print-config",
+        nargs="?",
+        const=HOW[0],
+        choices=HOW,
+        help="print the config and exit: as YAML, as a line a key, or what differs from the defaults",
+    )
     parser.add_overrides("overrides, such as SOLVER.BASE_LR 1e-4 or SOLVER.BASE_LR=1e-4")
-    return parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    for place, word in enumerate(words[:-1]):
+        if word == "--print-config" and words[place + 1] not in HOW:  # an override follows, not its value
+            words[place] = f"{word}={HOW[0]}"
+    return parser.parse_args(words)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -199,6 +230,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         started = read_launch_environment()
         runs = [(path, load_config(path, opts, started.numbers() if started else {})) for path in args.cfg]
+        if args.print_config:
+            return _print_configs(runs, args.print_config)
+        if args.dry_run:
+            if started and not started.world.is_main:
+                return 0
+            if args.dry_steps < 0:
+                raise UserError(f"--dry-steps is {args.dry_steps}: give 0 or more")
+            _check_runs([cfg for _, cfg in runs], several_at_once=started is not None, with_devices=False)
+            return max(DryRun(cfg, CommandLine(path, tuple(opts)), args.dry_steps).run() for path, cfg in runs)
         _check_runs([cfg for _, cfg in runs], several_at_once=started is not None)
         for path, cfg in runs:
             _make_folder(cfg.OUTPUT_DIR)
@@ -221,12 +261,20 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return INTERRUPTED
 
 
-def _check_runs(runs: Sequence[CfgNode], several_at_once: bool) -> None:
+def _print_configs(runs: Sequence[tuple[str, CfgNode]], how: str) -> int:
+    for path, cfg in runs:
+        sys.stdout.write(shown(cfg, how, load_recipe(path) if how == "diff" else None))
+    return 0
+
+
+def _check_runs(runs: Sequence[CfgNode], several_at_once: bool, with_devices: bool = True) -> None:
     """Check what concerns the whole command; `several_at_once`: a launcher started this process among others."""
     for cfg in runs:
         if not (cfg.TRAIN.ENABLE or cfg.TEST.ENABLE):
             raise UserError("TRAIN.ENABLE and TEST.ENABLE are both False: there is nothing to do, set one of them")
-        check_devices(cfg.NUM_GPUS, cfg.DIST_BACKEND)
+        find_trackers(cfg.LOG.TRACKERS)
+        if with_devices:
+            check_devices(cfg.NUM_GPUS, cfg.DIST_BACKEND)
     if len(runs) > 1 and (several_at_once or any(cfg.NUM_SHARDS > 1 for cfg in runs)):
         raise UserError("--cfg takes one file where a launcher or NUM_SHARDS starts a run on several machines")
 

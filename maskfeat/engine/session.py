@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import platform
 import queue
 import signal
 import threading
@@ -14,15 +15,21 @@ import torch
 from torch.distributed import DistStoreError, Store
 from yacs.config import CfgNode
 
+from maskfeat.config.show import flat
 from maskfeat.distributed.collectives import destroy_process_group, init_process_group, is_collective_error
 from maskfeat.distributed.hang_watchdog import HangWatchdog
 from maskfeat.distributed.preemption import INTERRUPTED, PREEMPTED, Preempted, StopRequest
 from maskfeat.distributed.world import World, choose_device
+from maskfeat.engine.live_line import close_lines
 from maskfeat.engine.metrics_log import MetricsLog, log_to_file, setup_logging
 from maskfeat.engine.oom import explain_oom
 from maskfeat.engine.owner import owned
 from maskfeat.engine.parallelize import choose_kernels
+from maskfeat.engine.provenance import machine, revision
+from maskfeat.engine.trackers import TENSORBOARD, About, Trackers
 from maskfeat.errors import UserError, naming
+from maskfeat.report.command import write_report
+from maskfeat.report.run_log import started
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +59,7 @@ class Session:
     Attributes:
         stop: whether this process was asked to stop.
         exit_code: of the process, once the block has ended.
+        has_results: whether OUTPUT_DIR holds more than before, which a report at the end then shows (LOG.REPORT).
         device, watchdog, metrics_log: after `start`.
     """
 
@@ -61,7 +69,7 @@ class Session:
 
     def __init__(self, cfg: CfgNode, world: World) -> None:
         self.cfg, self.world = cfg, world
-        self.stop, self.exit_code = StopRequest(), 0
+        self.stop, self.exit_code, self.has_results = StopRequest(), 0, False
         self._store: Store | None = None
         self._signals, self._closing = ExitStack(), ExitStack()
 
@@ -78,6 +86,8 @@ class Session:
                 self._closing.enter_context(owned(Path(cfg.OUTPUT_DIR)))
             with naming(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written"):
                 log_to_file(cfg.OUTPUT_DIR)
+            where = f"{platform.node()} ({machine()})"
+            logger.info(started(revision(), torch.__version__, where, cfg.TASK))
         self._signals.enter_context(self.stop.listening(world.is_main))
         self.device = choose_device(cfg.NUM_GPUS, world.local_rank)
         choose_kernels(cfg.TRAIN.TF32, cfg.TRAIN.CUDNN_BENCHMARK)
@@ -87,14 +97,22 @@ class Session:
         self.watchdog = HangWatchdog(world, self._store, 60 * cfg.HANG_MINUTES, self.stop)
         self._closing.callback(self.watchdog.close)
         # Curves of several tasks in one OUTPUT_DIR are not those of one run.
-        folder = Path(cfg.OUTPUT_DIR) / cfg.TENSORBOARD.LOG_DIR / cfg.TASK if cfg.TENSORBOARD.ENABLE else None
-        self.metrics_log = MetricsLog(world, folder)
+        output = Path(cfg.OUTPUT_DIR)
+        folder = (
+            output / cfg.TENSORBOARD.LOG_DIR / cfg.TASK
+            if cfg.TENSORBOARD.ENABLE or TENSORBOARD in cfg.LOG.TRACKERS
+            else None
+        )
+        asked = world.is_main and cfg.LOG.TRACKERS  # whose packages the other ranks need not import
+        trackers = Trackers(cfg.LOG.TRACKERS, About(output, cfg.TASK, flat(cfg))) if asked else None
+        self.metrics_log = MetricsLog(world, folder, trackers)
         self._signals.callback(self.metrics_log.close)
 
     def __enter__(self) -> "Session":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        close_lines()
         with self._closing:
             if error is None or isinstance(error, Preempted):
                 self._signals.callback(destroy_process_group)
@@ -104,8 +122,19 @@ class Session:
                 code = self._preempted(str(error))
             elif isinstance(error, Exception):
                 code = self._explain(error)
+            if self.has_results and self.world.is_main and self.cfg.LOG.REPORT:
+                self._report()
             self.exit_code = code or 0
             return code is not None
+
+    def _report(self) -> None:
+        """Write the report of this run. Nothing that goes wrong there may change how the run ends."""
+        try:
+            write_report(self.cfg.OUTPUT_DIR)
+        except UserError as error:
+            logger.warning("no report was written: %s", error)
+        except Exception:
+            logger.warning("no report was written, because of a bug (LOG.REPORT)", exc_info=True)
 
     def _explain(self, error: Exception) -> int | None:
         """Log what ended the process; its exit code, or None where its traceback is to be printed."""

@@ -13,6 +13,7 @@ from yacs.config import CfgNode
 
 from maskfeat.build import build_backbone, build_loader, build_objective
 from maskfeat.config import save_config
+from maskfeat.data.datasets.base import NoValidation
 from maskfeat.data.datasets.classes import describe_split, missing_classes
 from maskfeat.data.loader import BatchLoader
 from maskfeat.engine.batch_arithmetic import check_batch_norm, compare, describe, load_recipe, step_size
@@ -63,8 +64,13 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
     loader = build_loader(cfg, "train", world, device=device)
     _announce(cfg, command_line, objective, session, len(loader))
     source.check_classes(loader.dataset)
-    epochs = validation_epochs(cfg, objective.classifies)
-    val_loader = build_loader(cfg, "val", world, device=device, classes=loader.classes) if epochs else None
+    epochs, val_loader = validation_epochs(cfg, objective.classifies), None
+    try:
+        if epochs:
+            val_loader = build_loader(cfg, "val", world, device=device, classes=loader.classes)
+    except NoValidation as error:
+        epochs = []
+        logger.info("nothing is validated, TRAIN.EVAL_PERIOD has no effect: %s", error)
     announce_data(cfg, objective.classifies, {"train": loader} | ({"val": val_loader} if val_loader else {}))
     warning = missing_classes("train", loader.dataset, cfg.MODEL.NUM_CLASSES) if objective.classifies else ""
     if warning and world.is_main:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import reading
+from benchmarks import reading, shards
 from benchmarks.cases import MVIT_S, VIT_B, Options, random_batch
 from benchmarks.cli import main
 from benchmarks.compute import maskfeat_objective, uncertain_cells
@@ -55,6 +55,17 @@ def measured(tmp_path: Path, what: str, cfg: str, *arguments: str) -> dict:
         assert row["reference_s"] > 0 and row["ours_s"] > 0
         assert row["ratio"] == pytest.approx(row["reference_s"] / row["ours_s"])
     return found
+
+
+def test_shards(tmp_path: Path, image_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_STARTED", 40)
+    rows = measured(tmp_path, "shards", VIT_FILE, "--data", str(image_data))["rows"]
+    assert [row["what"] for row in rows] == [
+        "40 images in tar",
+        "40 images in parquet",
+        "start of 40 images, to the first batch",
+    ]
+    assert "same bits; opens" in rows[0]["note"]
 
 
 @pytest.mark.parametrize(

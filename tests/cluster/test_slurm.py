@@ -206,3 +206,22 @@ def test_submit(cluster: Cluster, undisturbed: str, image_data: Path, tmp_path: 
     assert cluster.ended(job, log) == ("COMPLETED", "0:0"), log.read_text()
     assert_went_on(tmp_path)
     assert digest(tmp_path, "ssl") == undisturbed
+
+
+def test_sweep(cluster: Cluster, image_data: Path, tmp_path: Path) -> None:
+    """A grid as an array of jobs, one of which fails, and afterwards its table."""
+    pytest.importorskip("submitit")
+    rates = ["SOLVER.BASE_LR=1e-4,1e-3"]
+    (tmp_path / "out" / "BASE_LR=1e-3").mkdir(parents=True)
+    (tmp_path / "out" / "BASE_LR=1e-3" / "checkpoints").touch()  # no folder can be made there
+    command = [sys.executable, "tools/sweep.py", *run(image_data, tmp_path / "out", *FEW), *rates]
+    asked = ["--submit", "--time", "10", "--logs", str(tmp_path / "logs"), "--cpus", "1"]
+    done = subprocess.run([*command, *asked], capture_output=True, text=True, env=ENV, cwd=REPO)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = re.findall(r"^job (\d+_\d+), log (\S+): (\S+)$", done.stdout, re.M)
+    assert [name for _, _, name in jobs] == ["BASE_LR=1e-4", "BASE_LR=1e-3"], done.stdout
+    states = [cluster.ended(cluster.watch(job), Path(log))[0] for job, log, _ in jobs]
+    assert states == ["COMPLETED", "FAILED"]
+    report = subprocess.run([*command, "--report"], capture_output=True, text=True, env=ENV, cwd=REPO)
+    assert report.returncode == 1 and re.search(r"^BASE_LR=1e-4 +complete: 3 of 3 epochs", report.stdout, re.M), report
+    assert "1 of 2 runs wait:\n  BASE_LR=1e-3: not done" in report.stdout + report.stderr

@@ -15,6 +15,7 @@ ANYWHERE = {"errors"}
 ALLOWED = {
     "config": {"file_io", "registry"},
     "optim": {"distributed"},
+    "report": {"config", "file_io"},
     "data": {"batch", "masking", "file_io", "registry", "distributed"},
     "models": {"masking", "registry"},
     "checkpoint": {"config", "file_io", "distributed"},
@@ -33,6 +34,7 @@ ALLOWED = {
         "objectives",
         "optim",
         "build",
+        "report",
     },
     "analysis": {
         "batch",

@@ -64,6 +64,21 @@ def test_a_child_dies_with_its_parent(tmp_path: Path, killed: str) -> None:
     assert tied.exists() == (killed == "later")
 
 
+def test_a_thread_that_does_not_end_holds_up_no_exit(tmp_path: Path) -> None:
+    """At a normal exit, a library may wait for its thread."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import atexit, threading\n"
+        "from maskfeat.distributed.processes import run_program\n"
+        "thread = threading.Thread(target=threading.Event().wait, daemon=True)\n"
+        "thread.start()\n"
+        "atexit.register(thread.join)\n"
+        "run_program(lambda: print('done') or 0)\n"
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "done\n"
+
+
 def test_a_process_without_a_parent_of_ours_lives(tmp_path: Path) -> None:
     """The main process of a program is started by a shell, and may outlive it."""
     assert multiprocessing.parent_process() is None

@@ -55,6 +55,39 @@ def test_what_is_asked_of_slurm(
     assert made["cpus_per_task"] == 3 and made["partition"] == "p" and "gpus_per_node" not in made
 
 
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [(["NUM_GPUS", "3"], 3), (["NUM_GPUS=0"], None), ([], 8), (["--gpus", "2", "NUM_GPUS", "1"], 2)],
+)
+def test_gpus_are_those_of_the_run(
+    arguments: list[str],
+    asked: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    submitted(["--logs", str(tmp_path), "--cfg", "x", *arguments], monkeypatch, capsys)
+    assert Executor.made.get("gpus_per_node") == asked
+
+
+def test_what_slurm_refuses_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(executor: Executor, job: Any) -> None:
+        raise submitit.core.utils.FailedJobError("sbatch: error: invalid\nsbatch: partition")
+
+    monkeypatch.setattr(Executor, "submit", refuses)
+    with pytest.raises(SystemExit) as end:
+        submitted(["--logs", str(tmp_path), "--cfg", "x"], monkeypatch, capsys)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "error: Slurm takes no such job: sbatch: error: invalid sbatch: partition\n" in said
+    monkeypatch.undo()
+    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: -1))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["submit", "--logs", str(tmp_path), "--cfg", "x"])
+    assert end.value.code == 2 and "there is no Slurm on this machine" in capsys.readouterr().err
+
+
 def test_the_job_runs_in_a_fresh_interpreter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -134,8 +134,11 @@ def read(case: dict[str, Any]) -> Any:
     from maskfeat.data.datasets.video_list import read_video_list
     from maskfeat.data.image_reader import READERS
     from maskfeat.data.video.decoder import decode_frames
+    from maskfeat.engine.provenance import machine, revision
 
     reader, path = case["reader"], case["path"]
+    if reader == "provenance":
+        return [machine(), revision()]
     if reader == "checkpoint":
         content = read_checkpoint(path)
         return [str(trained_model(content)), sorted(map(str, content))]

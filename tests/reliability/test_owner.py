@@ -95,6 +95,16 @@ def test_the_lock_dies_with_its_process(outlived: float, tmp_path: Path) -> None
             assert f"process {os.getpid()}, since" in (tmp_path / LOCK).read_text()
 
 
+def test_a_job_of_slurm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its number, with which it can be cancelled."""
+    monkeypatch.setattr(owner, "WAIT", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    with another_run(tmp_path) as process:
+        who = rf"process {process.pid}, since [-\d]+ [:\d]+, Slurm job 4711\)"
+        with pytest.raises(UserFileError, match=who), owned(tmp_path):
+            pass
+
+
 def test_one_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
     with another_run(tmp_path) as process:
         os.kill(process.pid, signal.SIGSTOP)  # it ends while the other one waits

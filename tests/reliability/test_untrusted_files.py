@@ -233,7 +233,10 @@ def test_whole_runs(place: Place, counter: Counter, image_data: Path, tmp_path: 
         }
         for name, argv in argvs.items()
     ]
-    warm_up = [{"name": "help", "reader": "run", "path": "", "options": {"argv": ["--help"]}}]
+    warm_up = [
+        {"name": "help", "reader": "run", "path": "", "options": {"argv": ["--help"]}},
+        {"name": "git", "reader": "provenance", "path": "", "options": {}},  # asked once in a process
+    ]
     # The first config loads the objectives, backbones and data sets of the package.
     warm_up += [case for case in harmless(place, tmp_path) if case["reader"] in ("checkpoint", "config")]
     for result in watched(place, cases, warm_up, tmp_path):
