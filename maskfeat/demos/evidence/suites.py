@@ -200,7 +200,7 @@ CALTECH101 = Suite(
         "cpu": Budget(
             labels=(Labels("5 of each class", "few", (), "few_tuning", _grid(("3e-4", "1e-3"), (10, 20))),),
             opts=("NUM_GPUS", "0"),
-            pretraining={"maskfeat": _epochs(8, 1, looks=4)},
+            pretraining={"maskfeat": _epochs(12, 1, looks=4)},
         ),
         "night": Budget(
             labels=_both(("3e-4", "1e-3"), (10, 20), ("3e-4", "1e-3"), (20, 60)),
