@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,34 @@ def test_a_second_call_trains_nothing(suite: Path) -> None:
     assert {path: path.read_bytes() for path in runs.root.rglob("*.json*")} == before
     after = (suite / "docs" / "evidence.md").read_text()
     assert after.startswith("Mine stays.") and after.count("<!-- begin: caltech101 cpu -->") == 1
+
+
+@pytest.mark.slow
+def test_published_seeds_are_added_to(suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --add and the folder of one seed alone, the report is that of both; with none as well."""
+    shutil.copytree(suite / "docs", tmp_path / "docs")
+    section, record = (tmp_path / "docs" / name for name in ("evidence.md", "evidence/caltech101_cpu.json"))
+    before, kept = section.read_text(), record.read_bytes()
+    add = [*command(suite), "--docs", str(tmp_path / "docs"), "--add"]
+    seeds = [runs_of(suite).root / f"seed{seed}" for seed in (0, 1)]
+    moved = [tmp_path / seed.name for seed in seeds]
+    seeds[0].rename(moved[0])
+    assert main(add) == 0
+    assert record.read_bytes() == kept
+    tables = [re.sub("`python.*`", "", text) for text in (before, section.read_text())]
+    assert tables[0] == tables[1]
+    seeds[1].rename(moved[1])
+    assert main(add) == 0
+    assert record.read_bytes() == kept and not any(seed.exists() for seed in seeds)
+    # What was published with other settings, or is damaged, is refused.
+    capsys.readouterr()
+    assert main([*add, "SOLVER.BASE_LR", "1e-4"]) == 2
+    assert "was published with other settings" in capsys.readouterr().out
+    record.write_text("[]")
+    assert main(add) == 2
+    assert "is no record of runs" in capsys.readouterr().out
+    for folder, seed in zip(moved, seeds, strict=True):
+        folder.rename(seed)
 
 
 @pytest.mark.slow

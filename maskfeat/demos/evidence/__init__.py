@@ -13,6 +13,7 @@ from maskfeat.config.arguments import ConfigParser
 from maskfeat.demos.caltech101 import prepare as prepare_caltech101
 from maskfeat.demos.cifar10 import prepare as prepare_cifar10
 from maskfeat.demos.commands import program
+from maskfeat.demos.evidence.record import read_record, record_file
 from maskfeat.demos.evidence.report import FILE, Report
 from maskfeat.demos.evidence.runs import Runs, Stopped, run_seed
 from maskfeat.demos.evidence.suites import SUITES
@@ -106,6 +107,12 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
     parser.add_argument(
         "--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of evidence.md (default: %(default)s)"
     )
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="add to what was published: runs in DOCS/evidence/SUITE_BUDGET.json count as finished, so that seeds may "
+        "be run on several machines or days",
+    )
     parser.add_overrides("overrides for every run")
     return parser.parse_args(argv)
 
@@ -122,7 +129,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         suite = SUITES[args.suite]
         if args.budget not in suite.budgets:
             raise UserError(f"--suite {args.suite} has the budgets {', '.join(suite.budgets)}; given {args.budget}")
-        runs = Runs(suite, args.budget, args.output, data, tuple(args.opts))
+        kept = record_file(args.docs, f"{suite.name}_{args.budget}")
+        published, made_on = read_record(kept) if args.add else ({}, {})
+        runs = Runs(suite, args.budget, args.output, data, tuple(args.opts), published)
         if args.seeds < 1:
             raise UserError(f"--seeds is {args.seeds}, expected at least 1")
         figure_type()  # a missing package is reported now, not after hours of training
@@ -130,9 +139,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             make_data(args.suite, data, args.source)
         for seed in range(args.seeds):
             run_seed(runs, seed, controls=seed < runs.budget.control_seeds)
-        report = Report(
-            runs, args.budget, range(args.seeds), args.docs, shlex.join([*program("evidence", "evidence.py"), *given])
-        )
+        command = shlex.join([*program("evidence", "evidence.py"), *given])
+        report = Report(runs, args.budget, range(args.seeds), args.docs, command, made_on)
         section = report.write()
     except Stopped as stopped:  # the run has logged the reason
         return stopped.code

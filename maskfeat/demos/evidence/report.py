@@ -1,4 +1,4 @@
-"""Write docs/evidence.md: tables, charts and images, made from the files of the runs alone.
+"""Write docs/evidence.md: tables, charts and images, made from the files of the runs, or what was published of them.
 
 Each suite and budget has its own section between two comments; text outside of them is kept.
 """
@@ -6,9 +6,10 @@ Each suite and budget has its own section between two comments; text outside of 
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -16,8 +17,8 @@ from maskfeat.analysis.curves import Chart, Line, Point, chart_figure
 from maskfeat.analysis.probes.command import GIVEN, RANDOM
 from maskfeat.analysis.references import MEAN, MODEL, PLACE, RIDGE, ZERO, share
 from maskfeat.analysis.visualize import drawing
-from maskfeat.checkpoint.files import find_checkpoints
 from maskfeat.config import load_config
+from maskfeat.demos.evidence.record import record_file, write_record
 from maskfeat.demos.evidence.runs import TUNING, Runs, scratch
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Labels, Method
 from maskfeat.engine.provenance import machine, revision
@@ -78,12 +79,22 @@ class Report:
         seeds: the finished seeds.
         docs: folder of the report.
         command: the command that is reported for this section.
+        made_on: where published seeds were made, by seed.
     """
 
-    def __init__(self, runs: Runs, budget: str, seeds: Sequence[int], docs: Path, command: str) -> None:
+    def __init__(
+        self,
+        runs: Runs,
+        budget: str,
+        seeds: Sequence[int],
+        docs: Path,
+        command: str,
+        made_on: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.runs, self.suite, self.seeds, self.docs, self.command = runs, runs.suite, list(seeds), docs, command
         self.name = f"{self.suite.name} {budget}"
         self.images = docs / "evidence"
+        self.made_on = {str(seed): self._place(seed, made_on) for seed in self.seeds}
 
     def write(self) -> str:
         """Draw the images and write the section into docs/evidence.md; return the section."""
@@ -99,6 +110,7 @@ class Report:
         else:
             text = f"{text.rstrip()}\n\n{section}\n"
         path.write_text(text, encoding="utf-8")
+        write_record(record_file(self.docs, self.runs.root.name), self.runs, self.made_on)
         return written
 
     # ------------------------------------------------------------------ figures
@@ -139,9 +151,18 @@ class Report:
         ]
         return "\n\n".join(part for part in parts if part)
 
+    def _place(self, seed: int, made_on: Mapping[str, str]) -> str:
+        """Return where the runs of a seed were made."""
+        published = {self.runs.known(seed, name) is not None for name in self.runs.names(seed)}
+        places = [made_on[str(seed)]] if True in published else []
+        if False in published:
+            places.append(f"{machine()}; torch {torch.__version__}; {revision()}")
+        return ", and ".join(dict.fromkeys(places))
+
     def _setting(self) -> str:
-        seeds = ", ".join(map(str, self.seeds))
-        return f"Seeds {seeds}. {machine()}; torch {torch.__version__}; {revision()}."
+        places = dict.fromkeys(self.made_on.values())
+        by_place = {place: [seed for seed, made in self.made_on.items() if made == place] for place in places}
+        return "\n".join(f"Seeds {', '.join(seeds)}: {place}." for place, seeds in by_place.items())
 
     def probes(self) -> str:
         """Compare frozen features with those of a backbone with random weights."""
@@ -228,7 +249,7 @@ class Report:
 
     def times(self) -> str:
         """Return wall-clock and CPU minutes of each run."""
-        names = sorted({path.parent.name for path in self.runs.root.glob("seed*/*/done.json")})
+        names = sorted({name for seed in self.seeds for name in self.runs.names(seed)})
         rows = []
         for name in names:
             found = [self.runs.result(seed, name) for seed in self.with_run(name)]
@@ -287,18 +308,23 @@ class Report:
         return sorted(points.items())
 
     def drawings(self) -> list[str]:
-        """Draw predictions for held-out samples by the first and the last checkpoint of the first seed."""
+        """Draw predictions for held-out samples by the first and the last checkpoint of the first seed.
+
+        Images of a published seed stay as they are.
+        """
         shown = []
         for method in self.runs.methods:
             seed = self.seeds[0]
-            found = find_checkpoints(self.runs.folder(seed, method.name), "pt")
+            found = self.runs.checkpoints(seed, method.name)
             for words, checkpoint in (("early", found[0]), ("late", found[-1])):
-                opts = [*self.runs.pretraining(method, seed, method.name), "TEST.CHECKPOINT_FILE_PATH", str(checkpoint)]
-                drawn = drawing(load_config(CONFIGS / method.pretraining, opts), _PICTURED)
                 epoch = int(re.findall(r"epoch_(\d+)", checkpoint.name)[0])
                 title = f"{method.title}: {words}, after epoch {epoch}"
                 path = self.images / f"{self.name.replace(' ', '_')}_{method.name}_{words}.png"
-                drawn.figure(title).quantize(128).save(path, optimize=True)
+                if self.runs.known(seed, method.name) is None:
+                    weights = ["TEST.CHECKPOINT_FILE_PATH", str(checkpoint)]
+                    opts = [*self.runs.pretraining(method, seed, method.name), *weights]
+                    drawn = drawing(load_config(CONFIGS / method.pretraining, opts), _PICTURED)
+                    drawn.figure(title).quantize(128).save(path, optimize=True)
                 shown.append(f"![{title}](evidence/{path.name})")
         return shown
 

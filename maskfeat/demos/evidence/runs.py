@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ DONE = "done.json"
 """File written when a run is finished: wall-clock and CPU seconds, and what was measured."""
 SCRATCH, TUNING = "scratch", "_tuning_"
 
+Published = dict[str, dict[str, dict[str, Any]]]
+"""What `maskfeat.demos.evidence.record` keeps of a run, by seed (as text) and by its name."""
+
 
 class Stopped(RuntimeError):
     """A run ended with an exit code other than 0."""
@@ -61,11 +65,21 @@ class Runs:
         root: runs are written to <root>/<suite>_<budget>/seed<N>/<run>.
         data: the folder that holds the suite's data.
         opts: overrides that the user gave, for every run.
+        published: what was published of runs that count as finished without their folders.
     """
 
-    def __init__(self, suite: Suite, budget_name: str, root: Path, data: Path, opts: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        suite: Suite,
+        budget_name: str,
+        root: Path,
+        data: Path,
+        opts: tuple[str, ...] = (),
+        published: Published | None = None,
+    ) -> None:
         self.suite, self.budget, self.data, self.opts = suite, suite.budgets[budget_name], data, opts
         self.root = root / f"{suite.name}_{budget_name}"
+        self.published = published or {}
 
     @property
     def methods(self) -> list[Method]:
@@ -76,24 +90,58 @@ class Runs:
         """Return the folder of one run."""
         return self.root / f"seed{seed}" / name
 
+    def known(self, seed: int, name: str) -> dict[str, Any] | None:
+        """Return what was published of a run, where that stands for its folder; None = it does not."""
+        if (self.folder(seed, name) / DONE).is_file():
+            return None
+        return self.published.get(str(seed), {}).get(name)
+
     def result(self, seed: int, name: str) -> dict[str, Any]:
         """Return the result of a finished run."""
-        return dict(_read(self.folder(seed, name) / DONE))
+        known = self.known(seed, name)
+        return dict(_read(self.folder(seed, name) / DONE) if known is None else known["done"])
 
     def is_done(self, seed: int, name: str) -> bool:
-        return (self.folder(seed, name) / DONE).is_file()
+        return self.known(seed, name) is not None or (self.folder(seed, name) / DONE).is_file()
 
     def stats(self, seed: int, name: str, kind: str) -> list[dict[str, Any]]:
         """Return the metrics of one kind that a training run logged."""
+        known = self.known(seed, name)
+        if known is not None:
+            return list(known["stats"].get(kind, []))
         return read_json_stats(self.folder(seed, name) / "stdout.log", kind)
 
     def last(self, seed: int, name: str, kind: str) -> dict[str, Any]:
         """Return the last metrics of one kind that a training run logged; UserFileError if there are none."""
+        if self.known(seed, name) is not None:
+            return self.stats(seed, name, kind)[-1]
         return last_json_stats(self.folder(seed, name) / "stdout.log", kind)
+
+    def checkpoints(self, seed: int, name: str) -> list[Path]:
+        """Return the checkpoints of a pre-training run, the first one first; published runs do not have the files."""
+        known = self.known(seed, name)
+        if known is not None:
+            return [self.folder(seed, name) / "checkpoints" / file for file in known["checkpoints"]]
+        return find_checkpoints(self.folder(seed, name), "pt")
 
     def checkpoint(self, seed: int, name: str) -> Path:
         """Return the last checkpoint of a pre-training run."""
-        return find_checkpoints(self.folder(seed, name), "pt")[-1]
+        return self.checkpoints(seed, name)[-1]
+
+    def names(self, seed: int) -> list[str]:
+        """Return the names of the finished runs of a seed."""
+        here = (path.parent.name for path in (self.root / f"seed{seed}").glob(f"*/{DONE}"))
+        return sorted({*here, *self.published.get(str(seed), {})})
+
+    def portable(self, asked: list[str]) -> list[str]:
+        """Return a recipe and its overrides without the folders of this machine."""
+        folders = ((str(self.root), "RUNS"), (str(self.data), "DATA"))
+        return [reduce(lambda text, pair: text.replace(*pair), folders, text) for text in asked]
+
+    def asked(self, seed: int, name: str) -> list[str]:
+        """Return recipe and overrides of a run that has started, as `portable`."""
+        known = self.known(seed, name)
+        return self.portable(_read(self.folder(seed, name) / ASKED)) if known is None else list(known["asked"])
 
     def _paths(self, seed: int, name: str, data: str) -> list[str]:
         paths = [*self._data(data), "OUTPUT_DIR", str(self.folder(seed, name))]
@@ -146,6 +194,14 @@ class Runs:
             UserError: the run was started with other overrides.
         """
         folder = self.folder(seed, name)
+        known = self.known(seed, name)
+        if known is not None:
+            if known["asked"] != self.portable(asked):
+                raise UserError(
+                    f"seed {seed} of {name} was published with other settings: {shlex.join(known['asked'])}; now asked "
+                    f"for: {shlex.join(self.portable(asked))}. Leave out --add to run all seeds anew"
+                )
+            return
         folder.mkdir(parents=True, exist_ok=True)
         begun = folder / ASKED
         given = _read(begun) if begun.is_file() else asked
@@ -305,6 +361,8 @@ def _control(runs: Runs, seed: int, method: Method, control: Control) -> None:
     if control.opts is None:
         for labels in runs.budget.labels:
             run, weights = f"{name}_{labels.folder}", runs.folder(seed, name) / f"{labels.folder}.pyth"
+            if runs.known(seed, run) is not None:
+                continue
             setting = labels.grid.get(runs.chosen(scratch(method), labels), ())
             opts = runs.fine_tuning(method, seed, run, labels, weights, setting)
             # As at the start of a run: the result must equal training from scratch if nothing else was loaded.
