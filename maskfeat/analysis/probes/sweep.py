@@ -183,7 +183,7 @@ class Chosen(NamedTuple):
     """What a sweep found.
 
     Attributes:
-        setting: the best on held-out samples.
+        setting: the best on held-out samples, of those within one standard error the one with the lowest cross-entropy.
         settings, held_out: all of them, and the top-1 accuracy of each on held-out samples, in percent.
         scores: (M, K) float32, of the test samples, by the chosen setting fitted to all training samples.
     """
@@ -194,20 +194,24 @@ class Chosen(NamedTuple):
     scores: Tensor
 
 
-def best_on(scores: Tensor, label: Tensor) -> tuple[int, list[float]]:
+def best_on(scores: Tensor, label: Tensor, slack: float = 0.0) -> tuple[int, list[float]]:
     """Return the number of the best classifier, and the top-1 accuracy of each in percent.
 
-    Of equally accurate ones the one with the lowest cross-entropy is best. One whose scores are not finite is never
+    Of the most accurate ones, the one with the lowest cross-entropy is best. One whose scores are not finite is never
     better than another.
 
     Args:
         scores: (S, M, K).
         label: (M,) int64.
+        slack: how far below the highest an accuracy still counts as equal, in standard errors of that of M draws. Of
+            few samples, the highest of many accuracies is mostly luck (Breiman et al., 1984, section 3.4.3).
     """
     finite = scores.isfinite().all(dim=2).all(dim=1)
-    right = (scores.argmax(dim=2) == label).float().mean(dim=1).masked_fill(~finite, 0.0)
+    right = (scores.argmax(dim=2) == label).double().mean(dim=1).masked_fill(~finite, 0.0)
     loss = -scores[:, torch.arange(len(label)), label].clamp(min=1e-12).log().mean(dim=1)
-    keys = [(bool(f), float(r), -float(loss_)) for f, r, loss_ in zip(finite, right, loss, strict=True)]
+    top = float(right.max())
+    equal = right >= top - slack * math.sqrt(top * (1.0 - top) / len(label))
+    keys = [(bool(f), bool(e), -float(loss_)) for f, e, loss_ in zip(finite, equal, loss, strict=True)]
     return max(range(len(keys)), key=keys.__getitem__), [100.0 * float(value) for value in right]
 
 
@@ -247,7 +251,7 @@ def sweep(
     heads = Heads(make, settings, seed, device)
     fit(heads, plan, read, train.rows[~held], train.label, seed, f"the {what}, {len(settings)} settings")
     rest = train.rows[held]
-    best, accuracies = best_on(scores(heads, plan, read, rest), torch.from_numpy(train.label[rest]))
+    best, accuracies = best_on(scores(heads, plan, read, rest), torch.from_numpy(train.label[rest]), slack=1.0)
     final = Heads(make, [settings[best]], seed, device)
     fit(final, plan, read, train.rows, train.label, seed, f"the chosen {what} on all training samples")
     found = scores(final, plan, reader(test), test.rows, test.x.shape[1])[0]
