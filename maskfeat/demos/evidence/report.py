@@ -162,7 +162,9 @@ class Report:
     def _setting(self) -> str:
         places = dict.fromkeys(self.made_on.values())
         by_place = {place: [seed for seed, made in self.made_on.items() if made == place] for place in places}
-        return "\n".join(f"Seeds {', '.join(seeds)}: {place}." for place, seeds in by_place.items())
+        lines = [f"Seeds {', '.join(seeds)}: {place}." for place, seeds in by_place.items()]
+        record = record_file(self.docs, self.runs.root.name)
+        return "\n".join([*lines, f"[Settings, figures and curves of every run]({self.images.name}/{record.name})."])
 
     def probes(self) -> str:
         """Compare frozen features with those of a backbone with random weights."""
