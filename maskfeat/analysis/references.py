@@ -81,10 +81,10 @@ def references_of(checkpoint: str | Path, cfg: CfgNode) -> dict[str, float]:
 def share(losses: dict[str, float]) -> float:
     """Return how much of what the ridge regression explains beyond the mean by place the model explains: 1 = as much.
 
-    NaN where the regression explains nothing.
+    NaN where the regression explains less than 2 % of the loss of the mean by place: next to nothing.
     """
     explained = losses[PLACE] - losses[RIDGE]
-    return (losses[PLACE] - losses[MODEL]) / explained if explained > 0 else math.nan
+    return (losses[PLACE] - losses[MODEL]) / explained if explained >= 0.02 * losses[PLACE] else math.nan
 
 
 # ---------------------------------------------------------------------- MaskFeat

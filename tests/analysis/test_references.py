@@ -180,6 +180,7 @@ def test_share_of_what_a_regression_finds() -> None:
     assert share(losses) == pytest.approx(0.5)
     assert share({**losses, "model": 0.03}) == pytest.approx(2.0)
     assert math.isnan(share({**losses, "ridge": 0.05}))
+    assert math.isnan(share({**losses, "ridge": 0.985 * losses["mean_by_place"]})), "next to nothing"
 
 
 def test_what_has_no_references(image_data: Path) -> None:
