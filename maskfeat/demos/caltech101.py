@@ -3,7 +3,6 @@
 Of each class, every third photograph is held out. Photographs are reduced to a short side of 128 pixels.
 """
 
-import argparse
 import io
 import logging
 import os
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from maskfeat.demos.shares import PARTS, begin, finish, write_shares
+from maskfeat.demos.shares import PARTS, begin, finish, layout_command, write_shares
 from maskfeat.errors import UserError, naming
 
 logger = logging.getLogger(__name__)
@@ -130,22 +129,11 @@ def _reduced(content: bytes, what: str) -> bytes:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Lay out Caltech-101 and return the exit code; `prog` is the name of the command in its help."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Lay out Caltech-101 as folders: DIR gets all/ with train/ and val/, few/ with five labelled "
-        "training photographs of each class, and all_tuning/ and few_tuning/, with a part of the training set as val/.",
-        allow_abbrev=False,
+    return layout_command(
+        prepare,
+        f"the official caltech-101.zip or {_INNER}, or a tar or folder of train/<class>/ and val/<class>/",
+        "Lay out Caltech-101 as folders: DIR gets all/ with train/ and val/, few/ with five labelled training "
+        "photographs of each class, and all_tuning/ and few_tuning/, with a part of the training set as val/.",
+        argv,
+        prog,
     )
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help=f"the official caltech-101.zip or {_INNER}, or a tar or folder of train/<class>/ and val/<class>/",
-    )
-    parser.add_argument("output", metavar="DIR", help="folder to write")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        prepare(args.source, args.output)
-    except UserError as error:
-        parser.error(str(error))
-    return 0

@@ -4,7 +4,6 @@ File names of the archive are never used as paths, and no pickle is read: the "P
 pickles, the binary version does not.
 """
 
-import argparse
 import gzip
 import io
 import logging
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from maskfeat.demos.shares import begin, finish, link
+from maskfeat.demos.shares import begin, finish, layout_command, link
 from maskfeat.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -161,23 +160,12 @@ def _write_or_link(path: Path, content: bytes, original: Path) -> None:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Lay out CIFAR-10 and return the exit code; `prog` is the name of the command in its help."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Lay out CIFAR-10 as folders: DIR gets all/ and tenth/, each with train/ and val/. tenth/ has one "
-        "in ten labelled training images, both have all test images as val/.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help=f"the official binary archive ({ARCHIVE}), or a folder with it, or a folder with train.zip and test.zip "
+    return layout_command(
+        prepare,
+        f"the official binary archive ({ARCHIVE}), or a folder with it, or a folder with train.zip and test.zip "
         "(train/<class>/<image>)",
+        "Lay out CIFAR-10 as folders: DIR gets all/ and tenth/, each with train/ and val/. tenth/ has one in ten "
+        "labelled training images, both have all test images as val/.",
+        argv,
+        prog,
     )
-    parser.add_argument("output", metavar="DIR", help="folder to write")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        prepare(args.source, args.output)
-    except UserError as error:
-        parser.error(str(error))
-    return 0

@@ -5,6 +5,7 @@
 one group, such as clips of one video, are on one side. No sample of `few` is in that fifth.
 """
 
+import argparse
 import logging
 import os
 import shutil
@@ -134,3 +135,26 @@ def write_list_shares(
         for split, pairs in (("train", train), ("val", val), ("test", val)):
             text = "".join(f"{Path(videos).resolve() / path} {label}\n" for path, label in pairs)
             (root / share / f"{split}.csv").write_text(text, encoding="utf-8")
+
+
+def layout_command(
+    prepare: Callable[[str, str], object], source: str, description: str, argv: Sequence[str] | None, prog: str | None
+) -> int:
+    """Lay out a data set as the command line says; return the exit code.
+
+    Args:
+        prepare: lays out what the first path names in the folder that the second one names.
+        source, description: what is laid out, and how, for the help.
+        argv: the command line; None = sys.argv.
+        prog: name of the command in its help.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("source", metavar="SOURCE", help=source)
+    parser.add_argument("output", metavar="DIR", help="folder to write")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        prepare(args.source, args.output)
+    except UserError as error:
+        parser.error(str(error))
+    return 0

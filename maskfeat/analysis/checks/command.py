@@ -21,6 +21,7 @@ from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
 from maskfeat.data.datasets.base import NoValidation
 from maskfeat.data.datasets.layouts import NAMES
+from maskfeat.data.datasets.lists import quoted
 from maskfeat.data.shards.members import Member
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
@@ -82,8 +83,7 @@ def write_lists(folder: Path, found: Collected, kept: dict[str, list[Sample]]) -
         for sample in samples:
             path = os.path.abspath(sample.path)
             if path.isprintable():
-                quoted = '"' + path.replace('"', '""') + '"'
-                lines.append(f"{quoted} {','.join(map(str, sample.numbers))}".rstrip())
+                lines.append(f"{quoted(path)} {','.join(map(str, sample.numbers))}".rstrip())
         name = f"{'train' if split == ALL else split}.csv"
         if lines:
             replace_text(folder / name, "\n".join(lines) + "\n")

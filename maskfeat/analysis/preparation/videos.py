@@ -14,6 +14,7 @@ from maskfeat.analysis.preparation.encode import encode
 from maskfeat.data.bad_samples import UnreadableSample
 from maskfeat.data.datasets.folders import FolderScan, count, some
 from maskfeat.data.datasets.layouts import NAMES
+from maskfeat.data.datasets.lists import quoted
 from maskfeat.data.datasets.video_list import SUFFIXES
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
@@ -124,7 +125,7 @@ def finish(listing: Listing, output: Path, args: argparse.Namespace) -> int:
         raise UserError(f"none of the {len(names)} videos can be read: {name}: {cause}")
     with naming(f"{output} cannot be written"):
         for split, rows in listing.splits.items():
-            good = [f"{_quoted(target[name])} {label}" for name, label in rows if name not in bad]
+            good = [f"{_listed(target[name])} {label}" for name, label in rows if name not in bad]
             replace_text(output / f"{split}.csv", "\n".join(good) + "\n")
         replace_text(output / NAMES, "\n".join(listing.classes) + "\n")
         replace_text(output / UNREADABLE, "".join(f"{name}: {cause}\n" for name, cause in bad.items()))
@@ -151,8 +152,8 @@ def _say(listing: Listing, bad: dict[str, str], root: Path, output: Path) -> Non
     )
 
 
-def _quoted(path: str) -> str:
-    return path if _PLAIN.fullmatch(path) else '"' + path.replace('"', '""') + '"'
+def _listed(path: str) -> str:
+    return path if _PLAIN.fullmatch(path) else quoted(path)
 
 
 def _encode_all(names: Sequence[str], source: Path, target: Path, short_side: int, workers: int) -> dict[str, str]:

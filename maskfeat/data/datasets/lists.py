@@ -14,6 +14,11 @@ SEPARATORS = (" ", ",", "\t", ";")
 _TRIED = 100
 
 
+def quoted(path: str) -> str:
+    """Return a path in double quotes, as a list holds one that has separators or quotes in it."""
+    return '"' + path.replace('"', '""') + '"'
+
+
 def check_some_exist(videos: Sequence[tuple[str, Any]], csv_path: str, prefix: str, folder: str) -> None:
     """Look for videos spread over a list until one is found.
 

@@ -93,7 +93,8 @@ class Report:
     ) -> None:
         self.runs, self.suite, self.seeds, self.docs, self.command = runs, runs.suite, list(seeds), docs, command
         self.name = f"{self.suite.name} {budget}"
-        self.images = docs / "evidence"
+        self.record = record_file(docs, runs.root.name)
+        self.images = self.record.parent
         self.made_on = {str(seed): self._place(seed, made_on) for seed in self.seeds}
 
     def write(self) -> str:
@@ -110,7 +111,7 @@ class Report:
         else:
             text = f"{text.rstrip()}\n\n{section}\n"
         path.write_text(text, encoding="utf-8")
-        write_record(record_file(self.docs, self.runs.root.name), self.runs, self.made_on)
+        write_record(self.record, self.runs, self.made_on)
         return written
 
     # ------------------------------------------------------------------ figures
@@ -163,8 +164,7 @@ class Report:
         places = dict.fromkeys(self.made_on.values())
         by_place = {place: [seed for seed, made in self.made_on.items() if made == place] for place in places}
         lines = [f"Seeds {', '.join(seeds)}: {place}." for place, seeds in by_place.items()]
-        record = record_file(self.docs, self.runs.root.name)
-        return "\n".join([*lines, f"[Settings, figures and curves of every run]({self.images.name}/{record.name})."])
+        return "\n".join([*lines, f"[Settings, figures and curves of every run](evidence/{self.record.name})."])
 
     def probes(self) -> str:
         """Compare frozen features with those of a backbone with random weights."""

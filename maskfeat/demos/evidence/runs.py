@@ -10,10 +10,10 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -217,10 +217,13 @@ class Runs:
             found = work()
         _write(folder / DONE, {**spent, **found})
 
-    def train(self, seed: int, name: str, config: str, opts: list[str]) -> None:
-        """Run tools/run_net.py, which resumes an interrupted run."""
+    def train(
+        self, seed: int, name: str, config: str, opts: list[str], prepare: Callable[[], None] = lambda: None
+    ) -> None:
+        """Run tools/run_net.py, which resumes an interrupted run; before that, `prepare` what it reads."""
 
         def work() -> dict[str, Any]:
+            prepare()
             logger.info("\n== %s, seed %d: %s\n   %s", self.suite.name, seed, name, train_command(config, opts))
             code = run_net(["--cfg", str(CONFIGS / config), *opts])
             if code:
@@ -301,8 +304,12 @@ def _timed(folder: Path) -> Iterator[dict[str, float]]:
         _write(path, spent)
 
 
-def without_backbone(source: Path, fresh: Mapping[str, torch.Tensor], target: Path) -> None:
-    """Copy a pre-training checkpoint with the weights of its backbone replaced by those of `fresh`."""
+def _without_backbone(source: Path, fine_tuning: str, opts: list[str], seed: int, target: Path) -> None:
+    """Copy a pre-training checkpoint with the weights of its backbone replaced by those of training from scratch."""
+    # As at the start of a run: the result must equal training from scratch if nothing else was loaded.
+    seed_everything(seed)
+    objective = build_objective(load_config(CONFIGS / fine_tuning, opts))
+    fresh = {n: v for n, v in objective.released_state().items() if not n.startswith(("norm.", "head."))}
     content = open_checkpoint(source)
     state = {name: fresh.get(name, value) for name, value in content["model_state"].items()}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -361,16 +368,11 @@ def _control(runs: Runs, seed: int, method: Method, control: Control) -> None:
     if control.opts is None:
         for labels in runs.budget.labels:
             run, weights = f"{name}_{labels.folder}", runs.folder(seed, name) / f"{labels.folder}.pyth"
-            if runs.known(seed, run) is not None:
-                continue
             setting = labels.grid.get(runs.chosen(scratch(method), labels), ())
             opts = runs.fine_tuning(method, seed, run, labels, weights, setting)
-            # As at the start of a run: the result must equal training from scratch if nothing else was loaded.
-            seed_everything(seed)
-            objective = build_objective(load_config(CONFIGS / method.family.fine_tuning, opts))
-            fresh = {n: v for n, v in objective.released_state().items() if not n.startswith(("norm.", "head."))}
-            without_backbone(runs.checkpoint(seed, method.name), fresh, weights)
-            runs.train(seed, run, method.family.fine_tuning, opts)
+            source = runs.checkpoint(seed, method.name)
+            prepare = partial(_without_backbone, source, method.family.fine_tuning, opts, seed, weights)
+            runs.train(seed, run, method.family.fine_tuning, opts, prepare)
         return
     runs.train(seed, name, method.pretraining, runs.pretraining(method, seed, name, control))
     weights = runs.checkpoint(seed, name)
