@@ -130,6 +130,16 @@ def _use_cuda() -> int:
     return int(torch.ones(2, device="cuda").sum().item() != 2)
 
 
+def renew_thread_pool() -> None:
+    """Make torch's pool of threads anew: the first thing to do in a fork, in its only thread.
+
+    The first call of `set_num_threads` in a fork replaces a pool whose threads exist in the parent alone. Two threads
+    that come first together, as those of autograd do when they start, see none in between and end the process
+    ("pool INTERNAL ASSERT FAILED", torch 2.14).
+    """
+    torch.set_num_threads(torch.get_num_threads())
+
+
 def _forked(job: Callable[[], int], log: Path, began: Callable[[int], None]) -> int:
     """Run a job in a forked process and return its exit code."""
     child = os.fork()
@@ -141,6 +151,7 @@ def _forked(job: Callable[[], int], log: Path, began: Callable[[int], None]) -> 
             nothing = os.open(os.devnull, os.O_RDONLY)
             for ours, theirs in ((0, nothing), (1, said), (2, said)):
                 os.dup2(theirs, ours)
+            renew_thread_pool()
             code = job()
         except BaseException:
             traceback.print_exc()

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from benchmarks.cases import CONFIGS, random_batch
 from benchmarks.gpu.checks import VIT_PT, exact, expect, image_files, log_of, relative, small_config
 from benchmarks.gpu.parts import Context, Failed, Figures
+from benchmarks.gpu.processes import renew_thread_pool
 from maskfeat.build import build_objective, build_optimizer
 from maskfeat.distributed.collectives import all_gather_object, all_reduce_sum, broadcast_buffers
 from maskfeat.distributed.launch import free_address
@@ -49,6 +50,7 @@ def _program(arguments: Sequence[str], log: Path, variables: Mapping[str, str], 
     os.dup2(said, 1)
     os.dup2(said, 2)
     os.environ.update(variables)
+    renew_thread_pool()
     torch.use_deterministic_algorithms(deterministic)
     exit_now(main(arguments))
 

@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.processes import renew_thread_pool
 from maskfeat.checkpoint.files import find_checkpoints
 from maskfeat.checkpoint.reading import read_checkpoint
 from tests.small import RECIPES, VIT_FT, VIT_PT, images
 
 REPO = Path(__file__).resolve().parents[2]
+_END = "\n"  # the line that ends the server
 # Everything that a resumed run has to find again: optimizer, an average, drop path, mixup, augmentation.
 PRETRAINING = [
     "--cfg", str(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml"), *VIT_PT, "SOLVER.MAX_EPOCH", "3",
@@ -98,8 +100,9 @@ class Forks:
     def close(self) -> None:
         """End the server."""
         assert self._server.stdin is not None
+        self._server.stdin.write(_END)  # not by closing it alone: a data worker of this process may hold it open as well
         self._server.stdin.close()
-        self._server.wait(120)  # Python takes its modules apart, on a machine that may be busy
+        self._server.wait(60)
 
 
 def digest(output: Path, task: str) -> str:
@@ -154,12 +157,15 @@ def wait_until(condition: Any, seconds: float, what: str) -> None:
 
 
 def _serve() -> None:
-    """Fork a run for every line of standard input: [arguments, log]; print its process number, then its exit code."""
+    """Fork a run for every line of standard input, [arguments, log], up to an empty one; print its process number, then
+    its exit code."""
     from maskfeat.engine.run import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started the tests in the background
     torch.set_num_threads(1)
-    for line in sys.stdin:
+    for line in iter(sys.stdin.readline, _END):
+        if not line:
+            break  # whoever started it has died
         argv, log = json.loads(line)
         child = os.fork()
         if child == 0:
@@ -168,6 +174,7 @@ def _serve() -> None:
             for stream in (1, 2):
                 os.dup2(out, stream)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            renew_thread_pool()
             try:
                 code = main(argv)
             except BaseException:
