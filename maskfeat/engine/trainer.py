@@ -27,6 +27,7 @@ from maskfeat.engine.parallelize import (
 )
 from maskfeat.engine.rng import seed_everything
 from maskfeat.errors import NotFinite
+from maskfeat.models.layers import unfuse_attention
 from maskfeat.objectives.base import Objective
 from maskfeat.optim.ema import ModelEma
 from maskfeat.optim.optimizers import clip_gradients, load_optimizer_state
@@ -254,6 +255,8 @@ def build_trainer(
 
 
 def _transform(cfg: CfgNode, objective: Objective, device: torch.device) -> None:
+    if device.type == "cpu" and precision_of(cfg.TRAIN) == "bf16":
+        unfuse_attention(objective)
     if cfg.MODEL.ACT_CHECKPOINT:
         apply_activation_checkpointing(objective, light=cfg.MODEL.ACT_CHECKPOINT == "light")
     if cfg.TRAIN.COMPILE:

@@ -27,6 +27,7 @@ from maskfeat.models.layers import is_reference, layer_norm
 from maskfeat.models.pooling import POOL_CONV
 
 AXES = ("t", "h", "w")
+_FEW_SCORES = 2**17  # of a head: as many are stored without harm
 _ALIGN = 8  # fused kernels take head widths that are multiples of this
 
 
@@ -236,6 +237,10 @@ def fast_attention(
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Attention by PyTorch's fused kernels: q (B, N, G, C), k, v (B, Nk, G, C) -> (B, N, G, C)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] * k.shape[2] <= _FEW_SCORES:
+        # Two matrix products are up to four times as fast there: the fused backward pass multiplies in float32.
+        weights = (q * (scale or q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
+        return (weights @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 

@@ -52,6 +52,16 @@ def set_impl(model: nn.Module, impl: str) -> None:
             module.impl = impl  # type: ignore[assignment]
 
 
+def unfuse_attention(model: nn.Module) -> None:
+    """Have the attention of a plain ViT, which is timm's, multiply matrices without a fused kernel, in place.
+
+    In bfloat16 on a CPU that is up to four times as fast: the backward pass of the fused kernel multiplies in float32.
+    """
+    for module in model.modules():
+        if isinstance(module, timm.layers.Attention):
+            module.fused_attn = False  # type: ignore[misc]
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Return a context without mixed precision on the device of `x`.
 

@@ -40,6 +40,20 @@ def test_names_of_precisions() -> None:
         assert precision_of(SimpleNamespace(MIXED_PRECISION=given)) == name
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("off", True), ("bf16", False), ("fp16", True)])
+def test_fused_attention_except_in_bfloat16_on_a_cpu(precision: str, fused: bool) -> None:
+    """There matrix products are faster, and as exact."""
+    recipe, opts = CASES["vit"]
+    trainer = build_trainer(load_config(str(recipe), [*opts, "TRAIN.MIXED_PRECISION", precision]), CPU)
+    blocks = trainer.objective.backbone.blocks
+    assert all(block.attn.fused_attn == fused for block in blocks)
+    x = torch.randn(2, 37, blocks[0].attn.qkv.in_features)
+    exact = blocks[0].attn.eval()(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = blocks[0].attn(x)
+    assert (low - exact).norm() <= 0.01 * exact.norm()
+
+
 def make_steps(trainer: Trainer, count: int) -> list[dict[str, float]]:
     """`count` steps on batches that depend on the step alone; what each logged."""
     logged = []

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from maskfeat.checkpoint.weights import resize_weight
+from maskfeat.models import attention
 from maskfeat.models.attention import (
     PoolingAttention,
     fast_attention,
@@ -173,9 +175,24 @@ def test_a_whole_module_is_the_reference(
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("few_scores", [0, 2**17])
 @SHAPES
-def test_forms_agree_in_bfloat16(grid: tuple[int, ...], stride_q: tuple[int, ...], stride_kv: tuple[int, ...]) -> None:
+def test_forms_agree_in_bfloat16(
+    grid: tuple[int, ...],
+    stride_q: tuple[int, ...],
+    stride_kv: tuple[int, ...],
+    few_scores: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """In mixed precision the forms differ by roundings, each of them as far from float32 as the other."""
+    monkeypatch.setattr(attention, "_FEW_SCORES", few_scores)
+    fused, called = F.scaled_dot_product_attention, set()
+
+    def noted(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        called.add(q.dtype)
+        return fused(q, k, v, scale=scale)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
     fast, plain = two_forms(grid, stride_q, stride_kv, {})
     x = torch.randn(2, 1 + math.prod(grid), 16, requires_grad=True)
     upstream = torch.randn_like(fast(x))
@@ -191,6 +208,7 @@ def test_forms_agree_in_bfloat16(grid: tuple[int, ...], stride_q: tuple[int, ...
     for low in (passes(fast, True), passes(plain, True)):
         for found, wanted in zip(low, exact, strict=True):
             assert (found - wanted).norm() <= 0.03 * wanted.norm() + 1e-3 * largest
+    assert (torch.bfloat16 in called) == (few_scores == 0)
 
 
 def small_mvit() -> MViT:

@@ -100,7 +100,9 @@ class Forks:
     def close(self) -> None:
         """End the server."""
         assert self._server.stdin is not None
-        self._server.stdin.write(_END)  # not by closing it alone: a data worker of this process may hold it open as well
+        self._server.stdin.write(
+            _END
+        )  # not by closing it alone: a data worker of this process may hold it open as well
         self._server.stdin.close()
         self._server.wait(60)
 
