@@ -209,7 +209,7 @@ CALTECH101 = Suite(
             labels=_both(("3e-4", "1e-3"), (10, 20), ("3e-4", "1e-3"), (20, 60)),
             opts=_NIGHT,
             pretraining={
-                "maskfeat": _epochs(60, 3),
+                "maskfeat": _epochs(100, 5),
                 "mfm_vit": _epochs(30, 2),
                 "mfm_resnet": _epochs(30, 2),
             },
