@@ -256,6 +256,7 @@ def test_clips(tmp_path: Path) -> None:
         recordings = [{line.rsplit("_", 1)[0] for line in side.splitlines()} for side in sides]
         assert all(recordings) and not recordings[0] & recordings[1]
     text = (tmp_path / "docs" / "evidence.md").read_text()
+    assert "| linear, in grey |" in text
     assert "JHMDB-21, budget cpu" in text and "mask ratio 0" in text
     tested = read_json_stats(tmp_path / "runs/jhmdb_cpu/seed0/maskfeat_all/stdout.log", "test_final")
     assert int(tested[-1]["samples"]) == 6

@@ -40,6 +40,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     add("--kind", required=True, nargs="+", choices=KINDS, help="one or several")
     add("--blocks", default="4", metavar="N", help="for knn and linear: 4 = the last four (default); 3,7,11 = these")
     add("--random", action="store_true", help="also probe the same network with random weights")
+    add("--gray", action="store_true", help="show everything in grey: what features owe to colour is the difference")
     add("--few", type=count_option(1), metavar="K", help="training samples of each class (default: all)")
     add("--seed", type=count_option(0), default=0, help="of all draws (default: %(default)s)")
     add("--json", metavar="FILE", help="write all results, every setting included")
@@ -70,7 +71,9 @@ def _run(args: argparse.Namespace) -> int:
     networks = {GIVEN: model, **({RANDOM: randomised(model, args.seed)} if args.random else {})}
     with _folder(args.features) as folder:
         probings = [
-            Probing(network, weights, splits, folder, blocks, views, args.seed, args.batch_size, args.workers)
+            Probing(
+                *(network, weights, splits, folder, blocks, views, args.seed, args.batch_size, args.workers), args.gray
+            )
             for weights, network in networks.items()
         ]
         results = []
@@ -147,6 +150,7 @@ def _report(args: argparse.Namespace, splits: Splits, probing: Probing, results:
         "classes": splits.classes,
         "unreadable": probing.unreadable,
         "views": probing.views,
+        "gray": probing.gray,
         "seed": args.seed,
         "results": [result._asdict() for result in results],
     }

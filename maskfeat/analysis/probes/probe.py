@@ -65,6 +65,7 @@ class Probing:
         views: of validation samples, (clips, crops).
         seed: of held-out samples, initial weights and orders.
         batch_size, workers: of the loader.
+        gray: whether the network is shown the mean of the channels in each of them.
     """
 
     model: Model
@@ -76,6 +77,7 @@ class Probing:
     seed: int = 0
     batch_size: int = 64
     workers: int | None = None
+    gray: bool = False
     unreadable: dict[str, list[str]] = field(default_factory=dict)
 
     def run(self, kind: str) -> Result:
@@ -96,11 +98,15 @@ class Probing:
 
     def pool(self, clip: Tensor) -> Tensor:
         """Return the mean of the patch tokens of each block, then its class token where there is one: (B, F)."""
-        return torch.cat([part for tokens in self.model.blocks(clip, self.blocks) for part in _pooled(tokens)], dim=1)
+        found = self.model.blocks(self._seen(clip), self.blocks)
+        return torch.cat([part for tokens in found for part in _pooled(tokens)], dim=1)
 
     def attend(self, clip: Tensor) -> Tensor:
         """Return the output tokens, class token included: (B, N, D)."""
-        return self.model.tokens(clip).x
+        return self.model.tokens(self._seen(clip)).x
+
+    def _seen(self, clip: Tensor) -> Tensor:
+        return clip.mean(dim=1, keepdim=True).expand_as(clip).contiguous() if self.gray else clip
 
     def columns(self) -> dict[str, Tensor]:
         """Return which features a probe may read: of the last block or of all of them, means or class tokens."""
@@ -135,9 +141,10 @@ class Probing:
             "precision": self.model.precision,
             "transform": _digest(self.model.cfg.DATA.dump().encode()),
             "batch size": self.batch_size,
+            **({"gray": True} if self.gray else {}),
         }
         stored = extract(
-            self.folder / f"{self.weights}-{'tokens' if tokens else 'pooled'}",
+            self.folder / f"{self.weights}-{'tokens' if tokens else 'pooled'}{'-gray' if self.gray else ''}",
             split,
             asked,
             inputs.numbers,

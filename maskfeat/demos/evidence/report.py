@@ -20,7 +20,7 @@ from maskfeat.analysis.visualize import drawing
 from maskfeat.config import load_config
 from maskfeat.demos.evidence.record import record_file, write_record
 from maskfeat.demos.evidence.runs import TUNING, Runs, scratch
-from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Labels, Method
+from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, GRAY, Labels, Method
 from maskfeat.engine.provenance import machine, revision
 
 FILE = "evidence.md"
@@ -32,6 +32,11 @@ run of a command replaces its section only.
 _PICTURED = 4
 """Number of held-out samples in an image."""
 _PROBE_NAMES = {"linear": "linear", "attentive": "attentive", "knn": "kNN"}
+
+
+def _shown(probe: str) -> str:
+    """Return the name of a probe in the report."""
+    return _PROBE_NAMES[probe.removesuffix(GRAY)] + (GRAY if probe.endswith(GRAY) else "")
 
 
 @dataclass(frozen=True)
@@ -171,11 +176,11 @@ class Report:
         rows = []
         for method in self.runs.methods:
             for labels in self.runs.budget.labels:
-                for kind in self.suite.probes:
+                for kind in self.suite.all_probes():
                     name = f"{method.name}_probe"
                     random, learned = (self.probe(name, labels, kind, weights) for weights in (RANDOM, GIVEN))
                     row = [random.shown(), learned.shown(), gain(learned - random)]
-                    rows.append([method.title, labels.title, _PROBE_NAMES[kind], *row])
+                    rows.append([method.title, labels.title, _shown(kind), *row])
         return table(["frozen features", "probe fitted to", "probe", "random", "pre-trained", "gain"], rows)
 
     def fine_tuning(self) -> str:

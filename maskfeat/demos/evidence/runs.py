@@ -29,7 +29,7 @@ from maskfeat.checkpoint.atomic import fsync_dir, write_and_fsync
 from maskfeat.checkpoint.files import find_checkpoints, open_checkpoint
 from maskfeat.config import load_config
 from maskfeat.demos.commands import train_command
-from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, Control, Labels, Method, Suite
+from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, GRAY, Control, Labels, Method, Suite
 from maskfeat.distributed.world import choose_device
 from maskfeat.engine.metrics_log import last_json_stats, read_json_stats
 from maskfeat.engine.rng import seed_everything
@@ -251,10 +251,14 @@ class Runs:
                 found[labels.folder] = {}
                 for label, network in networks.items():
                     with tempfile.TemporaryDirectory(prefix="maskfeat-probe-") as folder:
-                        probing = Probing(
+                        colour = Probing(
                             network, label, splits, Path(folder), blocks, seed=seed, workers=cfg.DATA_LOADER.NUM_WORKERS
                         )
-                        results = {kind: probing.run(kind) for kind in self.suite.probes}
+                        gray = replace(colour, gray=True)
+                        results = {
+                            name: (gray if name.endswith(GRAY) else colour).run(name.removesuffix(GRAY))
+                            for name in self.suite.all_probes()
+                        }
                     found[labels.folder][label] = {kind: result.top1 for kind, result in results.items()}
                     shown = ", ".join(f"{kind} {result.top1:.1f} %" for kind, result in results.items())
                     logger.info("%s, %s weights: %s", labels.title, label, shown)

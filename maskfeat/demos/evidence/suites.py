@@ -89,6 +89,10 @@ class Budget:
     fine_tune_controls: bool = False
 
 
+GRAY = ", in grey"
+"""After the name of a probe that sees no colour."""
+
+
 @dataclass(frozen=True)
 class Suite:
     """A data set and the methods that are run on it.
@@ -96,6 +100,7 @@ class Suite:
     Attributes:
         unlabelled: the folder for pre-training, below the data of the suite.
         probes: kinds of probes of frozen features.
+        gray_probes: whether they are fitted a second time, to what a network sees in grey.
         blocks: the blocks that kNN and linear probes read, as --blocks of tools/probe.py.
         relative_lists: whether paths of lists are relative to the folder for pre-training.
     """
@@ -106,8 +111,13 @@ class Suite:
     methods: tuple[Method, ...]
     budgets: dict[str, Budget]
     probes: tuple[str, ...] = ("linear", "knn")
+    gray_probes: bool = False
     blocks: str = "4"
     relative_lists: bool = False
+
+    def all_probes(self) -> tuple[str, ...]:
+        """Return the names of the probes, those in grey as the kind and `GRAY`."""
+        return (*self.probes, *(kind + GRAY for kind in self.probes if self.gray_probes))
 
 
 _BF16 = ("TRAIN.MIXED_PRECISION", "bf16", "TEST.MIXED_PRECISION", "bf16")
@@ -253,6 +263,7 @@ JHMDB = Suite(
         ),
     },
     probes=_THREE_PROBES,
+    gray_probes=True,  # clips of an action come from few films, which random filters tell apart by colour
     blocks="1",
 )
 

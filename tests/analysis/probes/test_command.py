@@ -82,6 +82,25 @@ def test_three_probes_beside_random_weights(
     assert re.search(rf"linear +given .*lr 0\.\d+, weight decay .* {rows[2]['top1']:.1f} ± ", table[3])
 
 
+@pytest.mark.usefixtures("quick")
+def test_in_grey_no_network_sees_colour(network: Path, coloured: Path, tmp_path: Path) -> None:
+    """Features of both kinds stay beside those in colour; what tells the classes apart is gone."""
+    for more in ([], ["--gray"]):
+        out = tmp_path / "probe.json"
+        options = ["--kind", "linear", "attentive", "--features", str(tmp_path / "kept"), "--json", str(out), *more]
+        assert main(command(network, coloured, *options)) == 0
+        found = json.loads(out.read_text())
+        assert found["gray"] == bool(more)
+        assert all((row["top1"] < 60) == bool(more) for row in found["results"]), found["results"]
+    names = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert names == {"given-pooled", "given-pooled-gray", "given-tokens", "given-tokens-gray"}
+    x = torch.rand(2, 3, 32, 32)
+    model = load_model(network)
+    colour, gray = (Probing(model, "given", None, tmp_path, [0], gray=seen) for seen in (False, True))
+    assert torch.equal(gray.pool(x), colour.pool(x.mean(1, keepdim=True).repeat(1, 3, 1, 1)))
+
+
+@pytest.mark.usefixtures("quick")
 def test_the_same_seed_gives_the_same_file(network: Path, coloured: Path, tmp_path: Path) -> None:
     texts = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
