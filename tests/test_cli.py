@@ -98,6 +98,7 @@ def test_arguments_and_exit_code_are_passed_on(monkeypatch: pytest.MonkeyPatch) 
     assert calls == [(["--cfg", "x", "--version", "--", "A", "-1"], "maskfeat visualize")]
 
 
+@pytest.mark.slow
 def test_failed_training_ends_at_once() -> None:
     """Through `run_program`, as tools/run_net.py: what is registered for the end of Python does not run."""
     code = "import atexit; atexit.register(print, 'tidied up'); from maskfeat.cli import main; main(['train', *{}])"

@@ -43,6 +43,7 @@ def test_share_of_a_process_in_the_loss_of_a_step(grid: tuple[int, ...], samples
     assert np.abs(np.array(hidden) / np.mean(hidden) - 1).max() == pytest.approx(share, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_how_many_images_of_a_batch_keep_low_frequencies() -> None:
     """Each draws for itself; published, in the ResNet-50 recipe, half of a batch: 128 of 256 and not 128 +- 8."""
     sampler = band_sampler(0.5)
@@ -89,6 +90,7 @@ def test_one_standard_deviation_leaves_0108() -> None:
     assert 0.02 * math.sqrt(1 - 2 * density / math.erf(1 / math.sqrt(2))) == pytest.approx(0.0108, abs=5e-5)
 
 
+@pytest.mark.slow
 def test_colours_of_real_clips(shared: Path) -> None:
     """First frames of the sample videos, converted by both matrices."""
     levels, targets, tags = [], [], []

@@ -86,6 +86,7 @@ TOOLS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command", COMMANDS, ids=lambda c: f"{Path(c[0]).name}-{Path(c[2]).stem if len(c) > 2 else c[-1]}"
 )
@@ -407,6 +408,7 @@ def says(message: str, text: str) -> bool:
 DOCUMENTED = documented_messages()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", DOCUMENTED)
 def test_documented_messages_are_the_programs(message: str) -> None:
     assert len(re.sub(r"\.\.\.|<\w+>", "", message)) >= 8, "says too little to be found"

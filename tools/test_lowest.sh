@@ -39,7 +39,7 @@ for name in names:
 print(len(names), "modules")'
 echo "== tests"
 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive "$venv/bin/python" -m pytest -q --durations=5 -n 2 --dist worksteal \
-  -m "not slow and not full_size and not alone and not slurm" \
+  -m "not full_size and not alone and not slurm" \
   tests/contracts/test_dependencies.py tests/test_file_io.py tests/config/test_files.py tests/config/test_recipes.py \
   tests/checkpoint/test_reading.py tests/data/test_transforms.py tests/data/video/test_decoder.py \
   tests/data/video/test_scaling.py \

@@ -170,6 +170,7 @@ def test_pictures_of_files(name: str, image_data: Path, clip_data: Path, tmp_pat
             assert getattr(picture, "n_frames", 1) == frames
 
 
+@pytest.mark.slow
 def test_errors(image_data: Path, clip_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     image, video, output = pictures(image_data)[0], first_video(clip_data), str(tmp_path / "x.png")
     vit, mvit, r10 = (saved(tmp_path / f"{n}.pyth", *CASES[n]) for n in ("hog.png", "hog.gif", "pca.png"))

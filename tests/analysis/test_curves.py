@@ -30,6 +30,7 @@ def pixels(figure: Any) -> np.ndarray:
     return np.asarray(Image.open(content).convert("RGB")).astype(int)
 
 
+@pytest.mark.slow
 def test_a_single_run_is_one_thick_line() -> None:
     given = [(0.0, 2.0), (1.0, 7.0), (4.0, 10.0)]
     (axes,) = axes_of(Chart("A title", "epochs", [Line("a name", [given])]))
@@ -104,6 +105,7 @@ def test_words_and_legend() -> None:
     assert axes.get_legend() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "columns", "size"), [(1, 2, (1, 1)), (2, 2, (2, 1)), (3, 2, (2, 2)), (3, 1, (1, 3))]
 )

@@ -125,6 +125,7 @@ def test_timm_computes_the_same(case: str, tmp_path: Path) -> None:
         assert far(expected(model, what, x), found) <= 1e-5 >= worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["ViT of a class token", "MaskFeat ViT", "MFM ViT", "ResNet-10", "MFM ResNet"])
 @torch.no_grad()
 def test_torchvision_computes_the_same(case: str, tmp_path: Path) -> None:
@@ -141,6 +142,7 @@ def test_torchvision_computes_the_same(case: str, tmp_path: Path) -> None:
         assert far([ours], [network(x)]) <= (5e-6 if "ViT" in case else 1e-6) >= worst / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "library", "why"),
     [
@@ -159,6 +161,7 @@ def test_where_a_library_has_no_such_network_the_names_are_ours(
     assert set(safetensors.torch.load_file(tmp_path / "x.safetensors")) == set(model.objective.released_state())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["ViT", "MaskFeat ViT", "MFM ViT", "MViTv2", "MaskFeat MViTv2", "MFM ResNet"])
 @torch.no_grad()
 def test_the_folder_of_the_hub_gives_the_same_model(case: str, tmp_path: Path) -> None:
@@ -179,6 +182,7 @@ def test_the_folder_of_the_hub_gives_the_same_model(case: str, tmp_path: Path) -
         assert "mask_token" not in names and any(name.startswith("head.") for name in names) == (what == "classifier")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_ones_own_names_are_recognised_again(tmp_path: Path) -> None:
     model = trained(RECIPES / f"{VIT}.yaml", [*VIT_FT, "MVIT.EMBED_DIM", "64", "MVIT.NUM_HEADS", "1"])
@@ -213,6 +217,7 @@ def check_graph(model: Model, to: str, what: str, folder: Path) -> None:
     assert [item.name for item in folder.iterdir()] == [path.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "opts", "what"),
     [
@@ -225,6 +230,7 @@ def test_saved_programs(case: str, opts: list[str], what: str, tmp_path: Path) -
     check_graph(small(case, *opts), "torch.export", what, tmp_path)
 
 
+@pytest.mark.slow
 def test_onnx(tmp_path: Path) -> None:
     check_graph(small("ViT", *ONE_BLOCK), "onnx", "backbone", tmp_path)
 
@@ -299,6 +305,7 @@ def test_the_command(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert "timm.create_model(" in found.metadata()["load"]
 
 
+@pytest.mark.slow
 def test_errors(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrained, classifier = checkpoint(tmp_path / "p.pyth", "MaskFeat ViT"), checkpoint(tmp_path / "c.pyth", "ViT")
     full = tmp_path / "full"

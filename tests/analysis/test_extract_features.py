@@ -63,6 +63,7 @@ def left(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ what is in it
 
 
+@pytest.mark.slow
 def test_rows_in_all_formats(checkpoint: Path, image_data: Path, tmp_path: Path) -> None:
     data = image_data / "val"
     for kind in feature_files.WRITERS:
@@ -113,6 +114,7 @@ def test_pools_and_blocks(pool: str, checkpoint: Path, image_data: Path, tmp_pat
         np.testing.assert_allclose(found, pooled[pool](tokens).numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_views_are_averaged(clips_checkpoint: Path, clip_data: Path, tmp_path: Path) -> None:
     """In the order of the views, whatever batches they are in."""
     data = clip_data / "test.csv"
@@ -156,6 +158,7 @@ class Killed(BaseException):
     """Ends a run as a signal that cannot be caught would: nothing of it is handled."""
 
 
+@pytest.mark.slow
 def test_the_same_bytes_wherever_it_was_killed(
     checkpoint: Path, image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +218,7 @@ def test_parts_are_not_computed_twice(
     assert calls == [1] and "is complete already" in said_in(caplog)
 
 
+@pytest.mark.slow
 def test_parts_of_another_command_are_refused(
     checkpoint: Path, image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Logged
 ) -> None:

@@ -137,6 +137,7 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load_model(save_network(path, CLIPS, "MODEL.NUM_CLASSES", "3"), device="cpu")
 
 
+@pytest.mark.slow
 def test_images_are_those_of_a_test(image_model: Model, image_data: Path) -> None:
     cfg = load_config(IMAGES[0], [*IMAGES[1], *images(image_data)])
     expected = list(build_loader(cfg, "test"))

@@ -27,6 +27,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_own_checkpoint(pretrained: Path, tmp_path: Path) -> None:
     found = inspect(pretrained)
     assert found["writer"] == "maskfeat" and found["kind"] == "pre-trained" and found["epoch"] == 10

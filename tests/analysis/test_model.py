@@ -190,6 +190,7 @@ def test_features_of_mae(tmp_path: Path) -> None:
         ours.predict([picture(0)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [18, 50])
 def test_features_of_torchvision(tmp_path: Path, depth: int) -> None:
     import torchvision
@@ -276,6 +277,7 @@ def test_names_that_are_nothing(source: str, options: dict[str, str], said: str)
         maskfeat.load_model(source, **options)
 
 
+@pytest.mark.slow
 def test_published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has a recipe; a fetched file is loaded with it, and an address that does not answer is named."""
     entries = maskfeat.list_models()
@@ -305,6 +307,7 @@ def test_torch_hub(tmp_path: Path, repo: Path) -> None:
     assert isinstance(model, Model) and model.kind == "pre-trained"
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import sys, maskfeat; assert 'torch' not in sys.modules; maskfeat.load_model; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -134,6 +134,7 @@ def test_bad_input_is_one_line_and_2(
     assert line.startswith("error: ") and said in line and not capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_name_that_is_no_text_is_printed(checkpoint: Path, image_data: Path, tmp_path: Path) -> None:
     name = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
     shutil.copy(next((image_data / "val").rglob("*.jpg")), name)

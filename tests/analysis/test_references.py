@@ -61,6 +61,7 @@ def rows(objective: MaskFeat, batch: object, mean: Float) -> tuple[Float, Float,
     return np.array(inputs), np.array(outputs), places
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("media", ["images", "clips"])
 def test_hog(media: str, image_data: Path, clip_data: Path) -> None:
     recipe, opts = HOG_OF_IMAGES if media == "images" else HOG_OF_CLIPS

@@ -35,6 +35,7 @@ def test_rows_show_what_was_hidden_and_predicted() -> None:
     assert (row.predicted[:, :, 2:] == 0).all(), "nothing is predicted where nothing was hidden"
 
 
+@pytest.mark.slow
 def test_pictures_of_runs(image_data: Path, clip_data: Path, tmp_path: Path) -> None:
     for recipe, opts, name in (
         (VIT, [*VIT_PT, *images(image_data)], "images"),

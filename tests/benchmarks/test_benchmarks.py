@@ -57,6 +57,7 @@ def measured(tmp_path: Path, what: str, cfg: str, *arguments: str) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_shards(tmp_path: Path, image_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "_STARTED", 40)
     rows = measured(tmp_path, "shards", VIT_FILE, "--data", str(image_data))["rows"]
@@ -68,6 +69,7 @@ def test_shards(tmp_path: Path, image_data: Path, monkeypatch: pytest.MonkeyPatc
     assert "same bits; opens" in rows[0]["note"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "cfg"),
     [
@@ -89,23 +91,27 @@ def test_attention_has_a_row_for_each_shape(tmp_path: Path) -> None:
     assert [row["what"].split(":")[0] for row in rows] == ["attention block 0", "attention block 1"]
 
 
+@pytest.mark.slow
 def test_images(tmp_path: Path, image_data: Path) -> None:
     rows = measured(tmp_path, "images", VIT_FILE, "--data", str(image_data))["rows"]
     assert "same pixels" in rows[0]["note"] and len(rows) == len(CHOICES[reading.BACKEND])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["video", pytest.param("decode", marks=pytest.mark.slow)])
 def test_clips(tmp_path: Path, what: str, clip_data: Path) -> None:
     (row,) = measured(tmp_path, what, MVIT_FILE, "--data", str(clip_data))["rows"]
     assert "clips/s" in row["note"]
 
 
+@pytest.mark.slow
 def test_extracting(tmp_path: Path, image_data: Path) -> None:
     found = measured(tmp_path, "extract", VIT_FILE, "--data", str(image_data), "--files", "8")
     assert ["of 8 images" in found["rows"][0]["what"], "of 1 images" in found["rows"][1]["what"]] == [True, True]
     assert all("extracting" in row["note"] and row["reference_wall_s"] > 0 for row in found["rows"])
 
 
+@pytest.mark.slow
 def test_training(tmp_path: Path, image_data: Path) -> None:
     alone, fed = measured(tmp_path, "train", VIT_FILE, "--steps", "2", "--data", str(image_data))["training"]
     assert (alone["input"], fed["input"]) == ("random", "files")
@@ -244,6 +250,7 @@ def test_hidden_target_is_what_the_objective_compares_with() -> None:
 # Measuring.
 
 
+@pytest.mark.slow
 def test_peak_counts_what_lives_at_once() -> None:
     x = torch.ones(2**18, requires_grad=True)  # 1 MiB
 
@@ -257,6 +264,7 @@ def test_peak_counts_what_lives_at_once() -> None:
     assert peak_mib(lambda: torch.ones(2**18), CPU) == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.slow
 def test_sides_take_turns() -> None:
     calls: list[str] = []
     found = in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, CPU)

@@ -211,6 +211,7 @@ def wheel(folder: Path, name: str) -> None:
             archive.writestr(path, text)
 
 
+@pytest.mark.slow
 def test_missing_wheels_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is missing and in the folder; torch, which is there, and what the folder lacks are left."""
     (tmp_path / "wheels").mkdir()

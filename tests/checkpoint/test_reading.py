@@ -122,6 +122,7 @@ def test_what_would_run_is_named_in_one_line(tmp_path: Path, name: str, cause: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_limits_count_what_a_pickle_builds(tmp_path: Path) -> None:
     """Large, deep and often referenced values below the limits are read."""
     content: dict[str, Any] = {"many": list(range(200_000)), "shared": [("a", (1, 2))] * 20_000, "deep": []}

@@ -272,6 +272,7 @@ def test_names_that_have_different_prefixes() -> None:
     assert all(torch.equal(value, whole[name]) for name, value in target.released_state().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["whole", "backbone"])
 def test_compiled_objectives_write_and_read_plain_names(which: str) -> None:
     plain = Classification(ResNet(depth=10), num_classes=3)

@@ -164,6 +164,7 @@ def test_paths_are_marked():
     assert (named - {"DATA.PATH_LABEL_SEPARATOR"}) | {"DATA.CLASS_NAMES"} == set(PATHS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", PATHS)
 def test_paths_are_expanded(key, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")

@@ -107,6 +107,7 @@ def test_the_overrides_of_the_goldens(run):
         assert cfg.MASK.PRETRAIN_DEPTH == [cfg.MVIT.DEPTH - 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_mvit_ft", "tiny_mvit_pt", "tiny_vit_ft", "tiny_vit_pt"])
 def test_the_config_in_a_published_checkpoint_loads(name, shared, tmp_path, caplog):
     """It holds every key of the published program, most of them at their defaults."""

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from benchmarks.gpu.table import PARTS
 
 PACKAGE = Path(__file__).resolve().parents[2] / "maskfeat"
@@ -93,6 +95,7 @@ def test_every_path_has_a_part() -> None:
     assert not without, f"name the part of benchmarks/gpu that reaches each, in its `covers`: {without}"
 
 
+@pytest.mark.slow
 def test_no_part_claims_what_is_not_there() -> None:
     places = all_named()
     gone = {place: parts for place, parts in claims().items() if place not in places}

@@ -77,6 +77,7 @@ def equal(found: Batch, expected: Batch) -> bool:
 # ------------------------------------------------------------------ evaluation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damaged", "workers"), [((), 0), ((0, 6, 7, 10), 0), ((3, 10), 2)])
 def test_evaluation_equals_loader(tmp_path: Path, damaged: tuple[int, ...], workers: int) -> None:
     samples = noise(tmp_path, [(20 + n, 40 - n) for n in range(11)])
@@ -291,6 +292,7 @@ def test_whole_images_are_resized_and_half_of_them_flipped(tmp_path: Path, flip:
     assert 70 < sum(fliped) < 130 if flip else not any(fliped)
 
 
+@pytest.mark.slow
 def test_masks_are_distributed_as_the_samplers_and_hide_no_more_than_requested(
     listed: ImageList, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +318,7 @@ def test_without_a_sampler_there_are_no_masks(listed: ImageList) -> None:
     assert batch.hidden is None and batch.max_hidden is None
 
 
+@pytest.mark.slow
 def test_loading_does_not_change_the_global_generator(listed: ImageList) -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
@@ -326,6 +329,7 @@ def test_loading_does_not_change_the_global_generator(listed: ImageList) -> None
         assert torch.equal(torch.rand(3), expected), workers
 
 
+@pytest.mark.slow
 def test_batches_do_not_depend_on_the_number_of_workers(listed: ImageList) -> None:
     there = CachedLoader(folder(listed), EpochSampler(16, 4, seed=3), num_workers=2)
     assert same(shown(there, 1), shown(trainer(listed), 1))
@@ -350,6 +354,7 @@ def test_images_of_several_sizes_are_an_error_in_training(tmp_path: Path) -> Non
     assert batch.clip.shape == (3, 3, 16, 16), "evaluation crops them to one size"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_training_samples_are_replaced_and_logged_once(
     tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture

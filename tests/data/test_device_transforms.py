@@ -218,6 +218,7 @@ def test_deferred_transforms_are_small() -> None:
     assert len(pickle.dumps((transform,) * 64)) < 4000
 
 
+@pytest.mark.slow
 def test_real_images(shared: Path) -> None:
     """The pre-training transform on real files of every size."""
     paths = sorted((shared / "data" / "imagenet_samples" / "train").rglob("*.JPEG"))[:24]

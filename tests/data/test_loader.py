@@ -151,6 +151,7 @@ def same(a: dict[int, tuple[Tensor, Tensor]], b: dict[int, tuple[Tensor, Tensor]
     )
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_workers_ranks_and_resuming(samples: list[tuple[str, int]]) -> None:
     data = dataset(samples)
     here = Loader(data, EpochSampler(16, 4, seed=3))
@@ -178,6 +179,7 @@ def test_samples_do_not_depend_on_workers_ranks_and_resuming(samples: list[tuple
     assert len(rest) == 8 and same(rest, {index: expected[1][index] for index in rest})
 
 
+@pytest.mark.slow
 def test_loading_does_not_change_the_global_generator(samples: list[tuple[str, int]]) -> None:
     for workers in (0, 1):
         loader = Loader(dataset(samples), EpochSampler(16, 8), num_workers=workers)
@@ -228,6 +230,7 @@ class Failing(ImageEvalTransform):
         raise IndexError("a bug")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_in_a_worker_names_the_sample(samples: list[tuple[str, int]], workers: int) -> None:
     broken = ImageFolder(samples, Failing(24, MEAN, STD), seed=0)
@@ -241,6 +244,7 @@ class Refusing(ImageEvalTransform):
         raise UserFileError("a file of yours: set that key")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_a_user_can_mend_arrives_from_a_worker_as_it_is(
     samples: list[tuple[str, int]], tmp_path: Path, workers: int
@@ -264,6 +268,7 @@ def test_what_a_user_can_mend_arrives_from_a_worker_as_it_is(
     assert str(unreadable.value).startswith(f"{gone[0][0]}: no such file; nor")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_samples_are_logged(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
     listed, _ = list_image_folder(make_folder(tmp_path / "images", {"a": 8, "b": 8}))
@@ -297,6 +302,7 @@ class CollectsGarbage(Dataset[list[Sample]]):
         return [replace(unreadable_sample((3, 1, 1)), index=SampleKey(*key).index)]  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_workers_do_not_hang_on_videos_that_the_parent_decoded(tmp_path: Path) -> None:
     """A converter with threads of its own hangs a forked process that garbage-collects it."""
     path = tmp_path / "video.mp4"

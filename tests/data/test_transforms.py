@@ -133,6 +133,7 @@ def test_random_resized_crop_box_of_slivers_is_central() -> None:
     assert random_resized_crop_box(1, 1, (0.5, 1.0), (3 / 4, 4 / 3)) == (0, 0, 1, 1)
 
 
+@pytest.mark.slow
 def test_boxes_and_draws_are_torchvisions() -> None:
     """Also where no attempt fits, and the box is the central one."""
     rng = np.random.default_rng(0)

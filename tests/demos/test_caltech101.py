@@ -69,6 +69,7 @@ def test_the_official_archive(form: str, tmp_path: Path) -> None:
     assert {path.name for path in root.iterdir()} == {*PARTS, "complete"}
 
 
+@pytest.mark.slow
 def test_parts_hold_nothing_twice(tmp_path: Path) -> None:
     (tmp_path / INNER).write_bytes(tar_of(official(60)))
     root = prepare(tmp_path / INNER, tmp_path / "out")

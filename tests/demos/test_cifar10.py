@@ -111,6 +111,7 @@ def test_a_complete_folder_is_left_as_it_is(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before and changed.read_bytes() == b"mine"
 
 
+@pytest.mark.slow
 def test_what_was_interrupted_is_done_again(tmp_path: Path) -> None:
     whole = write_archive(tmp_path / ARCHIVE, official())
     content = whole.read_bytes()
@@ -158,12 +159,14 @@ def test_damaged_files_in_the_archive(tmp_path: Path, changes: dict[str, bytes |
     assert not (tmp_path / "out" / "complete").exists()
 
 
+@pytest.mark.slow
 def test_a_file_of_more_records_than_the_official_ones_is_not_read_whole(tmp_path: Path) -> None:
     members = official(1) | {TEST: bytes(10_001 * RECORD)}
     with pytest.raises(ValueError, match="test_batch.bin does not consist"):
         prepare(write_archive(tmp_path / ARCHIVE, members), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_flipped_bytes_never_raise_anything_else(tmp_path: Path) -> None:
     plain = b"".join(bytes([label]) + bytes(range(256)) * 12 for label in range(10))  # unlike noise, compressible
     content = write_archive(tmp_path / "a.tar.gz", {TRAIN[0]: plain, TEST: plain}).read_bytes()
@@ -283,6 +286,7 @@ def test_a_file_too_large_for_its_pixels_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "all" / "train" / "cat" / "huge.png").exists()
 
 
+@pytest.mark.slow
 def test_a_false_claim_unpacks_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_zips(tmp_path, {"train/cat/huge.png": bytes(50_000_000)})
     content = (tmp_path / "train.zip").read_bytes()
@@ -330,6 +334,7 @@ def test_not_an_archive(tmp_path: Path) -> None:
         prepare(tmp_path, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_tool(tmp_path: Path, repo: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(repo / "tools" / "prepare_cifar10.py"), *map(str, arguments)]

@@ -262,6 +262,7 @@ def test_clips(tmp_path: Path) -> None:
     assert int(tested[-1]["samples"]) == 6
 
 
+@pytest.mark.slow
 def test_synthetic_clips(tmp_path: Path) -> None:
     make_data("shapes", tmp_path / "data", clips=(10, 2, 3))
     assert (tmp_path / "data" / "tenth" / "train.csv").read_text().count("\n") == 6
@@ -292,6 +293,7 @@ def test_a_budget_that_a_suite_lacks(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "has the budgets gpu; given night" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "budget"), [(name, budget) for name in SUITES for budget in SUITES[name].budgets])
 def test_every_run_of_every_budget_is_a_valid_config(name: str, budget: str, tmp_path: Path) -> None:
     """Pre-training, fine-tuning and scratch of one family are of one model; the same fine-tuning with and without."""

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from maskfeat.batch import Batch
@@ -56,6 +57,7 @@ def job(world: World, init_method: str, folder: str) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_rank_0_is_the_same_without_the_exchange(tmp_path: Path) -> None:
     assert launch(job, (str(tmp_path),), processes=2) == 0
     assert (tmp_path / "done").exists()

@@ -17,6 +17,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_one_rank_raises_a_flag_for_all(found: list[dict[str, Any]]) -> None:
     """Both ranks see a flag one step after it was raised, by whichever rank."""
     for rank in found:

@@ -428,6 +428,7 @@ def supervised(tmp_path: Path) -> Iterator[Callable[..., Program]]:
         program.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "code", "says"),
     [
@@ -465,6 +466,7 @@ def test_a_killed_one_ends_the_others_within_seconds(supervised: Callable[..., P
     assert time.monotonic() - killed < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("job", "number"), [("heeds", signal.SIGTERM), ("heeds", signal.SIGUSR1), ("does_not_heed", signal.SIGTERM)]
 )
@@ -478,6 +480,7 @@ def test_an_end_is_passed_on(job: str, number: int, supervised: Callable[..., Pr
     assert heard == ([signal.Signals(number).name] * 2 if job == "heeds" else [])
 
 
+@pytest.mark.slow
 def test_a_failure_is_no_request_to_stop(supervised: Callable[..., Program]) -> None:
     """The other ranks would save, exit with PREEMPTED, and tell other nodes to do so."""
     program = supervised("one_fails_while_one_listens", "0.5")
@@ -487,6 +490,7 @@ def test_a_failure_is_no_request_to_stop(supervised: Callable[..., Program]) -> 
     assert not list(program.folder.glob("heard *"))
 
 
+@pytest.mark.slow
 def test_usr2_is_passed_on_and_ends_nobody(supervised: Callable[..., Program]) -> None:
     program = supervised("notes_usr2")
     program.ranks()
@@ -494,6 +498,7 @@ def test_usr2_is_passed_on_and_ends_nobody(supervised: Callable[..., Program]) -
     assert program.end() == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [True, False])
 def test_ctrl_c_is_passed_on(group: bool, supervised: Callable[..., Program]) -> None:
     """A terminal sends it to all of them, and it counts once; others send it to the parent alone."""
@@ -505,6 +510,7 @@ def test_ctrl_c_is_passed_on(group: bool, supervised: Callable[..., Program]) ->
     assert [path.read_text() for path in program.folder.glob("heard *")] == ["SIGINT"] * 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_that_comes_early_is_kept(supervised: Callable[..., Program]) -> None:
     program = supervised("heeds_late")
     program.ranks()
@@ -516,6 +522,7 @@ def test_ctrl_c_that_comes_early_is_kept(supervised: Callable[..., Program]) -> 
     assert [path.read_text() for path in program.folder.glob("heard *")] == ["SIGINT"] * 2
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_them(supervised: Callable[..., Program]) -> None:
     program = supervised("does_not_heed")
     program.ranks()
@@ -560,6 +567,7 @@ def test_a_process_in_the_background_is_deaf_to_ctrl_c() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_children_die_with_their_parent(supervised: Callable[..., Program]) -> None:
     program = supervised("does_not_heed")
     program.ranks()
@@ -583,6 +591,7 @@ def worker(supervised: Callable[..., Program]) -> tuple[Program, int]:
     return program, pid
 
 
+@pytest.mark.slow
 def test_a_worker_heeds_its_parent_alone(worker: tuple[Program, int]) -> None:
     program, pid = worker
     for _ in range(3):
@@ -594,6 +603,7 @@ def test_a_worker_heeds_its_parent_alone(worker: tuple[Program, int]) -> None:
     assert program.end() == (0, "")
 
 
+@pytest.mark.slow
 def test_a_worker_dies_with_its_parent(worker: tuple[Program, int]) -> None:
     program, _ = worker
     program.reads("beats")

@@ -33,6 +33,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one | other)
 
 
+@pytest.mark.slow
 def test_a_flat_folder_trains_and_is_not_validated(
     flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,6 +46,7 @@ def test_a_flat_folder_trains_and_is_not_validated(
     assert list((tmp_path / "pictures").glob("*.png")), "of the training set"
 
 
+@pytest.mark.slow
 def test_sources_resume_to_the_bit(flat: Path, tmp_path: Path) -> None:
     """Within an epoch, and as other processes would share it: the order is one of seed and epoch."""
     opts = ["DATA.SOURCES", f"[['{flat}/many', 1], ['{flat}/few', 1]]", "SOLVER.MAX_EPOCH", "2"]

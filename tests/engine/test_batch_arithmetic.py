@@ -131,6 +131,7 @@ def check(path: Path, opts: list[object]) -> int:
     return applied
 
 
+@pytest.mark.slow
 def test_what_is_suggested_is_the_recipe() -> None:
     applied = sum(check(path, opts) for path, opts in variants())
     assert applied > 90, "the combinations differ from their recipes"

@@ -130,6 +130,7 @@ HYPER = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "opts", "key", "value", "name", "suffix"),
     [(*case, suffix) for case in HYPER for suffix in (".pyth", ".dcp") if "sgd" not in case[1] or suffix == ".pyth"],
@@ -200,6 +201,7 @@ def test_what_cannot_change_is_refused(
     assert "CHECKPOINT_EPOCH_RESET" not in text and (out / "config.yaml").read_text() == given
 
 
+@pytest.mark.slow
 def test_the_table_of_changes(runs: Path, image_data: Path, tmp_path: Path, said: Said) -> None:
     out = shutil.copytree(runs / "ft", tmp_path / "ft")
     opts = [*VIT_FT, *HARD, *images(image_data), "TRAIN.EVAL_PERIOD", "0", "OUTPUT_DIR", out]
@@ -240,6 +242,7 @@ def test_what_is_left_over_may_be_allowed_in_a_test(runs: Path, image_data: Path
     assert "top1" in said(0, FT, *opts, "TRAIN.CHECKPOINT_ALLOW", "['teacher.*']")
 
 
+@pytest.mark.slow
 def test_no_random_prediction_is_drawn(runs: Path, image_data: Path, tmp_path: Path, said: Said) -> None:
     """A classifier has no decoder: MFM may be trained from one, and not shown."""
     opts = [*R50_FT, *images(image_data), "SOLVER.MAX_EPOCH", "1", "TRAIN.EVAL_PERIOD", "0", "TEST.ENABLE", "False"]
@@ -256,6 +259,7 @@ def test_no_random_prediction_is_drawn(runs: Path, image_data: Path, tmp_path: P
     assert "another network" not in text and "CHECKPOINT_ALLOW" not in text
 
 
+@pytest.mark.slow
 def test_forgotten_overrides_are_named(runs: Path, image_data: Path, tmp_path: Path, said: Said) -> None:
     """In testing, drawing and fine-tuning; the run's own config needs no overrides."""
     data = images(image_data)
@@ -300,6 +304,7 @@ def test_another_set_of_classes_starts_the_classifier_anew(
     assert "fresh       2" in said(0, FT, *opts, "TRAIN.CHECKPOINT_ALLOW", "['head.projection.*']")
 
 
+@pytest.mark.slow
 def test_finetuning_starts_from_the_pretraining_in_its_folder(
     runs: Path, image_data: Path, tmp_path: Path, said: Said
 ) -> None:

@@ -47,6 +47,7 @@ def saved(folder: Path) -> list[tuple[int, int]]:
     return [(int(epoch), int(step or 0)) for epoch, step in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("minutes", "late", "expected"),
     [

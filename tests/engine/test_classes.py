@@ -74,6 +74,7 @@ def test_a_pretraining_checkpoint_names_none(image_data: Path, tmp_path: Path) -
     assert "classes" not in open_checkpoint(find_checkpoints(tmp_path, "ssl")[-1])
 
 
+@pytest.mark.slow
 def test_the_names_in_the_checkpoint_number_the_classes(
     trained: Path, image_data: Path, tmp_path: Path, capsys: Printed
 ) -> None:
@@ -113,6 +114,7 @@ def test_without_names_the_number_of_folders_must_be_that_of_the_classifier(
     assert labels_in_test(nameless, data, tmp_path / "out") == [2] * 4 + [3] * 4
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_and_tests_a_file_announces_the_test_set_once(
     trained: Path, nameless: Path, image_data: Path, tmp_path: Path, capsys: Printed
 ) -> None:
@@ -129,6 +131,7 @@ def test_a_run_that_trains_and_tests_a_file_announces_the_test_set_once(
     assert [row["label"] for row in rows] == [2] * 4 + [3] * 4
 
 
+@pytest.mark.slow
 def test_resuming_with_other_class_folders_is_refused(image_data: Path, tmp_path: Path, capsys: Printed) -> None:
     data = shutil.copytree(image_data, tmp_path / "data")
     assert start(FT, TRAIN, data, tmp_path / "out") == 0
@@ -142,6 +145,7 @@ def test_resuming_with_other_class_folders_is_refused(image_data: Path, tmp_path
     assert start(FT, longer, data, tmp_path / "out") == 0
 
 
+@pytest.mark.slow
 def test_test_folder_or_val_folder(trained: Path, image_data: Path, tmp_path: Path, capsys: Printed) -> None:
     """test/ is tested where it has class folders of the classifier; the log says which folder it is."""
     names = classes_of(image_data)
@@ -155,6 +159,7 @@ def test_test_folder_or_val_folder(trained: Path, image_data: Path, tmp_path: Pa
     assert f"test: folder {data / 'val'} ({data / 'test'} has no image in a class folder), 16 samples" in said(capsys)
 
 
+@pytest.mark.slow
 def test_each_split_is_described_once_at_the_start(image_data: Path, tmp_path: Path, capsys: Printed) -> None:
     data = shutil.copytree(image_data, tmp_path / "data")
     name = classes_of(data)[0]

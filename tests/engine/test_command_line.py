@@ -25,6 +25,7 @@ def two_recipes(folder: Path) -> list[str]:
     return [str(folder / "pt.yaml"), str(folder / "ft.yaml")]
 
 
+@pytest.mark.slow
 def test_files_run_one_after_another(
     image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -62,6 +62,7 @@ def test_the_pairs_that_are_confused_most() -> None:
     assert Confusion(details(rows), 3, None).confused() == [(2, 0, 2), (0, 1, 1), (1, 0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [3, 100])
 def test_the_picture_shows_the_matrix(classes: int) -> None:
     """Dark squares stand where samples were taken for a class: on the diagonal, where all are right."""
@@ -101,6 +102,7 @@ def test_files_with_and_without_matplotlib(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in (tmp_path / "many").iterdir()] == ["test_classes_2x1.csv"]
 
 
+@pytest.mark.slow
 def test_a_run_names_the_classes_of_a_list(clip_data: Path, tmp_path: Path) -> None:
     """From classes.txt into the checkpoint, and from there into the results of a test without that file."""
     data = tmp_path / "data"

@@ -85,6 +85,7 @@ def test_what_is_missing_is_said_all_at_once(dry: Dry, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_weights_are_reported(dry: Dry, image_data: Path, tmp_path: Path) -> None:
     """Of a run that goes on, of one that starts from another's file, and of a test."""
     out, data = tmp_path / "pt", images(image_data)
@@ -134,6 +135,7 @@ def test_a_folder_that_cannot_be_made(dry: Dry, image_data: Path, tmp_path: Path
     assert code == 1 and f"cannot be made or written, because of {tmp_path / 'file'}" in said
 
 
+@pytest.mark.slow
 def test_too_little_memory_or_disk(dry: Dry, image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--cfg", "mfm/in1k_R50_MFM_PT", *MFM_PT, *images(image_data), "OUTPUT_DIR", tmp_path]
     monkeypatch.setattr(dry_run, "_free_memory", lambda: 1_000_000)
@@ -220,6 +222,7 @@ def test_print_config_takes_no_override_for_its_value(capsys: pytest.CaptureFixt
     assert "AUG.ENABLE: true  # default false" in lines and not any(line.startswith("AUG.REPEATS") for line in lines)
 
 
+@pytest.mark.slow
 def test_every_recipe_prints(capsys: pytest.CaptureFixture[str]) -> None:
     for name in recipe_names():
         assert main(["--cfg", name, "--print-config", "diff"]) == 0

@@ -47,6 +47,7 @@ def test_a_resnet_by_hand() -> None:
         assert sum(getattr(cost, field) for cost in parts) == getattr(costs["total"], field)
 
 
+@pytest.mark.slow
 def test_the_parts_of_mvit_add_up() -> None:
     with torch.device("meta"):
         backbone = build_backbone(recipe("k400_MVITv2_S_16x4_FT"))

@@ -57,6 +57,7 @@ def measured(cfg: CfgNode) -> StepMemory:
     return StepMemory(parameters, gradients, optimizer, above, size, parameters + optimizer + size + above)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "resnet", pytest.param("mvit", marks=pytest.mark.slow)])
 def test_the_estimate_is_within_15_percent(name: str) -> None:
     cfg = config(name)
@@ -68,6 +69,7 @@ def test_the_estimate_is_within_15_percent(name: str) -> None:
     assert abs(estimate.total - real.total) < 0.15 * rest, "of what is not known from the model alone"
 
 
+@pytest.mark.slow
 def test_keys_that_save_memory() -> None:
     whole = estimate_step_memory(config("vit"), BATCH)
     for key, value in (

@@ -52,6 +52,7 @@ def test_any_name_is_logged(encoding: str, tmp_path: Path, monkeypatch: pytest.M
     assert NAMES[0] in written and NAMES[1] in written and not errors.getvalue()
 
 
+@pytest.mark.slow
 def test_any_name_is_logged_under_the_locale_c(tmp_path: Path) -> None:
     code = (
         "import logging, os, sys; from maskfeat.distributed.world import World\n"
@@ -145,6 +146,7 @@ def test_a_full_disk_stops_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(said) == 2 and all(b"stdout.log cannot be written (File too large)" in text for text in said)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_behind_standard_output(tmp_path: Path) -> None:
     """Also at the exit, where Python would end with 120."""

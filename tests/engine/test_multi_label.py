@@ -181,6 +181,7 @@ def listed(image_data: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_from_training_to_its_test(image_data: Path, listed: Path) -> None:
     out = listed / "out"
     opts = [*OPTS, "DATA.PATH_TO_DATA_DIR", str(listed), "DATA.PATH_PREFIX", str(image_data), "OUTPUT_DIR", str(out)]

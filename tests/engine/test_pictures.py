@@ -26,6 +26,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "pictures").glob("*")) if (folder / "pictures").exists() else []
 
 
+@pytest.mark.slow
 def test_after_the_first_each_period_and_the_last(image_data: Path, tmp_path: Path) -> None:
     opts = ("SOLVER.MAX_EPOCH", "5", "TRAIN.CHECKPOINT_PERIOD", "5", "TRAIN.EVAL_PERIOD", "0")
     with_pictures = run(
@@ -50,6 +51,7 @@ def test_after_the_first_each_period_and_the_last(image_data: Path, tmp_path: Pa
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items()), "training is the same"
 
 
+@pytest.mark.slow
 def test_spectra_and_a_task_in_the_name(image_data: Path, tmp_path: Path) -> None:
     opts = ("SOLVER.MAX_EPOCH", "1", "VIS.PERIOD", "1", "TASK", "pt")
     assert names(run(tmp_path, image_data, *opts, recipe=R50, small=tuple(MFM_PT))) == ["pt_epoch_00001.png"]

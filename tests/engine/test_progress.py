@@ -14,6 +14,7 @@ from tests.worker import json_stats
 PAUSE = 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("within_an_epoch", [True, False])
 def test_saving_takes_no_time_of_steps(
     within_an_epoch: bool, image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -103,6 +103,7 @@ def test_torchrun(image_data: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_pretrain_finetune_test_in_one_folder(image_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(PT, [*VIT_PT, *images(image_data), "TRAIN.EVAL_PERIOD", "2"], out)
@@ -124,6 +125,7 @@ def test_pretrain_finetune_test_in_one_folder(image_data: Path, tmp_path: Path) 
     assert 100 * sum(right) / len(right) == pytest.approx(results["top1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision(precision: str, image_data: Path, tmp_path: Path) -> None:
     opts = [*VIT_PT, *images(image_data)]
@@ -175,6 +177,7 @@ def test_evaluation_is_in_float32_unless_asked(
     assert seen == {True: {train_dtype}, False: {dtype}}
 
 
+@pytest.mark.slow
 def test_clips_multi_view(clip_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(str(RECIPES / "k400_MVITv2_S_16x4_MaskFeat_PT.yaml"), [*MVIT_PT, *clips(clip_data)], out)
@@ -264,6 +267,7 @@ def test_videos_are_looked_for_before_training(
     assert "Caught" not in said and "Traceback" not in said and "step 1/" not in said
 
 
+@pytest.mark.slow
 def test_files_that_are_away_for_a_while(image_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same command goes on once they are back."""
     broken = break_some(image_data, tmp_path / "data", "train", 6)

@@ -31,6 +31,7 @@ def run(fault: str, data: Path, output_dir: Path, *more: str) -> tuple[int, str]
     return ended.returncode, ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
@@ -48,6 +49,7 @@ def test_a_bug_keeps_its_traceback(fault: str, says: str, image_data: Path, tmp_
         assert "error: " not in text
 
 
+@pytest.mark.slow
 def test_what_a_user_can_mend_is_one_line(image_data: Path, tmp_path: Path) -> None:
     code, said = run("user", image_data, tmp_path)
     assert code == 2 and said.count(MESSAGE) == 1 and "Traceback" not in said

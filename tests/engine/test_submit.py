@@ -88,6 +88,7 @@ def test_what_slurm_refuses_is_one_line(
     assert end.value.code == 2 and "there is no Slurm on this machine" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_job_runs_in_a_fresh_interpreter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

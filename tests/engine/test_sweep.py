@@ -124,6 +124,7 @@ def starts(folder: Path) -> dict[str, int]:
     return {path.parent.name: len(path.read_text().split()) for path in sorted(folder.glob("*/starts"))}
 
 
+@pytest.mark.slow
 def test_what_failed_is_named_and_run_again(
     program: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +146,7 @@ def test_what_failed_is_named_and_run_again(
     assert starts(out) == {"BASE_LR=1e-4": 2, "BASE_LR=2e-4": 3, "BASE_LR=3e-4": 2}, "another command"
 
 
+@pytest.mark.slow
 def test_ctrl_c_waits_for_the_runs_and_starts_no_more(program: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -188,6 +190,7 @@ def test_a_sweep(image_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 # ---------------------------------------------------------------------------------------------- on a cluster
 
 
+@pytest.mark.slow
 def test_an_array_of_slurm(
     program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,6 +229,7 @@ def test_an_array_of_slurm(
     assert len(made["jobs"]) == 5, "the first one is done"
 
 
+@pytest.mark.slow
 def test_gpus_are_shared_out(program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7,8,9")
     monkeypatch.setattr("maskfeat.distributed.launch.torch.cuda.device_count", lambda: 5)

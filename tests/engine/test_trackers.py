@@ -130,6 +130,7 @@ def test_one_that_fails_is_said_once_and_stops_nothing(
     assert len(rows(tmp_path)) == 6, "the other one has everything"
 
 
+@pytest.mark.slow
 def test_no_training_waits_for_one(
     tmp_path: Path, fake: type[Fake], heard: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

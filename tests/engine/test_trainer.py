@@ -77,6 +77,7 @@ def flat(state: Any, prefix: str = "") -> dict[str, Any]:
     return {name: value for key, part in items for name, value in flat(part, f"{prefix}.{key}").items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_state_dict_restores_everything(name: str) -> None:
     """Three steps, saved, loaded into a new trainer, three more: the same bits as six steps in one go."""

@@ -70,6 +70,7 @@ def forward_and_backward(form: str) -> tuple[float, Tensor, dict[str, float]]:
     return out.loss.item(), predicted[0], norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["whole", "code"])
 def test_resnet50_forward_and_backward(form: str) -> None:
     golden: dict[str, Any] = GOLDEN["resnet50"]

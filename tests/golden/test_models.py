@@ -97,6 +97,7 @@ PUBLISHED_G = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(PUBLISHED_G))
 def test_multiply_adds(name: str) -> None:
     published, tolerance = PUBLISHED_G[name]

@@ -33,6 +33,7 @@ def assert_final_norm(run: dict[str, Any], objective: Objective) -> None:
     assert final_norm(objective) == pytest.approx(run["final_param_l2"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RUNS))
 def test_eight_steps(name: str) -> None:
     run = RUNS[name]
@@ -43,6 +44,7 @@ def test_eight_steps(name: str) -> None:
     assert_final_norm(run, objective)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RUNS))
 def test_accumulated_steps(name: str) -> None:
     """Micro-batches of 1 and 3 samples, with unlike numbers of hidden tokens, give the same steps."""
@@ -66,6 +68,7 @@ def test_recomputed_activations_change_nothing(name: str) -> None:
     assert logged[0] == logged[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RUNS))
 def test_bf16_stays_close(name: str) -> None:
     run = RUNS[name]

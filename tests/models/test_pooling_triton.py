@@ -274,6 +274,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
@@ -315,6 +316,7 @@ class Pool(torch.autograd.Function):
         return dx, pooling.grad_weight(x, grad.contiguous(), weight.shape, (1, 2, 2))
 
 
+@pytest.mark.slow
 @compiled
 def test_torch_compile_sees_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph each way, in which PyTorch knows what a kernel reads and what it writes: nothing else is copied."""

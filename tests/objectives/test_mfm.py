@@ -267,6 +267,7 @@ def test_first_weights_of_other_recipes_stay(recipe: str) -> None:
     assert (state["blocks.3.norm1.bias"] == 0.02).all() and (state["norm.bias"] == 0.02).all()
 
 
+@pytest.mark.slow
 def test_the_papers_resnet_begins_as_its_skip_paths() -> None:
     """The gradient of the first step is many times smaller than with all batch norms at 1."""
     norms = {}

@@ -54,6 +54,7 @@ def test_formula_for_parameters_and_running_statistics() -> None:
     assert not torch.equal(found["head.projection.weight"], objective.head.projection.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["off", "fp16"])
 def test_a_lost_step_leaves_statistics_and_average_alone(precision: str) -> None:
     """An infinity in one batch: everything is as it was before, and the run goes on with finite numbers."""
@@ -105,6 +106,7 @@ def test_kept_resumed_and_evaluated(name: str, image_data: Path, clip_data: Path
     assert any(not torch.equal(value, content["model_state"][n]) for n, value in content[AVERAGE].items())
 
 
+@pytest.mark.slow
 def test_tested_after_training_and_alone(image_data: Path, tmp_path: Path) -> None:
     out = run("in1k_R50_MFM_FT", image_data, tmp_path, "SOLVER.MAX_EPOCH", "1")
     (after,) = json_stats(out, "test_final_ema")
@@ -134,6 +136,7 @@ def test_fine_tuning_from_an_average(image_data: Path, tmp_path: Path, capsys: p
     assert "has no average of the weights (ema_state): set TRAIN.CHECKPOINT_AVERAGE False" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_switched_on_later_it_starts_with_the_weights(image_data: Path, tmp_path: Path) -> None:
     run("in1k_R50_MFM_PT", image_data, tmp_path, "SOLVER.MAX_EPOCH", "1", "TRAIN.EMA", "0.0")
     (first,) = find_checkpoints(tmp_path, "ssl")

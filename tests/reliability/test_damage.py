@@ -67,6 +67,7 @@ def test_every_damage_is_found(tmp_path: Path) -> None:
          f"{silent} of them torch.load would have taken")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_goes_back(forks: Forks, image_data: Path, tmp_path: Path) -> None:
     """The whole program: the newest checkpoint is damaged, the run goes on from the one before, to the same bits."""
     argv = arguments(PRETRAINING, image_data, tmp_path)
@@ -186,6 +187,7 @@ def test_a_run_on_a_full_disk_goes_on(forks: Forks, image_data: Path, tmp_path: 
     assert str(checkpoint_path(tmp_path, "pt", Position(3))) in said
 
 
+@pytest.mark.slow
 def test_nothing_beside_checkpoints_ends_a_run_on_a_full_disk(forks: Forks, image_data: Path, tmp_path: Path) -> None:
     """Logs, event files, records and lists: said once, and written again where there is room."""
     data, out, screen = tmp_path / "data", tmp_path / "out", tmp_path / "screen"
@@ -235,6 +237,7 @@ def test_results_that_cannot_be_written(forks: Forks, image_data: Path, tmp_path
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

@@ -34,6 +34,7 @@ def undisturbed(forks: Forks, image_data: Path, tmp_path_factory: pytest.TempPat
     return found
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(undisturbed: Undisturbed, forks: Forks, image_data: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
     trials, equal, during_saves, again = size(20, 200), 0, 0, 0
@@ -61,6 +62,7 @@ def test_killed_at_any_moment(undisturbed: Undisturbed, forks: Forks, image_data
     assert during_saves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_asked_to_stop(
     number: signal.Signals, undisturbed: Undisturbed, forks: Forks, image_data: Path, tmp_path: Path

@@ -139,6 +139,7 @@ sys.exit(maskfeat.engine.run.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_a_real_allocation_that_fails(image_data: Path, tmp_path: Path) -> None:
     """40 images of 224 pixels through a ViT of width 768, with 800 MiB."""
@@ -186,6 +187,7 @@ def test_a_device_that_is_full(
     assert line.split("error: ")[1] in (tmp_path / "stdout.log").read_text(), "it stands in the log, too"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", [True, False])
 def test_a_data_worker_that_is_killed(
     seen: bool, image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

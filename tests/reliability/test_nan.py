@@ -164,6 +164,7 @@ def poisoned_work(world: World, init_method: str, cfg: CfgNode, given: CommandLi
     return work(world, init_method, cfg, given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bad", "begins"),
     [

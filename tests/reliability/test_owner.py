@@ -49,6 +49,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused(forks: Forks, image_data: Path, tmp_path: Path) -> None:
     """Also one of another task, and it changes nothing; a test may be run meanwhile."""
     out = tmp_path / "out"
@@ -69,6 +70,7 @@ def test_a_second_run_is_refused(forks: Forks, image_data: Path, tmp_path: Path)
     assert forks.run(argv, tmp_path / "log") == 0
 
 
+@pytest.mark.slow
 def test_a_run_owns_its_folder_to_its_end(forks: Forks, image_data: Path, tmp_path: Path) -> None:
     """With data workers, which come and go; and a successor of a killed run begins at once."""
     argv = arguments(PRETRAINING, image_data, tmp_path, *ENDLESS, "DATA_LOADER.NUM_WORKERS", "1")
@@ -105,6 +107,7 @@ def test_a_job_of_slurm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             pass
 
 
+@pytest.mark.slow
 def test_one_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
     with another_run(tmp_path) as process:
         os.kill(process.pid, signal.SIGSTOP)  # it ends while the other one waits
@@ -113,6 +116,7 @@ def test_one_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lock is waited for as long as a file server may keep it."""
     monkeypatch.setattr(owner, "WAIT", 0.0)

@@ -134,6 +134,7 @@ def test_two_processes_agree_to_the_bit() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STORED)
 def test_any_version_gives_the_stored_losses(name: str) -> None:
     found = losses(name)

@@ -39,6 +39,7 @@ def find(root: Path, journal: Path, recipe: Recipe) -> list[tuple[str, str, str]
     return planted.reported(root, find_faults(found, facts, recipe))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pictures", "films"), [(200, 50), pytest.param(1700, 300, marks=pytest.mark.slow)], ids=["250", "2000"]
 )
@@ -89,6 +90,7 @@ def test_a_check_goes_on_and_reads_what_has_changed(
     assert read == [paths[0]]
 
 
+@pytest.mark.slow
 def test_lists_without_faults_train(tmp_path: Path, image_data: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And the files of the data set are as they were."""
     planted.images(tmp_path / "data", 100)
@@ -123,6 +125,7 @@ def test_clean_lists_of_videos(tmp_path: Path) -> None:
     assert train(["--cfg", CLIPS_FT, *clean]) == 0
 
 
+@pytest.mark.slow
 def test_the_speed_of_reading_is_compared(image_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     code, result = check(tmp_path, "--cfg", PT, *VIT_PT, *at(image_data), "--gpus", "2")
     assert code == 0 and result["speed"]["needed"] == 8000 and result["speed"]["core"] > 1

@@ -82,6 +82,7 @@ def test_what_cannot_be_read_leaves_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
     """Files that are there are whole, and are not written again."""
     for label in ("run", "wave"):

@@ -43,6 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("[!.]*.tar")}
 
 
+@pytest.mark.slow
 def test_class_folders(image_data: Path, tmp_path: Path) -> None:
     packed = made(image_data, tmp_path / "packed", "--size", "20K")
     assert sum(path.name.startswith("train-") for path in packed.iterdir()) > 4, "archives and their indices"
@@ -88,6 +89,7 @@ def test_folders_without_classes(image_data: Path, tmp_path: Path) -> None:
     assert not (packed / "classes.txt").exists()
 
 
+@pytest.mark.slow
 def test_lists_of_clips(clip_data: Path, tmp_path: Path) -> None:
     packed = made(clip_data, tmp_path / "packed", "--size", "30K", "--prefix", str(clip_data))
     opts = [*MVIT_FT, "DATA.PATH_PREFIX", str(clip_data), "TRAIN.BATCH_SIZE", "4"]

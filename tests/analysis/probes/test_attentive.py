@@ -53,6 +53,7 @@ def marked(number: int, seed: int, tokens: int = 12, width: int = 16) -> tuple[n
     return x, label
 
 
+@pytest.mark.slow
 def test_it_finds_the_token_that_tells() -> None:
     train, test = stored(*marked(400, 0)), stored(*marked(300, 1))
     held = held_out(train.label, 0)
@@ -65,6 +66,7 @@ def test_it_finds_the_token_that_tells() -> None:
     assert (mean.scores.argmax(dim=1).numpy() == test.label).mean() < 0.6
 
 
+@pytest.mark.slow
 def test_scores_of_views_are_averaged_and_the_seed_decides() -> None:
     train, (first, label), (second, _) = stored(*marked(60, 0)), marked(20, 1), marked(20, 2)
     plan = Plan(epochs=1, least_steps=20, batch=32, optimizer="adamw")

@@ -55,6 +55,7 @@ def command(network: Path, data: Path, *more: str) -> list[str]:
     return ["--checkpoint", str(network), "--data", str(data), "--workers", "0", "--device", "cpu", *more]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_three_probes_beside_random_weights(
     network: Path, coloured: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -100,6 +101,7 @@ def test_in_grey_no_network_sees_colour(network: Path, coloured: Path, tmp_path:
     assert torch.equal(gray.pool(x), colour.pool(x.mean(1, keepdim=True).repeat(1, 3, 1, 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_same_seed_gives_the_same_file(network: Path, coloured: Path, tmp_path: Path) -> None:
     texts = []

@@ -33,6 +33,7 @@ def test_what_is_separable_is_separated() -> None:
     assert top1(probed(train, test), test) == 100.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("distance", "width", "number"), [(0.5, 8, 600), (0.3, 60, 400)])
 def test_noisy_data_are_told_apart_as_well_as_scikit_learn_does(distance: float, width: int, number: int) -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
@@ -47,6 +48,7 @@ def test_noisy_data_are_told_apart_as_well_as_scikit_learn_does(distance: float,
     assert found > 100 * best - 1.0
 
 
+@pytest.mark.slow
 def test_one_setting_ends_at_the_minimum_of_the_penalised_loss() -> None:
     x, label = blobs(150, 0.5, 0)
     x = (x - x.mean(axis=0)) / x.std(axis=0)
@@ -83,6 +85,7 @@ def test_settings_are_trained_as_if_each_were_alone() -> None:
     assert not torch.allclose(together[0], together[2], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_labels_of_test_samples_choose_nothing() -> None:
     train, test = stored(*blobs(120, 0.3, 0, 30)), stored(*blobs(50, 0.3, 1, 30))
     plain = probed(train, test)
@@ -91,6 +94,7 @@ def test_labels_of_test_samples_choose_nothing() -> None:
     assert torch.equal(other.scores, plain.scores)
 
 
+@pytest.mark.slow
 def test_held_out_samples_choose() -> None:
     train, test = stored(*blobs(120, 0.4, 0, 30)), stored(*blobs(50, 0.4, 1, 30))
     held = held_out(train.label, 0)
@@ -110,6 +114,7 @@ def test_the_seed_decides_everything() -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.slow
 def test_scores_of_views_are_averaged() -> None:
     train = stored(*blobs(100, 0.4, 0))
     parts = [blobs(40, 0.4, seed)[0] for seed in (1, 2)]

@@ -282,6 +282,7 @@ def test_both_readers_on_mutated_files(tmp_path: Path) -> None:
     assert outcomes == {True, False}
 
 
+@pytest.mark.slow
 def test_both_readers_on_shared_images(shared: Path) -> None:
     for path in sorted((shared / "data" / "imagenet_samples").rglob("*.JPEG")):
         assert isinstance(both(path), np.ndarray), path
@@ -503,6 +504,7 @@ def test_the_fast_reader_differs_by_little(tmp_path: Path) -> None:
         assert apart(listed, transform) <= bound
 
 
+@pytest.mark.slow
 def test_the_fast_reader_differs_by_little_on_photographs(shared: Path) -> None:
     listed, _ = list_image_folder(shared / "data" / "imagenet_samples" / "train")
     for transform, bound in TRANSFORMS:

@@ -184,6 +184,7 @@ def test_with_real_transforms(videos: list[tuple[str, int]]) -> None:
     assert torch.equal(clip_of(dataset[SampleKey(0, 0, 2)][0]), clips[2])
 
 
+@pytest.mark.slow
 def test_clips_do_not_depend_on_the_number_of_workers(videos: list[tuple[str, int]], tmp_path: Path) -> None:
     """Crops of many sizes, and an unreadable video."""
     (tmp_path / "text.mp4").write_text("not a video " * 50)

@@ -72,6 +72,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) > 0 and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("split", "labelled", "workers"),
     [("train", True, "0"), ("train", True, "2"), ("val", True, "2"), ("test", True, "0"), ("train", False, "2")],

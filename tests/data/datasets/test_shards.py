@@ -74,6 +74,7 @@ def same(one: list[tuple[Tensor, ...]], other: list[tuple[Tensor, ...]]) -> bool
 # ------------------------------------------------------------------------------------------------ as the folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_the_batches_of_a_classifier_are_those_of_the_folder(

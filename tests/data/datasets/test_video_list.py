@@ -138,6 +138,7 @@ def test_encodings_and_lengths(tmp_path: Path) -> None:
             read(tmp_path, "a.mp4 0\n", separator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separator", [" ", ",", "\t"])
 def test_plain_lists_are_read_as_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str) -> None:
     """Lists of plain lines take a shorter way, which must end where the long one does: same videos or same refusal."""

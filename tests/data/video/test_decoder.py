@@ -388,6 +388,7 @@ def test_shared_damaged_videos(shared: Path) -> None:
             decode_frames(folder / f"{name}.mp4", range(16))
 
 
+@pytest.mark.slow
 def test_shared_videos_against_a_plain_decoder(shared: Path) -> None:
     """Random access equals decoding from the start."""
     for path in sorted((shared / "data" / "kinetics_samples" / "videos").iterdir()):

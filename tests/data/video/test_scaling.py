@@ -82,6 +82,7 @@ def hog_error(frames: np.ndarray, expected: np.ndarray) -> float:
     return float((given - wanted).square().mean() / (wanted - wanted.mean(dim=(0, 3, 4), keepdim=True)).square().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height, width, side", SIZES)
 def test_frames_are_averaged_over_areas(tmp_path: Path, height: int, width: int, side: int) -> None:
     path = write_texture(tmp_path / "a.mp4", height, width)
