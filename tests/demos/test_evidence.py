@@ -168,6 +168,42 @@ def test_published_seeds_are_added_to(suite: Path, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
+def test_the_report_of_a_suite_that_is_not_finished(
+    suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are of the seeds that have their runs, and those that nobody has are left out; nothing is run."""
+    monkeypatch.setattr("maskfeat.demos.evidence.runs.run_net", lambda argv: 75)
+    shutil.copytree(suite / "runs" / "caltech101_cpu", tmp_path / "runs" / "caltech101_cpu")
+    data = ["--data", str(suite / "runs" / "data" / "caltech101")]
+    places = ["--output", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs"), "--so-far"]
+    options = [*command(suite)[: -len(TOY + IMAGES)], *data, *places, *TOY, *IMAGES]
+
+    def report(*gone: str) -> str:
+        for pattern in gone:
+            for done in (tmp_path / "runs").rglob(f"{pattern}/done.json"):
+                done.unlink()
+        assert main(options) == 0
+        return (tmp_path / "docs" / "evidence.md").read_text()
+
+    whole = (suite / "docs" / "evidence.md").read_text()
+    sections = [re.sub("`python.*`", "", text[text.index("<!-- begin") :]) for text in (whole, report())]
+    assert sections[0] == sections[1]
+    of_both = [line for line in whole.splitlines() if line.startswith("| MaskFeat, ViT | 5 of each class | linear")]
+    tested = [
+        line for line in whole.splitlines() if line.startswith("| MaskFeat, ViT | 5 of each class |") and "lr" in line
+    ]
+    now = report("seed1/maskfeat_few", "maskfeat_shuffled*").splitlines()
+    assert of_both[0] in now and tested[0] not in now and not any("another image" in line for line in now)
+    assert sum(line.startswith("| MaskFeat, ViT | 5 of each class |") and "lr" in line for line in now) == 1
+    text = report("*few", "*tuning*", "*unmasked*", "*references")
+    assert of_both[0] in text and "fine-tuning" not in text and "ridge" not in text and "without controls" not in text
+    capsys.readouterr()
+    (tmp_path / "runs" / "caltech101_cpu").rename(tmp_path / "gone")
+    assert main(options) == 2
+    assert "--so-far: no run of" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_what_was_broken_off_goes_on(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that ends with an exit code ends the suite with it, and is the next one the time after."""
     runs = runs_of(suite)

@@ -113,6 +113,9 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
         help="add to what was published: runs in DOCS/evidence/SUITE_BUDGET.json count as finished, so that seeds may "
         "be run on several machines or days",
     )
+    parser.add_argument(
+        "--so-far", action="store_true", help="run nothing: write the report of the runs that are finished"
+    )
     parser.add_overrides("overrides for every run")
     return parser.parse_args(argv)
 
@@ -137,10 +140,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         figure_type()  # a missing package is reported now, not after hours of training
         if args.data is None or args.suite != "shapes":
             make_data(args.suite, data, args.source)
-        for seed in range(args.seeds):
+        for seed in range(0 if args.so_far else args.seeds):
             run_seed(runs, seed, controls=seed < runs.budget.control_seeds)
+        seeds = [seed for seed in range(args.seeds) if runs.names(seed)]
+        if not seeds:
+            raise UserError(f"--so-far: no run of {runs.root} is finished")
         command = shlex.join([*program("evidence", "evidence.py"), *given])
-        report = Report(runs, args.budget, range(args.seeds), args.docs, command, made_on)
+        report = Report(runs, args.budget, seeds, args.docs, command, made_on)
         section = report.write()
     except Stopped as stopped:  # the run has logged the reason
         return stopped.code

@@ -19,7 +19,7 @@ from maskfeat.analysis.references import MEAN, MODEL, PLACE, RIDGE, ZERO, share
 from maskfeat.analysis.visualize import drawing
 from maskfeat.config import load_config
 from maskfeat.demos.evidence.record import record_file, write_record
-from maskfeat.demos.evidence.runs import TUNING, Runs, scratch
+from maskfeat.demos.evidence.runs import TUNING, Runs, scratch, tuning_run
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, GRAY, Labels, Method
 from maskfeat.engine.provenance import machine, revision
 
@@ -75,13 +75,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _filled(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table, or nothing where it has no rows."""
+    return table(head, rows) if rows else ""
+
+
 class Report:
     """The section of a suite at a budget.
 
     Args:
         runs: the runs of the suite.
         budget: its name.
-        seeds: the finished seeds.
+        seeds: numbers of seeds. Rows, lines and pictures are of those of which the runs are finished.
         docs: folder of the report.
         command: the command that is reported for this section.
         made_on: where published seeds were made, by seed.
@@ -134,9 +139,9 @@ class Report:
         found = [self.runs.last(seed, name, "test_final")["top1"] for seed in seeds or self.seeds]
         return Spread([float(value) for value in found])
 
-    def with_run(self, name: str) -> list[int]:
-        """Return the seeds for which a run is finished."""
-        return [seed for seed in self.seeds if self.runs.is_done(seed, name)]
+    def with_run(self, *names: str) -> list[int]:
+        """Return the seeds for which runs are finished."""
+        return [seed for seed in self.seeds if all(self.runs.is_done(seed, name) for name in names)]
 
     # ------------------------------------------------------------------ tables
 
@@ -176,12 +181,13 @@ class Report:
         rows = []
         for method in self.runs.methods:
             for labels in self.runs.budget.labels:
-                for kind in self.suite.all_probes():
-                    name = f"{method.name}_probe"
-                    random, learned = (self.probe(name, labels, kind, weights) for weights in (RANDOM, GIVEN))
+                name = f"{method.name}_probe"
+                seeds = self.with_run(name)
+                for kind in self.suite.all_probes() if seeds else ():
+                    random, learned = (self.probe(name, labels, kind, weights, seeds) for weights in (RANDOM, GIVEN))
                     row = [random.shown(), learned.shown(), gain(learned - random)]
                     rows.append([method.title, labels.title, _shown(kind), *row])
-        return table(["frozen features", "probe fitted to", "probe", "random", "pre-trained", "gain"], rows)
+        return _filled(["frozen features", "probe fitted to", "probe", "random", "pre-trained", "gain"], rows)
 
     def fine_tuning(self) -> str:
         """Compare fine-tuning with training from scratch."""
@@ -189,14 +195,18 @@ class Report:
         for method in self.runs.methods:
             for labels in self.runs.budget.labels:
                 arms = scratch(method), method.name
-                before, after = (self.tested(f"{arm}_{labels.folder}") for arm in arms)
+                names = [f"{arm}_{labels.folder}" for arm in arms]
+                seeds = self.with_run(*names)
+                if not seeds:
+                    continue
+                before, after = (self.tested(name, seeds) for name in names)
                 settings = [self.runs.chosen(arm, labels) for arm in arms]
                 cells = [
                     f"{found.shown()}{f' ({setting})' if setting else ''}"
                     for found, setting in zip((before, after), settings, strict=True)
                 ]
                 rows.append([method.title, labels.title, *cells, gain(after - before)])
-        return table(["fine-tuning", "on", "from scratch", "pre-trained", "gain"], rows)
+        return _filled(["fine-tuning", "on", "from scratch", "pre-trained", "gain"], rows)
 
     def tuning(self) -> str:
         """Return what each setting of the grids reached on held-out training samples."""
@@ -204,24 +214,27 @@ class Report:
         arms = dict.fromkeys(arm for method in methods for arm in (scratch(method), method.name))
         parts = []
         for labels in self.runs.budget.labels:
-            if labels.grid:
-                found = {arm: self.runs.tuned(arm, labels).values() for arm in arms}
-                rows = [[f"`{arm}`", *(f"{value:.1f}" for value in values)] for arm, values in found.items()]
-                parts.append(table([f"held-out training samples, {labels.title}", *labels.grid], rows))
-        return "\n\n".join(parts)
+            runs = {arm: [tuning_run(arm, labels, number) for number in range(len(labels.grid))] for arm in arms}
+            known = [arm for arm in arms if labels.grid and all(self.runs.is_done(0, name) for name in runs[arm])]
+            rows = [[f"`{arm}`", *(f"{value:.1f}" for value in self.runs.tuned(arm, labels).values())] for arm in known]
+            parts.append(_filled([f"held-out training samples, {labels.title}", *labels.grid], rows))
+        return "\n\n".join(part for part in parts if part)
 
     def held_out(self) -> str:
         """Compare the held-out loss of pre-training with that of simple predictors."""
         rows = []
         for method in self.runs.methods:
-            found = [self.runs.result(seed, f"{method.name}_references")["losses"] for seed in self.seeds]
+            name = f"{method.name}_references"
+            found = [self.runs.result(seed, name)["losses"] for seed in self.with_run(name)]
+            if not found:
+                continue
             row = [method.title]
             for key in (ZERO, MEAN, PLACE, RIDGE, MODEL):
                 row.append(Spread([losses[key] for losses in found]).shown(".4f") if key in found[0] else "")
             part = Spread([100 * share(losses) for losses in found])
             rows.append([*row, "" if math.isnan(part.mean) else f"{part.shown('.0f')} %"])
         head = ["loss on held-out samples", "zero", "mean", "mean by place", "ridge regression", "model"]
-        return table([*head, "share of what the regression finds"], rows)
+        return _filled([*head, "share of what the regression finds"], rows)
 
     def controls(self) -> str:
         """Return the results of the controls, which should remove the gain."""
@@ -232,10 +245,8 @@ class Report:
                     row = self._control(method, f"{method.name}_{control.name}", labels)
                     if row:
                         rows.append([f"{method.title}: {control.title}", labels.title, *row])
-        if not rows:
-            return ""
         head = ["control", "on", "seeds", "linear probe", "gain over random", "fine-tuning", "gain over scratch"]
-        return table(head, rows)
+        return _filled(head, rows)
 
     def _control(self, method: Method, name: str, labels: Labels) -> list[str]:
         empty = ["", ""]
@@ -265,12 +276,16 @@ class Report:
                 rows.append([f"`{name}`", str(len(found)), clock.shown(), cpu.shown()])
         for method in self.runs.methods:
             own = [name for name in names if _belongs(name, method)]
+            folders = [labels.folder for labels in self.runs.budget.labels]
+            seeds = self.with_run(*own, *(f"{arm}_{f}" for arm in (scratch(method), method.name) for f in folders))
+            if not seeds:
+                continue
             totals = [
-                Spread([sum(self.runs.result(seed, name)[key] / 60 for name in own) for seed in self.seeds]).shown()
+                Spread([sum(self.runs.result(seed, name)[key] / 60 for name in own) for seed in seeds]).shown()
                 for key in ("seconds", "cpu_seconds")
             ]
-            rows.append([f"**{method.title}**, one seed without controls and grid", str(len(self.seeds)), *totals])
-        return table(["run", "seeds", "wall-clock minutes", "CPU minutes"], rows)
+            rows.append([f"**{method.title}**, one seed without controls and grid", str(len(seeds)), *totals])
+        return _filled(["run", "seeds", "wall-clock minutes", "CPU minutes"], rows)
 
     # ------------------------------------------------------------------ images
 
@@ -278,21 +293,28 @@ class Report:
         """Draw the losses of pre-training and the top-1 accuracy of fine-tuning over epochs."""
         charts = []
         for method in self.runs.methods:
-            held = Line("held-out", [self._curve(seed, method.name, "val_epoch", "loss") for seed in self.seeds])
-            lines = [Line("training", [self._curve(seed, method.name, "train_iter", "loss") for seed in self.seeds])]
+            seeds = self.with_run(method.name, f"{method.name}_references")
+            if not seeds:
+                continue
+            held = Line("held-out", [self._curve(seed, method.name, "val_epoch", "loss") for seed in seeds])
+            lines = [Line("training", [self._curve(seed, method.name, "train_iter", "loss") for seed in seeds])]
             for key, words in ((PLACE, "mean by place"), (RIDGE, "ridge regression")):
-                lines.append(Line(words, [self._level(seed, method, key) for seed in self.seeds], level=True))
+                lines.append(Line(words, [self._level(seed, method, key) for seed in seeds], level=True))
             charts.append(Chart(f"{method.title}: loss", "epoch of pre-training", [*lines, held]))
             for labels in self.runs.budget.labels:
                 names = {
                     "pre-trained": f"{method.name}_{labels.folder}",
                     "from scratch": f"{scratch(method)}_{labels.folder}",
                 }
+                seeds = self.with_run(*names.values())
                 found = [
-                    Line(line, [self._curve(seed, name, "val_epoch", "top1") for seed in self.seeds])
+                    Line(line, [self._curve(seed, name, "val_epoch", "top1") for seed in seeds])
                     for line, name in names.items()
                 ]
-                charts.append(Chart(f"{method.title}: top-1, {labels.title}", "epoch of fine-tuning", found))
+                if seeds:
+                    charts.append(Chart(f"{method.title}: top-1, {labels.title}", "epoch of fine-tuning", found))
+        if not charts:
+            return ""
         path = self.images / f"{self.name.replace(' ', '_')}_curves.png"
         chart_figure(charts, columns=1 + len(self.runs.budget.labels)).savefig(path)
         return f"![Curves](evidence/{path.name})"
@@ -321,7 +343,10 @@ class Report:
         """
         shown = []
         for method in self.runs.methods:
-            seed = self.seeds[0]
+            seeds = self.with_run(method.name)
+            if not seeds:
+                continue
+            seed = seeds[0]
             found = self.runs.checkpoints(seed, method.name)
             for words, checkpoint in (("early", found[0]), ("late", found[-1])):
                 epoch = int(re.findall(r"epoch_(\d+)", checkpoint.name)[0])
