@@ -100,9 +100,8 @@ class Forks:
     def close(self) -> None:
         """End the server."""
         assert self._server.stdin is not None
-        self._server.stdin.write(
-            _END
-        )  # not by closing it alone: a data worker of this process may hold it open as well
+        # Not by closing alone: a data worker of this process may hold the pipe open as well.
+        self._server.stdin.write(_END)
         self._server.stdin.close()
         self._server.wait(60)
 
@@ -163,7 +162,6 @@ def _serve() -> None:
     its exit code."""
     from maskfeat.engine.run import main
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started the tests in the background
     torch.set_num_threads(1)
     for line in iter(sys.stdin.readline, _END):
         if not line:

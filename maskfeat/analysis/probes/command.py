@@ -72,7 +72,16 @@ def _run(args: argparse.Namespace) -> int:
     with _folder(args.features) as folder:
         probings = [
             Probing(
-                *(network, weights, splits, folder, blocks, views, args.seed, args.batch_size, args.workers), args.gray
+                network,
+                weights,
+                splits,
+                folder,
+                blocks,
+                views,
+                args.seed,
+                args.batch_size,
+                args.workers,
+                gray=args.gray,
             )
             for weights, network in networks.items()
         ]

@@ -141,7 +141,6 @@ class Probing:
             "precision": self.model.precision,
             "transform": _digest(self.model.cfg.DATA.dump().encode()),
             "batch size": self.batch_size,
-            **({"gray": True} if self.gray else {}),
         }
         stored = extract(
             self.folder / f"{self.weights}-{'tokens' if tokens else 'pooled'}{'-gray' if self.gray else ''}",
