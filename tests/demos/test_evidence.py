@@ -25,6 +25,7 @@ from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, SUITES
 from maskfeat.demos.synthetic import make_clips
 from maskfeat.engine.metrics_log import read_json_stats
 from maskfeat.engine.rng import seed_everything
+from tests.small import RECIPES
 
 TOY = ["SOLVER.MAX_EPOCH", "2", "SOLVER.WARMUP_EPOCHS", "0", "TRAIN.EVAL_PERIOD", "1", "TRAIN.CHECKPOINT_PERIOD", "1",
        "TRAIN.BATCH_SIZE", "6", "TEST.BATCH_SIZE", "6", "DATA_LOADER.NUM_WORKERS", "0", "LOG_PERIOD", "2",
@@ -353,3 +354,20 @@ def test_every_run_of_every_budget_is_a_valid_config(name: str, budget: str, tmp
                 tuned.defrost()
                 tuned.TRAIN.CHECKPOINT_FILE_PATH = ""
                 assert tuned == scratch
+
+
+def test_the_published_augmentation_of_clips() -> None:
+    """Settings of the grid that carry its name augment as the published recipe of Kinetics does."""
+    published = load_config(RECIPES / "_base_" / "k400_ft.yaml")
+    found = 0
+    for budget in SUITES["jhmdb"].budgets.values():
+        for labels in budget.labels:
+            for name, setting in labels.grid.items():
+                cfg = load_config(CONFIGS / "jhmdb" / "jhmdb_MVITv2_FT.yaml", setting)
+                cfg.defrost()
+                cfg.AUG.COLOR_JITTER = published.AUG.COLOR_JITTER  # only used where AA_TYPE is ""
+                named = "published augmentation" in name
+                found += named
+                assert (published.AUG == cfg.AUG, published.MIXUP == cfg.MIXUP) == (named, named)
+                assert (cfg.MODEL.LOSS_FUNC == published.MODEL.LOSS_FUNC) == named
+    assert found == 8

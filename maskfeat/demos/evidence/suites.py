@@ -148,22 +148,39 @@ def _epochs(number: int, warmup: float, looks: int = 10) -> tuple[str, ...]:
 _WIDE_VIT = ("MVIT.EMBED_DIM", "192", "MVIT.NUM_HEADS", "3", "MVIT.DEPTH", "9")
 
 
-def _grid(rates: Sequence[str], epochs: Sequence[int]) -> dict[str, tuple[str, ...]]:
-    """Return every combination of learning rates and numbers of epochs, a tenth of which warm up."""
-    return {
+# Of configs/masked_ssl/_base_/k400_ft.yaml.
+_AUGMENTED = (
+    *("AUG.AA_TYPE", "rand-m7-mstd0.5-inc1", "AUG.RE_PROB", "0.25", "MIXUP.ENABLE", "True"),
+    *("MODEL.LOSS_FUNC", "soft_cross_entropy", "SOLVER.CLIP_GRAD_L2NORM", "5.0"),
+)
+
+
+def _grid(rates: Sequence[str], epochs: Sequence[int], augmented: bool = False) -> dict[str, tuple[str, ...]]:
+    """Return every combination of learning rates and numbers of epochs, a tenth of which warm up.
+
+    Args:
+        augmented: the longest ones once more, with the published augmentation.
+    """
+    grid = {
         f"lr {rate}, {number} epochs": ("SOLVER.BASE_LR", rate, *_epochs(number, number / 10, looks=5))
         for rate in rates
         for number in epochs
     }
+    longest = [f"lr {rate}, {max(epochs)} epochs" for rate in rates if augmented]
+    return {**grid, **{f"{name}, published augmentation": (*grid[name], *_AUGMENTED) for name in longest}}
 
 
 def _both(
-    all_rates: Sequence[str], all_epochs: Sequence[int], few_rates: Sequence[str], few_epochs: Sequence[int]
+    all_rates: Sequence[str],
+    all_epochs: Sequence[int],
+    few_rates: Sequence[str],
+    few_epochs: Sequence[int],
+    augmented: bool = False,
 ) -> tuple[Labels, ...]:
     """Return all labels and five of each class, with a grid each."""
     return (
-        Labels("all labels", "all", (), "all_tuning", _grid(all_rates, all_epochs)),
-        Labels("5 of each class", "few", (), "few_tuning", _grid(few_rates, few_epochs)),
+        Labels("all labels", "all", (), "all_tuning", _grid(all_rates, all_epochs, augmented)),
+        Labels("5 of each class", "few", (), "few_tuning", _grid(few_rates, few_epochs, augmented)),
     )
 
 
@@ -252,12 +269,12 @@ JHMDB = Suite(
             pretraining={"maskfeat": _epochs(20, 2, looks=4)},
         ),
         "night": Budget(
-            labels=_both(("3e-4", "1e-3"), (20, 50), ("3e-4", "1e-3"), (50, 150)),
+            labels=_both(("3e-4", "1e-3"), (20, 50), ("3e-4", "1e-3"), (50, 150), augmented=True),
             opts=_NIGHT,
             pretraining={"maskfeat": _epochs(150, 8)},
         ),
         "gpu": Budget(
-            labels=_both(("3e-4", "1e-3"), (50, 100), ("3e-4", "1e-3"), (100, 300)),
+            labels=_both(("3e-4", "1e-3"), (50, 100), ("3e-4", "1e-3"), (100, 300), augmented=True),
             **_ON_GPU,
             pretraining={"maskfeat": _epochs(600, 30)},
         ),
