@@ -370,4 +370,5 @@ def test_the_published_augmentation_of_clips() -> None:
                 found += named
                 assert (published.AUG == cfg.AUG, published.MIXUP == cfg.MIXUP) == (named, named)
                 assert (cfg.MODEL.LOSS_FUNC == published.MODEL.LOSS_FUNC) == named
+                assert (cfg.SOLVER.CLIP_GRAD_L2NORM == published.SOLVER.CLIP_GRAD_L2NORM) == named
     assert found == 8
