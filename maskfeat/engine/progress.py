@@ -1,5 +1,7 @@
 """Progress of a training: speed, share of time spent waiting for data, time left, and the lines that report them."""
 
+import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +12,8 @@ import torch
 from maskfeat.engine.live_line import LiveLine
 from maskfeat.engine.metrics_log import MetricsLog, format_eta
 from maskfeat.engine.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 class ProgressMeter:
@@ -29,6 +33,7 @@ class ProgressMeter:
         self.done, self.todo = 0, trainer.max_epoch * steps - self.first
         self.started = time.perf_counter()
         self.line, self.loss = LiveLine("training", self.todo), ""
+        self.warned = False
         self._begin_window()
         self.start_waiting()
 
@@ -85,6 +90,9 @@ class ProgressMeter:
             stats["gpu_mem"] = f"{torch.cuda.max_memory_allocated(trainer.device) / 2**30:.2f}G"
         line = self._line(stats, values, spent)
         self.metrics_log.write("train_iter", line, stats, epoch * self.steps + step - 1)
+        if trainer.world.is_main and math.isnan(values["loss"]) and not values["skipped"] and not self.warned:
+            logger.warning("the loss is nan because nothing was hidden, so nothing is learned: see AUG.MASK_RATIO")
+            self.warned = True
         self._begin_window()
 
     def _eta(self, now: float) -> str:

@@ -19,7 +19,7 @@ from maskfeat.distributed.collectives import (
 )
 from maskfeat.distributed.launch import launch
 from maskfeat.distributed.world import World
-from maskfeat.engine.run import work
+from maskfeat.engine.run import main, work
 from maskfeat.engine.setup import CommandLine
 from maskfeat.engine.trainer import Trainer, build_trainer
 from maskfeat.objectives.maskfeat import MaskFeat
@@ -189,6 +189,14 @@ def test_so_many_in_a_row_stop_the_run(
     else:
         assert begins in log and "(TRAIN.MAX_SKIPPED_STEPS 4)" in log
     note(9, f"{len(bad)} of 10 steps skipped {bad}, limit 4 in a row: {'goes on' if begins is None else 'stops'}")
+
+
+def test_nothing_hidden_is_said_once(image_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opts = [*VIT_PT, *images(image_data), "LOG_PERIOD", "2"]
+    for ratio, count in (("0.0", 1), ("0.4", 0)):
+        assert main(["--cfg", str(PT), *opts, "AUG.MASK_RATIO", ratio, "OUTPUT_DIR", str(tmp_path / ratio)]) == 0
+        assert capsys.readouterr().out.count("nothing was hidden") == count
+        assert {line["skipped"] for line in json_stats(tmp_path / ratio, "train_iter")} == {0}
 
 
 def test_rows_are_counted_exactly() -> None:
