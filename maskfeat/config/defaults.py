@@ -56,8 +56,9 @@ def _run(cfg: CfgNode) -> None:
     cfg.TENSORBOARD.LOG_DIR = "tensorboard"  # folder below OUTPUT_DIR; files are in its sub-folder TASK
 
     cfg.VIS = CfgNode()
-    # ours: epochs between two pictures of predictions beside what is true, in OUTPUT_DIR/pictures and TensorBoard, of
-    # the same validation samples each time; also after the first and the last epoch; 0 = none
+    # ours: epochs between two pictures of predictions in pre-training beside what is true, in OUTPUT_DIR/pictures and
+    # TensorBoard, of the same validation samples each time (training samples where nothing is validated); also after
+    # the first and the last epoch; 0 = none
     cfg.VIS.PERIOD = 0
     cfg.VIS.SAMPLES = 4  # ours: samples in such a picture
 
@@ -82,8 +83,8 @@ def _train(cfg: CfgNode) -> None:
     cfg.TRAIN.MAX_SKIPPED_STEPS = 20
     cfg.TRAIN.EVAL_PERIOD = 10  # epochs between two validations; 0 = never
     cfg.TRAIN.CHECKPOINT_PERIOD = 10  # epochs between two checkpoints
-    cfg.TRAIN.CHECKPOINT_MINUTES = 30.0  # ours: minutes between two checkpoints within an epoch; 0 = none
-    cfg.TRAIN.KEEP_CHECKPOINTS = 0  # ours: checkpoints to keep; 0 = all of ends of epochs, two within epochs
+    cfg.TRAIN.CHECKPOINT_MINUTES = 30.0  # ours: minutes from one checkpoint to the next within an epoch; 0 = none
+    cfg.TRAIN.KEEP_CHECKPOINTS = 0  # ours: how many to keep; 0 = all of ends of epochs, others while among the newest 2
     cfg.TRAIN.CHECKPOINT_FORMAT = "gathered"  # ours: "gathered" (one file) | "sharded" (a folder, one shard a process)
     cfg.TRAIN.AUTO_RESUME = True  # resume from the newest checkpoint in OUTPUT_DIR
     # weights to load before training: path, http(s) address or a torchvision name; "" in fine-tuning: the newest

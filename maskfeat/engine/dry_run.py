@@ -39,7 +39,7 @@ from maskfeat.engine.validation import validation_epochs
 from maskfeat.errors import UserError
 from maskfeat.objectives.base import Objective
 from maskfeat.optim.schedule import lr_at_epoch
-from maskfeat.registry import dataset_spec
+from maskfeat.registry import backbone_spec, dataset_spec
 
 logger = logging.getLogger(__name__)
 
@@ -235,9 +235,10 @@ class DryRun:
             there, needed, what = _free_memory(), memory.total * self.local, "this machine"
         logger.info("  free on %s: %s", what, _size(there) if there else "not known")
         if there and needed > there:
+            recompute = "MODEL.ACT_CHECKPOINT True, " if backbone_spec(self.cfg).act_checkpoint else ""
             raise UserError(
                 f"a step takes about {_size(needed)}, and {what} has {_size(there)} free: set TRAIN.MICRO_BATCH_SIZE "
-                f"{max(step.forward // 2, 1)} or less, MODEL.ACT_CHECKPOINT True, or a smaller TRAIN.BATCH_SIZE"
+                f"{max(step.forward // 2, 1)} or less, {recompute}or a smaller TRAIN.BATCH_SIZE"
             )
 
     def _disk(self, checkpoint: int) -> None:

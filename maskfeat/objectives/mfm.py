@@ -182,7 +182,7 @@ def _keys(cfg: CfgNode) -> None:
     cfg.MFM.RADIUS = 16.0  # of the disc of low frequencies around frequency 0, in frequencies
     cfg.MFM.LOW_PASS_PROB = 0.5  # probability, 0 .. 1, that the disc stays and the rest is removed; or the reverse
     cfg.MFM.FILTER_NORMALISED = True  # filter the normalised image; False: that in [0, 1], then clamp and normalise it
-    cfg.MFM.INVERSE = "modulus"  # what is taken of the inverse FFT: | "real"
+    cfg.MFM.INVERSE = "modulus"  # what is taken of the inverse FFT: its "modulus" | its "real" part
     cfg.MFM.TARGET_CHANNELS = 1  # spectrum of the grey image; 3 = of the three normalised channels
     cfg.MFM.GAMMA = 1.0  # exponent of the distance of two frequencies
     cfg.MFM.EPS = 1e-7  # below the square root of that distance

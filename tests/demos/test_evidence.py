@@ -287,6 +287,8 @@ def test_clips(tmp_path: Path) -> None:
         (made / f"{split}.csv").write_text("".join(lines))
     places = ["--source", str(made), "--output", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")]
     toy = [*TOY, "MODEL.NUM_CLASSES", "3", "DATA.SAMPLING_RATE", "2", "MVIT.EMBED_DIM", "16", "MASK.HOG_BINS", "2"]
+    assert main(["--suite", "jhmdb", *places, "--only-data"]) == 0
+    assert (tmp_path / "runs/data/jhmdb/few/train.csv").is_file() and not (tmp_path / "runs/jhmdb_cpu").exists()
     assert main(["--suite", "jhmdb", "--seeds", "1", *places, *toy]) == 0
     for share in ("all_tuning", "few_tuning"):  # no recording is on both sides
         sides = [(tmp_path / "runs/data/jhmdb" / share / f"{split}.csv").read_text() for split in ("train", "val")]

@@ -113,7 +113,9 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
         help="add to what was published: runs in DOCS/evidence/SUITE_BUDGET.json count as finished, so that seeds may "
         "be run on several machines or days",
     )
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--only-data", action="store_true", help="lay out the data and run nothing")
+    what.add_argument(
         "--so-far", action="store_true", help="run nothing: write the report of the runs that are finished"
     )
     parser.add_overrides("overrides for every run")
@@ -140,6 +142,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         figure_type()  # a missing package is reported now, not after hours of training
         if args.data is None or args.suite != "shapes":
             make_data(args.suite, data, args.source)
+        if args.only_data:
+            logger.info("the data is in %s", data)
+            return 0
         for seed in range(0 if args.so_far else args.seeds):
             run_seed(runs, seed, controls=seed < runs.budget.control_seeds)
         seeds = [seed for seed in range(args.seeds) if runs.names(seed)]
