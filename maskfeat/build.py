@@ -120,6 +120,9 @@ def build_loader(
         raise UserError(
             f"{key} is {section.BATCH_SIZE} a machine, which {world.local_size} processes cannot share evenly"
         )
+    if split != "test" and not trains:
+        # As many at once as in training: what fits there fits here. (A test has a batch size of its own.)
+        per_process = min(per_process, cfg.TRAIN.MICRO_BATCH_SIZE or per_process)
     sampler = EpochSampler(
         len(dataset),
         per_process,

@@ -170,5 +170,8 @@ def _choices(cfg: CfgNode, rules: Rules) -> Iterator[str]:
         yield "DATA.PATH_LABEL_SEPARATOR must be at least one character; given ''"
     if not cfg.OUTPUT_DIR:
         yield "OUTPUT_DIR must name a folder; given ''"
+    for key in ("OUTPUT_DIR", "TENSORBOARD.LOG_DIR", "TEST.SAVE_RESULTS_PATH"):
+        if "://" in lookup(cfg, key):
+            yield f"{key} must be a path in a file system, a run writes nowhere else; given {lookup(cfg, key)!r}"
     if any(mark in cfg.TASK for mark in "/\\\0"):
         yield f"TASK becomes part of file names and must not contain a slash; given {cfg.TASK!r}"

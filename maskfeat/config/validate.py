@@ -203,6 +203,16 @@ def _schedule(cfg: CfgNode) -> Iterator[str]:
             f"SOLVER.WARMUP_EPOCHS must be below SOLVER.MAX_EPOCH ({solver.MAX_EPOCH}); given "
             f"{solver.WARMUP_EPOCHS:g}; set SOLVER.WARMUP_EPOCHS or SOLVER.MAX_EPOCH"
         )
+    if solver.WARMUP_EPOCHS and solver.WARMUP_START_LR > solver.BASE_LR:
+        yield (
+            f"SOLVER.WARMUP_START_LR must be at most SOLVER.BASE_LR ({solver.BASE_LR:g}) where SOLVER.WARMUP_EPOCHS is "
+            f"above 0 (warm-up would begin with too high a rate); given {solver.WARMUP_START_LR:g}"
+        )
+    if solver.CLIP_GRAD_VAL and solver.CLIP_GRAD_L2NORM:
+        yield (
+            f"SOLVER.CLIP_GRAD_VAL or SOLVER.CLIP_GRAD_L2NORM must be None; given {solver.CLIP_GRAD_VAL:g} and "
+            f"{solver.CLIP_GRAD_L2NORM:g}"
+        )
     if cosine and solver.COSINE_END_LR > solver.BASE_LR:
         yield (
             f"SOLVER.COSINE_END_LR must be at most SOLVER.BASE_LR ({solver.BASE_LR:g}); given {solver.COSINE_END_LR:g}"

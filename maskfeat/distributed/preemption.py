@@ -16,6 +16,9 @@ PREEMPTED = 75
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a run that was stopped by Ctrl-C: whoever stops it by hand does not want it to be queued again."""
 
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a run that was asked to stop and would start anew (TRAIN.AUTO_RESUME False): it is not queued again."""
+
 STOP_SIGNALS = (signal.SIGTERM, *(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name)))
 
 

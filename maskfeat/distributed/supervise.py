@@ -22,7 +22,7 @@ from typing import Any
 
 from torch.multiprocessing import ProcessContext, get_context, start_processes
 
-from maskfeat.distributed.preemption import INTERRUPTED, PREEMPTED, STOP_SIGNALS, heeding_ctrl_c
+from maskfeat.distributed.preemption import INTERRUPTED, PREEMPTED, STOP_SIGNALS, STOPPED, heeding_ctrl_c
 from maskfeat.distributed.processes import die_with_parent, exit_now, signal_handler
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ GRACE_PERIOD = 2.0
 GRACE_PERIOD_AFTER_KILL = 0.5
 """Seconds that the others have to exit after one process was killed by a signal."""
 
-_WELL = (0, PREEMPTED, INTERRUPTED)  # exit codes that are no failure
+_WELL = (0, PREEMPTED, INTERRUPTED, STOPPED)  # exit codes that are no failure
 
 _CONNECTION_LOST = re.compile(r"Connection (closed|reset) by peer")
 """Found in the traceback of a rank whose peer is gone."""
@@ -57,9 +57,9 @@ def run_processes(job: Callable[..., int], args: tuple[Any, ...], count: int, fi
         first_rank: Rank of process 0, for messages.
 
     Returns:
-        0 if all processes succeeded; PREEMPTED or INTERRUPTED if some of them exited with it and none failed; PREEMPTED
-        if a forwarded signal killed one that had no handler for it yet; otherwise the exit code of the process that
-        failed first, 128 + n if signal n killed it.
+        0 if all processes succeeded; PREEMPTED, INTERRUPTED or STOPPED if some of them exited with it and none failed;
+        PREEMPTED if a forwarded signal killed one that had no handler for it yet; otherwise the exit code of the
+        process that failed first, 128 + n if signal n killed it.
     """
     processes: list[BaseProcess] = []
     received: list[int] = []

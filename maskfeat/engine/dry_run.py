@@ -7,9 +7,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,6 +21,7 @@ from yacs.config import CfgNode
 from maskfeat.build import build_backbone, build_loader, build_objective
 from maskfeat.checkpoint.reading import trained_classes
 from maskfeat.config.show import differences, plain
+from maskfeat.data.datasets.base import NoValidation
 from maskfeat.data.datasets.classes import check_same_classes, describe_split, missing_classes
 from maskfeat.data.datasets.folders import count
 from maskfeat.data.loader import BatchLoader
@@ -161,9 +164,13 @@ class DryRun:
         for split in splits:
             with self.part(f"Data: {split}"):
                 clips = dataset_spec(cfg, "TEST").test_views(cfg)[0][0] if split == "test" else None
-                classes = loaders["train"].classes if "train" in loaders else None
+                classes = loaders["train"].classes if "train" in loaders else self._classes_of_tested()
                 device = self.device if split == "train" else None
-                loader = build_loader(self.trial, split, self.world, clips, device, classes=classes)
+                try:
+                    loader = build_loader(self.trial, split, self.world, clips, device, classes=classes)
+                except NoValidation as error:
+                    logger.info("  nothing is validated, TRAIN.EVAL_PERIOD has no effect: %s", error)
+                    continue
                 loaders[split] = loader
                 logger.info(
                     "  %s", describe_split(split, loader.dataset, cfg.MODEL.NUM_CLASSES if classifies else None)
@@ -172,6 +179,17 @@ class DryRun:
                 if warning and split == "train":
                     logger.warning("  %s", warning)
         return loaders
+
+    def _classes_of_tested(self) -> list[str] | None:
+        """Names of the classes of the checkpoint that is tested, where the run does not train."""
+        if not self.cfg.TRAIN.ENABLE:
+            with suppress(UserError):  # which "Weights" says
+                return trained_classes(self._tested[1])
+        return None
+
+    @cached_property
+    def _tested(self) -> tuple[str, dict[str, Any]]:
+        return find_tested(self.cfg)
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +201,7 @@ class DryRun:
         source = CheckpointSource()
         with self.part("Weights"):
             if not self.cfg.TRAIN.ENABLE:
-                path, content = find_tested(self.cfg)
+                path, content = self._tested
                 if "test" in loaders:
                     check_same_classes(path, trained_classes(content), loaders["test"].dataset)
                 load_to_evaluate(self.cfg, objective, path, content)

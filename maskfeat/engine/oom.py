@@ -88,20 +88,21 @@ def _workers(cfg: CfgNode, none: bool) -> list[str]:
     return [f"DATA_LOADER.NUM_WORKERS {0 if none else now // 2} (now {now}, never more than there are cores)"]
 
 
-def explain_oom(error: BaseException, cfg: CfgNode, processes: int | None = None) -> str | None:
+def explain_oom(error: BaseException, cfg: CfgNode, processes: int | None = None, testing: bool = False) -> str | None:
     """Explain an error in one line if it means that memory ran out; None for any other error.
 
     Args:
         error: a failed allocation on a device or in host memory, MemoryError, or the error after a data worker was
             killed.
         processes: on this machine, where they differ from NUM_GPUS.
+        testing: whether the run has come to its test; it has where it does not train.
     """
     texts = _texts(error)
     kind = _kind(error, "\n".join(texts))
     if kind is None:
         return None
     step = step_size(cfg, processes)
-    if cfg.TRAIN.ENABLE:
+    if cfg.TRAIN.ENABLE and not testing:
         batch = f"{step.forward} samples at once in each process (TRAIN.BATCH_SIZE {step.batch} over {step.processes})"
         tries = _compute(cfg, step)
     else:
@@ -109,6 +110,8 @@ def explain_oom(error: BaseException, cfg: CfgNode, processes: int | None = None
         batch = f"{share} views at once in each process (TEST.BATCH_SIZE {cfg.TEST.BATCH_SIZE} over {step.processes})"
         smaller = max(cfg.TEST.BATCH_SIZE // 2 // step.processes, 1) * step.processes
         tries = [f"TEST.BATCH_SIZE {smaller}"] if smaller < cfg.TEST.BATCH_SIZE else []
+        if cfg.TEST.MIXED_PRECISION in (False, "off"):
+            tries.append(f"TEST.MIXED_PRECISION bf16 (now {cfg.TEST.MIXED_PRECISION})")
     if kind == "shared":
         what = "the shared memory of this machine (/dev/shm, through which data workers hand over batches)"
         tries = ["a larger /dev/shm (in a container: --shm-size)", *_workers(cfg, none=True)]

@@ -21,6 +21,7 @@ from maskfeat.distributed.collectives import run_on_main
 from maskfeat.distributed.launch import check_devices, launch, read_launch_environment
 from maskfeat.distributed.preemption import INTERRUPTED
 from maskfeat.distributed.world import World
+from maskfeat.engine.agreement import check_same_samples
 from maskfeat.engine.batch_arithmetic import load_recipe
 from maskfeat.engine.confusion import Confusion, write_class_results
 from maskfeat.engine.dry_run import STEPS, DryRun
@@ -61,6 +62,7 @@ def _test_loaders(
             f"{clips}x{crops}": build_loader(cfg, "test", world, clips, device, classes=classes)
             for clips, crops in dataset_spec(cfg, "TEST").test_views(cfg)
         }
+        check_same_samples("test", next(iter(loaders.values())))
         announce_data(cfg, True, {"test": next(iter(loaders.values()))})
     first = next(iter(loaders.values()))
     if tested is not None:
@@ -161,6 +163,7 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
                     max_skipped=cfg.TRAIN.MAX_SKIPPED_STEPS,
                 )
             objectives = validator.objectives()
+        session.testing = True
         if cfg.TEST.ENABLE:
             if cfg.TRAIN.ENABLE and cfg.TEST.CHECKPOINT_FILE_PATH:
                 tested = find_tested(cfg)

@@ -18,8 +18,9 @@ from yacs.config import CfgNode
 from maskfeat.config.show import flat
 from maskfeat.distributed.collectives import destroy_process_group, init_process_group, is_collective_error
 from maskfeat.distributed.hang_watchdog import HangWatchdog
-from maskfeat.distributed.preemption import INTERRUPTED, PREEMPTED, Preempted, StopRequest
+from maskfeat.distributed.preemption import INTERRUPTED, PREEMPTED, STOPPED, Preempted, StopRequest
 from maskfeat.distributed.world import World, choose_device
+from maskfeat.engine.agreement import check_same_config
 from maskfeat.engine.live_line import close_lines
 from maskfeat.engine.metrics_log import MetricsLog, log_to_file, setup_logging
 from maskfeat.engine.oom import explain_oom
@@ -60,6 +61,7 @@ class Session:
         stop: whether this process was asked to stop.
         exit_code: of the process, once the block has ended.
         has_results: whether OUTPUT_DIR holds more than before, which a report at the end then shows (LOG.REPORT).
+        testing: whether the run has come to its test.
         device, watchdog, metrics_log: after `start`.
     """
 
@@ -70,6 +72,7 @@ class Session:
     def __init__(self, cfg: CfgNode, world: World) -> None:
         self.cfg, self.world = cfg, world
         self.stop, self.exit_code, self.has_results = StopRequest(), 0, False
+        self.testing = not cfg.TRAIN.ENABLE
         self._store: Store | None = None
         self._signals, self._closing = ExitStack(), ExitStack()
 
@@ -94,6 +97,7 @@ class Session:
         # Collectives time out after the watchdog does, whose report says more than their error.
         timeout = timedelta(minutes=cfg.HANG_MINUTES + 5) if cfg.HANG_MINUTES else timedelta(days=1)
         self._store = init_process_group(world, cfg.DIST_BACKEND, self.device, init_method, timeout)
+        check_same_config(cfg)
         self.watchdog = HangWatchdog(world, self._store, 60 * cfg.HANG_MINUTES, self.stop)
         self._closing.callback(self.watchdog.close)
         # Curves of several tasks in one OUTPUT_DIR are not those of one run.
@@ -143,12 +147,15 @@ class Session:
             if self._is_to_say(str(error)):
                 logger.error("error: %s", error)
             return 2
-        memory = explain_oom(error, self.cfg, world.local_size)
+        memory = explain_oom(error, self.cfg, world.local_size, self.testing)
         if memory is not None:
             logger.error("error: %s", memory)
             return 2
         if self.stop and world.size > 1 and isinstance(error, RuntimeError | OSError | EOFError):
-            return self._preempted(self.stop.reason)  # the others have left, in the middle of what needs no saving
+            # Most likely the others have left, in the middle of what needs no saving.
+            if not is_collective_error(error):
+                logger.warning("rank %d met this while the run was stopping:", world.rank, exc_info=error)
+            return self._preempted(self.stop.reason)
         if not is_collective_error(error):
             logger.error("a bug, of this program or of a module in PLUGINS, on rank %d:", world.rank, exc_info=error)
             return 1
@@ -184,9 +191,14 @@ class Session:
         return True
 
     def _preempted(self, reason: str) -> int:
-        interrupted = reason == signal.SIGINT.name
-        code = INTERRUPTED if interrupted else PREEMPTED
+        interrupted, anew = reason == signal.SIGINT.name, self.cfg.TRAIN.ENABLE and not self.cfg.TRAIN.AUTO_RESUME
+        code = INTERRUPTED if interrupted else STOPPED if anew else PREEMPTED
+        then = "the same command resumes from here"
+        if self.testing:
+            then = "the same command tests again"
+        elif anew:
+            then = "TRAIN.AUTO_RESUME True resumes from here, the same command starts anew"
         if self.world.is_main:
-            how, requeue = ("Ctrl-C", "") if interrupted else (reason, ": requeue me")
-            logger.info("stopped on %s; the same command resumes from here (exit code %d%s)", how, code, requeue)
+            how, requeue = "Ctrl-C" if interrupted else reason, ": requeue me" if code == PREEMPTED else ""
+            logger.info("stopped on %s; %s (exit code %d%s)", how, then, code, requeue)
         return code

@@ -16,6 +16,7 @@ from maskfeat.config import save_config
 from maskfeat.data.datasets.base import NoValidation
 from maskfeat.data.datasets.classes import describe_split, missing_classes
 from maskfeat.data.loader import BatchLoader
+from maskfeat.engine.agreement import check_same_samples
 from maskfeat.engine.batch_arithmetic import check_batch_norm, compare, describe, load_recipe, step_size
 from maskfeat.engine.flops import cost_table, module_costs
 from maskfeat.engine.pictures import Pictures
@@ -62,12 +63,14 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
     if any(isinstance(module, _BatchNorm) for module in objective.modules()):
         check_batch_norm(step_size(cfg, world.local_size), math.prod(objective.backbone.grid))
     loader = build_loader(cfg, "train", world, device=device)
+    check_same_samples("train", loader)
     _announce(cfg, command_line, objective, session, len(loader))
     source.check_classes(loader.dataset)
     epochs, val_loader = validation_epochs(cfg, objective.classifies), None
     try:
         if epochs:
             val_loader = build_loader(cfg, "val", world, device=device, classes=loader.classes)
+            check_same_samples("val", val_loader)
     except NoValidation as error:
         epochs = []
         logger.info("nothing is validated, TRAIN.EVAL_PERIOD has no effect: %s", error)

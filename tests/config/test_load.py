@@ -9,6 +9,7 @@ from yacs.config import CfgNode
 from maskfeat.config import dump_config, get_defaults, load_config, save_config
 from maskfeat.config.recipes import CONFIG_ROOT
 from maskfeat.config.schema import full_keys, is_inert, schema
+from maskfeat.errors import UserError
 from tests.config.helpers import MVIT_FT, VIT_FT, VIT_PT, load_text, value_of
 
 ACCEPTED = [
@@ -155,6 +156,7 @@ def test_a_leading_zero_is_named_and_other_numbers_are_read(tmp_path):
 
 # --- paths ---
 
+WRITTEN = ("OUTPUT_DIR", "TENSORBOARD.LOG_DIR", "TEST.SAVE_RESULTS_PATH")
 PATHS = [key for key, kind in schema().rules.kinds.items() if kind == "path"]
 
 
@@ -179,6 +181,9 @@ def test_paths_are_expanded(key, tmp_path, monkeypatch):
         "$$a": "$a",
         "https://host/$SCRATCH": "https://host/$SCRATCH",  # what the environment holds is not sent to a server
     }
+    if key in WRITTEN:
+        with pytest.raises(UserError, match=f"{key} must be a path in a file system"):
+            load_config(None, [key, expected.popitem()[0]])
     for given, path in expected.items():
         for cfg in (load_config(None, [key, given]), load_text(tmp_path, f"{key}: '{given}'\n")):
             assert value_of(cfg, key) == path

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -125,6 +126,25 @@ def test_a_folder_in_use(dry: Dry, image_data: Path, tmp_path: Path) -> None:
     assert code == 1
     assert f"OUTPUT_DIR {tmp_path} is in use by another run ({socket.gethostname()}, process {process.pid}" in said
     assert dry(*arguments)[0] == 0
+
+
+def test_pre_training_without_a_validation_set(dry: Dry, image_data: Path, tmp_path: Path) -> None:
+    """As the run itself, which says it and goes on."""
+    opts = [*VIT_PT, *images(image_data / "train"), "TRAIN.EVAL_PERIOD", "1", "OUTPUT_DIR", tmp_path / "out"]
+    code, said = dry("--cfg", PT, *opts, "--dry-steps", "0")
+    assert code == 0 and "nothing is validated, TRAIN.EVAL_PERIOD has no effect" in said
+
+
+@pytest.mark.slow
+def test_a_test_of_some_of_the_classes(dry: Dry, image_data: Path, tmp_path: Path) -> None:
+    """Classes are numbered as the checkpoint that is tested has them, also where the data has fewer folders."""
+    some, out = tmp_path / "some", tmp_path / "out"
+    opts = [*VIT_FT, "SOLVER.MAX_EPOCH", "1", "OUTPUT_DIR", str(out)]
+    assert main(["--cfg", FT, *opts, *images(image_data), "TEST.ENABLE", "False"]) == 0
+    shutil.copytree(image_data / "val", some / "val")
+    shutil.rmtree(sorted((some / "val").iterdir())[0])
+    code, said = dry("--cfg", FT, *opts, *images(some), "TRAIN.ENABLE", "False", "TEST.ENABLE", "True")
+    assert code == 0, said
 
 
 def test_a_folder_that_cannot_be_made(dry: Dry, image_data: Path, tmp_path: Path) -> None:

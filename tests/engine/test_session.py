@@ -1,5 +1,6 @@
 """How errors end a run: a line for what a user can mend, the traceback of everything else, on whichever rank."""
 
+import logging
 import os
 import re
 import subprocess
@@ -8,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from maskfeat.config import load_config
+from maskfeat.distributed.preemption import Preempted
+from maskfeat.distributed.world import World
+from maskfeat.engine.session import Session
 from maskfeat.errors import UserError, UserFileError, naming
 from tests.small import RECIPES, REPO, VIT_PT, images
 
+RECIPE = RECIPES / "in1k_VIT_B_MaskFeat_FT.yaml"
 MESSAGE = "error: the data are upside down: set DATA.UPSIDE_DOWN"
 
 
@@ -29,6 +35,30 @@ def run(fault: str, data: Path, output_dir: Path, *more: str) -> tuple[int, str]
         timeout=300,
     )
     return ended.returncode, ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("opts", "reason", "code", "then"),
+    [
+        ([], "SIGTERM", 75, "the same command resumes from here (exit code 75: requeue me)"),
+        (["TRAIN.AUTO_RESUME", "False"], "SIGTERM", 143, "the same command starts anew (exit code 143)"),
+        (["TRAIN.AUTO_RESUME", "False"], "SIGINT", 130, "the same command starts anew (exit code 130)"),
+        (["TRAIN.ENABLE", "False"], "SIGUSR1", 75, "the same command tests again (exit code 75: requeue me)"),
+    ],
+)
+def test_how_a_stop_is_reported(
+    opts: list[str],
+    reason: str,
+    code: int,
+    then: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run that would start anew is not to be queued again: it would never end."""
+    monkeypatch.setattr(logging.getLogger("maskfeat"), "propagate", True)
+    with caplog.at_level("INFO"), Session(load_config(RECIPE, opts), World()) as session:
+        raise Preempted(reason)
+    assert session.exit_code == code and then in caplog.text
 
 
 @pytest.mark.slow

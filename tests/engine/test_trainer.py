@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import maskfeat
 from maskfeat.batch import BadSample, Batch
-from maskfeat.build import build_objective
+from maskfeat.build import build_loader, build_objective
 from maskfeat.checkpoint.files import Position
 from maskfeat.config import load_config
 from maskfeat.distributed.world import World
@@ -190,6 +190,14 @@ def test_checkpoints_by_the_clock(image_data: Path, tmp_path: Path, monkeypatch:
     assert one.is_due
     cfg.merge_from_list(["TRAIN.CHECKPOINT_MINUTES", 0.0])
     assert not one.is_due, "0 = only after epochs"
+
+
+@pytest.mark.parametrize(("micro", "most"), [(0, 8), (3, 3), (100, 8)])
+def test_a_validation_has_no_more_samples_at_once_than_training(micro: int, most: int, image_data: Path) -> None:
+    cfg = load_config(str(CASES["vit"][0]), [*VIT_PT, *images(image_data), "TRAIN.MICRO_BATCH_SIZE", micro])
+    sizes = [len(batch) for batch in build_loader(cfg, "val")]
+    assert max(sizes) == most and sum(sizes) == 16
+    assert build_loader(cfg, "train").batch_size == 8
 
 
 def test_unreadable_samples_are_wrong_in_validation() -> None:

@@ -21,6 +21,7 @@ from tests.reliability.scale import note
 from tests.small import MFM_RECIPES, RECIPES, REPO, VIT_PT, images
 
 PT = str(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml")
+FT = str(RECIPES / "in1k_VIT_B_MaskFeat_FT.yaml")
 R50 = str(MFM_RECIPES / "in1k_R50_MFM_PT.yaml")
 
 CUDA = (
@@ -95,6 +96,13 @@ def test_the_line() -> None:
     )
 
 
+def test_a_test_after_training_has_a_batch_of_its_own() -> None:
+    cfg = load_config(FT, ["NUM_GPUS", 4])
+    said = explain_oom(torch.OutOfMemoryError(CUDA), cfg, testing=True) or ""
+    assert "TEST.BATCH_SIZE" in said and "TEST.MIXED_PRECISION bf16" in said
+    assert "MICRO_BATCH_SIZE" not in said and "ACT_CHECKPOINT" not in said
+
+
 def test_nothing_that_is_set_already_is_advised() -> None:
     error = torch.OutOfMemoryError(CUDA)
     assert all(key in advice(error) for key in SETTINGS)
@@ -112,7 +120,7 @@ def test_nothing_that_is_set_already_is_advised() -> None:
     assert "DATA_LOADER.NUM_WORKERS 0 (now 8" in advice(RuntimeError(BUS))
     test = ["TRAIN.ENABLE", False, "TEST.ENABLE", True, "TEST.BATCH_SIZE", 64]
     finetune = str(RECIPES / "in1k_VIT_B_MaskFeat_FT.yaml")
-    assert advice(error, finetune, *test) == "TEST.BATCH_SIZE 32"
+    assert advice(error, finetune, *test, "TEST.MIXED_PRECISION", "bf16") == "TEST.BATCH_SIZE 32"
 
 
 def test_every_value_advised_is_taken() -> None:

@@ -50,6 +50,17 @@ def test_a_resumed_run_repeats_steps(tmp_path: Path) -> None:
     assert found.train.hour[1] * 3600 == 45
 
 
+@pytest.mark.parametrize(
+    "then", ["the same command tests again", "TRAIN.AUTO_RESUME True resumes from here, the same command starts anew"]
+)
+def test_how_a_run_was_stopped(then: str, tmp_path: Path) -> None:
+    log = Log()
+    log.start()
+    log.train(1, 4, 10, 1.0)
+    log.say(f"stopped on SIGTERM; {then} (exit code 143)")
+    assert read(tmp_path, log).ending == "stopped on SIGTERM"
+
+
 def test_other_steps_per_epoch(tmp_path: Path) -> None:
     """A resumed run with twice the batch counts on from the steps that were done."""
     log = Log()
