@@ -18,12 +18,14 @@ from maskfeat.checkpoint.files import find_checkpoints
 from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
 from maskfeat.config.recipes import CONFIG_ROOT
+from maskfeat.config.yaml_io import read_entries
 from maskfeat.demos.commands import train_command
-from maskfeat.demos.synthetic import make_clips, make_images
+from maskfeat.demos.synthetic import is_made_here, make_clips, make_images
 from maskfeat.engine.log_handlers import screen_handler
 from maskfeat.engine.metrics_log import last_json_stats
+from maskfeat.engine.owner import LOCK
 from maskfeat.engine.run import main as run_net
-from maskfeat.errors import UserError
+from maskfeat.errors import UserError, naming
 from maskfeat.pictures import predictions_figure
 
 logger = logging.getLogger(__name__)
@@ -101,6 +103,28 @@ class Quickstart:
     def __init__(self, root: Path, size: Size) -> None:
         self.root, self.size = root, size
         self.started = time.monotonic()
+
+    def clear(self) -> None:
+        """Remove the data and the runs of an earlier quickstart, and nothing else that is in the folder.
+
+        Raises:
+            UserError: where they would be is something that no quickstart made, or it cannot be removed; in the first
+                case nothing is removed.
+        """
+        data = [self.root / "data" / name for name in TEXTURES]
+        stages = ("pt", "ft", "scratch")
+        runs = {self.root / f"{kind}_{stage}": part for kind, part in PARTS.items() for stage in stages}
+        made = [path for path in data if is_made_here(path)]
+        made += [path for path, part in runs.items() if _trained_on(path, (part.data, part.labelled))]
+        for path in (*data, *runs):
+            # A run that ended before it began leaves its lock, and nothing to continue.
+            if path not in made and not (path / LOCK).is_file() and _holds_something(path):
+                raise UserError(
+                    f"--fresh would delete {path}, which no quickstart made: move it away, or give another --output"
+                )
+        for path in made:
+            with naming(f"{path} cannot be removed"):
+                shutil.rmtree(path)
 
     def make_data(self) -> None:
         """Write the images for pre-training, the labelled images, and the clips."""
@@ -212,6 +236,19 @@ class Quickstart:
         return "\n".join(lines)
 
 
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+def _trained_on(run: Path, names: Sequence[str]) -> bool:
+    """Whether a folder holds a run on one of these sets of a quickstart."""
+    config = run / "config.yaml"
+    if not config.is_file():
+        return False
+    given = read_entries(config).get("DATA.PATH_TO_DATA_DIR")
+    return given is not None and Path(str(given.value)).parts[-2:] in [("data", name) for name in names]
+
+
 def learned(losses: dict[str, float]) -> str:
     """Return a sentence that says whether a model predicts more than the mean of each position."""
     gain = 1 - losses[MODEL] / losses[PLACE]
@@ -244,16 +281,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--output", default="quickstart", metavar="DIR", help="folder of data and runs (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of data and runs (default: %(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="start over: delete the runs of an earlier quickstart")
+    parser.add_argument("--fresh", action="store_true", help="start over: delete data and runs of an earlier call")
     parser.add_overrides("overrides for every run, such as NUM_GPUS 1")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    root = Path(args.output)
-    if args.fresh:
-        for name in ("data", *(f"{kind}_{stage}" for kind in PARTS for stage in ("pt", "ft", "scratch"))):
-            shutil.rmtree(root / name, ignore_errors=True)
+    quickstart = Quickstart(Path(args.output), Size(seed=args.seed, opts=tuple(args.opts)))
     try:
-        return play(Quickstart(root, Size(seed=args.seed, opts=tuple(args.opts))))
+        if args.fresh:
+            quickstart.clear()
+        return play(quickstart)
     except UserError as error:
         logger.error("error: %s", error)
         return 2

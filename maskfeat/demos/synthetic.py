@@ -200,6 +200,11 @@ def _claim(root: Path, stamp: dict[str, Any], files: Sequence[Path]) -> bool:
     return True
 
 
+def is_made_here(root: Path) -> bool:
+    """Whether a folder holds a data set that was made here, be it complete or not."""
+    return root.is_dir() and _read_stamp(root) is not None
+
+
 def _read_stamp(root: Path) -> dict[str, Any] | None:
     try:
         found = json.loads((root / STAMP).read_text(encoding="utf-8"))

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskfeat.config import load_config
-from maskfeat.demos.quickstart import CONFIGS, Outcome, Quickstart, Size, learned, play, verdict
+from maskfeat.config import load_config, save_config
+from maskfeat.demos import quickstart as demo
+from maskfeat.demos.quickstart import CONFIGS, Outcome, Quickstart, Size, learned, main, play, verdict
+from maskfeat.demos.synthetic import make_clips, make_images
 
 TOY = Size(
     images=4,
@@ -87,3 +89,45 @@ def test_pre_training_and_fine_tuning_are_of_one_model(name: str) -> None:
     assert pretraining.RESNET.DEPTH == finetuning.RESNET.DEPTH
     assert {"mfm": "MFM"}.get(name, "MaskMViT") == pretraining.MODEL.MODEL_NAME
     assert pretraining.DATA.TRAIN_CROP_SIZE == finetuning.DATA.TRAIN_CROP_SIZE
+
+
+@pytest.fixture
+def earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with data and a run of an earlier quickstart, and with files of the user; nothing is trained."""
+    monkeypatch.setattr(demo, "play", lambda quickstart: 0)
+    make_images(tmp_path / "data" / "images", ["disc"], 1, 1, (32, 32))
+    make_clips(tmp_path / "data" / "clips_few", ["bob"], 1, 1, 1, num_frames=2, size=(32, 32))
+    for name, data in (("images_pt", "images"), ("mfm_scratch", "images_few")):
+        opts = ["DATA.PATH_TO_DATA_DIR", str(tmp_path / "data" / data)]
+        save_config(None, opts, load_config(None, opts), tmp_path / name)
+        (tmp_path / name / "checkpoints").mkdir()
+    (tmp_path / "images_ft").mkdir()
+    (tmp_path / "images_ft" / "run.lock").touch()  # it ended before it began
+    (tmp_path / "data" / "mine").mkdir()
+    (tmp_path / "data" / "mine" / "photo.jpg").touch()
+    (tmp_path / "data" / "list.csv").touch()
+    return tmp_path
+
+
+def test_a_fresh_start_removes_what_a_quickstart_made_alone(earlier: Path) -> None:
+    assert main(["--fresh", "--output", str(earlier)]) == 0
+    left = sorted(path.relative_to(earlier).as_posix() for path in earlier.rglob("*"))
+    assert left == ["data", "data/list.csv", "data/mine", "data/mine/photo.jpg", "images_ft", "images_ft/run.lock"]
+
+
+@pytest.mark.parametrize("name", ["data/images_few/photo.jpg", "clips_pt/notes.txt", "mfm_ft"])
+def test_a_fresh_start_refuses_to_remove_what_is_of_someone_else(
+    name: str, earlier: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (earlier / name).parent.mkdir(exist_ok=True)
+    (earlier / name).write_text("mine")
+    assert main(["--fresh", "--output", str(earlier)]) == 2
+    assert f"error: --fresh would delete {(earlier / name).parent if '/' in name else earlier / name}" in caplog.text
+    assert (earlier / name).is_file() and (earlier / "images_pt").is_dir() and (earlier / "data" / "images").is_dir()
+
+
+def test_a_fresh_start_refuses_a_run_on_other_data(earlier: Path, caplog: pytest.LogCaptureFixture) -> None:
+    opts = ["DATA.PATH_TO_DATA_DIR", "/elsewhere/photos"]
+    save_config(None, opts, load_config(None, opts), earlier / "images_scratch")
+    assert main(["--fresh", "--output", str(earlier)]) == 2
+    assert "images_scratch, which no quickstart made: move it away, or give another --output" in caplog.text
