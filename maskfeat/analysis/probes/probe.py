@@ -135,7 +135,7 @@ class Probing:
         empty = torch.zeros(1, 3, *self.model.backbone.clip_size)
         asked = {
             "weights": _digest_of_weights(self.model),
-            "samples": _digest("\n".join([*inputs.paths, str(inputs.numbers.tolist())]).encode()),
+            "samples": _digest_of_samples(inputs),
             "views": views,
             "features": "tokens" if tokens else f"pooled, {self._names()}",
             "precision": self.model.precision,
@@ -204,6 +204,11 @@ def _accuracy(scores: Tensor, val: Stored, k: int) -> float:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _digest_of_samples(inputs: Inputs) -> str:
+    text = "\n".join([*inputs.paths, str(inputs.numbers.tolist())])
+    return _digest(text.encode("utf-8", "surrogateescape"))  # as files may be named
 
 
 def _digest_of_weights(model: Model) -> str:

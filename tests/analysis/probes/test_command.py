@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,15 @@ def test_unreadable_files_are_left_out_and_said(
     assert "left out of val" in caplog.text
     top1 = json.loads(out.read_text())["results"][0]["top1"]
     assert top1 * 11 / 100 == pytest.approx(round(top1 * 11 / 100)), "11 samples are counted"
+
+
+def test_names_of_files_may_be_other_than_utf_8(network: Path, coloured: Path, tmp_path: Path) -> None:
+    shutil.copytree(coloured, tmp_path / "data")
+    (tmp_path / "data" / "train" / "red" / "0.png").rename(tmp_path / "data" / "train" / "red" / "na\udcefve.png")
+    out = tmp_path / "out.json"
+    assert main(command(network, tmp_path / "data", "--kind", "knn", "--json", str(out))) == 0
+    found = json.loads(out.read_text())
+    assert found["train"] == 30 and found["unreadable"] == {"train": [], "val": []}
 
 
 def test_clips_from_lists_by_several_views(tmp_path: Path) -> None:
