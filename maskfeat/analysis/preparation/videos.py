@@ -18,11 +18,13 @@ from maskfeat.data.datasets.lists import quoted
 from maskfeat.data.datasets.video_list import SUFFIXES
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
-from maskfeat.file_io import replace_text
+from maskfeat.file_io import replace_bytes, replace_text
 
 logger = logging.getLogger(__name__)
 
 JOURNAL, MISSING, UNREADABLE = "files.jsonl", "missing.txt", "unreadable.txt"
+_NOT_LISTED = "its name is not UTF-8 text in one line, which a list takes: rename it"
+_UNLISTED = re.compile("[\ud800-\udfff\r\n]")
 _PLAIN = re.compile(r"[\w.()+=@&!#~/-]+")
 
 
@@ -95,7 +97,7 @@ def read_lines(path: Path) -> list[str]:
 def finish(listing: Listing, output: Path, args: argparse.Namespace) -> int:
     """Read every video, encode where asked, and write lists and names; return the exit code.
 
-    Videos that cannot be read are left out, and named in `UNREADABLE`. A second call does what is left to do.
+    Videos that cannot be read or listed are left out, and named in `UNREADABLE`. A second call does what is left to do.
 
     Raises:
         UserError: videos are missing, none is left, or something cannot be written.
@@ -113,8 +115,10 @@ def finish(listing: Listing, output: Path, args: argparse.Namespace) -> int:
     names = list(dict.fromkeys(name for rows in listing.splits.values() for name, _ in rows))
     if not names:
         raise UserError(f"none of the videos that are listed is in {listing.root}")
-    facts = read_all([str(listing.root / name) for name in names], "video", output / JOURNAL, workers)
-    bad = {name: one.cause for name, one in zip(names, facts.values(), strict=True) if one.cause}
+    bad = {name: _NOT_LISTED for name in names if not _can_be_listed(name)}
+    read = [name for name in names if name not in bad]
+    facts = read_all([str(listing.root / name) for name in read], "video", output / JOURNAL, workers)
+    bad |= {name: one.cause for name, one in zip(read, facts.values(), strict=True) if one.cause}
     root, target = listing.root, {name: name for name in names}
     if args.short_side:
         root = output / "videos"
@@ -127,9 +131,9 @@ def finish(listing: Listing, output: Path, args: argparse.Namespace) -> int:
         for split, rows in listing.splits.items():
             good = [f"{_listed(target[name])} {label}" for name, label in rows if name not in bad]
             replace_text(output / f"{split}.csv", "\n".join(good) + "\n")
-        replace_text(output / NAMES, "\n".join(listing.classes) + "\n")
-        replace_text(output / UNREADABLE, "".join(f"{name}: {cause}\n" for name, cause in bad.items()))
-        replace_text(output / MISSING, "".join(f"{name}\n" for rows in missing.values() for name in rows))
+        _write_lines(output / NAMES, listing.classes)
+        _write_lines(output / UNREADABLE, [f"{name}: {cause}" for name, cause in bad.items()])
+        _write_lines(output / MISSING, [name for rows in missing.values() for name in rows])
     _say(listing, bad, root, output)
     return 0
 
@@ -150,6 +154,17 @@ def _say(listing: Listing, bad: dict[str, str], root: Path, output: Path) -> Non
         root,
         len(listing.classes),
     )
+
+
+def _can_be_listed(path: str) -> bool:
+    r"""Whether a list, which is UTF-8 text with a path a line, can hold a path; others have \udc80 to \udcff in them."""
+    return not _UNLISTED.search(path)
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write a line for each text; what UTF-8 cannot hold is escaped."""
+    whole = (line.replace("\n", "\\n").replace("\r", "\\r") + "\n" for line in lines)
+    replace_bytes(path, "".join(whole).encode("utf-8", "backslashreplace"))
 
 
 def _listed(path: str) -> str:

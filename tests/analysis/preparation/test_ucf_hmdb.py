@@ -84,6 +84,21 @@ def test_hmdb(tmp_path: Path, film: Path) -> None:
     assert listed(tmp_path / "out" / "val.csv") == [("run/b.mp4", 0), ("wave hand/e.mp4", 1)]
 
 
+def test_names_that_no_list_can_hold_are_left_out(tmp_path: Path, film: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"{label}/{n}.mp4" for label in ("na\udcefve", "run", "wave") for n in (1, 2)]
+    lay_out(tmp_path / "v", film, *names, "run/caf\udce9.mp4", "run/two\nlines.mp4")
+    assert main([str(tmp_path / "v"), str(tmp_path / "out"), "--short-side", "32", "--workers", "0"]) == 0
+    found = [one for split in ("train", "val") for one in listed(tmp_path / "out" / f"{split}.csv")]
+    assert sorted(found) == [("run/1.mp4", 1), ("run/2.mp4", 1), ("wave/1.mp4", 2), ("wave/2.mp4", 2)]
+    unreadable = (tmp_path / "out" / "unreadable.txt").read_text().splitlines()
+    cause = "its name is not UTF-8 text in one line, which a list takes: rename it"
+    lost = ["na\\udcefve/1.mp4", "na\\udcefve/2.mp4", "run/caf\\udce9.mp4", "run/two\\nlines.mp4"]
+    assert sorted(unreadable) == [f"{name}: {cause}" for name in lost]
+    assert (tmp_path / "out" / "classes.txt").read_text() == "na\\udcefve\nrun\nwave\n"
+    encoded = [path.name for path in (tmp_path / "out" / "videos").rglob("*.mp4")]
+    assert sorted(encoded) == ["1.mp4", "1.mp4", "2.mp4", "2.mp4"] and "unreadable: run/caf" in caplog.text
+
+
 def test_films() -> None:
     assert source_video("v_Archery_g08_c01") == "v_Archery_g08"
     jhmdb = "Aussie_Brunette_Brushing_Long_Hair_brush_hair_u_nm_np1_ba_med_3"
