@@ -23,6 +23,8 @@ from maskfeat.file_io import replace_bytes, replace_text
 logger = logging.getLogger(__name__)
 
 JOURNAL, MISSING, UNREADABLE = "files.jsonl", "missing.txt", "unreadable.txt"
+SHORT_SIDE = "short_side.txt"
+"""File beside encoded videos that says at which size."""
 _NOT_LISTED = "its name is not UTF-8 text in one line, which a list takes: rename it"
 _UNLISTED = re.compile("[\ud800-\udfff\r\n]")
 _PLAIN = re.compile(r"[\w.()+=@&!#~/-]+")
@@ -112,6 +114,8 @@ def finish(listing: Listing, output: Path, args: argparse.Namespace) -> int:
     workers = available_cores() if args.workers is None else args.workers
     with naming(f"{output} cannot be written"):
         output.mkdir(parents=True, exist_ok=True)
+        if args.short_side:
+            _check_short_side(output / "videos", args.short_side)
     names = list(dict.fromkeys(name for rows in listing.splits.values() for name, _ in rows))
     if not names:
         raise UserError(f"none of the videos that are listed is in {listing.root}")
@@ -157,7 +161,7 @@ def _say(listing: Listing, bad: dict[str, str], root: Path, output: Path) -> Non
 
 
 def _can_be_listed(path: str) -> bool:
-    r"""Whether a list, which is UTF-8 text with a path a line, can hold a path; others have \udc80 to \udcff in them."""
+    """Whether a list, which is UTF-8 text with a path a line, can hold a path."""
     return not _UNLISTED.search(path)
 
 
@@ -171,6 +175,17 @@ def _listed(path: str) -> str:
     return path if _PLAIN.fullmatch(path) else quoted(path)
 
 
+def _check_short_side(folder: Path, short_side: int) -> None:
+    """Refuse a folder whose videos were encoded at another size: those that are there are not encoded again."""
+    record = folder / SHORT_SIDE
+    before = record.read_text(encoding="utf-8").strip() if record.is_file() else str(short_side)
+    if before != str(short_side):
+        raise UserError(
+            f"{folder} holds videos of --short-side {before}, and --short-side {short_side} is given: give {before}, "
+            "another OUTPUT, or remove that folder"
+        )
+
+
 def _encode_all(names: Sequence[str], source: Path, target: Path, short_side: int, workers: int) -> dict[str, str]:
     """Encode videos that are not there yet; return the cause for each that cannot be."""
     jobs = [(name, str(source / name), target / f"{os.path.splitext(name)[0]}.mp4", short_side) for name in names]
@@ -178,6 +193,8 @@ def _encode_all(names: Sequence[str], source: Path, target: Path, short_side: in
     if twice:
         raise UserError(f"two videos of {source} differ in their endings alone, and would be encoded into one file")
     with naming(f"{target} cannot be written"):
+        target.mkdir(parents=True, exist_ok=True)
+        replace_text(target / SHORT_SIDE, f"{short_side}\n")
         done = list(in_parallel(_encode_one, jobs, workers, "videos to encode"))
     return {name: cause for name, cause in done if cause}
 

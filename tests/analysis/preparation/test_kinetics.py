@@ -12,6 +12,7 @@ import pytest
 
 from maskfeat.analysis.preparation import kinetics, ssv2
 from maskfeat.data.datasets.video_list import read_video_list
+from maskfeat.data.video.decoder import open_video
 from tests.data.media import write_video
 
 CLIPS = {
@@ -130,6 +131,20 @@ def test_class_folders(tmp_path: Path, film: Path) -> None:
     assert run(tmp_path) == 0
     assert listed(tmp_path, "train") == [("train/a/2.mp4", 0), ("train/b c/1.mp4", 1)]
     assert listed(tmp_path, "val") == listed(tmp_path, "test") == [("validate/a/3.mp4", 0)]
+
+
+def test_videos_of_another_size_are_not_taken(tmp_path: Path, film: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lay_out(tmp_path / "videos", film, "train/a/1.mp4", "train/b/2.mp4", "val/a/3.mp4")
+    assert run(tmp_path, "--short-side", "32") == 0
+    encoded = tmp_path / "out" / "videos" / "train" / "a" / "1.mp4"
+    before = encoded.stat().st_mtime_ns
+    assert run(tmp_path, "--short-side", "48") == 2
+    assert "holds videos of --short-side 32, and --short-side 48 is given: give 32, another OUTPUT" in caplog.text
+    assert run(tmp_path, "--short-side", "32") == 0 and encoded.stat().st_mtime_ns == before
+    shutil.rmtree(tmp_path / "out" / "videos")
+    assert run(tmp_path, "--short-side", "48") == 0
+    with open_video(encoded) as video:
+        assert video.info.height == 48
 
 
 @pytest.mark.parametrize(
