@@ -148,16 +148,22 @@ def draw(model: Model, paths: Sequence[str], what: str, suffix: str, block: int 
     return encoded([_figure(rows, what, title) for rows in moments], suffix)
 
 
-def _draw_inputs(checkpoint: str, cfg: str | None, paths: Sequence[str], what: str, output: Path, block: int) -> None:
+def _draw_inputs(args: argparse.Namespace) -> Path:
+    """Draw what --checkpoint makes of --input, and return where."""
+    output = Path(args.output or f"{args.what}.png")
     if output.suffix not in SUFFIXES:
         raise UserError(f"--output must end with {', '.join(SUFFIXES)}; given {output}")
-    model = load_model(checkpoint, cfg, device="cpu")
+    if args.opts and args.cfg is None:
+        raise UserError(f"overrides change the recipe of --cfg, and none is given: {' '.join(args.opts)}")
+    cfg = None if args.cfg is None else load_config(args.cfg, args.opts)
+    model = load_model(args.checkpoint, cfg, device="cpu")
     if output.suffix != ".png" and model.media == "image":
         raise UserError(f"--output {output}: the network takes images, of which PNG files are drawn")
-    content = draw(model, paths, what, output.suffix, block)
+    content = draw(model, args.input, args.what, output.suffix, args.block)
     with naming(f"--output {output} cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(content)
+    return output
 
 
 def _draw_validation(args: argparse.Namespace) -> Path:
@@ -179,11 +185,7 @@ def _visualize(args: argparse.Namespace) -> int:
     """Do what the command line says."""
     if (args.checkpoint is None) != (args.input is None):
         raise UserError("--checkpoint and --input belong together: a file of weights, and what is shown to it")
-    if args.checkpoint is None:
-        output = _draw_validation(args)
-    else:
-        output = Path(args.output or f"{args.what}.png")
-        _draw_inputs(args.checkpoint, args.cfg, args.input, args.what, output, args.block)
+    output = _draw_validation(args) if args.checkpoint is None else _draw_inputs(args)
     logger.info("wrote %s", output)
     return 0
 
@@ -214,6 +216,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--block", type=int, default=-1, help="from 0, or from the end (default: %(default)s)")
     parser.add_argument("--output", metavar="FILE", help="PNG; with --input of videos GIF or MP4, too")
     parser.add_argument("--num", type=int, default=4, help="validation samples to draw (default: %(default)s)")
-    parser.add_overrides("overrides")
+    parser.add_overrides("overrides of the recipe")
     args = parser.parse_args(argv)
     return exit_code(lambda: _visualize(args))

@@ -13,6 +13,7 @@ from maskfeat.engine.run import main as run_main
 from maskfeat.models.vit import ViT
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.predictions import hog_rows
+from tests.analysis.saved import PRETRAINED, save_network
 from tests.small import MVIT_PT, RECIPES, VIT_FT, VIT_PT, clips, images
 
 VIT = str(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml")
@@ -58,3 +59,15 @@ def test_errors(image_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert f"--num must be at least 1; given {number}" in caplog.text
     assert main(["--cfg", str(RECIPES / "in1k_VIT_B_FT.yaml"), *VIT_FT, *images(image_data), *out]) == 2
     assert "MODEL.MODEL_NAME" in caplog.text
+
+
+def test_overrides_change_the_recipe_that_a_file_is_drawn_by(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "photo.png")
+    network = save_network(tmp_path / "pt.pyth", PRETRAINED)
+    given = ["--checkpoint", str(network), "--input", str(tmp_path / "photo.png"), "--what", "hog"]
+    given += ["--output", str(tmp_path / "hog.png")]
+    assert main([*given, "--cfg", VIT, *VIT_PT]) == 0 and (tmp_path / "hog.png").is_file()
+    assert main([*given, "--cfg", VIT, *VIT_PT, "DATA.TRAIN_CROP_SIZE", "64"]) == 0
+    assert "other inputs than it is shown now: DATA.TRAIN_CROP_SIZE was 32 and is 64" in caplog.text
+    assert main([*given, "MASK.HOG_BINS", "3"]) == 2
+    assert "overrides change the recipe of --cfg, and none is given: MASK.HOG_BINS 3" in caplog.text
