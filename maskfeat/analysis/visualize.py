@@ -172,6 +172,8 @@ def _draw_validation(args: argparse.Namespace) -> Path:
         raise UserError("give --checkpoint and --input, or --cfg of a pre-training recipe")
     if args.num < 1:
         raise UserError(f"--num must be at least 1; given {args.num}")
+    if args.output and Image.registered_extensions().get(Path(args.output).suffix.lower()) not in Image.SAVE:
+        raise UserError(f"--output must end with .png, or as another picture that Pillow writes; given {args.output}")
     found = drawing(load_config(args.cfg, args.opts), args.num)
     output = Path(args.output or found.name)
     figure = found.figure(Path(found.path).name)

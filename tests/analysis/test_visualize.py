@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from maskfeat.analysis.visualize import main
+from maskfeat.analysis import visualize
+from maskfeat.analysis.visualize import Drawing, main
 from maskfeat.batch import Batch
 from maskfeat.engine.run import main as run_main
 from maskfeat.models.vit import ViT
@@ -71,3 +72,13 @@ def test_overrides_change_the_recipe_that_a_file_is_drawn_by(tmp_path: Path, cap
     assert "other inputs than it is shown now: DATA.TRAIN_CROP_SIZE was 32 and is 64" in caplog.text
     assert main([*given, "MASK.HOG_BINS", "3"]) == 2
     assert "overrides change the recipe of --cfg, and none is given: MASK.HOG_BINS 3" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["picture", "picture.xyz", "picture.mp4", "folder.png/picture"])
+def test_a_picture_of_no_kind_is_refused_before_any_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(visualize, "drawing", lambda cfg, number: Drawing([], ""))
+    assert main(["--cfg", VIT, *VIT_PT, "--output", str(tmp_path / name)]) == 2
+    assert f"--output must end with .png, or as another picture that Pillow writes; given {tmp_path}" in caplog.text
+    assert not list(tmp_path.iterdir())
