@@ -1,5 +1,7 @@
 """Lists of videos: text files with a line of `path label`, `path frames label` or `path` for each video.
 
+Lists of images are read alike.
+
 The format is CSV with the delimiter DATA.PATH_LABEL_SEPARATOR: a path that contains the delimiter may stand in double
 quotes, in which a double quote is doubled. Without quotes, the label is what follows the last delimiter. How many
 columns a list has is decided from all of its lines, and what can be read in two ways is refused.
@@ -14,6 +16,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from maskfeat.data.datasets.label_sets import LABELS, LabelSet, is_number, read_labels
+from maskfeat.data.image_reader import SUFFIXES as IMAGES
 from maskfeat.errors import UserError
 from maskfeat.file_io import NotReadable, local_path, open_regular_file
 
@@ -29,7 +32,10 @@ SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv", ".3gp"),
     *(".ogv", ".vob", ".y4m"),
 )
-_VIDEO = re.compile(rf"(?:{'|'.join(map(re.escape, SUFFIXES))})(?![a-z0-9])", re.IGNORECASE)
+_VIDEO, _IMAGE = (
+    re.compile(rf"(?:{'|'.join(map(re.escape, suffixes))})(?![a-z0-9])", re.IGNORECASE)
+    for suffixes in (SUFFIXES, IMAGES)
+)
 _UNDECODED = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _QUOTES = "\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb"
@@ -114,6 +120,7 @@ class _Reader:
         # The path of a video, and something after it that is not part of its name.
         mark = re.escape(self.delimiter)
         self.more = re.compile(rf"{_VIDEO.pattern}\s*(?:[,;\t]|{mark})", re.IGNORECASE)
+        self.more_of_images = re.compile(rf"{_IMAGE.pattern}\s*(?:[,;\t]|{mark})", re.IGNORECASE)
         # A line that can be read in one way only: names of letters, digits and common marks, a suffix, a label.
         name = r"(?!\.)[\w.()+=@&!#~ -]+"
         path = rf"(?! |\d+{mark}){'' if prefix else '/?'}{name}(?:/{name})*(?<=\w){_VIDEO.pattern}"
@@ -229,7 +236,7 @@ class _Reader:
         if not any(row.label for row in rows):
             return self._paths_alone(rows)
         three = [row for row in rows if row.short]
-        if any(row.quoted or _ends_as_video(row.short) for row in three):
+        if any(row.quoted or _ends_as(_VIDEO, row.short) for row in three):
             odd = next((row for row in rows if not row.short), None)
             if odd is not None:
                 why = f"lacks the column of frames that line {three[0].line.number} has"
@@ -252,7 +259,8 @@ class _Reader:
             raise self._refused(rows[0].line)
         for row in rows:
             glued = any(delimiter in row.path for delimiter in _DELIMITERS) or _VIDEO.search(row.path)
-            if not row.quoted and glued and not _ends_as_video(row.path):
+            image = _ends_as(_IMAGE, row.path) and not self.more_of_images.search(row.path)
+            if not row.quoted and glued and not image and not _ends_as(_VIDEO, row.path):
                 raise self._refused(row.line)
         self._check_numbering(rows)
         return rows
@@ -367,8 +375,8 @@ def _unescaped(separator: str) -> str:
         return separator
 
 
-def _ends_as_video(path: str) -> bool:
-    return any(match.end() == len(path) for match in _VIDEO.finditer(path))
+def _ends_as(suffix: re.Pattern[str], path: str) -> bool:
+    return any(match.end() == len(path) for match in suffix.finditer(path))
 
 
 def _fits(text: str, delimiter: str, several: bool) -> bool:

@@ -105,6 +105,7 @@ def test_what_is_refused_names_line_and_key(tmp_path: Path, text: str, separator
         ("path\nv0.mp4\n", ["v0.mp4"]),
         ('"a, b"\nc\n', ["a, b", "c"]),
         ("a/b\nc/d\n", ["a/b", "c/d"]),
+        ("my photo.jpg\na/b, c; d.PNG\nv 1.mp4\n", ["my photo.jpg", "a/b, c; d.PNG", "v 1.mp4"]),
     ],
 )
 def test_paths_alone_where_no_label_is_needed(tmp_path: Path, text: str, names: list[str]) -> None:
@@ -118,7 +119,8 @@ def test_paths_alone_where_no_label_is_needed(tmp_path: Path, text: str, names: 
     [
         ("v0.mp4,0\n", 1), ("v0.mp4;0\n", 1), ("v0.mp4\t0\n", 1), ("v0.mp4|0\n", 1), ("v0.mp4 cat\n", 1),
         ("v0.mp4 v1.mp4\n", 1), ("v0.mp4 0\nv1.mp4\n", 2), ("0 v0.mp4\n3 v1.mp4\n", 1), ("my clip\nyour clip\n", 1),
-        ("path,label\nv0.mp4,0\n", 1),
+        ("path,label\nv0.mp4,0\n", 1), ("0.jpg,0\n", 1), ("0.jpg cat\n", 1), ("0.jpg 1.jpg\n", 1),
+        ("0.jpg, 1.png\n", 1), ("0.jpg 0\n1.jpg\n", 2), ("0 0.jpg\n3 1.jpg\n", 1),
     ],
 )  # fmt: skip
 def test_other_lists_are_not_taken_for_paths_alone(tmp_path: Path, text: str, line: int) -> None:
