@@ -2,8 +2,10 @@
 
 import argparse
 import logging
+import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -17,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _SECONDS = 10.0
 """Between two lines of progress."""
+_NEGATIVE = re.compile(r"-\d[-\d,]*")
 
 
 def views_option(text: str) -> int | tuple[int, int]:
@@ -44,6 +47,21 @@ def count_option(least: int) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def joined(argv: Sequence[str] | None, option: str) -> list[str]:
+    """Write `option -3,-1` as `option=-3,-1`: argparse would take such numbers for another option.
+
+    Args:
+        argv: the command line; None = sys.argv.
+    """
+    words: list[str] = []
+    for word in sys.argv[1:] if argv is None else argv:
+        if words and words[-1] == option and _NEGATIVE.fullmatch(word):
+            words[-1] = f"{option}={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from maskfeat.analysis.command import add_options, exit_code, load
+from maskfeat.analysis.command import add_options, exit_code, joined, load
 from maskfeat.analysis.extraction import TOKENS, Plan, compute_parts, make_plan, part_name
 from maskfeat.analysis.feature_files import Features, check_format, read_rows, write_features
 from maskfeat.analysis.inputs import MOST_WORKERS, Inputs, find_inputs, split_views
@@ -225,7 +225,7 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
     parser.add_argument(
         "--blocks", type=_blocks, default=[], metavar="3,7,11", help="outputs of these blocks, not of the last norm"
     )
-    return parser.parse_args(argv)
+    return parser.parse_args(joined(argv, "--blocks"))
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

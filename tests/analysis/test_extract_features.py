@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from maskfeat.analysis import command as command_module
 from maskfeat.analysis import extract_features, extraction, feature_files
-from maskfeat.analysis.extract_features import main
+from maskfeat.analysis.extract_features import main, parse_args
 from maskfeat.analysis.inputs import find_inputs, input_loader
 from maskfeat.analysis.model import load_model
 from tests.analysis.saved import CLIPS, IMAGES, PRETRAINED, said_in, save_network
@@ -336,6 +336,13 @@ def test_bad_input_is_one_line_and_2(
     assert main([word for pair in {**options, **changes}.items() for word in pair]) == 2
     (line,) = [line for line in said_in(caplog).splitlines() if "error" in line]
     assert line.startswith("error: ") and said in line
+
+
+def test_negative_numbers_of_blocks_may_follow_their_option() -> None:
+    given = ["--checkpoint", "a", "--data", "b", "--output", "c.npz"]
+    for words in (["--blocks", "-3,-1"], ["--blocks=-3,-1"]):
+        assert parse_args([*given, *words]).blocks == [-3, -1]
+    assert parse_args([*given, "--blocks", "-1", "--pool", "cls"]).blocks == [-1]
 
 
 def test_features_that_are_not_finite(image_data: Path, tmp_path: Path, caplog: Logged) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from maskfeat.analysis.command import add_options, count_option, exit_code, load
+from maskfeat.analysis.command import add_options, count_option, exit_code, joined, load
 from maskfeat.analysis.inputs import split_views
 from maskfeat.analysis.model import Model
 from maskfeat.analysis.probes.data import Splits, find_splits
@@ -54,7 +54,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Probe a checkpoint as the command line says; return the exit code."""
-    args = _parser(prog).parse_args(argv)
+    args = _parser(prog).parse_args(joined(argv, "--blocks"))
     return exit_code(lambda: _run(args))
 
 

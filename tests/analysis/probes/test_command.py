@@ -301,6 +301,7 @@ def test_classes_are_numbered_by_the_training_samples(tmp_path: Path) -> None:
         (["--data", "nowhere"], "there is no folder --data nowhere"),
         (["--checkpoint", "nowhere.pyth"], "nowhere.pyth"),
         (["--blocks", "99,"], "--blocks 99,: expected"),
+        (["--blocks", "-99,-1"], "--blocks -99,-1: expected"),
         (["--views", "2x1"], "takes images, which have one view"),
         (["--json", "{tmp}"], "is a folder, a file is expected"),
         (["--json", "{tmp}/file/x.json"], "--json .* cannot be written"),
