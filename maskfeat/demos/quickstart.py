@@ -26,6 +26,7 @@ from maskfeat.engine.metrics_log import last_json_stats
 from maskfeat.engine.owner import LOCK
 from maskfeat.engine.run import main as run_net
 from maskfeat.errors import UserError, naming
+from maskfeat.file_io import unexpanded_path
 from maskfeat.pictures import predictions_figure
 
 logger = logging.getLogger(__name__)
@@ -153,10 +154,10 @@ class Quickstart:
         """Return the overrides that point a run to its data and output folder."""
         kind, stage = config.split("_")
         part = PARTS[kind]
-        data = self.root / "data" / (part.data if stage == "pt" else part.labelled)
-        paths = ["DATA.PATH_TO_DATA_DIR", str(data), "OUTPUT_DIR", str(self.root / output)]
+        data = unexpanded_path(str(self.root / "data" / (part.data if stage == "pt" else part.labelled)))
+        paths = ["DATA.PATH_TO_DATA_DIR", data, "OUTPUT_DIR", unexpanded_path(str(self.root / output))]
         if kind == "clips":
-            paths += ["DATA.PATH_PREFIX", str(data)]
+            paths += ["DATA.PATH_PREFIX", data]
         return [*paths, "RNG_SEED", str(self.size.seed), *self.size.opts]
 
     def run(self, headline: str, config: str, output: str, *extra: str) -> None:
@@ -180,7 +181,7 @@ class Quickstart:
         self.make_data()
         for number, (kind, part) in zip(range(2, STAGES, 3), PARTS.items(), strict=True):
             self.run(f"{number}/{STAGES} pre-training a small {part.what}", f"{kind}_pt", f"{kind}_pt")
-            weights = self.last_checkpoint(f"{kind}_pt")
+            weights = unexpanded_path(self.last_checkpoint(f"{kind}_pt"))
             self.run(
                 f"{number + 1}/{STAGES} fine-tuning and testing it",
                 f"{kind}_ft",

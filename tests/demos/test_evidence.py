@@ -358,6 +358,22 @@ def test_every_run_of_every_budget_is_a_valid_config(name: str, budget: str, tmp
                 assert tuned == scratch
 
 
+def test_folders_may_have_a_dollar_in_their_paths(tmp_path: Path) -> None:
+    root, data = tmp_path / "5$ $HOME", tmp_path / "$data"
+    runs = Runs(SUITES["shapes"], "gpu", root, data)
+    method, labels = runs.methods[0], runs.budget.labels[0]
+    weights = runs.folder(0, method.name) / "last.pyth"
+    opts = runs.fine_tuning(method, 0, "run", labels, weights, ())
+    cfg = load_config(CONFIGS / method.family.fine_tuning, opts)
+    assert str(runs.folder(0, "run")) == cfg.OUTPUT_DIR and str(weights) == cfg.TRAIN.CHECKPOINT_FILE_PATH
+    assert str(data / labels.folder) == cfg.DATA.PATH_TO_DATA_DIR
+    assert str(data / SUITES["shapes"].unlabelled) == cfg.DATA.PATH_PREFIX
+    asked = runs.portable([*opts, str(weights)])
+    plain = Runs(SUITES["shapes"], "gpu", tmp_path / "runs", tmp_path / "data")
+    other = plain.folder(0, method.name) / "last.pyth"
+    assert asked == plain.portable([*plain.fine_tuning(method, 0, "run", labels, other, ()), str(other)])
+
+
 def test_the_published_augmentation_of_clips() -> None:
     """Settings of the grid that carry its name augment as the published recipe of Kinetics does."""
     published = load_config(RECIPES / "_base_" / "k400_ft.yaml")

@@ -131,3 +131,16 @@ def test_a_fresh_start_refuses_a_run_on_other_data(earlier: Path, caplog: pytest
     save_config(None, opts, load_config(None, opts), earlier / "images_scratch")
     assert main(["--fresh", "--output", str(earlier)]) == 2
     assert "images_scratch, which no quickstart made: move it away, or give another --output" in caplog.text
+
+
+def test_the_folder_may_have_a_dollar_in_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, runs = tmp_path / "5$ $HOME", []
+    monkeypatch.setattr(Quickstart, "make_data", lambda self: None)
+    monkeypatch.setattr(demo, "find_checkpoints", lambda folder, task: [folder / "checkpoints" / "last.pyth"])
+    monkeypatch.setattr(demo, "run_net", lambda argv: runs.append(load_config(argv[1], argv[2:])))
+    Quickstart(root, Size()).run_all()
+    for cfg in runs:
+        data = Path(cfg.DATA.PATH_TO_DATA_DIR)
+        assert data.parent == root / "data" and cfg.DATA.PATH_PREFIX in ("", str(data))
+    assert [cfg.OUTPUT_DIR for cfg in runs[:3]] == [str(root / f"images_{stage}") for stage in ("pt", "ft", "scratch")]
+    assert str(root / "images_pt" / "checkpoints" / "last.pyth") == runs[1].TRAIN.CHECKPOINT_FILE_PATH

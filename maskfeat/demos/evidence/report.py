@@ -22,6 +22,7 @@ from maskfeat.demos.evidence.record import record_file, write_record
 from maskfeat.demos.evidence.runs import TUNING, Runs, scratch, tuning_run
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, GRAY, Labels, Method
 from maskfeat.engine.provenance import machine, revision
+from maskfeat.file_io import unexpanded_path
 
 FILE = "evidence.md"
 _HEAD = """# Evidence that pre-training helps
@@ -353,7 +354,7 @@ class Report:
                 title = f"{method.title}: {words}, after epoch {epoch}"
                 path = self.images / f"{self.name.replace(' ', '_')}_{method.name}_{words}.png"
                 if self.runs.known(seed, method.name) is None:
-                    weights = ["TEST.CHECKPOINT_FILE_PATH", str(checkpoint)]
+                    weights = ["TEST.CHECKPOINT_FILE_PATH", unexpanded_path(str(checkpoint))]
                     opts = [*self.runs.pretraining(method, seed, method.name), *weights]
                     drawn = drawing(load_config(CONFIGS / method.pretraining, opts), _PICTURED)
                     drawn.figure(title).quantize(128).save(path, optimize=True)

@@ -35,6 +35,7 @@ from maskfeat.engine.metrics_log import last_json_stats, read_json_stats
 from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.run import main as run_net
 from maskfeat.errors import UserError, UserFileError
+from maskfeat.file_io import unexpanded_path
 
 logger = logging.getLogger("maskfeat.evidence")
 
@@ -135,7 +136,8 @@ class Runs:
 
     def portable(self, asked: list[str]) -> list[str]:
         """Return a recipe and its overrides without the folders of this machine."""
-        folders = ((str(self.root), "RUNS"), (str(self.data), "DATA"))
+        named = ((str(self.root), "RUNS"), (str(self.data), "DATA"))
+        folders = [(form(path), name) for path, name in named for form in (unexpanded_path, str)]
         return [reduce(lambda text, pair: text.replace(*pair), folders, text) for text in asked]
 
     def asked(self, seed: int, name: str) -> list[str]:
@@ -144,13 +146,14 @@ class Runs:
         return self.portable(_read(self.folder(seed, name) / ASKED)) if known is None else list(known["asked"])
 
     def _paths(self, seed: int, name: str, data: str) -> list[str]:
-        paths = [*self._data(data), "OUTPUT_DIR", str(self.folder(seed, name))]
+        paths = [*self._data(data), "OUTPUT_DIR", unexpanded_path(str(self.folder(seed, name)))]
         return [*paths, "RNG_SEED", str(seed), *self.budget.opts]
 
     def _data(self, name: str) -> list[str]:
         """Return overrides for a folder of the suite's data; lists of clips refer to files in the unlabelled folder."""
-        prefix = ["DATA.PATH_PREFIX", str(self.data / self.suite.unlabelled)] if self.suite.relative_lists else []
-        return ["DATA.PATH_TO_DATA_DIR", str(self.data / name), *prefix]
+        data, unlabelled = (unexpanded_path(str(self.data / folder)) for folder in (name, self.suite.unlabelled))
+        prefix = ["DATA.PATH_PREFIX", unlabelled] if self.suite.relative_lists else []
+        return ["DATA.PATH_TO_DATA_DIR", data, *prefix]
 
     def pretraining(self, method: Method, seed: int, name: str, control: Control | None = None) -> list[str]:
         """Return the overrides for a pre-training run."""
@@ -167,7 +170,7 @@ class Runs:
             setting: one of the grid of `labels`; for a run that compares them, with its own data.
         """
         own = (*self.budget.families.get(method.family.name, ()), *labels.opts, *setting)
-        start = [] if weights is None else ["TRAIN.CHECKPOINT_FILE_PATH", str(weights)]
+        start = [] if weights is None else ["TRAIN.CHECKPOINT_FILE_PATH", unexpanded_path(str(weights))]
         return [*self._paths(seed, name, labels.folder), *own, *start, *self.opts]
 
     def tuned(self, arm: str, labels: Labels) -> dict[str, float]:
