@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from maskfeat.data.datasets.lists import listed
+from maskfeat.data.datasets.video_list import VideoList, read_video_list
 from maskfeat.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -112,18 +114,18 @@ def write_list_shares(
         source: folder of train.csv and val.csv, with lines `path label`; the latter is also what is tested on.
         videos: folder that the paths are relative to.
         group: the group of a path.
+
+    Raises:
+        UserError: a list is missing or is none, see `read_video_list`.
     """
-    lines = {
-        split: (Path(source) / f"{split}.csv").read_text(encoding="utf-8").splitlines() for split in ("train", "val")
-    }
-    split_of = {split: [line.rsplit(" ", 1) for line in found if line.strip()] for split, found in lines.items()}
-    parts: dict[str, tuple[list[list[str]], list[list[str]]]] = {
+    split_of = {split: read_video_list(Path(source) / f"{split}.csv") for split in ("train", "val")}
+    parts: dict[str, tuple[VideoList, VideoList]] = {
         "all": (split_of["train"], split_of["val"]),
         "few": ([], split_of["val"]),
         "all_tuning": ([], []),
         "few_tuning": ([], []),
     }
-    for label in sorted({label for _, label in split_of["train"]}, key=int):
+    for label in sorted({label for _, label in split_of["train"]}):
         own = [pair for pair in split_of["train"] if pair[1] == label]
         fitted, held, few = tuning_split(own, lambda pair: group(pair[0]))
         parts["few"][0].extend(few)
@@ -133,7 +135,7 @@ def write_list_shares(
     for share, (train, val) in parts.items():
         (root / share).mkdir(parents=True, exist_ok=True)
         for split, pairs in (("train", train), ("val", val), ("test", val)):
-            text = "".join(f"{Path(videos).resolve() / path} {label}\n" for path, label in pairs)
+            text = "".join(f"{listed(str(Path(videos).resolve() / path))} {label}\n" for path, label in pairs)
             (root / share / f"{split}.csv").write_text(text, encoding="utf-8")
 
 

@@ -18,10 +18,13 @@ from maskfeat.analysis.probes.sweep import Plan
 from maskfeat.build import build_objective
 from maskfeat.checkpoint.files import find_checkpoints, open_checkpoint
 from maskfeat.config import load_config
+from maskfeat.data.datasets.lists import listed
+from maskfeat.data.datasets.video_list import read_video_list
 from maskfeat.demos.evidence import main, make_data
 from maskfeat.demos.evidence.report import Spread, gain, table
 from maskfeat.demos.evidence.runs import Runs, tuning_run
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, SUITES
+from maskfeat.demos.shares import write_list_shares
 from maskfeat.demos.synthetic import make_clips
 from maskfeat.engine.metrics_log import read_json_stats
 from maskfeat.engine.rng import seed_everything
@@ -305,6 +308,20 @@ def test_clips(tmp_path: Path) -> None:
 def test_synthetic_clips(tmp_path: Path) -> None:
     make_data("shapes", tmp_path / "data", clips=(10, 2, 3))
     assert (tmp_path / "data" / "tenth" / "train.csv").read_text().count("\n") == 6
+
+
+def test_lists_of_a_share_are_read_and_written_as_lists(tmp_path: Path) -> None:
+    names = [f'a/it\'s {number} [x], "y".avi' for number in range(12)] + [f"b/{number}.avi" for number in range(12)]
+    for split in ("train", "val"):
+        lines = [f"{listed(name)} {'ab'.index(name[0])}\n" for name in names]
+        (tmp_path / f"{split}.csv").write_text("".join(lines), encoding="utf-8")
+    write_list_shares(tmp_path, tmp_path / "my videos", tmp_path / "out", lambda path: path)
+    expected = [(str(tmp_path / "my videos" / name), "ab".index(name[0])) for name in names]
+    assert read_video_list(tmp_path / "out" / "all" / "train.csv") == expected
+    fitted, held = (read_video_list(tmp_path / "out" / "all_tuning" / f"{split}.csv") for split in ("train", "val"))
+    assert sorted([*fitted, *held]) == sorted(expected) and len(held) == 4
+    few = read_video_list(tmp_path / "out" / "few" / "train.csv")
+    assert set(few) < set(fitted) and sum(label for _, label in few) == len(few) - 5 == 5
 
 
 def test_a_spread_tells_its_figures() -> None:

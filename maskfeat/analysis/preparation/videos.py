@@ -14,7 +14,7 @@ from maskfeat.analysis.preparation.encode import encode
 from maskfeat.data.bad_samples import UnreadableSample
 from maskfeat.data.datasets.folders import FolderScan, count, some
 from maskfeat.data.datasets.layouts import NAMES
-from maskfeat.data.datasets.lists import quoted
+from maskfeat.data.datasets.lists import listed
 from maskfeat.data.datasets.video_list import SUFFIXES
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
@@ -27,7 +27,6 @@ SHORT_SIDE = "short_side.txt"
 """File beside encoded videos that says at which size."""
 _NOT_LISTED = "its name is not UTF-8 text in one line, which a list takes: rename it"
 _UNLISTED = re.compile("[\ud800-\udfff\r\n]")
-_PLAIN = re.compile(r"[\w.()+=@&!#~/-]+")
 
 
 @dataclass
@@ -133,7 +132,7 @@ def finish(listing: Listing, output: Path, args: argparse.Namespace) -> int:
         raise UserError(f"none of the {len(names)} videos can be read: {name}: {cause}")
     with naming(f"{output} cannot be written"):
         for split, rows in listing.splits.items():
-            good = [f"{_listed(target[name])} {label}" for name, label in rows if name not in bad]
+            good = [f"{listed(target[name])} {label}" for name, label in rows if name not in bad]
             replace_text(output / f"{split}.csv", "\n".join(good) + "\n")
         _write_lines(output / NAMES, listing.classes)
         _write_lines(output / UNREADABLE, [f"{name}: {cause}" for name, cause in bad.items()])
@@ -169,10 +168,6 @@ def _write_lines(path: Path, lines: Sequence[str]) -> None:
     """Write a line for each text; what UTF-8 cannot hold is escaped."""
     whole = (line.replace("\n", "\\n").replace("\r", "\\r") + "\n" for line in lines)
     replace_bytes(path, "".join(whole).encode("utf-8", "backslashreplace"))
-
-
-def _listed(path: str) -> str:
-    return path if _PLAIN.fullmatch(path) else quoted(path)
 
 
 def _check_short_side(folder: Path, short_side: int) -> None:

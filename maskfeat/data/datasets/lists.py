@@ -1,6 +1,7 @@
 """Lists of images or videos as people have them: any usual separator, with or without labels, in any folder."""
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,18 @@ LISTS = (".csv", ".tsv", ".txt")
 SEPARATORS = (" ", ",", "\t", ";")
 """Of path and label in a list, in the order in which they are tried."""
 _TRIED = 100
+_PLAIN = re.compile(r"[\w.()+=@&!#~/-]+")
 
 
 def quoted(path: str) -> str:
     """Return a path in double quotes, as a list holds one that has separators or quotes in it."""
     return '"' + path.replace('"', '""') + '"'
+
+
+def listed(path: str) -> str:
+    """Return a path as a line of a list begins with it: in double quotes, unless it is of letters, digits and marks
+    that no reader of lists takes for anything else."""
+    return path if _PLAIN.fullmatch(path) else quoted(path)
 
 
 def check_some_exist(videos: Sequence[tuple[str, Any]], csv_path: str, prefix: str, folder: str) -> None:
