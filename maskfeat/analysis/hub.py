@@ -18,6 +18,8 @@ from maskfeat.analysis.model import Model
 from maskfeat.checkpoint.atomic import write_and_fsync
 from maskfeat.checkpoint.weights import LoadReport
 from maskfeat.config import dump_config
+from maskfeat.config.schema import schema
+from maskfeat.registry import lookup
 
 WEIGHTS = "model.safetensors"
 
@@ -100,10 +102,12 @@ def _without_paths(cfg: CfgNode) -> CfgNode:
     """Return a config without the places of this machine's data and runs, which are nobody else's business."""
     cleaned = cfg.clone()
     cleaned.defrost()
-    cleaned.OUTPUT_DIR = "."
-    cleaned.DATA.PATH_TO_DATA_DIR = cleaned.DATA.PATH_PREFIX = ""
-    cleaned.DATA.SOURCES = []
-    cleaned.TRAIN.CHECKPOINT_FILE_PATH = cleaned.TEST.CHECKPOINT_FILE_PATH = ""
+    allowed = schema(cfg.PLUGINS)
+    for key, kind in allowed.rules.kinds.items():
+        if kind in ("path", "list[source]"):
+            *sections, name = key.split(".")
+            node = lookup(cleaned, ".".join(sections)) if sections else cleaned
+            node[name] = allowed.known[key]
     cleaned.freeze()
     return cleaned
 

@@ -25,7 +25,9 @@ from maskfeat.build import build_objective
 from maskfeat.checkpoint.files import save_checkpoint
 from maskfeat.checkpoint.weights import LoadReport
 from maskfeat.config import dump_config, load_config
+from maskfeat.config.schema import schema
 from maskfeat.errors import UserError
+from maskfeat.registry import lookup
 from tests.small import MFM_PT, MFM_RECIPES, MVIT_FT, MVIT_PT, R50_FT, RECIPES, VIT_FT, VIT_PT
 
 ONE_BLOCK = ["MVIT.DEPTH", "1"]
@@ -159,6 +161,18 @@ def test_where_a_library_has_no_such_network_the_names_are_ours(
     export(model, library, tmp_path / "x.safetensors")
     assert f"{library} has no network that computes the same" in caplog.text and why in caplog.text
     assert set(safetensors.torch.load_file(tmp_path / "x.safetensors")) == set(model.objective.released_state())
+
+
+def test_the_folder_of_the_hub_names_no_place_of_the_machine_that_wrote_it(tmp_path: Path) -> None:
+    kinds = schema().rules.kinds
+    paths = [word for key, kind in kinds.items() if kind == "path" for word in (key, f"/home/me/{key}")]
+    assert "DATA.CLASS_NAMES" in paths and "TENSORBOARD.LOG_DIR" in paths
+    model = small("ViT", *paths)
+    export(model, "hf", tmp_path / "network", licence="cc-by-nc-4.0")
+    for name in ("config.json", "README.md"):
+        assert "/home/me" not in (tmp_path / "network" / name).read_text()
+    again = HubModel.from_pretrained(tmp_path / "network", local_files_only=True)
+    assert all(lookup(again.cfg, key) == schema().known[key] for key, kind in kinds.items() if kind == "path")
 
 
 @pytest.mark.slow
