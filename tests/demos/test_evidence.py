@@ -21,13 +21,14 @@ from maskfeat.config import load_config
 from maskfeat.data.datasets.lists import listed
 from maskfeat.data.datasets.video_list import read_video_list
 from maskfeat.demos.evidence import main, make_data
-from maskfeat.demos.evidence.report import Spread, gain, table
+from maskfeat.demos.evidence.report import Report, Spread, gain, table
 from maskfeat.demos.evidence.runs import Runs, tuning_run
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, SUITES
 from maskfeat.demos.shares import write_list_shares
 from maskfeat.demos.synthetic import make_clips
 from maskfeat.engine.metrics_log import read_json_stats
 from maskfeat.engine.rng import seed_everything
+from maskfeat.errors import UserError
 from tests.small import RECIPES
 
 TOY = ["SOLVER.MAX_EPOCH", "2", "SOLVER.WARMUP_EPOCHS", "0", "TRAIN.EVAL_PERIOD", "1", "TRAIN.CHECKPOINT_PERIOD", "1",
@@ -373,6 +374,22 @@ def test_every_run_of_every_budget_is_a_valid_config(name: str, budget: str, tmp
                 tuned.defrost()
                 tuned.TRAIN.CHECKPOINT_FILE_PATH = ""
                 assert tuned == scratch
+
+
+def test_the_page_is_replaced_and_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second name of the file still has the old text: nothing was written into it."""
+    monkeypatch.setattr(Report, "section", lambda self: "new")
+    before = "# Evidence\n\n<!-- begin: jhmdb cpu -->\nold\n<!-- end: jhmdb cpu -->\nmore\n"
+    page = tmp_path / "evidence.md"
+    page.write_text(before)
+    (tmp_path / "second").hardlink_to(page)
+    report = Report(Runs(SUITES["jhmdb"], "cpu", tmp_path, tmp_path), "cpu", [], tmp_path, "command")
+    assert report.write() == "new" and page.read_text() == before.replace("old", "new")
+    assert (tmp_path / "second").read_text() == before
+    page.unlink()
+    page.mkdir()
+    with pytest.raises(UserError, match=r"evidence\.md cannot be written"):
+        report.write()
 
 
 def test_folders_may_have_a_dollar_in_their_paths(tmp_path: Path) -> None:

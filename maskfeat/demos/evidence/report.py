@@ -22,7 +22,8 @@ from maskfeat.demos.evidence.record import record_file, write_record
 from maskfeat.demos.evidence.runs import TUNING, Runs, scratch, tuning_run
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, GRAY, Labels, Method
 from maskfeat.engine.provenance import machine, revision
-from maskfeat.file_io import unexpanded_path
+from maskfeat.errors import naming
+from maskfeat.file_io import replace_text, unexpanded_path
 
 FILE = "evidence.md"
 _HEAD = """# Evidence that pre-training helps
@@ -121,7 +122,8 @@ class Report:
             text = before + section + rest.split(end, 1)[1]
         else:
             text = f"{text.rstrip()}\n\n{section}\n"
-        path.write_text(text, encoding="utf-8")
+        with naming(f"{path} cannot be written"):
+            replace_text(path, text)
         write_record(self.record, self.runs, self.made_on)
         return written
 
