@@ -1,6 +1,9 @@
 """The quickstart at toy size: every stage, a table whose numbers are those of the runs, a picture; true sentences."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from maskfeat.config import load_config, save_config
 from maskfeat.demos import quickstart as demo
 from maskfeat.demos.quickstart import CONFIGS, Outcome, Quickstart, Size, learned, main, play, verdict
 from maskfeat.demos.synthetic import make_clips, make_images
+from tests.small import REPO
 
 TOY = Size(
     images=4,
@@ -144,3 +148,34 @@ def test_the_folder_may_have_a_dollar_in_its_path(tmp_path: Path, monkeypatch: p
         assert data.parent == root / "data" and cfg.DATA.PATH_PREFIX in ("", str(data))
     assert [cfg.OUTPUT_DIR for cfg in runs[:3]] == [str(root / f"images_{stage}") for stage in ("pt", "ft", "scratch")]
     assert str(root / "images_pt" / "checkpoints" / "last.pyth") == runs[1].TRAIN.CHECKPOINT_FILE_PATH
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        (["--output", "my runs", "NUM_GPUS", "1"], ["--output", "{}/my runs", "NUM_GPUS", "1"]),
+        (["--fresh", "--output=../x", "A=--output=b"], ["--fresh", "--output={}/../x", "A=--output=b"]),
+        (["--output", "/elsewhere"], ["--output", "/elsewhere"]),
+        ([], []),
+    ],
+)
+def test_the_script_writes_into_the_folder_that_it_is_called_from(
+    given: list[str], passed: list[str], tmp_path: Path
+) -> None:
+    """With a program in place of Python that notes what it is given."""
+    python, said = tmp_path / "venv" / "bin" / "python", tmp_path / "said.txt"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > '{said}'\n")
+    python.chmod(0o755)
+    env = {**os.environ, "MASKFEAT_VENV": str(tmp_path / "venv"), "PYTHON": sys.executable}
+    script = os.path.relpath(REPO / "tools" / "quickstart.sh", tmp_path)
+    subprocess.run(["bash", script, *given], cwd=tmp_path, env=env, check=True, timeout=60)
+    assert said.read_text().splitlines() == ["tools/quickstart.py", *(word.format(tmp_path) for word in passed)]
+    subprocess.run(["bash", "tools/quickstart.sh", *given], cwd=REPO, env=env, check=True, timeout=60)
+    assert said.read_text().splitlines() == ["tools/quickstart.py", *given]
+
+
+def test_the_script_tells_its_use_from_any_folder() -> None:
+    words = ["bash", "../tools/quickstart.sh", "--help"]
+    shown = subprocess.run(words, cwd=REPO / "tests", check=True, timeout=60, capture_output=True)
+    assert b"bash tools/quickstart.sh --fresh" in shown.stdout
