@@ -91,15 +91,14 @@ class _Recording(FolderScan):
 
 def medium_of(place: str) -> str:
     """Return "image" or "video": what most files of a folder or a first shard, or lines of its lists, are."""
-    if shards := find_shards(place, "auto"):
+    lists = [path for split in SPLITS if os.path.isfile(path := os.path.join(place, f"{split}.csv"))]
+    if lists:
+        names: Iterator[str] = (path for one in lists for path, _ in read_any_list(one, "", "--prefix", there=False))
+    elif shards := find_shards(place, "auto"):
         (first,) = read_indices(shards.of(*shards.shards)[:1])
-        names: Iterator[str] = (entry.name for entry in first.entries)
+        names = (entry.name for entry in first.entries)
     elif os.path.isdir(place):
-        lists = [path for split in SPLITS if os.path.isfile(path := os.path.join(place, f"{split}.csv"))]
-        scan = FolderScan(Path(place), suffixes=SUFFIXES["image"] + SUFFIXES["video"])
-        names = scan.images_below(place)
-        if lists:
-            names = (path for one in lists for path, _ in read_any_list(one, "", "--prefix", there=False))
+        names = FolderScan(Path(place), suffixes=SUFFIXES["image"] + SUFFIXES["video"]).images_below(place)
     else:
         names = (path for path, _ in read_any_list(place, "", "--prefix", there=False))
     kinds = Counter("video" if name.lower().endswith(SUFFIXES["video"]) else "image" for name in names)
@@ -123,14 +122,14 @@ def collect(place: str, cfg: CfgNode | None, prefix: str = "") -> Collected:
         raise UserError(f"there is no file or folder {place!r}")
     noun = medium_of(place) if cfg is None else {"image": "image", "clip": "video"}[dataset_spec(cfg, "TRAIN").media]
     found = Collected(place, noun)
-    shards = find_shards(place, "auto" if cfg is None else cfg.DATA.FORMAT)
-    if shards and not holds_lists(place, noun):
+    lists = holds_lists(place, noun)
+    if not lists and (shards := find_shards(place, "auto" if cfg is None else cfg.DATA.FORMAT)):
         _sharded(found, shards)
     elif not os.path.isdir(place):
         if not place.lower().endswith(LISTS):
             raise UserError(f"{place} is neither a folder nor a list ({', '.join(LISTS)})")
         _listed(found, ALL, place, cfg, prefix)
-    elif holds_lists(place, noun):
+    elif lists:
         for split in SPLITS:
             if os.path.exists(path := os.path.join(place, f"{split}.csv")):
                 _listed(found, split, path, cfg, prefix)

@@ -53,7 +53,8 @@ def find_shards(root: str, form: str) -> Source | None:
         None where the data set lies in files of its own.
 
     Raises:
-        UserError: there are none although `form` asks for them, or there are two kinds.
+        UserError: there are none although `form` asks for them, there are two kinds, or with "auto" images or videos
+            lie beside them.
     """
     if form == "folder" or not root or not os.path.exists(root):
         return None
@@ -82,7 +83,13 @@ def find_shards(root: str, form: str) -> Source | None:
 
 
 def _holds_shards_alone(root: str, endings: tuple[str, ...]) -> bool:
-    there = False
+    """Whether `_PLACES` hold shards, and no other folders.
+
+    Raises:
+        UserError: images or videos lie beside the shards: whichever is read, the others would be left out.
+    """
+    shards: Counter[str] = Counter()
+    files: Counter[str] = Counter()
     for place in _PLACES:
         try:
             with os.scandir(os.path.join(root, place)) as entries:
@@ -91,10 +98,20 @@ def _holds_shards_alone(root: str, endings: tuple[str, ...]) -> bool:
                         continue
                     if entry.is_dir() and (place or entry.name not in _PLACES):
                         return False
-                    there |= entry.name.lower().endswith(endings)
+                    kind = os.path.splitext(entry.name)[1].lower()
+                    if kind in endings:
+                        shards[kind] += 1
+                    elif kind in IMAGES + VIDEOS:
+                        files[kind] += 1
         except OSError:
             continue
-    return there
+    if shards and files:
+        here, beside = (some([count(n, f"{kind} file") for kind, n in found.items()]) for found in (shards, files))
+        raise UserError(
+            f"{root} holds {here} and {beside}, and DATA.FORMAT 'auto' cannot tell which are the data set: set "
+            f"DATA.FORMAT to 'folder' or {' or '.join(repr(kind[1:]) for kind in shards)}, or move the others away"
+        )
+    return bool(shards)
 
 
 def split_of(path: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskfeat.analysis.checks.collect import collect
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.data.bad_samples import UnreadableSample, open_regular_file
@@ -263,6 +264,34 @@ def test_auto_reads_folders_where_there_are_some(tmp_path: Path, image_data: Pat
     assert find(tmp_path, "train", True, "DATA.FORMAT", "tar").place == f"1 shard of {tmp_path}"
     with pytest.raises(UserError, match="no .parquet file below .*, and DATA.FORMAT is 'parquet'"):
         find(tmp_path, "train", True, "DATA.FORMAT", "parquet")
+
+
+@pytest.mark.parametrize(("loose", "shard"), [("a.jpg", "scans.tar"), ("train/a.png", "train.tar"), ("a.mp4", "x.tar")])
+def test_auto_takes_neither_shards_nor_the_files_beside_them(loose: str, shard: str, tmp_path: Path) -> None:
+    """Either alone would leave the other out without a word; DATA.FORMAT says which is meant."""
+    write_tar(tmp_path / shard, [("0.jpg", JPEG)])
+    (tmp_path / loose).parent.mkdir(exist_ok=True)
+    (tmp_path / loose).touch()
+    ending = loose[-4:]
+    for labelled in (False, True):
+        with pytest.raises(
+            UserError, match=rf"holds 1 .tar file and 1 {ending} file, .*: set DATA.FORMAT to 'folder' or 'tar'"
+        ):
+            find(tmp_path, "train", labelled)
+    assert len(find(tmp_path, "train", False, "DATA.FORMAT", "tar").samples) == 1
+    if not loose.endswith("mp4"):
+        ((path, _),) = find(tmp_path, "train", False, "DATA.FORMAT", "folder").samples
+        assert path == str(tmp_path / loose)
+
+
+def test_lists_are_taken_for_the_set_whatever_lies_beside_them(tmp_path: Path) -> None:
+    """A check of the data looks at what training reads."""
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).touch()
+    write_tar(tmp_path / "backup.tar", [("0.jpg", JPEG)])
+    (tmp_path / "train.csv").write_text(f"{tmp_path}/a.jpg 0\n")
+    assert len(find(tmp_path, "train", False).samples) == 1
+    assert [sample.path for sample in collect(str(tmp_path), None).samples] == [f"{tmp_path}/a.jpg"]
 
 
 # ------------------------------------------------------------------------------------------------ the index
