@@ -72,18 +72,28 @@ def _speed(cfg: CfgNode, args: argparse.Namespace) -> Speed | None:
         return None
 
 
-def write_lists(folder: Path, found: Collected, kept: dict[str, list[Sample]]) -> list[str]:
+def _lines(samples: Sequence[Sample], labelled: bool) -> list[str]:
+    """Return the lines of a list: paths alone where a sample has no class, since a list must not mix both."""
+    labelled = labelled and all(sample.numbers for sample in samples)
+    lines = []
+    for sample in samples:
+        path = os.path.abspath(sample.path)
+        if path.isprintable():
+            lines.append(quoted(path) + (f" {','.join(map(str, sample.numbers))}" if labelled else ""))
+    return lines
+
+
+def write_lists(folder: Path, found: Collected, kept: dict[str, list[Sample]], labelled: bool = True) -> list[str]:
     """Write a list for each split, and the names of classes; return what was written, in words.
 
     Paths are absolute, in double quotes; a path that is not UTF-8 cannot be listed and is left out.
+
+    Args:
+        labelled: whether classes are listed, where every sample of a split has one.
     """
     said = []
     for split, samples in kept.items():
-        lines = []
-        for sample in samples:
-            path = os.path.abspath(sample.path)
-            if path.isprintable():
-                lines.append(f"{quoted(path)} {','.join(map(str, sample.numbers))}".rstrip())
+        lines = _lines(samples, labelled)
         name = f"{'train' if split == ALL else split}.csv"
         if lines:
             replace_text(folder / name, "\n".join(lines) + "\n")
@@ -118,7 +128,7 @@ def check(args: argparse.Namespace) -> int:
         if args.fix:
             with naming(f"--fix {args.fix} cannot be written"):
                 Path(args.fix).mkdir(parents=True, exist_ok=True)
-                lines += write_lists(Path(args.fix), found, clean(found, faults, recipe))
+                lines += write_lists(Path(args.fix), found, clean(found, faults, recipe), recipe.labelled)
             lines.append(f"train on them with DATA.PATH_TO_DATA_DIR {args.fix} DATA.PATH_PREFIX ''")
         with naming(f"--output {output} cannot be written"):
             replace_text(folder / RESULT, json.dumps(as_json(found, faults, facts, **more), indent=1) + "\n")

@@ -14,6 +14,9 @@ from maskfeat.analysis.checks.command import main
 from maskfeat.analysis.checks.faults import Recipe, find_faults
 from maskfeat.analysis.checks.reading import read_all, read_facts
 from maskfeat.analysis.preparation.shards import main as make_shards
+from maskfeat.config import load_config
+from maskfeat.data.datasets.base import DatasetRequest
+from maskfeat.data.datasets.layouts import find_split
 from maskfeat.engine.run import main as train
 from tests.analysis.checks import planted
 from tests.small import MVIT_FT, RECIPES, VIT_FT, VIT_PT
@@ -123,6 +126,22 @@ def test_clean_lists_of_videos(tmp_path: Path) -> None:
     clean = [*MVIT_FT, *at(tmp_path / "clean"), "DATA.PATH_PREFIX", "", "MODEL.NUM_CLASSES", "5"]
     clean += ["TEST.ENABLE", "False", "SOLVER.MAX_EPOCH", "1", "OUTPUT_DIR", str(tmp_path / "run")]
     assert train(["--cfg", CLIPS_FT, *clean]) == 0
+
+
+@pytest.mark.parametrize("recipe", [True, False])
+def test_lists_of_any_folder_are_paths_alone(recipe: bool, tmp_path: Path) -> None:
+    """Lines with a class and lines without one in the same list are refused, and pre-training needs none."""
+    for place, name in enumerate(("a.png", "b.png", "trip/c.png")):
+        planted.picture(tmp_path / "data" / name, place)
+    given = ["--cfg", PT, *VIT_PT, *at(tmp_path / "data")] if recipe else [str(tmp_path / "data")]
+    assert main([*given, "--output", str(tmp_path / "out"), "--workers", "0", "--fix", str(tmp_path / "clean")]) in (
+        0,
+        1,
+    )
+    cfg = load_config(PT, [*VIT_PT, *at(tmp_path / "clean"), "DATA.PATH_PREFIX", ""])
+    found = find_split(cfg, DatasetRequest("train", augmented=True), "image")
+    listed = [os.path.relpath(path, tmp_path / "data") for path, _ in found.samples]
+    assert listed == ["a.png", "b.png", "trip/c.png"] and {label for _, label in found.samples} == {-1}
 
 
 @pytest.mark.slow
