@@ -92,12 +92,18 @@ def write_lists(folder: Path, found: Collected, kept: dict[str, list[Sample]], l
         labelled: whether classes are listed, where every sample of a split has one.
     """
     said = []
-    for split, samples in kept.items():
-        lines = _lines(samples, labelled)
+    whose = {split: split for split in kept}
+    untested = not any(sample.numbers for sample in kept.get("test", ()))
+    if labelled and found.folders and untested and kept.get("val"):
+        whose["test"] = "val"  # as a test of the folders does; one of lists reads test.csv alone
+    for split, source in whose.items():
+        lines = _lines(kept[source], labelled)
         name = f"{'train' if split == ALL else split}.csv"
         if lines:
             replace_text(folder / name, "\n".join(lines) + "\n")
-            said.append(f"{folder / name}: {len(lines)} of {len(found.of(split))} samples")
+            said.append(f"{folder / name}: {len(lines)} of {len(found.of(source))} samples")
+            if source != split:
+                said[-1] += f" of {source}, which a test of these folders reads"
     if found.classes is not None:
         trained = found.folders.get("train", found.classes)
         replace_text(folder / NAMES, "\n".join(trained) + "\n")

@@ -144,6 +144,31 @@ def test_lists_of_any_folder_are_paths_alone(recipe: bool, tmp_path: Path) -> No
     assert listed == ["a.png", "b.png", "trip/c.png"] and {label for _, label in found.samples} == {-1}
 
 
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_lists_have_the_test_that_class_folders_have(unlabelled: bool, image_data: Path, tmp_path: Path) -> None:
+    """A test of folders reads val/ where test/ has no class, and a test of lists reads test.csv alone."""
+    shutil.copytree(image_data, tmp_path / "data")
+    if unlabelled:
+        planted.picture(tmp_path / "data" / "test" / "0.png", 0)
+    assert (
+        main([str(tmp_path / "data"), "--output", str(tmp_path), "--workers", "0", "--fix", str(tmp_path / "clean")])
+        == 0
+    )
+    assert (tmp_path / "clean/test.csv").read_text() == (tmp_path / "clean/val.csv").read_text()
+    tested = []
+    for root in (tmp_path / "data", tmp_path / "clean"):
+        cfg = load_config(FT, [*VIT_FT, *at(root), "DATA.PATH_PREFIX", ""])
+        tested.append(find_split(cfg, DatasetRequest("test", augmented=False), "image").samples)
+    assert len(tested[0]) == 16 and list(tested[0]) == list(tested[1])
+
+
+def test_a_test_set_of_its_own_is_listed(image_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_data, tmp_path / "data")
+    planted.picture(tmp_path / "data" / "test" / next(image_data.glob("val/*")).name / "0.png", 0)
+    main([str(tmp_path / "data"), "--output", str(tmp_path), "--workers", "0", "--fix", str(tmp_path / "clean")])
+    assert len((tmp_path / "clean/test.csv").read_text().splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_the_speed_of_reading_is_compared(image_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     code, result = check(tmp_path, "--cfg", PT, *VIT_PT, *at(image_data), "--gpus", "2")
