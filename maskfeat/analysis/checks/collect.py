@@ -17,7 +17,7 @@ from maskfeat.data.datasets.shard_sets import Source, find_shards, pick
 from maskfeat.data.datasets.video_list import NO_LABEL, read_multi_label_list, read_video_list
 from maskfeat.data.shards.index import ShardSamples, read_indices
 from maskfeat.errors import UserError
-from maskfeat.registry import dataset_spec
+from maskfeat.registry import dataset_spec, objective_spec
 
 ALL = "all"
 """Name of the only split of a folder or list that has none."""
@@ -113,7 +113,8 @@ def collect(place: str, cfg: CfgNode | None, prefix: str = "") -> Collected:
     Args:
         place: a folder with class folders, without classes or with lists; or a list.
         cfg: the recipe that names it; None = it is looked at as it is.
-        prefix: folder that the paths of lists are relative to; "" = that of the list, or the working folder.
+        prefix: folder that the paths of lists are relative to; "" = that of the list, or the working folder. With a
+            recipe, DATA.PATH_PREFIX says it.
 
     Raises:
         UserError: there is nothing, or a list cannot be read.
@@ -150,6 +151,9 @@ def _listed(found: Collected, split: str, path: str, cfg: CfgNode | None, prefix
     listed: Sequence[tuple[str, int | LabelSet]]
     if cfg is None:
         listed = read_any_list(path, prefix, "--prefix", there=False)
+    elif not objective_spec(cfg).classifies and (split == ALL or cfg.DATA.SOURCES):
+        # A list that is itself the data set, and those of several sources, see `layouts.find_split`.
+        listed = read_any_list(path, cfg.DATA.PATH_PREFIX, "DATA.PATH_PREFIX", there=False)
     else:
         read = read_multi_label_list if cfg.DATA.MULTI_LABEL else read_video_list
         listed = read(path, cfg.DATA.PATH_LABEL_SEPARATOR, cfg.DATA.PATH_PREFIX, labelled=False)

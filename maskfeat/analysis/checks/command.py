@@ -39,6 +39,11 @@ def _places(args: argparse.Namespace) -> tuple[CfgNode | None, list[str]]:
         if len(args.opts) != 1:
             raise UserError("give --cfg RECIPE with overrides, or one folder or list")
         return None, list(args.opts)
+    if args.prefix:
+        raise UserError(
+            f"--prefix is {args.prefix!r}, and is for a folder or list without --cfg: with one, give DATA.PATH_PREFIX "
+            f"{args.prefix!r} behind it"
+        )
     cfg = load_config(args.cfg, args.opts)
     places = [path for path, _ in cfg.DATA.SOURCES] or [cfg.DATA.PATH_TO_DATA_DIR]
     if not places[0]:
@@ -162,7 +167,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_cfg("check what this recipe would train on, and how fast it is read", required=False)
     parser.add_argument("--output", default="data_check", metavar="DIR", help="for the report (default: %(default)s)")
     parser.add_argument("--fix", metavar="DIR", help="write lists of what is left without faults")
-    parser.add_argument("--prefix", default="", metavar="DIR", help="that paths in lists are relative to")
+    parser.add_argument(
+        "--prefix", default="", metavar="DIR", help="that paths in lists are relative to, without --cfg"
+    )
     parser.add_argument("--workers", type=count_option(0), metavar="N", help="processes (default: one a core)")
     parser.add_argument("--gpus", type=count_option(1), default=1, metavar="N", help="that train (default: 1)")
     parser.add_argument("--rate", type=count_option(1), metavar="N", help="samples a second that one GPU trains on")

@@ -169,6 +169,22 @@ def test_a_test_set_of_its_own_is_listed(image_data: Path, tmp_path: Path) -> No
     assert len((tmp_path / "clean/test.csv").read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize("key", ["DATA.PATH_TO_DATA_DIR", "DATA.SOURCES"])
+def test_a_list_is_read_as_pre_training_reads_it(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative to its own folder, wherever the command runs, and with any separator."""
+    for place in range(3):
+        planted.picture(tmp_path / "data" / f"{place}.png", place)
+    listing = tmp_path / "data" / "mine.csv"
+    listing.write_text("0.png,4\n1.png,5\n2.png,4\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    value = str(listing) if key == "DATA.PATH_TO_DATA_DIR" else f"[['{listing}', 1]]"
+    cfg = load_config(PT, [*VIT_PT, key, value])
+    expected = [path for path, _ in find_split(cfg, DatasetRequest("train", augmented=True), "image").samples]
+    assert [sample.path for sample in collect(str(listing), cfg).samples] == expected
+    assert expected == [str(tmp_path / "data" / f"{place}.png") for place in range(3)]
+
+
 @pytest.mark.slow
 def test_the_speed_of_reading_is_compared(image_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     code, result = check(tmp_path, "--cfg", PT, *VIT_PT, *at(image_data), "--gpus", "2")
@@ -203,6 +219,10 @@ def test_published_totals(image_data: Path) -> None:
         (["{}/empty"], "holds neither images nor videos"),
         (["{}/x.jpg"], "x.jpg, line 1"),
         (["--cfg", PT], "DATA.PATH_TO_DATA_DIR is ''"),
+        (
+            ["--cfg", PT, "--prefix", "x", "DATA.PATH_TO_DATA_DIR", "{}/empty"],
+            "--prefix is 'x', .* give DATA.PATH_PREFIX",
+        ),
         (["{}/empty", "--output", "{}/x.jpg/out"], "cannot be written|neither"),
     ],
 )
