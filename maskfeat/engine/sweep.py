@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -134,17 +135,31 @@ def plan(cfg: str, opts: Sequence[str], number: int | None = None, seed: int = 0
         raise UserError("no key has several values: give KEY=VALUE,VALUE, such as SOLVER.BASE_LR=1e-4,2e-4")
     if "OUTPUT_DIR" in varied:
         raise UserError("OUTPUT_DIR has several values: give one, in which each run has a folder")
-    points = list(itertools.islice(itertools.product(*varied.values()), 100 * _MOST_RUNS))
-    if number is not None:
-        points = random.Random(seed).sample(points, min(number, len(points)))
-    if len(points) > _MOST_RUNS:
-        raise UserError(f"the grid has more than {_MOST_RUNS} runs: fewer values, or --random N")
-    runs = [_run(cfg, fixed, dict(zip(varied, point, strict=True))) for point in points]
+    runs = [_run(cfg, fixed, dict(zip(varied, point, strict=True))) for point in _points(varied, number, seed)]
     names = [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"several runs would have the folder {twice[0]}: give values that differ in letters and digits")
     return runs
+
+
+def _points(varied: dict[str, list[str]], number: int | None, seed: int) -> list[tuple[str, ...]]:
+    """Return the values of each run: all of the grid, or those of `number` points drawn from all of it."""
+    total = math.prod(map(len, varied.values()))
+    if min(total, number or total) > _MOST_RUNS:
+        raise UserError(f"the grid has more than {_MOST_RUNS} runs: fewer values, or --random N")
+    if number is None:
+        return list(itertools.product(*varied.values()))
+    if total > sys.maxsize:  # more than Python draws from
+        raise UserError(f"the grid has {total} points: fewer values, or fewer keys that vary")
+    points = []
+    for place in random.Random(seed).sample(range(total), min(number, total)):
+        point = []
+        for values in reversed(varied.values()):
+            place, at = divmod(place, len(values))
+            point.append(values[at])
+        points.append(tuple(reversed(point)))
+    return points
 
 
 def _run(cfg: str, fixed: Sequence[str], point: dict[str, str]) -> Run:

@@ -53,6 +53,15 @@ def test_random_runs_are_of_the_grid_and_differ() -> None:
     assert len(plan(RECIPE, opts, 100)) == 8
 
 
+def test_random_runs_are_of_the_whole_grid_however_large_it_is() -> None:
+    """Of 8^6 points, all values of the first key, which varies slowest."""
+    values = ",".join(f"0.{number}" for number in range(1, 9))
+    keys = ("AUG.MASK_RATIO", "SOLVER.BASE_LR", "SOLVER.WEIGHT_DECAY", "SOLVER.CLIP_GRAD_L2NORM", "SOLVER.MOMENTUM")
+    opts = [*(f"{key}={values}" for key in keys), "RNG_SEED=0,1,2,3,4,5,6,7"]
+    drawn = {run.name.partition("_BASE_LR")[0] for run in plan(RECIPE, opts, 24)}
+    assert drawn == {f"MASK_RATIO=0.{number}" for number in range(1, 9)}
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
@@ -66,6 +75,10 @@ def test_random_runs_are_of_the_grid_and_differ() -> None:
         (["DATA.PATH_PREFIX=a/b,a-b"], "several runs would have the folder PATH_PREFIX=a-b"),
         (["OUTPUT_DIR=a,b"], "OUTPUT_DIR has several values"),
         ([f"RNG_SEED={','.join(map(str, range(1001)))}"], "more than 1000 runs: fewer values, or --random N"),
+        (
+            [f"A{n}=1,2" for n in range(64)] + ["--random", "3"],
+            "the grid has 18446744073709551616 points: fewer values",
+        ),
         ([RATES, "--local", "0"], "--local is 0: give 1 or more"),
         ([RATES, "--random", "-1"], "--random is -1: give 1 or more"),
         ([RATES, "NUM_GPUS", "64"], "--local 1 with NUM_GPUS 64 needs 64: NUM_GPUS is 64, but this machine shows"),
