@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,8 @@ from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
 from maskfeat.config.merge import override_entries
 from maskfeat.distributed.launch import check_devices
-from maskfeat.distributed.preemption import INTERRUPTED
+from maskfeat.distributed.preemption import INTERRUPTED, STOP_SIGNALS
+from maskfeat.distributed.processes import signal_handler
 from maskfeat.distributed.slurm import Job
 from maskfeat.engine.live_line import LiveLine, close_lines
 from maskfeat.engine.log_handlers import screen_handler
@@ -218,27 +220,44 @@ class Local:
         self._busy: dict[int, tuple[Run, subprocess.Popen[bytes], IO[bytes], float]] = {}
 
     def __call__(self) -> None:
-        """Make them. Ctrl-C reaches them, too: each saves a checkpoint, and is waited for."""
+        """Make them. A stop reaches them, too: each saves a checkpoint, and is waited for.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, SIGTERM or SIGUSR1 came, and the runs have ended.
+            UserError: a file of a run cannot be written; those at work were stopped in the same way.
+        """
         waiting = iter(enumerate(self.runs, 1))
         line, stopped = LiveLine("runs", len(self.runs)), False
-        try:
-            while True:
-                try:
-                    for slot in range(self.at_once):
-                        following = None if slot in self._busy or stopped else next(waiting, None)
-                        if following is not None:
-                            self._start(slot, *following)
-                    if not self._busy:
-                        break
-                    time.sleep(0.1)
-                    self._look()
-                    line.show(self._over, lambda: f"{self._over} of {len(self.runs)}, {len(self._busy)} at work")
-                except KeyboardInterrupt:
-                    stopped = True
-        finally:
-            line.close()
+        asked: list[int] = []
+        with signal_handler(STOP_SIGNALS, lambda number, _: asked.append(number)):
+            try:
+                while True:
+                    try:
+                        while asked:  # a scheduler signals this process alone, and a terminal all of them
+                            stopped = True
+                            self._pass_on(asked.pop())
+                        for slot in range(self.at_once):
+                            if not stopped and slot not in self._busy and (following := next(waiting, None)):
+                                self._start(slot, *following)
+                        if not self._busy:
+                            break
+                        time.sleep(0.1)
+                        self._look()
+                        line.show(self._over, lambda: f"{self._over} of {len(self.runs)}, {len(self._busy)} at work")
+                    except KeyboardInterrupt:
+                        stopped = True
+            finally:
+                line.close()
+                self._pass_on(signal.SIGTERM)  # after an error, some are still at work
+                for _, process, output, _ in self._busy.values():
+                    process.wait()
+                    output.close()
         if stopped:
             raise KeyboardInterrupt
+
+    def _pass_on(self, number: int) -> None:
+        for _, process, _, _ in self._busy.values():
+            process.send_signal(number)
 
     def _start(self, slot: int, number: int, run: Run) -> None:
         with naming(f"{run.folder} cannot be written"):

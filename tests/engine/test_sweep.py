@@ -16,6 +16,7 @@ import pytest
 from maskfeat import cli
 from maskfeat.engine import sweep
 from maskfeat.engine.sweep import grid, main, plan, split_values
+from maskfeat.errors import UserError
 from tests.small import REPO, VIT_PT, images
 
 RECIPE = "masked_ssl/in1k_VIT_B_MaskFeat_PT"
@@ -111,13 +112,14 @@ def test_commands_can_be_printed(tmp_path: Path, capsys: pytest.CaptureFixture[s
 # ---------------------------------------------------------------------------------------------- on this machine
 
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 folder = Path(sys.argv[-1].partition("=")[2])
+signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").touch(), sys.exit(75)))
 with (folder / "starts").open("a") as file:
     file.write(f"{os.environ.get('OMP_NUM_THREADS')} ")
 print("working")
-if (folder.parent / "slow").exists():
+if (folder.parent / "slow").exists() and "SOLVER.BASE_LR=3e-4" not in sys.argv:
     time.sleep(600)
 if "SOLVER.BASE_LR=2e-4" in sys.argv and not (folder.parent / "mended").exists():
     sys.exit("error: it broke")
@@ -160,7 +162,9 @@ def test_what_failed_is_named_and_run_again(
 
 
 @pytest.mark.slow
-def test_ctrl_c_waits_for_the_runs_and_starts_no_more(program: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_for_the_runs_and_starts_no_more(number: int, program: list[str], tmp_path: Path) -> None:
+    """Ctrl-C reaches every process of the terminal, and SIGTERM the sweep alone."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "slow").touch()
@@ -177,10 +181,47 @@ def test_ctrl_c_waits_for_the_runs_and_starts_no_more(program: list[str], tmp_pa
     end = time.monotonic() + 300
     while not starts(out) and time.monotonic() < end:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    try:
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        process.wait(timeout=300)
+        assert (out / "BASE_LR=1e-4" / "saved").exists() == (number == signal.SIGTERM)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # it should be, as the group is then empty
+            os.killpg(process.pid, signal.SIGKILL)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 130 and b"the same command goes on from here" in said
     assert starts(out) == {"BASE_LR=1e-4": 1}
+
+
+def test_an_error_stops_the_runs_that_are_at_work(
+    program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "slow").touch()
+    at_work: list[subprocess.Popen[bytes]] = []
+
+    class Popen(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            at_work.append(self)
+
+    def note(argv: list[str]) -> None:
+        while len(starts(out)) < 3:
+            time.sleep(0.05)
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(sweep.subprocess, "Popen", Popen)
+    monkeypatch.setattr(sweep, "_note_done", note)
+    try:
+        assert main([*program, "--local", "3"]) == 2
+        assert "error: the disk is full" in capsys.readouterr().out
+        assert [process.poll() for process in at_work] == [75, 75, 0]
+        assert len(list(out.glob("*/saved"))) == 2
+    finally:
+        for process in at_work:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.slow
