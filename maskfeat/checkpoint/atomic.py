@@ -1,5 +1,6 @@
 """Durable writes (fsync of files and folders) and SHA-256 checksums."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -31,9 +32,16 @@ def write_and_fsync(path: Path, content: bytes) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Flush a folder to disk: only then are new or renamed files in it durable under their names."""
+    """Flush a folder to disk: only then are new or renamed files in it durable under their names.
+
+    Some network and FUSE file systems refuse this for folders. The files are then as durable as they make them, and
+    no write has failed.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)

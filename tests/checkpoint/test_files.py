@@ -1,7 +1,9 @@
 """Checkpoint files: names, atomic writes, refusal of what is damaged or could run."""
 
+import errno
 import os
 import pickle
+import stat
 import subprocess
 from argparse import Namespace
 from collections import OrderedDict
@@ -87,6 +89,27 @@ def test_failed_write_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     assert read_checkpoint(path)["epoch"] == 3
     assert sorted(os.listdir(path.parent)) == [path.name, f"{path.name}.sha256"]
     verify_checkpoint(path)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_file_systems_that_flush_no_folders(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They refuse the call, as some network and FUSE mounts do: the file is there. A disk that fails is an error."""
+    path = checkpoint_path(tmp_path, "", Position(1))
+    flush = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="could not write the checkpoint"):
+            save_checkpoint(path, CONTENT)
+        return
+    save_checkpoint(path, CONTENT)
+    verify_checkpoint(path)
+    assert read_checkpoint(path)["epoch"] == 3
 
 
 class _Gadget:
