@@ -7,10 +7,10 @@ and https, and follows no redirect from https to http.
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import urllib.request
+import uuid
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
@@ -79,10 +79,12 @@ def download(url: str) -> Path:
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not named by the process: containers that share the folder may have equal numbers. Not by `tempfile` either, whose
+    # files only their owner may read.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     logger.info("downloading %s to %s", url, path)
     try:
-        with _opener().open(url, timeout=TIMEOUT) as response, temporary.open("wb") as file:
+        with _opener().open(url, timeout=TIMEOUT) as response, temporary.open("xb") as file:
             left = MAX_BYTES
             while block := response.read(min(_BLOCK, left + 1)):
                 left -= len(block)

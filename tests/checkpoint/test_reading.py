@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import threading
 import zipfile
 from argparse import Namespace
@@ -204,6 +205,25 @@ def test_an_address_is_fetched_once_and_kept_in_its_own_place(tmp_path: Path, se
     cache = tmp_path / "torch" / "hub" / "maskfeat"
     found = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert len(found) == 3 and all(path.parent == cache for path in found)
+
+
+def test_processes_of_the_same_number_fetch_into_files_of_their_own(
+    tmp_path: Path, server: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers that share TORCH_HOME often have equal process ids."""
+    address = server("/a.pyth", saved(1.0))
+    others = download.cached_path(address).with_name(f".{download.cached_path(address).name}.7")
+    others.parent.mkdir(parents=True)
+    others.write_bytes(b"half of what another container fetches")
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    umask = os.umask(0o022)
+    try:
+        path = download.download(address)
+    finally:
+        os.umask(umask)
+    assert path.read_bytes() == saved(1.0) and others.read_bytes().startswith(b"half")
+    assert sorted(path.parent.iterdir()) == sorted([path, others])
+    assert path.stat().st_mode & 0o777 == 0o644, "others who share the folder may read it"
 
 
 @pytest.mark.parametrize("scheme", ["file", "ftp", "data", "gopher"])
