@@ -240,6 +240,7 @@ def _check(cfg: CfgNode) -> Iterator[str]:
             "AUG.NUM_SAMPLE and AUG.REPEATS must be 1 where MASK.SHUFFLE_TARGETS is True (the next image of a batch "
             f"would be the same one); given {cfg.AUG.NUM_SAMPLE} and {cfg.AUG.REPEATS}"
         )
+    yield from _alone(cfg)
     if backbone_spec(cfg) is not TRANSFORMER:
         return  # what other backbones make of a clip is known once they are built
     last = cfg.MVIT.DEPTH - 1
@@ -249,6 +250,20 @@ def _check(cfg: CfgNode) -> Iterator[str]:
             f"given {cfg.MASK.PRETRAIN_DEPTH}; set MASK.PRETRAIN_DEPTH or MVIT.DEPTH"
         )
     yield from _targets(cfg)
+
+
+def _alone(cfg: CfgNode) -> Iterator[str]:
+    """Yield that a forward pass of training has one sample, which has no other one to take the targets of."""
+    train, processes = cfg.TRAIN, max(cfg.NUM_GPUS, 1)
+    share = max(train.BATCH_SIZE // processes, 1)
+    forward = min(train.MICRO_BATCH_SIZE or share, share)
+    if cfg.MASK.SHUFFLE_TARGETS and train.ENABLE and (share % forward or forward) < 2:
+        mend = "set TRAIN.MICRO_BATCH_SIZE" if share > 1 else "raise TRAIN.BATCH_SIZE, or lower NUM_GPUS"
+        yield (
+            "MASK.SHUFFLE_TARGETS True needs two samples or more in every forward pass (one alone would keep its own "
+            f"targets), and one has 1; given TRAIN.BATCH_SIZE {train.BATCH_SIZE}, NUM_GPUS {cfg.NUM_GPUS} and "
+            f"TRAIN.MICRO_BATCH_SIZE {train.MICRO_BATCH_SIZE}: {mend}"
+        )
 
 
 def _targets(cfg: CfgNode) -> Iterator[str]:
