@@ -8,9 +8,9 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from zipfile import BadZipFile
 
 import torch
@@ -31,6 +31,8 @@ from maskfeat.file_io import NotReadable, local_path, open_regular_file
 _OPTIONS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 CLASSES = "classes"
 """Key of the names of the classes in the checkpoint of a classifier, by their numbers."""
+# Which of the two names a file is not known here.
+_KEYS = "see TRAIN.CHECKPOINT_FILE_PATH, or of a test TEST.CHECKPOINT_FILE_PATH"
 _TORCHVISION = re.compile(r"\w+_Weights\.\w+")
 
 
@@ -39,15 +41,16 @@ def _torchvision_file(name: str) -> Path:
     try:
         url = get_weight(name).url
     except (ValueError, AttributeError, KeyError) as error:
-        raise UserError(f"torchvision knows no weights {name}: see TRAIN.CHECKPOINT_FILE_PATH") from error
+        raise UserError(f"torchvision knows no weights {name}: {_KEYS}") from error
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         expected = HASH_REGEX.search(path.name)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), expected and expected.group(1), progress=False)
-        except URLError as error:
-            raise UserError(f"{name} could not be fetched from {url}: {error.reason}") from error
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: another hash than its name says
+            cause = getattr(error, "reason", None) or error
+            raise UserError(f"{name} could not be fetched from {url} to {path.parent}: {cause}") from error
     return path
 
 
@@ -143,7 +146,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         content = _load(local)
     except NotReadable as error:
         if not local.exists():
-            raise UserError(f"there is no checkpoint at {given}: see TRAIN.CHECKPOINT_FILE_PATH") from error
+            raise UserError(f"there is no checkpoint at {given}: {_KEYS}") from error
         raise UserError(f"{given} is not a readable checkpoint: {error}") from error
     except (pickle.UnpicklingError, RefusedFile) as error:
         raise UserError(f"{given} is not loaded: {_cause(error)}") from error

@@ -3,10 +3,12 @@
 import errno
 import os
 import pickle
+import re
 import stat
 import subprocess
 from argparse import Namespace
 from collections import OrderedDict
+from http.client import IncompleteRead
 from pathlib import Path
 from urllib.error import URLError
 
@@ -20,6 +22,7 @@ from maskfeat.checkpoint.files import (
     Position,
     checkpoint_path,
     find_checkpoints,
+    given_or_latest_checkpoint,
     latest_checkpoint,
     prune_checkpoints,
     read_verified_checkpoint,
@@ -27,6 +30,7 @@ from maskfeat.checkpoint.files import (
     verify_checkpoint,
 )
 from maskfeat.checkpoint.reading import model_state, read_checkpoint, trained_model
+from maskfeat.errors import UserError
 
 CONTENT = {"epoch": 3, "model_state": {"a": torch.arange(5.0)}, "cfg": "MODEL:\n  MODEL_NAME: MViT\n"}
 
@@ -170,6 +174,28 @@ def test_weights_by_torchvisions_names(tmp_path: Path, monkeypatch: pytest.Monke
             read_checkpoint(name)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError('invalid hash value (expected "5c106cde", got "0")'),
+        ConnectionResetError(104, "Connection reset by peer"),
+        IncompleteRead(b"half"),
+        PermissionError(13, "Permission denied"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_weights_of_torchvision_that_do_not_arrive(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    with pytest.raises(UserError, match=rf"ResNet18.* could not be fetched from https.*: {re.escape(str(error))}"):
+        read_checkpoint("ResNet18_Weights.IMAGENET1K_V1")
+
+
 def _no_network(*_: object, **__: object) -> None:
     raise URLError("no route to host")
 
@@ -182,8 +208,9 @@ def test_damaged_and_missing(tmp_path: Path) -> None:
         path.write_bytes(whole[:keep])
         with pytest.raises(ValueError, match="checkpoint_epoch_00001"):
             read_checkpoint(path)
-    with pytest.raises(ValueError, match="TRAIN.CHECKPOINT_FILE_PATH"):
-        read_checkpoint(tmp_path / "none.pyth")
+    for read in (read_checkpoint, lambda path: given_or_latest_checkpoint(str(path), tmp_path, "", "MViT")):
+        with pytest.raises(UserError, match=r"none.pyth: see TRAIN.CHECKPOINT_FILE_PATH, .* TEST.CHECKPOINT_FILE_PATH"):
+            read(tmp_path / "none.pyth")
     torch.save([1, 2], tmp_path / "list.pyth")
     with pytest.raises(ValueError, match="expected a dict"):
         read_checkpoint(tmp_path / "list.pyth")
