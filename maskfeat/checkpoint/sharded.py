@@ -291,7 +291,9 @@ def _load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _on_all_ranks(job: Callable[[], Result], group: Group, kind: type[Exception] = ValueError) -> Sequence[Result]:
-    """Run `job` and return the results of all ranks; an error of type `kind` on any rank is raised on all."""
+    """Run `job` and return the results of all ranks; an error of type `kind` on any rank is raised on all, as a
+    UserError where it was one.
+    """
     error = result = None
     try:
         result = job()
@@ -302,9 +304,10 @@ def _on_all_ranks(job: Callable[[], Result], group: Group, kind: type[Exception]
             raise error
         return [result]  # type: ignore[list-item]
     every: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(every, (result, None if error is None else str(error)), group)
-    for number, (_, text) in enumerate(every):
-        if text is not None:
-            problem = f"rank {number}: {text}"
-            raise kind(problem) from error
+    raised = UserError if issubclass(UserError, kind) and isinstance(error, UserError) else kind
+    dist.all_gather_object(every, (result, None if error is None else (raised, str(error))), group)
+    for number, (_, failure) in enumerate(every):
+        if failure is not None:
+            raised, text = failure
+            raise raised(f"rank {number}: {text}") from error
     return [result for result, _ in every]

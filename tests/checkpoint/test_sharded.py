@@ -5,18 +5,20 @@ import os
 import pickle
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from maskfeat.checkpoint import sharded as sharded_checkpoint
 from maskfeat.checkpoint.sharded import full_tensors, load_sharded, read_sharded_plain, save_sharded, verify
 from maskfeat.checkpoint.sharded_files import METADATA, PLAIN, SUMS
+from maskfeat.errors import UserError, UserFileError
 
 PLAIN_VALUES = {"epoch": 3, "cfg": "MODEL:\n  MODEL_NAME: MViT\n", "scale": 65536.0}
 
@@ -247,3 +249,29 @@ def test_other_models_are_refused(folder: Path) -> None:
     change(folder, PLAIN, b"{")
     with pytest.raises(ValueError):
         read_sharded_plain(folder)
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group, of this process alone: what several ranks do."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_what_a_user_can_mend_is_said_as_that_on_all_ranks(folder: Path, group: None) -> None:
+    """And what is a fault of the program keeps its traceback."""
+    with pytest.raises(UserError, match="^rank 0: .* is of another model"):
+        load_sharded(folder, {**tensors(), "model.b": torch.zeros(1)})
+    (folder / "__0_0.distcp").write_bytes(b"cut")
+    with pytest.raises(UserError, match="^rank 0: .*__0_0.distcp"):
+        load_sharded(folder, tensors())
+
+    def fail() -> None:
+        raise ValueError("not meant for users")
+
+    with pytest.raises(ValueError, match="^rank 0: not meant for users") as caught:
+        sharded_checkpoint._on_all_ranks(fail, None)
+    assert not isinstance(caught.value, UserError)
+    with pytest.raises(UserFileError, match="could not write the checkpoint"):
+        save_sharded(folder / PLAIN / "below.dcp", tensors(), {})
