@@ -194,10 +194,10 @@ class Session:
         interrupted, anew = reason == signal.SIGINT.name, self.cfg.TRAIN.ENABLE and not self.cfg.TRAIN.AUTO_RESUME
         code = INTERRUPTED if interrupted else STOPPED if anew else PREEMPTED
         then = "the same command resumes from here"
-        if self.testing:
-            then = "the same command tests again"
-        elif anew:
+        if anew:
             then = "TRAIN.AUTO_RESUME True resumes from here, the same command starts anew"
+        elif self.testing:
+            then = "the same command tests again"
         if self.world.is_main:
             how, requeue = "Ctrl-C" if interrupted else reason, ": requeue me" if code == PREEMPTED else ""
             logger.info("stopped on %s; %s (exit code %d%s)", how, then, code, requeue)
