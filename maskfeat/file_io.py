@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from string import Template
@@ -85,7 +86,8 @@ def replace_bytes(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; the file holds what it held before.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Not named by the process: containers that share a folder may have equal numbers.
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         draft.write_bytes(content)
         draft.replace(path)
