@@ -18,7 +18,7 @@ from maskfeat.data.datasets.lists import listed
 from maskfeat.data.datasets.video_list import SUFFIXES
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
-from maskfeat.file_io import replace_bytes, replace_text
+from maskfeat.file_io import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def _say(listing: Listing, bad: dict[str, str], root: Path, output: Path) -> Non
         said += f"; the published list has {listing.totals[split]}" if split in listing.totals else ""
         logger.info(said)
     for name, cause in list(bad.items())[:5]:
-        logger.info("unreadable: %s: %s", name, cause)
+        logger.info("unreadable: %s: %s", _escaped(name), cause)
     logger.info(
         "use them with DATA.PATH_TO_DATA_DIR %s DATA.PATH_PREFIX %s MODEL.NUM_CLASSES %d",
         output,
@@ -164,10 +164,14 @@ def _can_be_listed(path: str) -> bool:
     return not _UNLISTED.search(path)
 
 
+def _escaped(text: str) -> str:
+    """Return a text in one line of UTF-8: other bytes of the name of a file are written as \\udce9."""
+    return text.replace("\n", "\\n").replace("\r", "\\r").encode("utf-8", "backslashreplace").decode()
+
+
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
     """Write a line for each text; what UTF-8 cannot hold is escaped."""
-    whole = (line.replace("\n", "\\n").replace("\r", "\\r") + "\n" for line in lines)
-    replace_bytes(path, "".join(whole).encode("utf-8", "backslashreplace"))
+    replace_text(path, "".join(f"{_escaped(line)}\n" for line in lines))
 
 
 def _check_short_side(folder: Path, short_side: int) -> None:
