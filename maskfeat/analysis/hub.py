@@ -18,7 +18,7 @@ from maskfeat.analysis.model import Model
 from maskfeat.checkpoint.atomic import write_and_fsync
 from maskfeat.checkpoint.weights import LoadReport
 from maskfeat.config import dump_config
-from maskfeat.config.schema import schema
+from maskfeat.config.schema import full_keys, is_inert, schema
 from maskfeat.registry import lookup
 
 WEIGHTS = "model.safetensors"
@@ -99,14 +99,19 @@ def write_weights(path: Path, state: dict[str, Tensor], **about: str) -> None:
 
 
 def _without_paths(cfg: CfgNode) -> CfgNode:
-    """Return a config without the places of this machine's data and runs, which are nobody else's business."""
+    """Return a config without the places of this machine's data and runs, which are nobody else's business.
+
+    Keys of PySlowFast without effect here, of which nobody knows whether they are paths, are left out.
+    """
     cleaned = cfg.clone()
     cleaned.defrost()
     allowed = schema(cfg.PLUGINS)
-    for key, kind in allowed.rules.kinds.items():
-        if kind in ("path", "list[source]"):
-            *sections, name = key.split(".")
-            node = lookup(cleaned, ".".join(sections)) if sections else cleaned
+    for key in list(full_keys(cleaned)):
+        *sections, name = key.split(".")
+        node = lookup(cleaned, ".".join(sections)) if sections else cleaned
+        if is_inert(key):
+            del node[name]
+        elif allowed.rules.kinds[key] in ("path", "list[source]"):
             node[name] = allowed.known[key]
     cleaned.freeze()
     return cleaned

@@ -167,7 +167,7 @@ def test_the_folder_of_the_hub_names_no_place_of_the_machine_that_wrote_it(tmp_p
     kinds = schema().rules.kinds
     paths = [word for key, kind in kinds.items() if kind == "path" for word in (key, f"/home/me/{key}")]
     assert "DATA.CLASS_NAMES" in paths and "TENSORBOARD.LOG_DIR" in paths
-    model = small("ViT", *paths)
+    model = small("ViT", *paths, "AVA.FRAME_DIR", "/home/me/frames", "DATA.PATH_TO_PRELOAD_IMDB", "/home/me/imdb")
     export(model, "hf", tmp_path / "network", licence="cc-by-nc-4.0")
     for name in ("config.json", "README.md"):
         assert "/home/me" not in (tmp_path / "network" / name).read_text()
