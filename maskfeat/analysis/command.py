@@ -2,10 +2,12 @@
 
 import argparse
 import logging
+import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -84,6 +86,17 @@ def add_options(parser: argparse.ArgumentParser, views: str) -> None:
     )
     parser.add_argument("--device", metavar="NAME", help="cuda, cuda:1 or cpu (default: CUDA where there is one)")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="off", help="off: float32 (default)")
+
+
+def refuse_input(output: Path, inputs: Iterable[str]) -> None:
+    """Refuse an --output that is one of the files that are read.
+
+    Raises:
+        UserError: it is.
+    """
+    for given in inputs:
+        if output.exists() and os.path.exists(given) and os.path.samefile(output, given):
+            raise UserError(f"--output {output} is what is read ({given}): give another name, it would be overwritten")
 
 
 def load(args: argparse.Namespace) -> Model:

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from maskfeat.analysis.architecture import Recognised, build_recognised
-from maskfeat.analysis.command import add_network_options, exit_code
+from maskfeat.analysis.command import add_network_options, exit_code, refuse_input
 from maskfeat.analysis.foreign import BACKBONE, CLASSIFIER
-from maskfeat.analysis.hub import HubModel, final_norm, model_card, own_state, without_head, write_weights
-from maskfeat.analysis.model import Model, load_model
+from maskfeat.analysis.hub import HubModel, final_norm, model_card, own_state, own_words, without_head, write_weights
+from maskfeat.analysis.model import Model, load_model, load_with_notes
 from maskfeat.analysis.published import list_models
 from maskfeat.analysis.twins import Different, twin
 from maskfeat.checkpoint.atomic import fsync_dir, write_and_fsync
@@ -123,7 +123,8 @@ def _plain(outputs: Any) -> list[Tensor]:
 
 def _write_safetensors(job: Job, path: Path) -> Written:
     model = job.model
-    write_weights(path, own_state(model))
+    # A file of a classifier says what it is. One of a backbone is recognised by its names, or needs a recipe.
+    write_weights(path, own_state(model), **(own_words(model) if model.kind == CLASSIFIER else {}))
     found = Recognised(model.cfg, "", model.kind, norm=final_norm(model) is not None)
     again = Model(build_recognised(found), model.cfg, str(path), model.kind, LoadReport())
     again.objective.load_released_state(load_file(path))
@@ -134,7 +135,7 @@ def _how_to_load(job: Job, path: Path) -> str:
     """Return whether names and shapes tell `load_model` what the file is."""
     clips = job.clips(1)
     try:
-        again = Network(load_model(path, device="cpu"))
+        again = Network(load_with_notes(path, device="cpu")[0])
         if all(map(torch.equal, job.network(clips), again(clips))):
             return 'maskfeat.load_model("{path}")'
     except UserError:
@@ -292,7 +293,8 @@ def greatest_difference(job: Job, written: Written) -> float:
     return worst
 
 
-def _check_output(output: Path, target: Target, to: str) -> None:
+def _check_output(output: Path, target: Target, to: str, source: str) -> None:
+    refuse_input(output, [source])
     if target.suffix and output.suffix != target.suffix:
         raise UserError(f"--output must end with {target.suffix} for --to {to}; given {output}")
     if target.suffix and output.is_dir():
@@ -333,7 +335,7 @@ def export(
     target, output = TARGETS[to], Path(output)
     if what == CLASSIFIER and model.kind != CLASSIFIER:
         raise UserError(f"{model.source} does not classify (it is a {model.kind} file): --what backbone")
-    _check_output(output, target, to)
+    _check_output(output, target, to, model.source)
     classifies = model.kind == CLASSIFIER if what is None else what == CLASSIFIER
     part = model if classifies else without_head(model)
     job = Job(Network(part), opset, licence, output.name, tuple(figures))
@@ -350,7 +352,7 @@ def export(
 
 def _export(args: argparse.Namespace) -> int:
     """Do what the command line says."""
-    _check_output(Path(args.output), TARGETS[args.to], args.to)
+    _check_output(Path(args.output), TARGETS[args.to], args.to, args.checkpoint)
     model = load_model(args.checkpoint, args.cfg, device="cpu", averaged=args.averaged)
     figures = [f"As published: {entry.accuracy}" for entry in list_models() if entry.name == args.checkpoint]
     worst, how = export(model, args.to, args.output, args.what, args.opset, args.license, figures)

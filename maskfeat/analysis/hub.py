@@ -1,5 +1,6 @@
 """A trained network as a folder of the Hugging Face Hub: weights, config and a model card."""
 
+import json
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from maskfeat.analysis.architecture import Encoder, build_recognised, recognise
 from maskfeat.analysis.foreign import BACKBONE, CLASSIFIER
 from maskfeat.analysis.model import Model
 from maskfeat.checkpoint.atomic import write_and_fsync
+from maskfeat.checkpoint.reading import CLASSES
 from maskfeat.checkpoint.weights import LoadReport
 from maskfeat.config import dump_config
 from maskfeat.config.schema import full_keys, is_inert, schema
@@ -90,6 +92,11 @@ class HubModel(Model, PyTorchModelHubMixin, library_name="maskfeat"):
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         model.report = model.objective.load_released_state(load_file(model_file))
         return model.to(map_location)
+
+
+def own_words(model: Model) -> dict[str, str]:
+    """Return the metadata by which `load_model` knows a safetensors file: its config without paths, and its classes."""
+    return {"cfg": dump_config(_without_paths(model.cfg)), CLASSES: json.dumps(model.classes)}
 
 
 def write_weights(path: Path, state: dict[str, Tensor], **about: str) -> None:

@@ -4,6 +4,7 @@ Shape legend: B samples, T frames, H x W pixels, D token width, N tokens (the cl
 first), grid = ([T',] H', W') tokens along each axis, K classes.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ from maskfeat.models.base import Backbone, Tokens
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.registry import backbone_spec
+
+logger = logging.getLogger(__name__)
 
 POOLS = ("mean", "cls")
 
@@ -316,9 +319,26 @@ def load_model(
         averaged: take the file's average of the weights (TRAIN.EMA).
         precision: "off" (float32), "bf16" or "fp16".
 
+    What a file without a config leaves open is assumed, and each assumption logged as a warning.
+
     Raises:
         UserError: there is no such file, nobody knows the network, or the weights do not fit.
     """
+    model, notes = load_with_notes(source, cfg, device, averaged=averaged, precision=precision)
+    for note in notes:
+        logger.warning("assumed, as %s does not say it (cfg, --cfg): %s", model.source, note)
+    return model
+
+
+def load_with_notes(
+    source: str | Path,
+    cfg: str | CfgNode | None = None,
+    device: str | torch.device | None = None,
+    *,
+    averaged: bool = False,
+    precision: str = "off",
+) -> tuple[Model, Sequence[str]]:
+    """Load a trained network as `load_model` does, and return it with what was assumed, a sentence each."""
     place = chosen_device(device)
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}; given {precision!r}")
@@ -333,7 +353,8 @@ def load_model(
     objective = build_recognised(found)
     report = load_to_evaluate(found.cfg, objective, file.path, file.content, AVERAGE if averaged else None)
     classes = _class_names(objective, file, found)
-    return Model(objective, found.cfg, os.fspath(source), found.kind, report, classes, precision).to(place)
+    model = Model(objective, found.cfg, os.fspath(source), found.kind, report, classes, precision).to(place)
+    return model, found.notes
 
 
 def _class_names(objective: Objective, file: Source, found: Recognised) -> list[str] | None:

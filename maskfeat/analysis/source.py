@@ -52,5 +52,8 @@ def read_source(source: str | Path, cfg: CfgNode | None = None) -> Source:
             f"there is no file {given}, and nothing is published under this name; the nearest is "
             f"{nearest_name(given)!r} (maskfeat.list_models() lists all)"
         )
+    newest = max(Path(given).glob("checkpoints/*.pyth"), key=os.path.getmtime, default=None) if exists else None
+    if newest is not None:
+        raise UserError(f"{given} is a folder, a file of weights is expected; the newest in it is {newest}")
     path = str(fetch(given)) if is_url(given) else given
     return Source(path, read_verified_checkpoint(path), cfg, False)

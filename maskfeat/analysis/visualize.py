@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
-from maskfeat.analysis.command import exit_code
+from maskfeat.analysis.command import exit_code, refuse_input
 from maskfeat.analysis.maps import HEADERS, MapRow, chosen, encoded, map_figure, map_rows, random_mask
 from maskfeat.analysis.model import Model, load_model
 from maskfeat.batch import Batch
@@ -150,16 +150,22 @@ def draw(model: Model, paths: Sequence[str], what: str, suffix: str, block: int 
 
 def _draw_inputs(args: argparse.Namespace) -> Path:
     """Draw what --checkpoint makes of --input, and return where."""
-    output = Path(args.output or f"{args.what}.png")
+    what = args.what or "attention"
+    output = Path(args.output or f"{what}.png")
+    if args.num is not None:
+        raise UserError(f"--num {args.num} is of --cfg without --input: all of --input is drawn")
+    if args.block is not None and what != "attention":
+        raise UserError(f"--block {args.block} is of --what attention; given --what {what}")
     if output.suffix not in SUFFIXES:
         raise UserError(f"--output must end with {', '.join(SUFFIXES)}; given {output}")
     if args.opts and args.cfg is None:
         raise UserError(f"overrides change the recipe of --cfg, and none is given: {' '.join(args.opts)}")
+    refuse_input(output, [*args.input, args.checkpoint])
     cfg = None if args.cfg is None else load_config(args.cfg, args.opts)
     model = load_model(args.checkpoint, cfg, device="cpu")
     if output.suffix != ".png" and model.media == "image":
         raise UserError(f"--output {output}: the network takes images, of which PNG files are drawn")
-    content = draw(model, args.input, args.what, output.suffix, args.block)
+    content = draw(model, args.input, what, output.suffix, -1 if args.block is None else args.block)
     with naming(f"--output {output} cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(content)
@@ -170,11 +176,14 @@ def _draw_validation(args: argparse.Namespace) -> Path:
     """Draw samples of the validation set that a recipe names, and return where."""
     if args.cfg is None:
         raise UserError("give --checkpoint and --input, or --cfg of a pre-training recipe")
-    if args.num < 1:
-        raise UserError(f"--num must be at least 1; given {args.num}")
+    if args.what is not None or args.block is not None:
+        raise UserError("--what and --block need --checkpoint and --input: a recipe says what its network predicts")
+    number = 4 if args.num is None else args.num
+    if number < 1:
+        raise UserError(f"--num must be at least 1; given {number}")
     if args.output and Image.registered_extensions().get(Path(args.output).suffix.lower()) not in Image.SAVE:
         raise UserError(f"--output must end with .png, or as another picture that Pillow writes; given {args.output}")
-    found = drawing(load_config(args.cfg, args.opts), args.num)
+    found = drawing(load_config(args.cfg, args.opts), number)
     output = Path(args.output or found.name)
     figure = found.figure(Path(found.path).name)
     with naming(f"--output {output} cannot be written"):
@@ -211,13 +220,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument(
         "--what",
         choices=KINDS,
-        default="attention",
         help="hog, spectrum: predicted where something is hidden; attention: of --block; rollout: through all blocks "
-        "of a ViT; pca: principal components of the tokens (default: %(default)s)",
+        "of a ViT; pca: principal components of the tokens (default: attention)",
     )
-    parser.add_argument("--block", type=int, default=-1, help="from 0, or from the end (default: %(default)s)")
+    parser.add_argument("--block", type=int, help="of --what attention, from 0, or from the end (default: -1)")
     parser.add_argument("--output", metavar="FILE", help="PNG; with --input of videos GIF or MP4, too")
-    parser.add_argument("--num", type=int, default=4, help="validation samples to draw (default: %(default)s)")
+    parser.add_argument("--num", type=int, help="validation samples to draw of --cfg without --input (default: 4)")
     parser.add_overrides("overrides of the recipe")
     args = parser.parse_args(argv)
     return exit_code(lambda: _visualize(args))

@@ -69,7 +69,9 @@ def check_file(file: BinaryIO) -> int:
         raise
     # What zipfile and pickletools raise on damaged files.
     except (ValueError, LookupError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise RefusedFile(f"it is damaged ({str(error)[:120]})") from error
+        raise RefusedFile(
+            f"it is damaged ({str(error)[:120]}), or an incomplete copy or download: fetch it again"
+        ) from error
     finally:
         file.seek(0)
 

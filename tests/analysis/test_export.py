@@ -198,15 +198,24 @@ def test_the_folder_of_the_hub_gives_the_same_model(case: str, tmp_path: Path) -
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_ones_own_names_are_recognised_again(tmp_path: Path) -> None:
+def test_ones_own_names_are_recognised_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = trained(RECIPES / f"{VIT}.yaml", [*VIT_FT, "MVIT.EMBED_DIM", "64", "MVIT.NUM_HEADS", "1"])
     for what in parts(model):
         worst, how = export(model, "safetensors", tmp_path / f"{what}.safetensors", what)
         again, x = by_its_words(how), pictures(model)
         assert worst == 0 and far(expected(model, what, x), expected(again, what, x)) == 0
-    # 64 / 2 is not the usual width of a head, and no shape shows it: the line says so.
-    odd = small("ViT", "MVIT.EMBED_DIM", "64", "MVIT.NUM_HEADS", "2")
-    assert "needs its recipe" in export(odd, "safetensors", tmp_path / "odd.safetensors")[1]
+    # 64 / 2 is not the usual width of a head, and no shape shows it: the file of a classifier has its config.
+    odd, x = small("ViT", "MVIT.EMBED_DIM", "64", "MVIT.NUM_HEADS", "2", "OUTPUT_DIR", "/home/me"), pictures(model)
+    odd.classes = NAMES
+    caplog.clear()
+    again = by_its_words(export(odd, "safetensors", tmp_path / "odd.safetensors")[1])
+    assert far(expected(odd, "classifier", x), expected(again, "classifier", x)) == 0 and again.classes == NAMES
+    assert not caplog.text and b"/home/me" not in (tmp_path / "odd.safetensors").read_bytes()
+    assert "needs its recipe" in export(odd, "safetensors", tmp_path / "bare.safetensors", "backbone")[1]
+    # Without a recipe the number of heads is a guess, and said to be one.
+    assert not caplog.text
+    assert load_model(tmp_path / "bare.safetensors", device="cpu").cfg.MVIT.NUM_HEADS == 1
+    assert "assumed" in caplog.text and "number of attention heads: 1 of 64 channels" in caplog.text
 
 
 def reloaded(to: str, path: Path) -> Callable[[Tensor], Sequence[Tensor]]:
@@ -327,6 +336,8 @@ def test_errors(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: p
     (full / "mine.txt").write_text("mine")
     (tmp_path / "d.onnx").mkdir()
     missing, out = str(tmp_path / "none.pyth"), str(tmp_path / "o")
+    tensors = tmp_path / "c.safetensors"
+    tensors.write_bytes(b"weights")
     for file, to, output, options, text in (
         (missing, "timm", f"{out}.safetensors", [], "none.pyth"),
         (classifier, "onnx", f"{out}.pt", [], "--output must end with .onnx for --to onnx; given"),
@@ -335,6 +346,7 @@ def test_errors(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: p
         (classifier, "hf", str(full), [], "exists: --to hf writes a new folder"),
         (classifier, "timm", str(full / "mine.txt" / "x.safetensors"), [], "cannot be written"),
         (pretrained, "timm", f"{out}.safetensors", ["--what", "classifier"], "does not classify"),
+        (tensors, "timm", str(tensors), [], "is what is read"),
     ):
         caplog.clear()
         given = ["export", "--checkpoint", str(file), "--to", to, "--output", output, *options]

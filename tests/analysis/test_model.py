@@ -1,6 +1,7 @@
 """`maskfeat.load_model`: inputs, tokens, features, blocks and predictions."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -260,6 +261,20 @@ def test_averaged_weights_and_other_formats(tmp_path: Path) -> None:
     assert sharded.cfg == model.cfg and sharded.classes == CLASSES_4
     with pytest.raises(UserError, match="has no average"):
         maskfeat.load_model(tmp_path / "a.safetensors", device="cpu", averaged=True)
+
+
+def test_the_folder_of_a_run_names_its_newest_file(tmp_path: Path) -> None:
+    for number in (1, 2):
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / f"checkpoint_epoch_0000{number}.pyth").write_bytes(bytes(number))
+        os.utime(tmp_path / "checkpoints" / f"checkpoint_epoch_0000{number}.pyth", (number, number))
+    with pytest.raises(UserError, match=r"is a folder, .*the newest in it is .*checkpoint_epoch_00002\.pyth"):
+        maskfeat.load_model(tmp_path)
+    truncated = tmp_path / "cut.pyth"
+    torch.save({"a": torch.zeros(1000)}, truncated)
+    truncated.write_bytes(truncated.read_bytes()[:2000])
+    with pytest.raises(UserError, match="an incomplete copy or download: fetch it again"):
+        maskfeat.load_model(truncated)
 
 
 @pytest.mark.parametrize(

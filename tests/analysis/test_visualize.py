@@ -82,3 +82,27 @@ def test_a_picture_of_no_kind_is_refused_before_any_work(
     assert main(["--cfg", VIT, *VIT_PT, "--output", str(tmp_path / name)]) == 2
     assert f"--output must end with .png, or as another picture that Pillow writes; given {tmp_path}" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+GIVEN = ["--checkpoint", "x.pyth", "--input", "a.png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--cfg", "mfm/in1k_R50_MFM_PT", "--what", "attention"], "--what and --block need --checkpoint and --input"),
+        (["--cfg", "mfm/in1k_R50_MFM_PT", "--block", "1"], "--what and --block need --checkpoint and --input"),
+        (
+            ["--checkpoint", "x.pyth", "--input", "a.png", "--what", "pca", "--block", "1"],
+            "--block 1 is of --what attention",
+        ),
+        (["--checkpoint", "x.pyth", "--input", "a.png", "--output", "a.png"], "--output a.png is what is read (a.png)"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm(
+    options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").write_bytes(b"a picture")
+    assert main(options) == 2 and said in caplog.text
+    assert Path("a.png").read_bytes() == b"a picture"

@@ -344,6 +344,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     def work() -> int:
         workers = available_cores() if args.workers is None else args.workers
+        if os.path.exists(args.output) and os.path.exists(args.source) and os.path.samefile(args.output, args.source):
+            raise UserError(
+                f"OUTPUT {args.output} is SOURCE: give another folder, shards are only read where nothing else lies"
+            )
         found = collect(args.source, None, args.prefix)
         for line in make_shards(found, args.output, args.size, args.side, args.quality, workers):
             logger.info(line)

@@ -198,6 +198,8 @@ def test_other_bad_input(clip_data: Path, tmp_path: Path, caplog: pytest.LogCapt
     assert main([str(clip_data), str(tmp_path / "packed"), "--workers", "0", *options]) == 2
     assert "--side is for images: maskfeat prepare-kinetics" in caplog.text
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "packed")]) == 2
+    assert main([str(clip_data), str(clip_data)]) == 2
+    assert f"OUTPUT {clip_data} is SOURCE: give another folder" in caplog.text
     (tmp_path / "list.csv").write_text("gone.jpg,0\n")
     assert main([str(tmp_path / "list.csv"), str(tmp_path / "packed")]) == 2
     assert "gone.jpg cannot be read: No such file" in caplog.text
