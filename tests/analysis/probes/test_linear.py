@@ -152,10 +152,11 @@ def test_a_learning_rate_that_diverges_does_not_win() -> None:
     assert found.setting.lr == 0.1
 
 
-def test_a_fifth_of_each_class_is_held_out() -> None:
+def test_a_fifth_of_each_class_is_held_out(caplog: pytest.LogCaptureFixture) -> None:
     label = np.array([0] * 50 + [1] * 3 + [2] * 2 + [3])
     held = held_out(label, 0)
     assert [int(held[label == number].sum()) for number in range(4)] == [10, 1, 0, 0]
+    assert "2 of 4 classes have fewer than 3 training samples" in caplog.text and "on 11 of the others" in caplog.text
     assert not np.array_equal(held, held_out(label, 1)) and np.array_equal(held, held_out(label, 0))
     with pytest.raises(ValueError, match="no class has 3 training samples"):
         held_out(np.array([0, 0, 1, 1, 2]), 0)
