@@ -101,4 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from maskfeat.distributed.processes import run_program
 
         run_program(run)
-    return run()
+    try:
+        return run()
+    except KeyboardInterrupt as error:  # where a command has no words of its own for it, as while it is imported
+        from maskfeat.distributed.preemption import end_interrupted
+
+        return end_interrupted(error)

@@ -98,6 +98,14 @@ def test_arguments_and_exit_code_are_passed_on(monkeypatch: pytest.MonkeyPatch) 
     assert calls == [(["--cfg", "x", "--version", "--", "A", "-1"], "maskfeat visualize")]
 
 
+def test_ctrl_c_during_an_import(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def stop(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=stop))
+    assert cli.main(["predict"]) == 130 and caplog.records[-1].getMessage() == "interrupted"
+
+
 @pytest.mark.slow
 def test_failed_training_ends_at_once() -> None:
     """Through `run_program`, as tools/run_net.py: what is registered for the end of Python does not run."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from maskfeat.analysis.model import Model, load_model
+from maskfeat.distributed.preemption import end_interrupted, was_interrupted
 from maskfeat.engine.live_line import LiveLine, close_lines
 from maskfeat.engine.metrics_log import format_eta
 from maskfeat.engine.parallelize import PRECISIONS
@@ -104,18 +105,21 @@ def load(args: argparse.Namespace) -> Model:
     return load_model(args.checkpoint, args.cfg, args.device, averaged=args.averaged, precision=args.precision)
 
 
-def exit_code(work: Callable[[], int], level: int = logging.INFO) -> int:
-    """Return the exit code of `work`; 2, and the error in one line, where a user can mend it.
+def exit_code(work: Callable[[], int], level: int = logging.INFO, goes_on: bool = False) -> int:
+    """Return the exit code of `work`; 2, and the error in one line, where a user can mend it; INTERRUPTED after Ctrl-C.
 
     Args:
         level: of the lines of this package that are shown; of other libraries those are from warnings on.
+        goes_on: whether the same command goes on where an interrupted one stopped.
     """
     logging.basicConfig(format="%(message)s")
     package = logging.getLogger("maskfeat")
     package.setLevel(level)
     try:
         return work()
-    except UserError as error:
+    except (KeyboardInterrupt, RuntimeError, UserError) as error:
+        if not isinstance(error, UserError) or was_interrupted(error):
+            return end_interrupted(error, goes_on)
         package.error("error: %s", error)
         return 2
     finally:

@@ -248,4 +248,4 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         finally:
             destroy_process_group()
 
-    return exit_code(work)
+    return exit_code(work, goes_on=True)

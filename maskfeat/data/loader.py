@@ -3,6 +3,7 @@
 import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -210,3 +211,10 @@ class Loader(BatchLoader):
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
     leave_signals_to_parent()
+    sys.excepthook = _unless_the_parent_left
+
+
+def _unless_the_parent_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report an error of a thread, but not that the parent left while it took a batch over, as after Ctrl-C."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)

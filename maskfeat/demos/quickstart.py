@@ -21,6 +21,8 @@ from maskfeat.config.recipes import CONFIG_ROOT
 from maskfeat.config.yaml_io import read_entries
 from maskfeat.demos.commands import train_command
 from maskfeat.demos.synthetic import is_made_here, make_clips, make_images
+from maskfeat.distributed.preemption import end_interrupted, was_interrupted
+from maskfeat.engine.live_line import close_lines
 from maskfeat.engine.log_handlers import screen_handler
 from maskfeat.engine.metrics_log import last_json_stats
 from maskfeat.engine.owner import LOCK
@@ -291,9 +293,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         if args.fresh:
             quickstart.clear()
         return play(quickstart)
-    except UserError as error:
+    except (KeyboardInterrupt, RuntimeError, UserError) as error:
+        if not isinstance(error, UserError) or was_interrupted(error):
+            return end_interrupted(error, goes_on=not args.fresh)
         logger.error("error: %s", error)
         return 2
+    finally:
+        close_lines()
 
 
 def play(quickstart: Quickstart) -> int:

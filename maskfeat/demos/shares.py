@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from maskfeat.data.datasets.lists import listed
 from maskfeat.data.datasets.video_list import VideoList, read_video_list
+from maskfeat.distributed.preemption import end_interrupted
 from maskfeat.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -159,4 +160,6 @@ def layout_command(
         prepare(args.source, args.output)
     except UserError as error:
         parser.error(str(error))
+    except KeyboardInterrupt as error:
+        return end_interrupted(error)
     return 0

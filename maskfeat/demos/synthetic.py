@@ -17,7 +17,8 @@ import av
 from PIL import Image
 
 from maskfeat.demos.scenes import MOTIONS, SHAPES, TEXTURES, Pixels, render_clip, render_image
-from maskfeat.engine.live_line import LiveLine
+from maskfeat.distributed.preemption import end_interrupted
+from maskfeat.engine.live_line import LiveLine, close_lines
 from maskfeat.engine.metrics_log import format_eta
 from maskfeat.errors import UserError
 from maskfeat.file_io import replace_text
@@ -283,6 +284,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             make_clips(args.clips, num_frames=args.frames, fps=args.fps, **common, **_given(counts | tests))
     except UserError as error:
         parser.error(str(error))
+    except KeyboardInterrupt as error:
+        return end_interrupted(error)
+    finally:
+        close_lines()
     return 0
 
 

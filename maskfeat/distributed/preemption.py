@@ -1,5 +1,6 @@
 """Preemption: schedulers send SIGTERM or SIGUSR1 before they reclaim a node."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -9,6 +10,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from maskfeat.distributed.processes import signal_handler
+
+logger = logging.getLogger(__name__)
 
 PREEMPTED = 75
 """Exit code of a run that was asked to stop and saved its state: EX_TEMPFAIL of sysexits.h, "try again"."""
@@ -101,3 +104,26 @@ def heeding_ctrl_c(first: Callable[[int], object], announce: bool) -> Iterator[N
             yield
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error is Ctrl-C, or was raised while one was handled, as that of a data worker which ends with it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
+def end_interrupted(error: BaseException, goes_on: bool = False) -> int:
+    """Say in one line that Ctrl-C ended a command, and return INTERRUPTED.
+
+    Args:
+        error: that ended it.
+        goes_on: whether the same command goes on where this one stopped.
+
+    Raises:
+        BaseException: `error`, where Ctrl-C is not its cause.
+    """
+    if not was_interrupted(error):
+        raise error
+    logger.error("interrupted%s", ": the same command goes on where it stopped" if goes_on else "")
+    return INTERRUPTED

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskfeat.analysis.command import exit_code
 from maskfeat.analysis.inputs import find_inputs, input_loader
 from maskfeat.analysis.model import load_model
 from maskfeat.analysis.predict import main
 from maskfeat.batch import Batch
+from maskfeat.distributed.preemption import INTERRUPTED
+from maskfeat.errors import UserError
 from tests.analysis.saved import CLIPS, IMAGES, PRETRAINED, said_in, save_network
 
 Printed = pytest.CaptureFixture[str]
@@ -132,6 +135,36 @@ def test_bad_input_is_one_line_and_2(
     assert run(checkpoint, *inputs, *opts) == 2
     (line,) = [line for line in said_in(caplog).splitlines() if "error" in line]
     assert line.startswith("error: ") and said in line and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "interrupted"),
+        (UserError("a process that read files ended"), "interrupted"),
+    ],
+)
+def test_ctrl_c_is_one_line_and_130(error: BaseException, said: str, caplog: Logged) -> None:
+    """Also where a data worker ends with it, which raises an error of its own."""
+
+    def work() -> int:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise error
+
+    assert exit_code(work) == INTERRUPTED and said_in(caplog) == said
+    assert exit_code(work, goes_on=True) == INTERRUPTED
+    assert said_in(caplog) == f"{said}: the same command goes on where it stopped"
+
+
+def test_an_error_that_no_ctrl_c_precedes_is_raised() -> None:
+    def work() -> int:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(RuntimeError, match="is killed"):
+        exit_code(work)
 
 
 @pytest.mark.slow

@@ -424,3 +424,14 @@ def test_the_published_augmentation_of_clips() -> None:
                 assert (cfg.MODEL.LOSS_FUNC == published.MODEL.LOSS_FUNC) == named
                 assert (cfg.SOLVER.CLIP_GRAD_L2NORM == published.SOLVER.CLIP_GRAD_L2NORM) == named
     assert found == 8
+
+
+def test_ctrl_c_is_one_line_and_130(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("maskfeat.demos.evidence.make_data", stop)
+    assert main(["--suite", "shapes", "--budget", "gpu", "--output", str(tmp_path)]) == 130
+    assert caplog.records[-1].getMessage() == "interrupted: the same command goes on where it stopped"

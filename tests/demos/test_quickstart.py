@@ -179,3 +179,19 @@ def test_the_script_tells_its_use_from_any_folder() -> None:
     words = ["bash", "../tools/quickstart.sh", "--help"]
     shown = subprocess.run(words, cwd=REPO / "tests", check=True, timeout=60, capture_output=True)
     assert b"bash tools/quickstart.sh --fresh" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("opts", "said"), [([], "interrupted: the same command goes on where it stopped"), (["--fresh"], "interrupted")]
+)
+def test_ctrl_c_is_one_line_and_130(
+    opts: list[str], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --fresh the same command would start over."""
+
+    def stop(_: Quickstart) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Quickstart, "run_all", stop)
+    assert main(["--output", str(tmp_path / "q"), *opts]) == 130
+    assert caplog.records[-1].getMessage() == said

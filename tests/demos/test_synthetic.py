@@ -273,3 +273,14 @@ def test_vivid_stripes() -> None:
     assert np.median(steps[1]) > 2 * np.median(steps[0])
     with pytest.raises(ValueError, match="texture 'dots' given: expected one of mixed, stripes"):
         make_images("unused", texture="dots")
+
+
+def test_ctrl_c_is_one_line_and_130(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def render(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(synthetic, "render_image", render)
+    assert synthetic.main(["--images", str(tmp_path / "a")]) == 130
+    assert [record.getMessage() for record in caplog.records] == ["interrupted"]

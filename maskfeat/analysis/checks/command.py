@@ -175,4 +175,4 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--rate", type=count_option(1), metavar="N", help="samples a second that one GPU trains on")
     parser.add_overrides("with --cfg: overrides of its keys; without: a folder or a list")
     args = parser.parse_args(argv)
-    return exit_code(lambda: check(args))
+    return exit_code(lambda: check(args), goes_on=True)

@@ -346,4 +346,4 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             logger.info(line)
         return 0
 
-    return exit_code(work)
+    return exit_code(work, goes_on=True)

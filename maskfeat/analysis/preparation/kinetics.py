@@ -269,4 +269,4 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--unpack", type=Path, metavar="DIR", help="first unpack the archives of VIDEOS into this one")
     parser.add_argument("--official-test", action="store_true", help="test.csv lists the test set, not that of val.csv")
     args = parser.parse_args(argv)
-    return exit_code(lambda: prepare(args))
+    return exit_code(lambda: prepare(args), goes_on=True)

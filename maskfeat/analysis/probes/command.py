@@ -55,7 +55,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Probe a checkpoint as the command line says; return the exit code."""
     args = _parser(prog).parse_args(joined(argv, "--blocks"))
-    return exit_code(lambda: _run(args))
+    return exit_code(lambda: _run(args), goes_on=args.features is not None)
 
 
 def _run(args: argparse.Namespace) -> int:

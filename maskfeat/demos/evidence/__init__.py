@@ -19,6 +19,8 @@ from maskfeat.demos.evidence.runs import Runs, Stopped, run_seed
 from maskfeat.demos.evidence.suites import SUITES
 from maskfeat.demos.shares import COMPLETE, write_list_shares
 from maskfeat.demos.synthetic import make_clips
+from maskfeat.distributed.preemption import end_interrupted, was_interrupted
+from maskfeat.engine.live_line import close_lines
 from maskfeat.engine.log_handlers import screen_handler
 from maskfeat.errors import UserError, naming
 
@@ -155,8 +157,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         section = report.write()
     except Stopped as stopped:  # the run has logged the reason
         return stopped.code
-    except UserError as error:
+    except (KeyboardInterrupt, RuntimeError, UserError) as error:
+        if not isinstance(error, UserError) or was_interrupted(error):
+            return end_interrupted(error, goes_on=True)
         logger.error("error: %s", error)
         return 2
+    finally:
+        close_lines()
     logger.info("\n%s\n\nwritten to %s", section, args.docs / FILE)
     return 0
