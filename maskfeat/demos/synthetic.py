@@ -20,7 +20,7 @@ from maskfeat.demos.scenes import MOTIONS, SHAPES, TEXTURES, Pixels, render_clip
 from maskfeat.distributed.preemption import end_interrupted
 from maskfeat.engine.live_line import LiveLine, close_lines
 from maskfeat.engine.metrics_log import format_eta
-from maskfeat.errors import UserError
+from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
 
 logger = logging.getLogger(__name__)
@@ -90,14 +90,15 @@ def make_images(
     root = Path(root)
     stamp = _stamp("images", SHAPES, classes, counts, size, seed, difficulty, texture)
     jobs = [(s, c, n) for s, count in counts.items() for c in stamp["classes"] for n in range(count)]
-    if not _claim(root, stamp, [root / s / c / f"{n:04d}.jpg" for s, c, n in jobs]):
-        return root
-    for split, shape, number in _reported(jobs, f"images in {root}"):
-        path = root / split / shape / f"{number:04d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = render_image(shape, split, number, size, seed, difficulty, texture)
-        Image.fromarray(pixels).save(path, quality=92)
-    _write_stamp(root, stamp | {"complete": True})
+    with naming(f"{root} cannot be written"):
+        if not _claim(root, stamp, [root / s / c / f"{n:04d}.jpg" for s, c, n in jobs]):
+            return root
+        for split, shape, number in _reported(jobs, f"images in {root}"):
+            path = root / split / shape / f"{number:04d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = render_image(shape, split, number, size, seed, difficulty, texture)
+            Image.fromarray(pixels).save(path, quality=92)
+        _write_stamp(root, stamp | {"complete": True})
     return root
 
 
@@ -132,17 +133,18 @@ def make_clips(
     stamp |= {"num_frames": num_frames, "fps": fps}
     jobs = [(s, c, n) for s, count in counts.items() for c in stamp["classes"] for n in range(count)]
     names = [f"videos/{s}/{c}_{n:04d}.mp4" for s, c, n in jobs]
-    if not _claim(root, stamp, [root / name for name in names] + [root / f"{s}.csv" for s in counts]):
-        return root
-    lines: dict[str, list[str]] = {split: [] for split in counts}
-    for name, (split, motion, number) in _reported(list(zip(names, jobs, strict=True)), f"clips in {root}"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        frames = render_clip(motion, split, number, num_frames, fps, size, seed, difficulty, texture)
-        write_video(root / name, frames, fps)
-        lines[split].append(f"{name} {stamp['classes'].index(motion)}\n")
-    for split, rows in lines.items():
-        (root / f"{split}.csv").write_text("".join(rows), encoding="utf-8")
-    _write_stamp(root, stamp | {"complete": True})
+    with naming(f"{root} cannot be written"):
+        if not _claim(root, stamp, [root / name for name in names] + [root / f"{s}.csv" for s in counts]):
+            return root
+        lines: dict[str, list[str]] = {split: [] for split in counts}
+        for name, (split, motion, number) in _reported(list(zip(names, jobs, strict=True)), f"clips in {root}"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            frames = render_clip(motion, split, number, num_frames, fps, size, seed, difficulty, texture)
+            write_video(root / name, frames, fps)
+            lines[split].append(f"{name} {stamp['classes'].index(motion)}\n")
+        for split, rows in lines.items():
+            (root / f"{split}.csv").write_text("".join(rows), encoding="utf-8")
+        _write_stamp(root, stamp | {"complete": True})
     return root
 
 

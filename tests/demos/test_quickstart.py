@@ -181,6 +181,12 @@ def test_the_script_tells_its_use_from_any_folder() -> None:
     assert b"bash tools/quickstart.sh --fresh" in shown.stdout
 
 
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["--output", str(tmp_path / "file" / "q")]) == 2
+    assert "cannot be written: Not a directory" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("opts", "said"), [([], "interrupted: the same command goes on where it stopped"), (["--fresh"], "interrupted")]
 )

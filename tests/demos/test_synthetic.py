@@ -248,6 +248,15 @@ def test_bad_arguments_write_nothing(tmp_path: Path, options: dict) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for kind in ("--images", "--clips"):
+        with pytest.raises(SystemExit) as end:
+            synthetic.main([kind, str(tmp_path / "file" / "x")])
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert end.value.code == 2 and said.endswith(f"error: {tmp_path}/file/x cannot be written: Not a directory")
+
+
 def test_a_clip_has_the_same_bytes_whatever_memory_held_before(tmp_path: Path) -> None:
     frames = render_clip("sway", "test", 14, 32, 30, (80, 80), 0, 0.4, "stripes")
     written = set()
