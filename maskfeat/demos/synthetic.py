@@ -248,7 +248,10 @@ Small by default. At the size of ImageNet and Kinetics, to measure reading speed
 def _height_by_width(text: str) -> tuple[int, int]:
     """'96x128' -> (96, 128)."""
     height, _, width = text.partition("x")
-    return int(height), int(width)
+    try:
+        return int(height), int(width)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 96x128") from error
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -284,6 +284,13 @@ def test_vivid_stripes() -> None:
         make_images("unused", texture="dots")
 
 
+def test_a_size_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    for size in ("96", "96x", "96x128x3", "axb"):
+        with pytest.raises(SystemExit):
+            synthetic.main(["--images", "a", "--size", size])
+        assert f"argument --size: {size!r} is not HEIGHTxWIDTH, such as 96x128" in capsys.readouterr().err
+
+
 def test_ctrl_c_is_one_line_and_130(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
