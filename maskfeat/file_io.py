@@ -75,6 +75,13 @@ def unexpanded_path(path: str) -> str:
     return path if _SCHEME.match(path) else path.replace("$", "$$")
 
 
+def make_parent(path: Path) -> None:
+    """Make the folder of a file that is to be written. A file in its place is left to the one who writes, whose error
+    says "Not a directory", where that of making the folder is "File exists"."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file as `replace_bytes` does, in UTF-8."""
     replace_bytes(path, text.encode("utf-8"))

@@ -22,6 +22,7 @@ from maskfeat.data.datasets.classes import read_class_names
 from maskfeat.data.datasets.folders import count
 from maskfeat.engine.parallelize import autocast
 from maskfeat.errors import UserError, naming
+from maskfeat.file_io import make_parent
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +92,17 @@ FORMATS: dict[str, Callable[[Iterator[Prediction], TextIO], None]] = {
 }
 
 
+def _format_of(output: Path) -> str:
+    """Return the format that the ending of a file names, or a table."""
+    ending = output.suffix.lower().removeprefix(".")
+    return ending if ending in FORMATS else "table"
+
+
 def _write(output: Path, kind: str, found: Iterator[Prediction]) -> None:
     """Write predictions into a file, which is there when it is complete."""
     draft = output.with_name(f".{output.name}.{os.getpid()}.partial")
     with naming(f"--output {output} cannot be written"):
+        make_parent(output)
         try:
             with draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 FORMATS[kind](found, file)
@@ -130,9 +138,9 @@ def predict(args: argparse.Namespace) -> int:
     if output is None:
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes
-        FORMATS[args.format](found, sys.stdout)
+        FORMATS[args.format or "table"](found, sys.stdout)
     else:
-        _write(output, args.format, found)
+        _write(output, args.format or _format_of(output), found)
     for sample in unreadable.values():
         logger.warning("cannot be read: %s: %s", sample.path, sample.cause)
     if len(unreadable) == len(inputs):
@@ -151,7 +159,9 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
     add_options(parser, views="those of the recipe's test")
     parser.add_argument("--top", type=count_option(1), default=5, metavar="K", help="classes (default: %(default)s)")
     parser.add_argument("--classes", metavar="FILE", help="names of the classes, one a line, where the file has none")
-    parser.add_argument("--format", choices=list(FORMATS), default="table", help="default: %(default)s")
+    parser.add_argument(
+        "--format", choices=list(FORMATS), help="default: by the ending of --output (.csv, .json), else table"
+    )
     parser.add_argument("--output", metavar="FILE", help="default: the terminal")
     return parser.parse_args(argv)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskfeat.errors import UserError, naming
-from maskfeat.file_io import replace_text
+from maskfeat.file_io import make_parent, replace_text
 from maskfeat.report.page import write_page
 from maskfeat.report.runs import read_runs, summary_csv
 
@@ -49,6 +49,7 @@ def _say(args: argparse.Namespace) -> int:
     several = len({run.folder for run in runs}) > 1
     path = args.output or (Path(REPORT) if several else runs[0].folder / REPORT)
     with naming(f"--output {path} cannot be written"):
+        make_parent(path)
         replace_text(path, write_page(runs))
     if args.csv is not None:
         text = summary_csv(runs)
@@ -56,6 +57,7 @@ def _say(args: argparse.Namespace) -> int:
             sys.stdout.write(text)
         else:
             with naming(f"--csv {args.csv} cannot be written"):
+                make_parent(args.csv)
                 replace_text(args.csv, text)
     logger.info("%s: %d run%s, %.1f MB", path, len(runs), "s" * (len(runs) > 1), path.stat().st_size / 1e6)
     return 0

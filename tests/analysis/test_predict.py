@@ -73,6 +73,25 @@ def test_scores_of_views_are_averaged_as_in_a_test(
     assert torch.allclose(torch.tensor([[row[k] for k in range(3)] for row in found]), mean, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "opts", "start"),
+    [
+        ("a.csv", [], "path,rank,class,score\n"),
+        ("a.JSON", [], "[\n {"),
+        ("a.txt", [], "{image}\n  "),
+        ("a.csv", ["--format", "table"], "{image}\n  "),
+    ],
+)
+def test_the_ending_says_the_format(
+    name: str, opts: list[str], start: str, checkpoint: Path, image_data: Path, tmp_path: Path
+) -> None:
+    """Where --format does not; and the folder of the file is made."""
+    image = next((image_data / "val").rglob("*.jpg"))
+    output = tmp_path / "new" / "folder" / name
+    assert run(checkpoint, image, "--output", output, *opts) == 0
+    assert output.read_text(encoding="utf-8").startswith(start.replace("{image}", str(image)))
+
+
 def test_names_of_a_file(image_data: Path, tmp_path: Path, capsys: Printed, caplog: Logged) -> None:
     path = save_network(tmp_path / "a.pyth", IMAGES)
     image = next((image_data / "val").rglob("*.jpg"))

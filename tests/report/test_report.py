@@ -227,16 +227,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert main(["a", str(second / "stdout.log"), "a", "--csv", "-"]) == 0 and (tmp_path / "report.html").exists()
     names = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["run", "a", str(second / "stdout.log")], "and a run is there once, however often it is given"
-    assert main(["a", "--output", "x.html", "--csv", "x.csv"]) == 0
-    assert Page((tmp_path / "x.html").read_text()).tags and len((tmp_path / "x.csv").read_text().splitlines()) == 2
+    assert main(["a", "--output", "new/x.html", "--csv", "newer/x.csv"]) == 0
+    assert Page((tmp_path / "new/x.html").read_text()).tags
+    assert len((tmp_path / "newer/x.csv").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["nowhere"], "nowhere is not the OUTPUT_DIR of a run: it has no stdout.log"),
-        (["a", "--output", "no/where/x.html"], "--output no/where/x.html cannot be written: No such file"),
-        (["a", "--csv", "no/where/x.csv"], "--csv no/where/x.csv cannot be written: No such file"),
+        (["a", "--output", "a/stdout.log/x"], "--output a/stdout.log/x cannot be written: Not a directory"),
+        (["a", "--csv", "a/stdout.log/x"], "--csv a/stdout.log/x cannot be written: Not a directory"),
     ],
 )
 def test_bad_input(
