@@ -13,6 +13,7 @@ from torch import Tensor
 
 from maskfeat.analysis.model import Model, load_model
 from maskfeat.distributed.preemption import end_interrupted, was_interrupted
+from maskfeat.distributed.processes import READER_GONE, flush_output
 from maskfeat.engine.live_line import LiveLine, close_lines
 from maskfeat.engine.metrics_log import format_eta
 from maskfeat.engine.parallelize import PRECISIONS
@@ -106,7 +107,8 @@ def load(args: argparse.Namespace) -> Model:
 
 
 def exit_code(work: Callable[[], int], level: int = logging.INFO, goes_on: bool = False) -> int:
-    """Return the exit code of `work`; 2, and the error in one line, where a user can mend it; INTERRUPTED after Ctrl-C.
+    """Return the exit code of `work`; 2, and the error in one line, where a user can mend it; INTERRUPTED after Ctrl-C;
+    READER_GONE where nobody reads the output any more.
 
     Args:
         level: of the lines of this package that are shown; of other libraries those are from warnings on.
@@ -116,7 +118,13 @@ def exit_code(work: Callable[[], int], level: int = logging.INFO, goes_on: bool 
     package = logging.getLogger("maskfeat")
     package.setLevel(level)
     try:
-        return work()
+        code = work()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, and not at the end of Python, which would say that the reader has gone
+        return code
+    except BrokenPipeError:
+        flush_output()
+        return READER_GONE
     except (KeyboardInterrupt, RuntimeError, UserError) as error:
         if not isinstance(error, UserError) or was_interrupted(error):
             return end_interrupted(error, goes_on)

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+READER_GONE = 128 + signal.SIGPIPE
+"""Exit code of a command whose output nobody reads any more, such as before `| head -1`: that of other programs."""
+
 _PR_SET_PDEATHSIG = 1  # option of prctl(2)
 
 
@@ -32,11 +35,11 @@ def exit_now(code: int) -> NoReturn:
     A normal exit of Python tears down all modules first, which takes seconds on busy cores, and joins child processes.
     """
     logging.shutdown()
-    _flush()
+    flush_output()
     os._exit(code)
 
 
-def _flush() -> None:
+def flush_output() -> None:
     """Flush standard output and error; what a full disk or a closed pipe does not take is dropped."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
@@ -58,7 +61,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         code = 1
     if code or any(thread.daemon for thread in threading.enumerate()):
         exit_now(code)
-    _flush()
+    flush_output()
     sys.exit(0)
 
 

@@ -178,6 +178,22 @@ def test_ctrl_c_is_one_line_and_130(error: BaseException, said: str, caplog: Log
     assert said_in(caplog) == f"{said}: the same command goes on where it stopped"
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_leaves_ends_it(lines: int, monkeypatch: pytest.MonkeyPatch, caplog: Logged) -> None:
+    """As `head -1`, be it noticed while lines are written or when the last of them leave the buffer."""
+
+    def work() -> int:
+        sys.stdout.writelines("a line\n" for _ in range(lines))
+        return 0
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert exit_code(work) == 141 and not caplog.text
+        stdout.flush()  # as Python does at its end
+
+
 def test_an_error_that_no_ctrl_c_precedes_is_raised() -> None:
     def work() -> int:
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
