@@ -202,18 +202,33 @@ SINKS: dict[str, tuple[type[Sink], str]] = {
     "trackio": (_Trackio, "trackio"),
 }
 """By name in LOG.TRACKERS: the class, and the module that it needs."""
+_INSTALL = "pip install 'maskfeat[trackers]', or leave it out"
 
 
 def find_trackers(names: Sequence[str]) -> None:
-    """Check that the packages of these trackers are installed, without importing them.
+    """Check that the packages of these trackers, and of no others, can be imported.
 
     Raises:
-        UserError: one of them is not.
+        UserError: one of them cannot.
     """
     missing = [name for name in names if name in SINKS and find_spec(SINKS[name][1]) is None]
     if missing:
         what = f"LOG.TRACKERS names {', '.join(missing)}, which cannot be imported"
-        raise UserError(f"{what}: pip install 'maskfeat[trackers]', or leave it out")
+        raise UserError(f"{what}: {_INSTALL}")
+    for name in names:
+        if name in SINKS:
+            _import(name)
+
+
+def _import(name: str) -> None:
+    """Import the package of a tracker, which may be there and still not work, such as with another protobuf."""
+    package = SINKS[name][1]
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # a package may raise anything
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        what = f"LOG.TRACKERS names {name}, whose package {package} cannot be imported ({cause})"
+        raise UserError(f"{what}: {_INSTALL}") from error
 
 
 class _Worker:

@@ -165,18 +165,30 @@ def test_bad_input(
     assert not (tmp_path / "out").exists()
 
 
-def test_one_that_cannot_be_imported_is_a_warning(
-    tmp_path: Path, heard: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_one_that_cannot_be_imported_is_refused(
+    image_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Before anything is written, and in a line that says why; where nobody asks for it, it is left alone."""
     (tmp_path / "broken_tracker.py").write_text("import no_such_module\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(SINKS, "wandb", (Fake, "broken_tracker"))
+    find_trackers(["csv", "tensorboard"])
+    opts = [*PRETRAINING, *images(image_data), "OUTPUT_DIR", str(tmp_path / "out")]
+    assert main([*opts, "LOG.TRACKERS", "[csv, wandb]"]) == 2 and not (tmp_path / "out").exists()
+    assert (
+        "error: LOG.TRACKERS names wandb, whose package broken_tracker cannot be imported (ModuleNotFoundError: No "
+        "module named 'no_such_module'): pip install 'maskfeat[trackers]', or leave it out"
+    ) in caplog.text
 
+
+def test_one_that_breaks_when_it_starts_is_a_warning(
+    tmp_path: Path, heard: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Broken(Fake):
         def __init__(self, about: About, identity: str) -> None:
-            importlib.import_module("broken_tracker")
+            importlib.import_module("no_such_module")
 
-    monkeypatch.setitem(SINKS, "wandb", (Broken, "broken_tracker"))
-    find_trackers(["wandb"])
+    monkeypatch.setitem(SINKS, "wandb", (Broken, "no_such_module"))
     found = Trackers(["wandb", "csv"], about(tmp_path))
     found.write("train_iter", {"loss": 1.0}, 0)
     found.close()
