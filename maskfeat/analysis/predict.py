@@ -14,7 +14,7 @@ from typing import TextIO
 
 import torch
 
-from maskfeat.analysis.command import Progress, add_options, check_finite, count_option, exit_code, load
+from maskfeat.analysis.command import Progress, add_options, check_finite, count_option, exit_code, load, refuse_input
 from maskfeat.analysis.inputs import Inputs, find_inputs, input_loader, split_views
 from maskfeat.analysis.model import Model, Prediction
 from maskfeat.batch import BadSample, Batch
@@ -125,6 +125,8 @@ def predict(args: argparse.Namespace) -> int:
     output = None if args.output is None else Path(args.output)
     if output is not None and output.is_dir():
         raise UserError(f"--output {output} is a folder: the name of a file is expected")
+    if output is not None:
+        refuse_input(output, [*args.inputs, args.checkpoint])
     model = load(args)
     model.predict([], args.top)  # which refuses a network that does not classify
     if args.classes is not None:

@@ -219,3 +219,11 @@ def test_scores_that_are_not_finite(image_data: Path, tmp_path: Path, caplog: Lo
     torch.save(content, path)
     assert run(path, next((image_data / "val").rglob("*.jpg")), "--top", 1) == 2
     assert "are not finite" in said_in(caplog)
+
+
+def test_a_list_is_not_overwritten_by_its_predictions(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "list.csv").write_text("a.jpg\n")
+    assert run(checkpoint, tmp_path / "list.csv", "--output", tmp_path / "list.csv") == 2
+    assert "is what is read" in caplog.text and (tmp_path / "list.csv").read_text() == "a.jpg\n"

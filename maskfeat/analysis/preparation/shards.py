@@ -354,4 +354,4 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         logger.info("train on them with DATA.PATH_TO_DATA_DIR %s", args.output)
         return 0
 
-    return exit_code(work)
+    return exit_code(work, goes_on=True)
