@@ -96,6 +96,8 @@ def _run(index: int, job: Callable[..., int], args: tuple[Any, ...], writers: Se
     try:
         code = job(index, *args)
     except Exception:
+        # That of PyTorch's data loader raises whenever a data worker ends, and what it interrupted here would be lost.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         writers[index].send_bytes(traceback.format_exc().encode()[-32_000:])  # less than a pipe holds: never blocks
         # Exit here, while the traceback keeps everything alive: tearing it down may wait for processes that are gone.
         exit_now(1)

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
 
@@ -57,6 +58,21 @@ def one_fails(index: int, folder: Path) -> int:
     if index == 0:
         time.sleep(600)
     raise KeyError("no such key")
+
+
+def one_is_hit_again(index: int, folder: Path) -> int:
+    """By what PyTorch's data loader raises when a data worker ends, while its first error is being reported."""
+
+    def hit(number: int, _: FrameType | None) -> None:
+        raise RuntimeError("a data worker has ended")
+
+    def report() -> str:
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return written()
+
+    signal.signal(signal.SIGCHLD, hit)
+    written, traceback.format_exc = traceback.format_exc, report
+    return one_fails(index, folder)
 
 
 def both_fail(index: int, folder: Path) -> int:

@@ -438,6 +438,7 @@ def supervised(tmp_path: Path) -> Iterator[Callable[..., Program]]:
         ("one_ends_with_7", 7, ["rank 1 (process {1}) exited with code 7: see its message above"]),
         ("one_is_stopped", 7, ["rank 1 (process {1}) exited with code 7"]),
         ("one_fails", 1, ["rank 1 (process {1}) failed:\nTraceback", "in one_fails", "KeyError: 'no such key'"]),
+        ("one_is_hit_again", 1, ["rank 1 (process {1}) failed:\nTraceback", "KeyError: 'no such key'"]),
         ("both_fail", 1, ["rank 1 (process {1}) failed:\nTraceback", "ValueError: the cause"]),
         ("one_is_killed", 137, ["rank 1 (process {1}) was killed by SIGKILL, from outside; running out of memory"]),
         ("one_is_terminated", 143, ["rank 1 (process {1}) was killed by SIGTERM\n"]),
