@@ -15,6 +15,7 @@ from maskfeat.analysis.preparation.shards import MANIFEST, main, size_option
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.data.shards.index import ENDING, read_indices
+from maskfeat.distributed.preemption import INTERRUPTED
 from maskfeat.errors import UserError
 from tests.data.datasets.test_parquet_shards import write_rows
 from tests.data.shards import write_tar
@@ -107,7 +108,9 @@ def test_parquet_files_become_archives(tmp_path: Path) -> None:
     assert [entry.label for entry in index.entries] == [None]
 
 
-def test_an_interrupted_call_goes_on(image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_call_goes_on(
+    image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = made(image_data, tmp_path / "whole", "--size", "20K")
     output = tmp_path / "cut"
     left = iter([True, True, False])
@@ -120,8 +123,8 @@ def test_an_interrupted_call_goes_on(image_data: Path, tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "make_shard", cut)
-        with pytest.raises(KeyboardInterrupt):
-            main([str(image_data), str(output), "--workers", "0", "--size", "20K"])
+        assert main([str(image_data), str(output), "--workers", "0", "--size", "20K"]) == INTERRUPTED
+    assert "interrupted: the same command goes on where it stopped" in caplog.text
     (output / ".1.partial.train-000002.tar").write_bytes(b"of a killed process")
     before = {path.name: path.stat().st_mtime_ns for path in output.glob("[!.]*.tar")}
     assert len(before) == 2
