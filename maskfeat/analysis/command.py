@@ -90,6 +90,11 @@ def add_options(parser: argparse.ArgumentParser, views: str) -> None:
     parser.add_argument("--precision", choices=list(PRECISIONS), default="off", help="off: float32 (default)")
 
 
+def are_same(first: str | Path, second: str | Path) -> bool:
+    """Whether two paths name the same file or folder, which exists."""
+    return os.path.exists(first) and os.path.exists(second) and os.path.samefile(first, second)
+
+
 def refuse_input(output: Path, inputs: Iterable[str]) -> None:
     """Refuse an --output that is one of the files that are read.
 
@@ -97,7 +102,7 @@ def refuse_input(output: Path, inputs: Iterable[str]) -> None:
         UserError: it is.
     """
     for given in inputs:
-        if output.exists() and os.path.exists(given) and os.path.samefile(output, given):
+        if are_same(output, given):
             raise UserError(f"--output {output} is what is read ({given}): give another name, it would be overwritten")
 
 

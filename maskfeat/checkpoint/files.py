@@ -27,6 +27,7 @@ from maskfeat.checkpoint import sharded
 from maskfeat.checkpoint.atomic import fsync_dir, fsync_file, sha256, write_and_fsync
 from maskfeat.checkpoint.reading import read_checkpoint, trained_model
 from maskfeat.checkpoint.sharded_files import verify
+from maskfeat.distributed.collectives import run_on_main
 from maskfeat.errors import UserError, UserFileError
 
 logger = logging.getLogger(__name__)
@@ -275,8 +276,12 @@ def latest_of_other_tasks(output_dir: str | Path, task: str, wanted: Callable[[d
 def given_or_latest_checkpoint(
     given: str, output_dir: str | Path, task: str, model_name: str
 ) -> tuple[Path | str, dict[str, Any]] | None:
-    """Return path and content of the checkpoint that a key names, or else of the newest of this run; None if none."""
+    """Return path and content of the checkpoint that a key names, or else of the newest of this run; None if none.
+
+    Collective: one process says which is the newest. A run that trains meanwhile, or a slow file system, may show
+    another one to others.
+    """
     if given:
         return given, read_verified_checkpoint(given)
-    found = latest_checkpoint(output_dir, task, model_name)
+    found = run_on_main(lambda: latest_checkpoint(output_dir, task, model_name))
     return None if found is None else (found, open_checkpoint(found))

@@ -15,6 +15,7 @@ from maskfeat.checkpoint.files import (
     AVERAGE,
     SHARDED,
     Position,
+    given_or_latest_checkpoint,
     latest_checkpoint,
     latest_of_other_tasks,
     open_checkpoint,
@@ -288,13 +289,7 @@ def find_tested(cfg: CfgNode) -> tuple[str, dict[str, Any]]:
     """Return path and content of what is tested: TEST.CHECKPOINT_FILE_PATH, else the last checkpoint of OUTPUT_DIR,
     else TRAIN.CHECKPOINT_FILE_PATH.
     """
-    found = None
-    if cfg.TEST.CHECKPOINT_FILE_PATH:
-        found = cfg.TEST.CHECKPOINT_FILE_PATH, read_verified_checkpoint(cfg.TEST.CHECKPOINT_FILE_PATH)
-    else:
-        # One process decides: a run that trains meanwhile, or a slow file system, may show others another one.
-        newest = run_on_main(lambda: latest_checkpoint(cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME))
-        found = None if newest is None else (str(newest), open_checkpoint(newest))
+    found = given_or_latest_checkpoint(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
     if found is None and cfg.TRAIN.CHECKPOINT_FILE_PATH:
         found = cfg.TRAIN.CHECKPOINT_FILE_PATH, read_verified_checkpoint(cfg.TRAIN.CHECKPOINT_FILE_PATH)
         logger.warning(
@@ -307,7 +302,7 @@ def find_tested(cfg: CfgNode) -> tuple[str, dict[str, Any]]:
             f"nothing to test: OUTPUT_DIR {cfg.OUTPUT_DIR} has no checkpoint of this run, and neither "
             "TEST.CHECKPOINT_FILE_PATH nor TRAIN.CHECKPOINT_FILE_PATH is given"
         )
-    return found
+    return str(found[0]), found[1]
 
 
 def load_for_testing(cfg: CfgNode, device: torch.device, path: str, content: dict[str, Any]) -> dict[str, Objective]:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from yacs.config import CfgNode
 
+from maskfeat.checkpoint import files
 from maskfeat.config import load_config
 from maskfeat.distributed.launch import launch
 from maskfeat.distributed.world import World
-from maskfeat.engine import resume
 from maskfeat.engine.run import work
 from maskfeat.engine.setup import CommandLine
 from tests.small import RECIPES, VIT_FT, images
@@ -64,7 +64,7 @@ def test_configs_that_differ(image_data: Path, tmp_path: Path) -> None:
 def blind(world: World, init_method: str, cfg: CfgNode, given: CommandLine) -> int:
     """A test whose second process sees no checkpoint: those of the first are not there yet, or are gone again."""
     if world.rank == 1:
-        resume.latest_checkpoint = lambda *_: None  # type: ignore[assignment]
+        files.latest_checkpoint = lambda *_: None  # type: ignore[assignment]
     return work(world, init_method, cfg, given)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from maskfeat.analysis.checks.collect import ALL, Collected, Sample, collect
 from maskfeat.analysis.checks.reading import in_parallel
-from maskfeat.analysis.command import count_option, exit_code
+from maskfeat.analysis.command import are_same, count_option, exit_code
 from maskfeat.data.bad_samples import UnreadableSample, open_regular_file
 from maskfeat.data.datasets.folders import count, some
 from maskfeat.data.datasets.layouts import NAMES
@@ -344,7 +344,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     def work() -> int:
         workers = available_cores() if args.workers is None else args.workers
-        if os.path.exists(args.output) and os.path.exists(args.source) and os.path.samefile(args.output, args.source):
+        if are_same(args.output, args.source):
             raise UserError(
                 f"OUTPUT {args.output} is SOURCE: give another folder, shards are only read where nothing else lies"
             )
