@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from maskfeat.data.bad_samples import BadSampleLog
-from maskfeat.data.cached_loader import CachedLoader
 from maskfeat.data.datasets.base import DatasetRequest
 from maskfeat.data.datasets.classes import check_labels
 from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.loader import BatchLoader, LabelledSamples, Loader
+from maskfeat.data.resident_loader import ResidentLoader
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.distributed.world import World, available_cores
 from maskfeat.errors import UserError
@@ -106,12 +106,17 @@ def build_loader(
     if not trains and fixed and cfg.DATA.TEST_CROP_SIZE != cfg.DATA.TRAIN_CROP_SIZE:
         raise UserError(
             f"DATA.TEST_CROP_SIZE is {cfg.DATA.TEST_CROP_SIZE} and DATA.TRAIN_CROP_SIZE {cfg.DATA.TRAIN_CROP_SIZE}: "
-            "ViT, MViTv2 and MFM are built for one size, set both to it"
+            "this model is built for one size, set both to it"
         )
     world = world or World()
     section = cfg.TEST if split == "test" else cfg.TRAIN
     request = DatasetRequest(split, trains, build_mask_sampler(cfg), num_clips, classes)
     dataset: LabelledSamples = dataset_spec(cfg, "TEST" if split == "test" else "TRAIN").build(cfg, request)
+    if cfg.DATA_LOADER.RESIDENT and not isinstance(dataset, ImageFolder):
+        raise UserError(
+            "DATA_LOADER.RESIDENT must be False for a data set of a plugin that does not build a "
+            f"maskfeat.data.datasets.imagenet.ImageFolder; given True and a {type(dataset).__name__}"
+        )
     if objective.classifies:
         check_labels(split, dataset, cfg.MODEL.NUM_CLASSES, trains)
     per_process, left = divmod(section.BATCH_SIZE, world.local_size)
@@ -139,5 +144,5 @@ def build_loader(
     # More workers than cores only take each other's time; how many there are changes nothing in the data.
     workers = min(cfg.DATA_LOADER.NUM_WORKERS, max(available_cores() // world.local_size, 1))
     if cfg.DATA_LOADER.RESIDENT and isinstance(dataset, ImageFolder):
-        return CachedLoader(dataset, sampler, bad_samples, workers, device=device)
+        return ResidentLoader(dataset, sampler, bad_samples, workers, device=device)
     return Loader(dataset, sampler, bad_samples, workers, cfg.DATA_LOADER.PIN_MEMORY, device=device)

@@ -1,13 +1,13 @@
 """The `maskfeat` command: one sub-command for each program. tools/ holds the same programs as scripts."""
 
 import argparse
-import difflib
 import importlib
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import maskfeat
+from maskfeat.text import nearest
 
 
 class Program(NamedTuple):
@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     program = PROGRAMS.get(args.command)
     if program is None:
-        nearest = max(PROGRAMS, key=lambda name: difflib.SequenceMatcher(None, args.command.lower(), name).ratio())
-        parser.error(f"unknown command {args.command!r}; did you mean {nearest!r}? (--help lists the commands)")
+        meant = nearest(args.command, PROGRAMS)
+        parser.error(f"unknown command {args.command!r}; did you mean {meant!r}? (--help lists the commands)")
     if program.passive_threads:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
 

@@ -283,7 +283,7 @@ def tile_grid(
         gap: pixels between tiles.
 
     Raises:
-        UserError: the numbers of tiles, headers and captions differ.
+        ValueError: the numbers of tiles, headers and captions differ.
     """
     if not rows or any(len(row) != len(headers) for row in rows):
         raise ValueError(f"rows of {[len(row) for row in rows]} tiles given: expected {len(headers)} in each")

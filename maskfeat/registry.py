@@ -72,7 +72,6 @@ class Range(NamedTuple):
 
 AT_LEAST_0 = Range(0)
 AT_LEAST_1 = Range(1)
-POSITIVE = Range(0, above=True)
 SHARE = Range(0, 1)
 BELOW_1 = Range(0, 1, below=True)
 ABOVE_0_TO_1 = Range(0, 1, above=True)
@@ -221,7 +220,8 @@ def register(spec: S) -> S:
     """Make a spec known under its names, and return it.
 
     Raises:
-        UserError: a name is taken.
+        ValueError: a name is taken, or a data set's is not in lower case. Where PLUGINS names the module, `load` says
+            so in a `UserError`.
     """
     for name in spec.names:
         taken = _specs.get((type(spec), name))

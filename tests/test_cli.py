@@ -43,7 +43,7 @@ def test_help_imports_no_torch() -> None:
         "print([m for m in sys.modules if m in ('torch', 'yacs', 'PIL') or m.startswith('maskfeat.')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=True)
-    assert done.stdout.splitlines()[-1] == "['maskfeat.cli']"
+    assert done.stdout.splitlines()[-1] == "['maskfeat.text', 'maskfeat.cli']"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from maskfeat.build import build_loader
 from maskfeat.checkpoint.files import read_verified_checkpoint
 from maskfeat.checkpoint.reading import read_checkpoint
 from maskfeat.config import load_config, save_config
-from maskfeat.data.datasets.video_list import read_video_list
+from maskfeat.data.datasets.sample_list import read_sample_list
 from maskfeat.file_io import local_path
 
 
@@ -55,7 +55,7 @@ def test_a_registered_scheme_is_resolved(box: Box) -> None:
 def test_a_scheme_without_a_handler_is_named(box: Box, path: str, tmp_path: Path) -> None:
     scheme = path.split(":", 1)[0].replace("+", r"\+")
     message = rf"{scheme}://.* cannot be read: no handler is registered for {scheme}://.*register_handler"
-    for read in (local_path, read_checkpoint, load_config, read_video_list):
+    for read in (local_path, read_checkpoint, load_config, read_sample_list):
         with pytest.raises(ValueError, match=message):
             read(path)
     assert not box.asked
@@ -90,9 +90,9 @@ def test_configs(box: Box, tmp_path: Path) -> None:
 
 def test_lists_of_videos(box: Box) -> None:
     (box.folder / "val.csv").write_text("a.mp4 3\nb.mp4 1\n")
-    assert read_video_list("box://val.csv", " ", "/data") == [("/data/a.mp4", 3), ("/data/b.mp4", 1)]
+    assert read_sample_list("box://val.csv", " ", "/data") == [("/data/a.mp4", 3), ("/data/b.mp4", 1)]
     with pytest.raises(ValueError, match="box://none.csv cannot be read .no such file."):
-        read_video_list("box://none.csv")
+        read_sample_list("box://none.csv")
     recipe = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "clips_ft.yaml"
     (box.folder / "b.mp4").write_bytes(b"one of them is there")
     prefix = str(box.folder)
@@ -105,4 +105,4 @@ def test_lists_of_videos(box: Box) -> None:
 def test_videos_themselves_stay_local(box: Box) -> None:
     (box.folder / "val.csv").write_text("box://a.mp4 3\n")
     with pytest.raises(ValueError, match="'box://a.mp4' is not a local file"):
-        read_video_list("box://val.csv")
+        read_sample_list("box://val.csv")

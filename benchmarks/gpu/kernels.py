@@ -131,11 +131,11 @@ def _pool(shape: Pooling, dtype: torch.dtype, kernels: Any, context: Context) ->
     x = fused[..., width : 2 * width]
     if context.cuda:
         leaf, kernel = x.detach().requires_grad_(), weight.detach().requires_grad_()
-        y = pooling.pool_tokens(leaf, shape.prefix, shape.grid, shape.stride, kernel)
+        y = pooling.conv_pool(leaf, shape.prefix, shape.grid, shape.stride, kernel)
         grad = torch.randn(y.shape, generator=draw).to(y)
         dx, dw = torch.autograd.grad(y, [leaf, kernel], grad)
         y, dx = y.detach()[:, shape.prefix :], dx[:, shape.prefix :]
-    else:  # the kernels themselves: `pool_tokens` takes them on CUDA alone
+    else:  # the kernels themselves: `conv_pool` takes them on CUDA alone
         patches = x[:, shape.prefix :].unflatten(1, shape.grid)
         y = kernels.forward(patches, weight, shape.stride)
         grad = torch.randn(2, shape.prefix + math.prod(y.shape[1:4]), width, generator=draw).to(dtype)

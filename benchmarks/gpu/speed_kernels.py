@@ -77,7 +77,7 @@ def _row(shape: Pooling, context: Context, has_kernels: bool) -> Figures:
     compiled = torch.compile(pooling.reference_pool, dynamic=False, backend=backend)
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
-        return pooling.pool_tokens(x, shape.prefix, shape.grid, shape.stride, weight)
+        return pooling.conv_pool(x, shape.prefix, shape.grid, shape.stride, weight)
 
     def convolutions(x: Tensor, weight: Tensor) -> Tensor:
         with mock.patch.object(pooling, "_triton_kernels", lambda: None):

@@ -1,1 +1,1 @@
-"""Analysis after training: probes of frozen features, images of predictions, line charts."""
+"""Before and after training: checks and preparation of data, probes, features, predictions, images, export."""

@@ -15,9 +15,9 @@ from maskfeat.analysis.model import Model, load_model
 from maskfeat.distributed.preemption import end_interrupted, was_interrupted
 from maskfeat.distributed.processes import READER_GONE, flush_output
 from maskfeat.engine.live_line import LiveLine, close_lines
-from maskfeat.engine.metrics_log import format_eta
 from maskfeat.engine.parallelize import PRECISIONS
 from maskfeat.errors import NotFinite, UserError
+from maskfeat.text import duration
 
 logger = logging.getLogger(__name__)
 
@@ -180,4 +180,4 @@ class Progress:
 
     def _speed(self) -> str:
         rate = self.done / (time.perf_counter() - self.started)
-        return f"{rate:.4g}/s, eta {format_eta((self.total - self.done) / rate)}"
+        return f"{rate:.4g}/s, eta {duration((self.total - self.done) / rate)}"

@@ -19,8 +19,7 @@ from maskfeat.analysis.extraction import TOKENS, Plan, compute_parts, make_plan,
 from maskfeat.analysis.feature_files import Features, check_format, read_rows, write_features
 from maskfeat.analysis.inputs import MOST_WORKERS, Inputs, find_inputs, split_views
 from maskfeat.analysis.model import POOLS, Model
-from maskfeat.data.datasets.folders import count
-from maskfeat.data.datasets.video_list import NO_LABEL
+from maskfeat.data.datasets.sample_list import NO_LABEL
 from maskfeat.distributed.collectives import (
     all_gather_object,
     destroy_process_group,
@@ -32,6 +31,7 @@ from maskfeat.distributed.world import World, available_cores, choose_device
 from maskfeat.engine.owner import owned
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
+from maskfeat.text import count
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from maskfeat.batch import BadSample
 from maskfeat.checkpoint.atomic import fsync_dir, fsync_file, write_and_fsync
-from maskfeat.data.datasets.video_list import NO_LABEL
+from maskfeat.data.datasets.sample_list import NO_LABEL
 from maskfeat.errors import UserError
 
 _ROWS = "row"

@@ -16,17 +16,18 @@ from torch import Tensor
 from maskfeat.analysis.model import Model
 from maskfeat.batch import BadSample, SampleKey
 from maskfeat.data.datasets.base import DatasetRequest
-from maskfeat.data.datasets.folders import FolderScan, class_folders, class_name, count, some
+from maskfeat.data.datasets.folders import FolderScan, class_folders, class_name
 from maskfeat.data.datasets.imagenet import build_image_folder
 from maskfeat.data.datasets.kinetics import build_video_clips
 from maskfeat.data.datasets.lists import LISTS, read_any_list
-from maskfeat.data.datasets.video_list import NO_LABEL
-from maskfeat.data.datasets.video_list import SUFFIXES as VIDEOS
+from maskfeat.data.datasets.sample_list import NO_LABEL
+from maskfeat.data.datasets.sample_list import SUFFIXES as VIDEOS
 from maskfeat.data.image_reader import SUFFIXES as IMAGES
 from maskfeat.data.loader import Loader
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError
+from maskfeat.text import count, some
 
 SPLITS = {"train", "val", "test"}
 MOST_WORKERS = 8
@@ -93,7 +94,7 @@ def find_inputs(
         data: files, folders and lists, one or several. A folder is searched at any depth; where it is the only input
             and all files lie in two or more folders directly in it (or in those of its splits, train/, val/ and
             test/), these are classes. A list (.csv, .tsv, .txt) is one of paths, with or without labels, see
-            `video_list.read_video_list`.
+            `sample_list.read_sample_list`.
         media: "image" or "video": what is looked for. None = what is there, which must be one of both.
         prefix: folder that the paths of lists are relative to; "" = that of the list, or the working folder.
 
@@ -143,7 +144,7 @@ def _is_video(path: str, media: str | None) -> bool:
 def _find(given: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[int]]:
     """Return paths and labels of one input; `scan` counts what is left out."""
     if os.path.isdir(given):
-        paths = sorted(scan.images_below(given))
+        paths = sorted(scan.files_below(given))
         return paths, [NO_LABEL] * len(paths)
     if given.lower().endswith(LISTS):
         listed = read_any_list(given, prefix, "--prefix")

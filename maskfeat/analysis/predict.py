@@ -19,10 +19,10 @@ from maskfeat.analysis.inputs import Inputs, find_inputs, input_loader, split_vi
 from maskfeat.analysis.model import Model, Prediction
 from maskfeat.batch import BadSample, Batch
 from maskfeat.data.datasets.classes import read_class_names
-from maskfeat.data.datasets.folders import count
 from maskfeat.engine.parallelize import autocast
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import make_parent
+from maskfeat.text import count
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """Published weights by name: where they are, which recipe made them, and which accuracy their authors report."""
 
-import difflib
 from typing import Any, NamedTuple
 
 from torchvision.models import ResNet50_Weights
@@ -150,8 +149,3 @@ def list_models() -> list[Published]:
 def imagenet_classes() -> list[str]:
     """Return the names of ImageNet-1K's classes, in the order of their folders."""
     return list(_TORCHVISION[1].meta["categories"])
-
-
-def nearest_name(given: str) -> str:
-    """Return the published name that is most like what was given."""
-    return max(PUBLISHED, key=lambda name: difflib.SequenceMatcher(None, given.lower(), name).ratio())

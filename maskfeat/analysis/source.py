@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 from yacs.config import CfgNode
 
-from maskfeat.analysis.published import PUBLISHED, nearest_name
+from maskfeat.analysis.published import PUBLISHED
 from maskfeat.checkpoint.download import fetch, is_url
 from maskfeat.checkpoint.files import read_verified_checkpoint
 from maskfeat.checkpoint.reading import is_torchvision_name
 from maskfeat.errors import UserError
+from maskfeat.text import nearest
 
 
 class Source(NamedTuple):
@@ -50,7 +51,7 @@ def read_source(source: str | Path, cfg: CfgNode | None = None) -> Source:
             raise UserError(f"there is no file {given}")
         raise UserError(
             f"there is no file {given}, and nothing is published under this name; the nearest is "
-            f"{nearest_name(given)!r} (maskfeat.list_models() lists all)"
+            f"{nearest(given, PUBLISHED)!r} (maskfeat.list_models() lists all)"
         )
     newest = max(Path(given).glob("checkpoints/*.pyth"), key=os.path.getmtime, default=None) if exists else None
     if newest is not None:

@@ -8,7 +8,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from maskfeat.checkpoint.names import SPLIT_QKV, hint_at_prefixes, renamed, strip_prefixes
 from maskfeat.distributed.fsdp import local_shard, shard_like
 from maskfeat.errors import NotFinite, UserError
+from maskfeat.text import matches, some
 
 
 class Misfit(UserError):
@@ -82,18 +82,9 @@ class LoadReport:
             ("fresh", self.fresh),
             ("dropped", self.dropped),
         )
-        return "\n".join(f"  {what:<8}{len(names):>5}  {_short(what, names)}".rstrip() for what, names in rows)
-
-
-def _short(what: str, names: Sequence[str], most: int = 6) -> str:
-    if what == "loaded":
-        return ""
-    shown = ", ".join(names[:most])
-    return shown + (f", and {len(names) - most} more" if len(names) > most else "")
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+        return "\n".join(
+            f"  {what:<8}{len(names):>5}  {'' if what == 'loaded' else some(names)}".rstrip() for what, names in rows
+        )
 
 
 def _all_of(state: Mapping[str, Tensor], first: str, names: Sequence[str]) -> list[Tensor]:
@@ -229,7 +220,7 @@ def _usable(state: Mapping[str, Tensor], dropped: Sequence[str]) -> tuple["Order
             others[name] = kind
         else:  # resizing computes with the values, and most operators do not support 8-bit floats
             usable[name] = value.float() if value.is_floating_point() and value.itemsize == 1 else value
-    problems = [f"{name} is {kind}" for name, kind in others.items() if not _matches(name, dropped)]
+    problems = [f"{name} is {kind}" for name, kind in others.items() if not matches(name, dropped)]
     if problems:
         raise UserError(
             f"{len(problems)} entries cannot be loaded into parameters:\n  {list_problems(problems)}\n"
@@ -304,12 +295,12 @@ def fit_state(
     state, report.dropped = _usable(state, (*rules.dropped, *allow))
     state = fuse_qkv(state)
     for name, parameter in own.items():
-        if _matches(name, rules.anew):
+        if matches(name, rules.anew):
             report.fresh.append(name)
             report.dropped += [name] if name in state else []
             continue
         if name not in state:
-            if _matches(name, rules.fresh) or _matches(name, allow):
+            if matches(name, rules.fresh) or matches(name, allow):
                 report.fresh.append(name)
             elif name.endswith("num_batches_tracked"):
                 report.loaded.append(name)  # older files have no count; nothing here depends on it
@@ -324,7 +315,7 @@ def fit_state(
                 report.loaded.append(name)
             else:
                 report.resized[name] = _change(value, parameter)
-        elif _matches(name, allow):
+        elif matches(name, allow):
             report.fresh.append(name)
             report.dropped.append(name)
         else:
@@ -332,7 +323,7 @@ def fit_state(
     for name in state:
         if name in own:
             continue
-        if _matches(name, rules.dropped) or _matches(name, allow):
+        if matches(name, rules.dropped) or matches(name, allow):
             report.dropped.append(name)
         else:
             problems.append(f"{name} is in the file but not in the model")

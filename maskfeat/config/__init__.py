@@ -17,6 +17,7 @@ from maskfeat.config.yaml_io import WRITTEN, Entry, read_chain
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text, unexpanded_path
 from maskfeat.registry import lookup
+from maskfeat.text import count, some
 
 __all__ = ["dump_config", "get_defaults", "load_config", "save_config", "validate"]
 
@@ -63,13 +64,10 @@ def load_config(
 
 
 def _name_inert(keys: Sequence[str]) -> None:
-    count, first = len(keys), ", ".join(keys[:_NAMED])
     logger.warning(
-        "%d key%s of PySlowFast's other models and tools, without effect here: %s%s",
-        count,
-        "" if count == 1 else "s",
-        first,
-        f" and {count - _NAMED} more" if count > _NAMED else "",
+        "%s of PySlowFast's other models and tools, without effect here: %s",
+        count(len(keys), "key"),
+        some(keys, _NAMED),
     )
     logger.debug("keys without effect: %s", ", ".join(keys))
 

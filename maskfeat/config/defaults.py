@@ -129,7 +129,7 @@ def _data(cfg: CfgNode) -> None:
     # ours: how the samples lie there: "auto" (as the files show) | "folder" (each in a file, of folders or a list) |
     # "tar" | "parquet" (many in a file, read in place)
     cfg.DATA.FORMAT = "auto"
-    cfg.DATA.PATH_PREFIX = ""  # folder that the paths in a list of videos are relative to
+    cfg.DATA.PATH_PREFIX = ""  # folder that the paths in a list of samples are relative to
     cfg.DATA.PATH_LABEL_SEPARATOR = " "  # between path and label in a line of the list; \t = a tab
     # ours: file with the names of the classes of lists, one a line, in the order of their labels; "" = classes.txt
     # beside the lists, where there is one
@@ -168,7 +168,8 @@ def _data(cfg: CfgNode) -> None:
 
 def _aug(cfg: CfgNode) -> None:
     cfg.AUG = CfgNode()
-    cfg.AUG.ENABLE = False  # use the augmentations of this section
+    # use RandAugment, colour jitter, random erasing and copies; masks and INTERPOLATION do not need it
+    cfg.AUG.ENABLE = False
     cfg.AUG.NUM_SAMPLE = 1  # differently augmented copies of each sample in a batch
     # ours: repeated augmentation: copies of a sample within the same batch size; an epoch shows 1 / REPEATS of the data
     cfg.AUG.REPEATS = 1

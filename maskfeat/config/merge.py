@@ -1,6 +1,5 @@
 """Merge entries into a config, strictly: every key must be known, every value have the type of its key."""
 
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from maskfeat.config.yaml_io import Entry
 from maskfeat.errors import UserError
 from maskfeat.file_io import expand_path
 from maskfeat.registry import lookup
+from maskfeat.text import likeness
 
 _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
 _NOTHING = object()
@@ -121,12 +121,11 @@ def _set(cfg: CfgNode, key: str, value: object, entry: Entry) -> None:
 
 def _unknown(key: str, entry: Entry, known: Mapping[str, object]) -> str:
     names = [*known, *(name for name in INERT_KEYS if "*" not in name)]
-    folded = key.upper()
+    last = key.upper().rsplit(".", 1)[-1]
 
-    def likeness(name: str) -> tuple[float, float]:
-        whole = difflib.SequenceMatcher(None, folded, name.upper()).ratio()
-        same_name = folded.rsplit(".", 1)[-1] == name.upper().rsplit(".", 1)[-1]
+    def nearness(name: str) -> tuple[float, float]:
+        whole = likeness(key, name)
+        same_name = last == name.upper().rsplit(".", 1)[-1]
         return max(whole, 0.8 * same_name), whole  # the right name in a wrong section is near, too
 
-    nearest = max(names, key=likeness)
-    return f"{entry.where}: unknown config key {key}; did you mean {nearest}?"
+    return f"{entry.where}: unknown config key {key}; did you mean {max(names, key=nearness)}?"

@@ -1,11 +1,11 @@
 """The project's own recipes: where they are, and how `--cfg` and `_BASE_` find one by its name."""
 
-import difflib
 import os
 from pathlib import Path
 
 from maskfeat.errors import UserError
 from maskfeat.file_io import expand_path, local_path
+from maskfeat.text import likeness
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -68,8 +68,7 @@ def _nearest(name: str | os.PathLike[str]) -> list[str]:
     """Three recipes whose name, or the last part of it, is most like what was given."""
     given = os.fspath(name).removesuffix(".yaml").lower()[-200:]
 
-    def likeness(recipe: str) -> float:
-        pairs = ((given, recipe.lower()), (given.rpartition("/")[2], recipe.lower().rpartition("/")[2]))
-        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+    def nearness(recipe: str) -> float:
+        return max(likeness(given, recipe), likeness(given.rpartition("/")[2], recipe.rpartition("/")[2]))
 
-    return sorted(recipe_names(), key=likeness, reverse=True)[:3]
+    return sorted(recipe_names(), key=nearness, reverse=True)[:3]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from yacs.config import CfgNode
@@ -12,6 +11,7 @@ from maskfeat.config.defaults import INERT_KEYS, INERT_SECTIONS, KINDS, shared_d
 from maskfeat.config.ranges import CHOICES, LENGTHS, RANGES
 from maskfeat.errors import UserError
 from maskfeat.registry import Registered, Rules, Spec, load, lookup
+from maskfeat.text import matches
 
 V = TypeVar("V")
 
@@ -45,7 +45,7 @@ def full_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
 def is_inert(key: str) -> bool:
     """Return whether a key belongs to PySlowFast's other models or tools: it is accepted and kept, without effect."""
     in_section = any(key.startswith(f"{section}.") for section in INERT_SECTIONS)
-    return in_section or any(fnmatchcase(key, pattern) for pattern in INERT_KEYS)
+    return in_section or matches(key, INERT_KEYS)
 
 
 def schema(plugins: Sequence[str] = ()) -> Schema:

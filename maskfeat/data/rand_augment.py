@@ -33,7 +33,7 @@ def make_rand_augment(policy: str, short_side: int, interpolation: str, fill: Se
         policy: in timm's notation, such as "rand-m9-mstd0.5-inc1"; or "ra_6_10" for torchvision's RandAugment (two
             operations of magnitude 6 of 10 bins, filled with black).
         short_side: of the image in pixels; translations are a share of it.
-        interpolation: "bilinear", "bicubic", ... or "random".
+        interpolation: "bilinear", "bicubic", ...
         fill: RGB 0-255 of pixels from outside the image; None = timm's grey.
 
     Raises:
@@ -46,9 +46,10 @@ def make_rand_augment(policy: str, short_side: int, interpolation: str, fill: Se
             raise UserError(f"AUG.AA_TYPE {policy!r}: the magnitude must be below the number of bins, ra_6_10 for one")
         mode = InterpolationMode(interpolation)
         return RandAugment(magnitude=magnitude, num_magnitude_bins=bins, interpolation=mode)
-    params: dict[str, Any] = {"translate_const": max(int(short_side * _TRANSLATE), 1)}
-    if interpolation != "random":
-        params["interpolation"] = pil_mode(interpolation)
+    params: dict[str, Any] = {
+        "translate_const": max(int(short_side * _TRANSLATE), 1),
+        "interpolation": pil_mode(interpolation),
+    }
     if fill is not None:
         params["img_mean"] = tuple(fill)
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from maskfeat.data.datasets.lists import listed
-from maskfeat.data.datasets.video_list import VideoList, read_video_list
+from maskfeat.data.datasets.sample_list import SampleList, read_sample_list
 from maskfeat.distributed.preemption import end_interrupted
 from maskfeat.errors import UserError
 
@@ -117,10 +117,10 @@ def write_list_shares(
         group: the group of a path.
 
     Raises:
-        UserError: a list is missing or is none, see `read_video_list`.
+        UserError: a list is missing or is none, see `read_sample_list`.
     """
-    split_of = {split: read_video_list(Path(source) / f"{split}.csv") for split in ("train", "val")}
-    parts: dict[str, tuple[VideoList, VideoList]] = {
+    split_of = {split: read_sample_list(Path(source) / f"{split}.csv") for split in ("train", "val")}
+    parts: dict[str, tuple[SampleList, SampleList]] = {
         "all": (split_of["train"], split_of["val"]),
         "few": ([], split_of["val"]),
         "all_tuning": ([], []),

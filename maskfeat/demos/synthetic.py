@@ -19,9 +19,9 @@ from PIL import Image
 from maskfeat.demos.scenes import MOTIONS, SHAPES, TEXTURES, Pixels, render_clip, render_image
 from maskfeat.distributed.preemption import end_interrupted
 from maskfeat.engine.live_line import LiveLine, close_lines
-from maskfeat.engine.metrics_log import format_eta
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
+from maskfeat.text import duration
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ def _reported(jobs: Sequence[Any], what: str, every: float = 5.0) -> Iterator[An
         yield job
         now = time.monotonic()
         left = (now - began) / (done + 1) * (len(jobs) - done - 1)
-        line.show(done + 1, partial("eta {}".format, format_eta(left)))
+        line.show(done + 1, partial("eta {}".format, duration(left)))
         if done + 1 == len(jobs):
             line.close()
         if (now - logged >= every and not line.is_shown) or done + 1 == len(jobs):

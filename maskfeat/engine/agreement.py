@@ -15,6 +15,7 @@ from maskfeat.config.show import flat
 from maskfeat.data.loader import BatchLoader
 from maskfeat.distributed.collectives import all_gather_object, world_size
 from maskfeat.errors import UserError
+from maskfeat.text import some
 
 _SHOWN = 3  # differences
 _OWN = ("SHARD_ID", "NUM_GPUS", "DATA_LOADER.NUM_WORKERS", "DATA_LOADER.PIN_MEMORY", "LOG_MODEL_INFO", "DATA.SOURCES")
@@ -65,9 +66,8 @@ def _check_same(what: str, mine: Mapping[str, object], advice: str) -> None:
     other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
     (host, first), (other_host, second) = of_ranks[0], of_ranks[other]
     names = [name for name in first | second if first.get(name) != second.get(name)]
-    listed = "; ".join(f"{name} {first.get(name)!r} and {second.get(name)!r}" for name in names[:_SHOWN])
-    more = f"; and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    listed = some([f"{name} {first.get(name)!r} and {second.get(name)!r}" for name in names], _SHOWN, "; ")
     raise UserError(
         f"processes do not have the same {what}: rank 0 on {host} and rank {other} on {other_host} have "
-        f"{listed}{more}: {advice}"
+        f"{listed}: {advice}"
     )

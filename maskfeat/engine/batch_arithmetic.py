@@ -13,9 +13,9 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from maskfeat.config import load_config
-from maskfeat.data.datasets.folders import count
 from maskfeat.errors import UserError
 from maskfeat.optim.schedule import lr_at_epoch
+from maskfeat.text import count
 
 FEW_STEPS = 10
 """Steps of the recipe that an epoch must have at least for its rates to say anything about another set."""

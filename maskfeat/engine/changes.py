@@ -34,10 +34,11 @@ _GOES_WITH = {
     ),
     **dict.fromkeys(("SOLVER.COSINE_END_LR", "SOLVER.COSINE_AFTER_WARMUP"), ("SOLVER.LR_POLICY", "cosine")),
     **dict.fromkeys(("SOLVER.STEPS", "SOLVER.LRS"), ("SOLVER.LR_POLICY", "steps_with_relative_lrs")),
-    **dict.fromkeys(("SOLVER.GAMMA", "TRAIN.CHECKPOINT_TYPE", "TEST.CHECKPOINT_TYPE"), ("", "")),
 }
-"""Keys that have an effect only where another one has a value; ("", "") = never."""
-_OF_TRAINING = ("SOLVER.", "AUG.", "MIXUP.", "MASK.", "MFM.", "RNG_SEED", "TRAIN.BATCH_SIZE", "TRAIN.MICRO_BATCH_SIZE")
+"""Keys that have an effect only where another one has a value."""
+_WITHOUT_EFFECT = ("SOLVER.GAMMA", "TRAIN.CHECKPOINT_TYPE", "TEST.CHECKPOINT_TYPE")
+_OF_TRAINING = ("SOLVER.", "AUG.", "RNG_SEED", "TRAIN.BATCH_SIZE", "TRAIN.MICRO_BATCH_SIZE")
+"""Beside the keys that the objective declares."""
 
 RESIZABLE = ("DATA.TRAIN_CROP_SIZE", "DATA.NUM_FRAMES")
 """Keys of the architecture to which weights are resized."""
@@ -114,16 +115,19 @@ class _Roles:
         self.unused = {key for key, function in declared if function not in functions} - set(_SHARED)
         self.architecture = {"MODEL.ARCH", *(key for spec in used for key in spec.architecture)} - self.unused
         self.initial = {key for spec in used for key in spec.initial}
+        self.objective = {key for key, function in declared if function is objective_spec(cfg).keys}
 
 
 def _effect(change: Change, cfg: CfgNode, roles: _Roles, own: bool, finished: bool) -> str:
     """Return what a changed key does in a run that resumes: NOW, REFUSED, or a few words; arguments as `announce`."""
     key = change.key
-    needs, value = _GOES_WITH.get(key, ("", ""))
     if key in roles.unused:
         return "no effect: of another model or data set"
-    if key in _GOES_WITH and (not needs or lookup(cfg, needs) != value):
-        return f"no effect: only with {needs} {value}" if needs else "no effect"
+    if key in _WITHOUT_EFFECT:
+        return "no effect"
+    needs, value = _GOES_WITH.get(key, ("", ""))
+    if needs and lookup(cfg, needs) != value:
+        return f"no effect: only with {needs} {value}"
     if own and key in [f"TRAIN.CHECKPOINT_{name}" for name in _STARTING]:
         return "no effect: the run resumes from its own checkpoint; with another OUTPUT_DIR it starts from that file"
     if key in roles.initial:
@@ -132,7 +136,7 @@ def _effect(change: Change, cfg: CfgNode, roles: _Roles, own: bool, finished: bo
         return REFUSED
     if key == "SOLVER.LAYER_DECAY" and 1.0 in (change.was, change.now):
         return REFUSED  # without it there are other parameter groups
-    if finished and key.startswith(_OF_TRAINING):
+    if finished and (key in roles.objective or key.startswith(_OF_TRAINING)):
         return "no effect: nothing is left to train"
     if key == "RNG_SEED":
         return "from here on: order of samples, augmentation, masks; the initial weights came from the former seed"

@@ -23,14 +23,12 @@ from maskfeat.checkpoint.reading import trained_classes
 from maskfeat.config.show import differences, plain
 from maskfeat.data.datasets.base import NoValidation
 from maskfeat.data.datasets.classes import check_same_classes, describe_split, missing_classes
-from maskfeat.data.datasets.folders import count
 from maskfeat.data.loader import BatchLoader
 from maskfeat.distributed.launch import check_devices
 from maskfeat.distributed.world import World, choose_device
 from maskfeat.engine.batch_arithmetic import StepSize, check_batch_norm, compare, describe, load_recipe, step_size
 from maskfeat.engine.flops import cost_table, module_costs
 from maskfeat.engine.memory import StepMemory, estimate_step_memory
-from maskfeat.engine.metrics_log import format_eta
 from maskfeat.engine.oom import explain_oom
 from maskfeat.engine.owner import owner_of
 from maskfeat.engine.provenance import machine
@@ -43,6 +41,7 @@ from maskfeat.errors import UserError
 from maskfeat.objectives.base import Objective
 from maskfeat.optim.schedule import lr_at_epoch
 from maskfeat.registry import backbone_spec, dataset_spec
+from maskfeat.text import count, duration
 
 logger = logging.getLogger(__name__)
 
@@ -332,7 +331,7 @@ class DryRun:
             "; in one process, neither compiled nor sharded" if plainly else "",
         )
         left = total - position.epochs * len(loader) - position.step
-        epoch, whole = format_eta(seconds * len(loader)), format_eta(seconds * max(left, 0))
+        epoch, whole = duration(seconds * len(loader)), duration(seconds * max(left, 0))
         logger.info("  an epoch: %s, what is left of the run: %s (validation and tests not counted)", epoch, whole)
         if trainer.device.type == "cuda":
             logger.info("  memory of the GPU, measured: %s", _size(torch.cuda.max_memory_allocated(trainer.device)))

@@ -16,10 +16,11 @@ from maskfeat.data.loader import BatchLoader
 from maskfeat.distributed.collectives import all_gather_object, all_reduce_sum, run_on_main
 from maskfeat.engine import multi_label
 from maskfeat.engine.live_line import LiveLine
-from maskfeat.engine.metrics_log import MetricWindow, format_eta
+from maskfeat.engine.metrics_log import MetricWindow
 from maskfeat.engine.parallelize import autocast
 from maskfeat.errors import NotFinite
 from maskfeat.objectives.base import Objective
+from maskfeat.text import duration
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class _EvaluationProgress:
 
     def _state(self, step: int) -> str:
         left = (time.perf_counter() - self.started) / (step + 1) * (self.steps - step - 1)
-        return f"step {step + 1}/{self.steps}  eta {format_eta(left)}"
+        return f"step {step + 1}/{self.steps}  eta {duration(left)}"
 
 
 @torch.no_grad()

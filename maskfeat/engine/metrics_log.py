@@ -1,6 +1,5 @@
 """Log lines, `json_stats:` lines, TensorBoard, and metrics that are accumulated on the device."""
 
-import datetime
 import logging
 import math
 from collections.abc import Mapping
@@ -108,11 +107,6 @@ class MetricWindow:
         weight, rest = total[len(means)], total[len(means) + 1 :]
         values = {name: value / weight if weight else math.nan for name, value in zip(means, total, strict=False)}
         return values | {name: value / world_size() for name, value in zip(counts, rest, strict=True)}
-
-
-def format_eta(seconds: float) -> str:
-    """Format seconds as h:mm:ss, with days where there are any."""
-    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 def _plain(value: Any) -> Any:

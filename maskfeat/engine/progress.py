@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from maskfeat.engine.live_line import LiveLine
-from maskfeat.engine.metrics_log import MetricsLog, format_eta
+from maskfeat.engine.metrics_log import MetricsLog
 from maskfeat.engine.trainer import Trainer
+from maskfeat.text import duration
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class ProgressMeter:
         self._begin_window()
 
     def _eta(self, now: float) -> str:
-        return format_eta((now - self.started) / self.done * (self.todo - self.done))
+        return duration((now - self.started) / self.done * (self.todo - self.done))
 
     def _state(self) -> str:
         """What the live line says. The loss is that of the last line of the log: to read it, the device must wait."""

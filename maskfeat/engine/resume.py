@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from maskfeat.engine.trainer import Trainer
 from maskfeat.errors import UserError, about
 from maskfeat.objectives.base import Objective
 from maskfeat.registry import load, objective_spec
+from maskfeat.text import matches
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def load_to_evaluate(
         raise about(path, error) from error
     parameters = {objective.released_name(name) for name, _ in objective.named_parameters()}
     constant = objective.load_rules(model_state(content, key)).fresh
-    random = [name for name in report.fresh if name in parameters or not _matches(name, constant)]
+    random = [name for name in report.fresh if name in parameters or not matches(name, constant)]
     if random:
         what = "classifier" if objective.classifies else "prediction head"
         advice = "a pre-trained checkpoint is fine-tuned before it is tested; " if objective.classifies else ""
@@ -115,10 +115,6 @@ def load_to_evaluate(
 def _deciding(changes: Sequence[Change]) -> list[Change]:
     """Return the changes after which weights are not those of this network, however they are resized."""
     return [change for change in changes if change.key not in RESIZABLE]
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _in_brackets(changes: Sequence[Change]) -> str:

@@ -65,7 +65,7 @@ def agree_on_gpus(args: argparse.Namespace, gpus: int = GPUS) -> None:
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def slurm_errors() -> Iterator[None]:
     """Turn what Slurm refuses within into an error of one line.
 
     Raises:
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         agree_on_gpus(args)
         executor = slurm_executor(args)
-        with reported():
+        with slurm_errors():
             job = executor.submit(Job(run_net, str(Path.cwd()), ["--cfg", args.cfg, *args.opts], args.restarts))
     except UserError as error:
         parser.error(str(error))

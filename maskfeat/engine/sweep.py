@@ -27,13 +27,13 @@ from maskfeat.distributed.slurm import Job
 from maskfeat.engine.live_line import LiveLine, close_lines
 from maskfeat.engine.log_handlers import screen_handler
 from maskfeat.engine.run import main as run_net
-from maskfeat.engine.submit import add_slurm_options, agree_on_gpus, reported, slurm_executor
+from maskfeat.engine.submit import add_slurm_options, agree_on_gpus, slurm_errors, slurm_executor
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
 from maskfeat.report.command import REPORT
 from maskfeat.report.page import write_page
 from maskfeat.report.run_log import LOG
-from maskfeat.report.runs import read_runs, summary
+from maskfeat.report.runs import KINDS, read_runs, summary
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,6 @@ _GPUS = 1
 _MOST_RUNS = 1000
 _LONGEST_NAME = 200
 _BRACKETS = {"[": 1, "(": 1, "{": 1, "]": -1, ")": -1, "}": -1}
-_TABLE = ("state", "test", "validation", "training")
 
 
 class Run(NamedTuple):
@@ -294,7 +293,7 @@ class Local:
 def _submit(runs: Sequence[Run], args: argparse.Namespace) -> None:
     """Submit a Slurm array, a task for each run."""
     executor = slurm_executor(args, array_parallelism=args.parallel)
-    with reported(), executor.batch():
+    with slurm_errors(), executor.batch():
         jobs = [executor.submit(Job(run_one, str(Path.cwd()), run.argv, args.restarts)) for run in runs]
     for run, job in zip(runs, jobs, strict=True):
         logger.info("job %s, log %s: %s", job.job_id, job.paths.stdout, run.name)
@@ -304,7 +303,7 @@ def _submit(runs: Sequence[Run], args: argparse.Namespace) -> None:
 def _table(runs: Sequence[Run]) -> Iterator[str]:
     """The report's table, of the runs that have a log: a line for each run, and what differs in its name."""
     found = read_runs([run.folder for run in runs if (run.folder / LOG).is_file()])
-    rows = {name: values for name, values in summary(found).items() if name.split()[0] in _TABLE}
+    rows = {name: values for name, values in summary(found).items() if name.split()[0] in KINDS}
     columns = [["run", *(run.folder.name for run in found)], *([name, *values] for name, values in rows.items())]
     widths = [max(map(len, column)) for column in columns]
     for line in zip(*columns, strict=True):

@@ -193,7 +193,7 @@ class Trainer:
 
     def load_state_dict(self, content: Mapping[str, Any]) -> None:
         """Load optimizer, loss scale, average and position. The weights are loaded before the trainer is built, see
-        `resume.load_weights`, because the optimizer of a sharded objective refers to its shards.
+        `CheckpointSource.load_weights`, because the optimizer of a sharded objective refers to its shards.
 
         Raises:
             KeyError: the checkpoint lacks a part of the state.

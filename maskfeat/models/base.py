@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from maskfeat.errors import UserError
+
 CLASSIFIER = "head.projection."
 """Prefix of the linear classifier's parameters in released transformers."""
 
@@ -222,11 +224,11 @@ def check_clip_size(clip: Tensor, expected: Sequence[int]) -> None:
         expected: ([T,] H, W) that the backbone was built for.
 
     Raises:
-        ValueError: if the sizes differ.
+        UserError: if the sizes differ.
     """
     given = tuple(clip.shape[2:])
     if given != tuple(expected):
-        raise ValueError(
+        raise UserError(
             f"a clip of size {given} was given to a backbone built for {tuple(expected)}: "
             "DATA.TRAIN_CROP_SIZE, DATA.TEST_CROP_SIZE and DATA.NUM_FRAMES must agree with the data"
         )

@@ -1,6 +1,6 @@
 """Depthwise convolutions over a grid of tokens: the pooling of queries, keys and values (MViTv2, Li et al., CVPR 2022).
 
-`pool_tokens` has two forms. The reference form moves heads to the batch axis and channels to the front, and calls
+`conv_pool` has two forms. The reference form moves heads to the batch axis and channels to the front, and calls
 PyTorch's convolution. The fast form keeps the tokens in the layout in which the linear layer wrote them, heads side by
 side and channels last, and has its own backward pass. On CPUs PyTorch's channels-last depthwise convolution is fast in
 3-D for the forward pass and in 2-D for the gradient of the weight. The gradient of the input is therefore computed as a
@@ -31,7 +31,7 @@ Triple = tuple[int, int, int]
 _convolution_backward = torch.ops.aten.convolution_backward
 
 
-def pool_tokens(
+def conv_pool(
     tokens: Tensor, prefix: int, grid: Sequence[int], stride: Sequence[int], weight: Tensor, impl: str = "fast"
 ) -> Tensor:
     """Apply a depthwise convolution over the grid. All heads share one kernel.
@@ -55,7 +55,7 @@ def pool_tokens(
 
 
 def reference_pool(tokens: Tensor, prefix: int, grid: Sequence[int], stride: Sequence[int], weight: Tensor) -> Tensor:
-    """The reference form of `pool_tokens`."""
+    """The reference form of `conv_pool`."""
     channels, conv = len(weight), F.conv2d if len(grid) == 2 else F.conv3d
     by_head = tokens[:, prefix:].unflatten(-1, (-1, channels))  # (B, N, G, C)
     batch, _, heads, _ = by_head.shape
@@ -74,7 +74,7 @@ class _PoolConv(nn.Module):
         kernel, stride: along each axis of `grid`; the padding is half the kernel.
         grid: ([T,] H, W) tokens along each axis of the input.
         prefix: number of leading tokens that are passed through unchanged.
-        impl: "fast" or "reference", see `pool_tokens`.
+        impl: "fast" or "reference", see `conv_pool`.
     """
 
     weight: Tensor
@@ -95,7 +95,7 @@ class _PoolConv(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Pool tokens: (B, prefix + prod(grid), D) -> (B, prefix + N', D), where D is a multiple of C."""
-        return pool_tokens(input, self.prefix, self.grid, self.stride, self.weight, self.impl)
+        return conv_pool(input, self.prefix, self.grid, self.stride, self.weight, self.impl)
 
 
 class PoolConv2d(_PoolConv, nn.Conv2d):
@@ -117,7 +117,7 @@ def _three(values: Sequence[int]) -> Triple:
 
 
 class _PoolTokens(torch.autograd.Function):
-    """The fast form of `pool_tokens`; grid, stride and kernel have three axes here."""
+    """The fast form of `conv_pool`; grid, stride and kernel have three axes here."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, prefix: int, grid: Triple, stride: Triple, weight: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def write_page(runs: Sequence[Run]) -> str:
             _summary(runs),
             "</section>",
             _charts() if about or machine else "<p>No curves: nothing has been trained.</p>",
-            *(_details(run, open_=len(runs) == 1) for run in runs),
+            *map(_details, runs),
         ]
     )
     # Inside a script only "</" and "<!--" could end it or change how it is read.
@@ -134,7 +134,7 @@ def _charts() -> str:
     )
 
 
-def _details(run: Run, open_: bool) -> str:
+def _details(run: Run) -> str:
     name = escape(run.name)
     parts = [f"<section><h2>{name}</h2>"]
     if run.problems:

@@ -9,19 +9,19 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 from maskfeat.config.yaml_io import read_entries
 from maskfeat.errors import UserError, UserFileError, naming
 from maskfeat.report.run_log import LOG, Curves, RunLog, numbers, read_log
+from maskfeat.text import duration
 
 CONFIG, BAD_SAMPLES, PICTURES = "config.yaml", "bad_samples.jsonl", "pictures"
 _OVERRIDE = "# override: "
 _UNSAID = ("OUTPUT_DIR",)  # it is another one for each run, and the name of the run
 _FOR_THE_MACHINE = ("lr", "grad_norm", "clipped", "skipped", "samples_per_second", "dt", "dt_data")
 """Values of a training that say nothing about the model."""
-_KINDS = ("state", "test", "validation", "training")
+KINDS = ("state", "test", "validation", "training")
 _SPEED_AND_SKIPPED = ("samples_per_second", "skipped")
 
 
@@ -152,11 +152,6 @@ def _last(curves: Curves, name: str, with_best: bool) -> str:
     return text
 
 
-def duration(seconds: float) -> str:
-    """Format seconds as h:mm:ss, with days where there are any."""
-    return str(timedelta(seconds=int(seconds)))
-
-
 def state(run: Run) -> str:
     """Return whether a run is complete, and what ended it if not."""
     log = run.log
@@ -205,7 +200,7 @@ def circumstances(run: Run) -> Iterator[tuple[str, str]]:
 def _kind(name: str) -> int:
     """Place of a row's kind among the kinds; the runs may have different ones."""
     kind = name.split()[0]
-    return _KINDS.index(kind) if kind in _KINDS else len(_KINDS)
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
 def summary(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ import pytest
 
 from maskfeat.batch import BadSample
 from maskfeat.data.bad_samples import BadSampleLog, TooManyBadSamples, UnreadableSample, allowed_bad, error_context
-from maskfeat.data.datasets.folders import list_image_folder
+from maskfeat.data.datasets.folders import list_class_folders
 from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.transforms import ImageEvalTransform
 from maskfeat.errors import UserError
@@ -141,7 +141,7 @@ def test_the_error_says_what_is_known() -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> ImageFolder:
-    listed, _ = list_image_folder(make_folder(tmp_path / "images", {"a": 20, "b": 20}))
+    listed, _ = list_class_folders(make_folder(tmp_path / "images", {"a": 20, "b": 20}))
     return ImageFolder(listed, ImageEvalTransform(16, (0.5,) * 3, (0.5,) * 3), seed=0, replace_bad=False)
 
 

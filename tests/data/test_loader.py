@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 
 from maskfeat.batch import BadSample, Batch, SampleKey
 from maskfeat.data.bad_samples import BadSampleLog, TooManyBadSamples, UnreadableSample
-from maskfeat.data.cached_loader import CachedLoader
 from maskfeat.data.collate import collate
-from maskfeat.data.datasets.folders import list_image_folder
+from maskfeat.data.datasets.folders import list_class_folders
 from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.device_transforms import DeferredTransform
 from maskfeat.data.loader import Loader
+from maskfeat.data.resident_loader import ResidentLoader
 from maskfeat.data.sample import Sample, unreadable_sample
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
@@ -126,7 +126,7 @@ def test_too_few_samples_names_the_key() -> None:
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int]]:
-    return list_image_folder(make_folder(tmp_path_factory.mktemp("images"), {"a": 8, "b": 8}))[0]
+    return list_class_folders(make_folder(tmp_path_factory.mktemp("images"), {"a": 8, "b": 8}))[0]
 
 
 def dataset(samples: list[tuple[str, int]], views: int = 1) -> ImageFolder:
@@ -264,14 +264,14 @@ def test_what_a_user_can_mend_arrives_from_a_worker_as_it_is(
         assert str(unreadable.value) == f"{gone[0][0]}: no such file; nor can any of the 7 samples after it be read"
         assert unreadable.value.path == gone[0][0] and unreadable.value.cause.startswith("no such file")
     with pytest.raises(UnreadableSample) as unreadable:
-        CachedLoader(dataset(gone), EpochSampler(8, 4), num_workers=workers)
+        ResidentLoader(dataset(gone), EpochSampler(8, 4), num_workers=workers)
     assert str(unreadable.value).startswith(f"{gone[0][0]}: no such file; nor")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_samples_are_logged(tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
-    listed, _ = list_image_folder(make_folder(tmp_path / "images", {"a": 8, "b": 8}))
+    listed, _ = list_class_folders(make_folder(tmp_path / "images", {"a": 8, "b": 8}))
     Path(listed[3][0]).write_bytes(b"")
     Path(listed[9][0]).write_bytes(b"text")
     log = BadSampleLog(tmp_path / "out", 16, 0.2, "train")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskfeat.data.datasets.folders import list_image_folder
+from maskfeat.data.datasets.folders import list_class_folders
 from maskfeat.demos.cifar10 import ARCHIVE, CLASSES, prepare
 
 TRAIN = [f"cifar-10-batches-bin/data_batch_{number}.bin" for number in range(1, 6)]
@@ -73,7 +73,7 @@ def test_every_pixel_of_the_archive(tmp_path: Path) -> None:
                 with Image.open(folder / f"{number:04d}.png") as picture:
                     assert picture.format == "PNG" and picture.mode == "RGB"
                     assert np.array_equal(np.asarray(picture), image)
-    samples, names = list_image_folder(root / "all" / "train")
+    samples, names = list_class_folders(root / "all" / "train")
     assert names == sorted(CLASSES) == list(CLASSES) and len(samples) == 200
 
 

@@ -19,7 +19,7 @@ from maskfeat.build import build_objective
 from maskfeat.checkpoint.files import find_checkpoints, open_checkpoint
 from maskfeat.config import load_config
 from maskfeat.data.datasets.lists import listed
-from maskfeat.data.datasets.video_list import read_video_list
+from maskfeat.data.datasets.sample_list import read_sample_list
 from maskfeat.demos.evidence import main, make_data
 from maskfeat.demos.evidence.report import Report, Spread, gain, table
 from maskfeat.demos.evidence.runs import Runs, tuning_run
@@ -318,10 +318,10 @@ def test_lists_of_a_share_are_read_and_written_as_lists(tmp_path: Path) -> None:
         (tmp_path / f"{split}.csv").write_text("".join(lines), encoding="utf-8")
     write_list_shares(tmp_path, tmp_path / "my videos", tmp_path / "out", lambda path: path)
     expected = [(str(tmp_path / "my videos" / name), "ab".index(name[0])) for name in names]
-    assert read_video_list(tmp_path / "out" / "all" / "train.csv") == expected
-    fitted, held = (read_video_list(tmp_path / "out" / "all_tuning" / f"{split}.csv") for split in ("train", "val"))
+    assert read_sample_list(tmp_path / "out" / "all" / "train.csv") == expected
+    fitted, held = (read_sample_list(tmp_path / "out" / "all_tuning" / f"{split}.csv") for split in ("train", "val"))
     assert sorted([*fitted, *held]) == sorted(expected) and len(held) == 4
-    few = read_video_list(tmp_path / "out" / "few" / "train.csv")
+    few = read_sample_list(tmp_path / "out" / "few" / "train.csv")
     assert set(few) < set(fitted) and sum(label for _, label in few) == len(few) - 5 == 5
 
 

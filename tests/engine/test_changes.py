@@ -98,6 +98,18 @@ def test_every_key_has_an_effect_that_is_named() -> None:
     assert resnet["MODEL.NUM_CLASSES"] == NOW, "pre-training has no classes"
 
 
+def test_what_only_training_reads_has_no_effect_on_a_finished_run() -> None:
+    for cfg, keys in (
+        (load_config(PT, VIT_PT), ("MASK.HOG_GAUSSIAN_WINDOW", "AUG.MASK_RATIO", "SOLVER.BASE_LR")),
+        (load_config(MFM, [*MFM_PT, *SGD]), ("MFM.RADIUS", "TRAIN.BATCH_SIZE")),
+        (load_config(FT, VIT_FT), ("MIXUP.ALPHA", "RNG_SEED")),
+    ):
+        for key in (*keys, "DATA.MEAN"):
+            change = Change(key, None, lookup(cfg, key))
+            expected = NOW if key == "DATA.MEAN" else "no effect: nothing is left to train"
+            assert effects([change], cfg, finished=True) == [(change, expected)], key
+
+
 def test_rate_decay_takes_effect_where_the_groups_stay() -> None:
     cfg = load_config(FT, VIT_FT)
     for was, effect in ((0.5, NOW), (1.0, REFUSED)):

@@ -22,7 +22,7 @@ from maskfeat.build import build_loader
 from maskfeat.checkpoint.files import find_checkpoints
 from maskfeat.config import load_config
 from maskfeat.data.datasets.classes import describe_split
-from maskfeat.data.datasets.video_list import read_multi_label_list
+from maskfeat.data.datasets.sample_list import read_multi_label_list
 from maskfeat.engine import evaluate
 from maskfeat.engine.evaluate import validate
 from maskfeat.engine.multi_label import average_precision, results, write_class_precision

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskfeat import models
 from maskfeat.models import pooling
-from maskfeat.models.pooling import pool_tokens
+from maskfeat.models.pooling import conv_pool
 
 
 def by_conv(tokens: Tensor, prefix: int, grid: tuple[int, ...], stride: tuple[int, ...], weight: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def test_equals_convolution(
     weights = [torch.randn(channels, 1, *kernel, generator=draw, dtype=torch.float64) for _ in range(3)]
     inputs = [x.requires_grad_() for x in (tokens, *weights)]
     shares = list(zip(tokens.split(width, dim=-1), strides, weights, strict=True))
-    mine = [pool_tokens(share, prefix, grid, stride, weight, impl) for share, stride, weight in shares]
+    mine = [conv_pool(share, prefix, grid, stride, weight, impl) for share, stride, weight in shares]
     theirs = [by_conv(share, prefix, grid, stride, weight) for share, stride, weight in shares]
     loss_of = [torch.randn(x.shape, generator=draw, dtype=torch.float64) for x in theirs]
     for a, b in zip(mine, theirs, strict=True):
@@ -69,9 +69,9 @@ def test_halves_are_summed_in_float32(stride: tuple[int, ...]) -> None:
     tokens = torch.randn(1, 1 + 32, 8).bfloat16()
     weight = torch.randn(8, 1, 3, 3, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        pooled = pool_tokens(tokens, 1, (2, 4, 4), stride, weight)
+        pooled = conv_pool(tokens, 1, (2, 4, 4), stride, weight)
     assert pooled.dtype == torch.bfloat16
-    exact = pool_tokens(tokens.float(), 1, (2, 4, 4), stride, weight)
+    exact = conv_pool(tokens.float(), 1, (2, 4, 4), stride, weight)
     torch.testing.assert_close(pooled, exact.bfloat16(), rtol=0, atol=0)
 
 
@@ -84,7 +84,7 @@ def test_forms_agree_in_bfloat16(grid: tuple[int, ...]) -> None:
     found = []
     for impl in ("fast", "reference"):
         with torch.autocast("cpu", torch.bfloat16):
-            out = pool_tokens(tokens, 1, grid, stride, weight, impl)
+            out = conv_pool(tokens, 1, grid, stride, weight, impl)
         assert out.dtype == torch.bfloat16
         found.append([out, *torch.autograd.grad(out.float().square().mean(), [tokens, weight])])
     for fast, plain in zip(*found, strict=True):
@@ -94,7 +94,7 @@ def test_forms_agree_in_bfloat16(grid: tuple[int, ...]) -> None:
 
 def test_another_form_is_refused() -> None:
     with pytest.raises(ValueError, match="impl is 'slow', expected one of .'fast', 'reference'"):
-        pool_tokens(torch.zeros(1, 4, 8), 0, (2, 2), (1, 1), torch.zeros(8, 1, 3, 3), impl="slow")
+        conv_pool(torch.zeros(1, 4, 8), 0, (2, 2), (1, 1), torch.zeros(8, 1, 3, 3), impl="slow")
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_offsets_past_int32(few_programs: None) -> None:
 
 @interpreted
 @pytest.mark.parametrize("grid", [(2, 5, 6), (5, 6)])
-def test_pool_tokens_through_the_kernels(
+def test_conv_pool_through_the_kernels(
     grid: tuple[int, ...], few_programs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a model calls, with the kernels in place of PyTorch's convolutions."""
@@ -179,7 +179,7 @@ def test_pool_tokens_through_the_kernels(
     for kernels in (None, pooling):
         monkeypatch.setattr(tokenwise, "_kernels_for", lambda x, weight, kernels=kernels: kernels)
         outputs = [
-            tokenwise.pool_tokens(share, 1, grid, stride, weight)
+            tokenwise.conv_pool(share, 1, grid, stride, weight)
             for share, stride, weight in zip(tokens.chunk(3, dim=-1), strides, weights, strict=True)
         ]
         loss = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in outputs)

@@ -131,7 +131,7 @@ def read(case: dict[str, Any]) -> Any:
 
     from maskfeat.checkpoint.reading import read_checkpoint, trained_model
     from maskfeat.config import dump_config, load_config
-    from maskfeat.data.datasets.video_list import read_video_list
+    from maskfeat.data.datasets.sample_list import read_sample_list
     from maskfeat.data.image_reader import READERS
     from maskfeat.data.video.decoder import decode_frames
     from maskfeat.engine.provenance import machine, revision
@@ -145,7 +145,7 @@ def read(case: dict[str, Any]) -> Any:
     if reader == "config":
         return dump_config(load_config(path))[:100_000]
     if reader == "list":
-        videos = read_video_list(path, " ", case["options"]["prefix"])
+        videos = read_sample_list(path, " ", case["options"]["prefix"])
         return [[place, colours(decode_frames(place, [0, 2])[0])] for place, _ in videos]
     if reader in ("pil", "simplejpeg"):
         return colours(np.asarray(READERS[reader](path)))

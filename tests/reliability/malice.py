@@ -450,7 +450,7 @@ def configs(place: Place) -> Iterator[Case]:
 
 
 def lists(place: Place) -> Iterator[Case]:
-    """What `read_video_list`, and reading the videos that it names, must not fall for."""
+    """What `read_sample_list`, and reading the videos that it names, must not fall for."""
     folder = place.folder / "csv"
     (folder / "videos").mkdir(parents=True)
     os.mkfifo(folder / "videos" / "fifo.mp4")

@@ -13,8 +13,8 @@ from maskfeat.data.datasets.folders import FolderScan, class_folders, class_name
 from maskfeat.data.datasets.label_sets import LabelSet, labels_present
 from maskfeat.data.datasets.layouts import HELD_OUT, NAMES, SPLITS, SUFFIXES, holds_lists
 from maskfeat.data.datasets.lists import LISTS, read_any_list
+from maskfeat.data.datasets.sample_list import NO_LABEL, read_multi_label_list, read_sample_list
 from maskfeat.data.datasets.shard_sets import Source, find_shards, pick
-from maskfeat.data.datasets.video_list import NO_LABEL, read_multi_label_list, read_video_list
 from maskfeat.data.shards.index import ShardSamples, read_indices
 from maskfeat.errors import UserError
 from maskfeat.registry import dataset_spec, objective_spec
@@ -81,11 +81,11 @@ class _Recording(FolderScan):
     strange: list[tuple[str, str]] = field(default_factory=list)
 
     def leave_out(self, entry: "os.DirEntry[str]", where: str = "") -> None:
-        pictures, links = self.pictures, self.left_out["broken link", ""]
+        pictures, links = self.media, self.left_out["broken link", ""]
         super().leave_out(entry, where)
         if self.left_out["broken link", ""] > links:
             self.strange.append((entry.path, "broken link"))
-        elif self.pictures > pictures:
+        elif self.media > pictures:
             self.strange.append((entry.path, "not read"))
 
 
@@ -98,7 +98,7 @@ def medium_of(place: str) -> str:
         (first,) = read_indices(shards.of(*shards.shards)[:1])
         names = (entry.name for entry in first.entries)
     elif os.path.isdir(place):
-        names = FolderScan(Path(place), suffixes=SUFFIXES["image"] + SUFFIXES["video"]).images_below(place)
+        names = FolderScan(Path(place), suffixes=SUFFIXES["image"] + SUFFIXES["video"]).files_below(place)
     else:
         names = (path for path, _ in read_any_list(place, "", "--prefix", there=False))
     kinds = Counter("video" if name.lower().endswith(SUFFIXES["video"]) else "image" for name in names)
@@ -155,7 +155,7 @@ def _listed(found: Collected, split: str, path: str, cfg: CfgNode | None, prefix
         # A list that is itself the data set, and those of several sources, see `layouts.find_split`.
         listed = read_any_list(path, cfg.DATA.PATH_PREFIX, "DATA.PATH_PREFIX", there=False)
     else:
-        read = read_multi_label_list if cfg.DATA.MULTI_LABEL else read_video_list
+        read = read_multi_label_list if cfg.DATA.MULTI_LABEL else read_sample_list
         listed = read(path, cfg.DATA.PATH_LABEL_SEPARATOR, cfg.DATA.PATH_PREFIX, labelled=False)
     found.samples += [Sample(name, split, label) for name, label in listed]
 
@@ -170,7 +170,7 @@ def _names(path: str) -> list[str] | None:
 def _folder(found: Collected, split: str, root: str, skip: Sequence[str] = ()) -> None:
     scan = _Recording(Path(root), suffixes=SUFFIXES[found.noun], noun=found.noun)
     start = len(os.path.join(root, ""))
-    for path in sorted(scan.images_below(root, skip=skip)):
+    for path in sorted(scan.files_below(root, skip=skip)):
         top, *deeper = path[start:].split(os.sep)
         found.samples.append(Sample(path, split, NO_LABEL, class_name(top) if deeper else ""))
     folders = [name for name in class_folders(root) if name not in skip]

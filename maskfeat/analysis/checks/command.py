@@ -139,7 +139,7 @@ def check(args: argparse.Namespace) -> int:
         if args.fix:
             with naming(f"--fix {args.fix} cannot be written"):
                 Path(args.fix).mkdir(parents=True, exist_ok=True)
-                lines += write_lists(Path(args.fix), found, clean(found, faults, recipe), recipe.labelled)
+                lines += write_lists(Path(args.fix), found, clean(found, faults), recipe.labelled)
             lines.append(f"train on them with DATA.PATH_TO_DATA_DIR {args.fix} DATA.PATH_PREFIX ''")
         with naming(f"--output {output} cannot be written"):
             replace_text(folder / RESULT, json.dumps(as_json(found, faults, facts, **more), indent=1) + "\n")

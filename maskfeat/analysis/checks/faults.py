@@ -10,11 +10,11 @@ from yacs.config import CfgNode
 
 from maskfeat.analysis.checks.collect import ALL, Collected, Sample
 from maskfeat.analysis.checks.reading import Facts
-from maskfeat.data.datasets.folders import count, some
 from maskfeat.data.datasets.label_sets import LabelSet, labels_present
-from maskfeat.data.datasets.video_list import NO_LABEL
+from maskfeat.data.datasets.sample_list import NO_LABEL
 from maskfeat.data.video.temporal_sampling import clip_length
 from maskfeat.registry import objective_spec
+from maskfeat.text import count, some
 
 TINY = 32
 """Pixels of the short side below which an image is tiny where no recipe says more."""
@@ -237,7 +237,7 @@ def _published(found: Collected) -> Iterator[Fault]:
             yield Fault("count", f"{number} samples, {name} has {totals[split]}", split, f"{number - totals[split]:+d}")
 
 
-def clean(found: Collected, faults: Iterable[Fault], recipe: Recipe) -> dict[str, list[Sample]]:
+def clean(found: Collected, faults: Iterable[Fault]) -> dict[str, list[Sample]]:
     """Return the samples of each split that can be trained and tested on.
 
     Left out are files that cannot be read, files that are named or contained twice (all but the first of a split), all
@@ -246,7 +246,6 @@ def clean(found: Collected, faults: Iterable[Fault], recipe: Recipe) -> dict[str
     Args:
         found: the samples.
         faults: of `find_faults`.
-        recipe: what they are for.
     """
     wrong = (
         "unreadable",

@@ -19,10 +19,11 @@ from typing import Any
 from maskfeat.analysis.checks.reading import in_parallel
 from maskfeat.analysis.command import count_option, exit_code
 from maskfeat.analysis.preparation.videos import read_lines
-from maskfeat.data.datasets.folders import class_folders, count, some
+from maskfeat.data.datasets.folders import class_folders
 from maskfeat.data.shards.parquet import load_pyarrow
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
+from maskfeat.text import count, some
 
 logger = logging.getLogger(__name__)
 

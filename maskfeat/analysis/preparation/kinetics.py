@@ -16,10 +16,10 @@ from typing import BinaryIO, cast
 from maskfeat.analysis.checks.reading import in_parallel
 from maskfeat.analysis.command import exit_code
 from maskfeat.analysis.preparation.videos import Listing, add_options, finish, videos_below
-from maskfeat.data.datasets.folders import count
-from maskfeat.data.datasets.video_list import SUFFIXES
+from maskfeat.data.datasets.sample_list import SUFFIXES
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
+from maskfeat.text import count
 
 logger = logging.getLogger(__name__)
 

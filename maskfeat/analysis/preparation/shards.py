@@ -19,11 +19,10 @@ from maskfeat.analysis.checks.collect import ALL, Collected, Sample, collect
 from maskfeat.analysis.checks.reading import in_parallel
 from maskfeat.analysis.command import are_same, count_option, exit_code
 from maskfeat.data.bad_samples import UnreadableSample, open_regular_file
-from maskfeat.data.datasets.folders import count, some
 from maskfeat.data.datasets.layouts import NAMES
+from maskfeat.data.datasets.sample_list import NO_LABEL
+from maskfeat.data.datasets.sample_list import SUFFIXES as VIDEOS
 from maskfeat.data.datasets.shard_sets import check_class_names
-from maskfeat.data.datasets.video_list import NO_LABEL
-from maskfeat.data.datasets.video_list import SUFFIXES as VIDEOS
 from maskfeat.data.image_reader import SUFFIXES as IMAGES
 from maskfeat.data.image_reader import read_image
 from maskfeat.data.shards.index import ShardIndex, keep_index, make_index
@@ -32,6 +31,7 @@ from maskfeat.data.shards.tar_index import LABELS
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
+from maskfeat.text import count, some
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,14 @@ from maskfeat.analysis.checks.reading import in_parallel, read_all
 from maskfeat.analysis.command import count_option
 from maskfeat.analysis.preparation.encode import encode
 from maskfeat.data.bad_samples import UnreadableSample
-from maskfeat.data.datasets.folders import FolderScan, count, some
+from maskfeat.data.datasets.folders import FolderScan
 from maskfeat.data.datasets.layouts import NAMES
 from maskfeat.data.datasets.lists import listed
-from maskfeat.data.datasets.video_list import SUFFIXES
+from maskfeat.data.datasets.sample_list import SUFFIXES
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
+from maskfeat.text import count, some
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def videos_below(root: Path) -> list[str]:
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: it must hold the videos")
     scan = FolderScan(root, suffixes=SUFFIXES, noun="video")
-    found = sorted(os.path.relpath(path, root) for path in scan.images_below(os.fspath(root)))
+    found = sorted(os.path.relpath(path, root) for path in scan.files_below(os.fspath(root)))
     if not found:
         holds = scan.left_out_in_words()
         raise UserError(f"{root} has no video ({', '.join(SUFFIXES)}){f', it holds {holds}' if holds else ''}")

@@ -9,8 +9,8 @@ import numpy as np
 
 from maskfeat.analysis.inputs import Inputs, find_inputs
 from maskfeat.analysis.probes.split import few_of_each
-from maskfeat.data.datasets.folders import count, some
 from maskfeat.errors import UserError
+from maskfeat.text import count, some
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from maskfeat.data.datasets.folders import class_name, count, some
+from maskfeat.data.datasets.folders import class_name
 from maskfeat.data.datasets.label_sets import labels_present
 from maskfeat.errors import UserError
 from maskfeat.file_io import NotReadable, local_path, open_regular_file
+from maskfeat.text import count, some
 
 MAX_NAME = 1000
 """Characters of a class name in a file."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from maskfeat.data.image_reader import SUFFIXES
 from maskfeat.errors import UserError, naming
+from maskfeat.text import count, some
 
 LAYOUT = "DATA.PATH_TO_DATA_DIR must hold train/ and val/ with one folder a class: train/<class>/<image>.JPEG"
 LAYOUT_OF_VIDEOS = (
@@ -26,23 +27,11 @@ _FILMS = (".asf", ".divx", ".dv", ".f4v", ".m1v", ".m2v", ".mxf", ".rm", ".rmvb"
 _ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst")
 _OF_SYSTEMS = {"#recycle", "$RECYCLE.BIN", "@eaDir", "__MACOSX", "lost+found", "System Volume Information"}
 """Folders that file systems, macOS and network drives make; some hold thumbnails of the images beside them."""
-_NAMED = 5
 
 ImageList = list[tuple[str, int]]
 
 Kind = tuple[str, str]
 """What is left out: the noun in the singular, and what follows it."""
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first few of `names`, for a message."""
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number and what it counts: '1 class', '2 classes', '3 images'."""
-    return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def class_name(folder: str) -> str:
@@ -77,21 +66,21 @@ class FolderScan:
 
     Attributes:
         root: the folder of the split.
-        images: the image files of each class, sorted, by the name of the class in sorted order.
+        files: the image or video files of each class, sorted, by the name of the class in sorted order.
         left_out: how many entries of each kind are not part of the set.
-        pictures: how many of these are pictures, as far as names tell.
+        media: how many of these are pictures or films, as far as names tell.
         possible_classes: archives and broken links beside the class folders, each of which may be a class.
-        folders_with_images: how many there are, at any depth.
+        folders_with_files: how many folders with such files there are, at any depth.
         suffixes: endings of the files that are looked for, in lower case.
         noun: what these files are, "image" or "video".
     """
 
     root: Path
-    images: dict[str, list[str]] = field(default_factory=dict)
+    files: dict[str, list[str]] = field(default_factory=dict)
     left_out: Counter[Kind] = field(default_factory=Counter)
-    pictures: int = 0
+    media: int = 0
     possible_classes: list[str] = field(default_factory=list)
-    folders_with_images: int = 0
+    folders_with_files: int = 0
     suffixes: tuple[str, ...] = SUFFIXES
     noun: str = "image"
 
@@ -103,12 +92,12 @@ class FolderScan:
     @property
     def number(self) -> int:
         """How many images the classes have together."""
-        return sum(map(len, self.images.values()))
+        return sum(map(len, self.files.values()))
 
     @property
     def empty(self) -> list[str]:
         """Classes without an image."""
-        return [name for name, files in self.images.items() if not files]
+        return [name for name, files in self.files.items() if not files]
 
     def left_out_in_words(self) -> str:
         """Return how many entries of which kind are left out, the most frequent kinds first; "" if there are none."""
@@ -127,8 +116,8 @@ class FolderScan:
                 f"no {self.noun} ({', '.join(self.suffixes)}) in the class folders of {self.root}"
                 f"{f', which holds {left_out}' if left_out else ''}: {self.layout}"
             )
-        if self.pictures > self.number:
-            folders = count(len(self.images) - len(self.empty), "class folder")
+        if self.media > self.number:
+            folders = count(len(self.files) - len(self.empty), "class folder")
             raise UserError(
                 f"{self.root} has {count(self.number, self.noun)} in {folders}, and more would be left out: "
                 f"{left_out}. Move them into class folders, convert what is not one of {', '.join(self.suffixes)}, or "
@@ -144,7 +133,7 @@ class FolderScan:
         Raises:
             UserError: they cannot be the classes, or some are missing, so that others would get their numbers.
         """
-        names, empty = list(self.images), self.empty
+        names, empty = list(self.files), self.empty
         numbers = f"{self.root} has {count(len(names), 'class folder')} and MODEL.NUM_CLASSES is {num_classes}"
         if len(names) > num_classes:
             hint = f" {len(empty)} without an image are counted ({some(empty)}): remove them, or" if empty else ""
@@ -156,7 +145,7 @@ class FolderScan:
                 f"{numbers}: {some(self.possible_classes)} may be classes, without which the others would get other "
                 "numbers: unpack, mend or remove them"
             )
-        if self.folders_with_images == num_classes:
+        if self.folders_with_files == num_classes:
             raise UserError(
                 f"{numbers}, which is the number of the folders that images lie in: move the classes up, so that "
                 f"they lie directly in {self.root}, or set DATA.PATH_TO_DATA_DIR or MODEL.NUM_CLASSES"
@@ -170,16 +159,16 @@ class FolderScan:
         elif entry.is_symlink() and not os.path.exists(entry.path):
             self.left_out["broken link", ""] += 1
         elif suffix in self.suffixes:
-            self.pictures += 1
+            self.media += 1
             self.left_out[self.noun, where] += 1
         elif suffix:
-            self.pictures += suffix in (_PICTURES if self.noun == "image" else _FILMS)
+            self.media += suffix in (_PICTURES if self.noun == "image" else _FILMS)
             self.left_out[f"{suffix} file", ""] += 1
         else:
-            self.pictures += 1
+            self.media += 1
             self.left_out["file", " without an ending"] += 1
 
-    def images_below(
+    def files_below(
         self, folder: str, above: frozenset[tuple[int, int]] = frozenset(), skip: Collection[str] = ()
     ) -> Iterator[str]:
         """Yield the image files in a folder and the folders in it; links to folders are followed, but not in circles.
@@ -201,13 +190,13 @@ class FolderScan:
             elif _is_folder(entry) and entry.name in skip:
                 self.left_out["folder", f" {entry.name}/"] += 1
             elif _is_folder(entry):
-                yield from self.images_below(entry.path, above | {here})
+                yield from self.files_below(entry.path, above | {here})
             elif entry.name.lower().endswith(self.suffixes):
                 holds_images = True
                 yield entry.path
             else:
                 self.leave_out(entry)
-        self.folders_with_images += holds_images
+        self.folders_with_files += holds_images
 
 
 def scan_folder(root: str | os.PathLike[str], suffixes: tuple[str, ...] = SUFFIXES, noun: str = "image") -> FolderScan:
@@ -226,9 +215,9 @@ def scan_folder(root: str | os.PathLike[str], suffixes: tuple[str, ...] = SUFFIX
     for entry in sorted(_entries(root), key=lambda entry: (class_name(entry.name), entry.name)):
         name = class_name(entry.name)
         if _is_folder(entry) and not _is_hidden(entry):
-            if name in found.images:
+            if name in found.files:
                 raise UserError(f"{root} has two folders {name}, in different Unicode forms: merge them")
-            found.images[name] = sorted(found.images_below(entry.path))
+            found.files[name] = sorted(found.files_below(entry.path))
             continue
         found.leave_out(entry, f" directly in {found.root.name}/, outside of a class folder")
         broken = entry.is_symlink() and not os.path.exists(entry.path) and not name.lower().endswith(suffixes)
@@ -236,12 +225,12 @@ def scan_folder(root: str | os.PathLike[str], suffixes: tuple[str, ...] = SUFFIX
             found.possible_classes.append(entry.name)
     # An archive that has been unpacked beside itself is no class.
     found.possible_classes = [
-        name for name in found.possible_classes if class_name(name.split(".")[0]) not in found.images
+        name for name in found.possible_classes if class_name(name.split(".")[0]) not in found.files
     ]
     return found
 
 
-def list_image_folder(
+def list_class_folders(
     root: str | os.PathLike[str] | FolderScan, classes: Sequence[str] | None = None, whose: str = "the training set"
 ) -> tuple[ImageList, list[str]]:
     """List the images of `root/<class>/`, at any depth.
@@ -260,9 +249,9 @@ def list_image_folder(
             not in `classes`.
     """
     scan = root if isinstance(root, FolderScan) else scan_folder(root)
-    names = list(scan.images) if classes is None else [class_name(name) for name in classes]
+    names = list(scan.files) if classes is None else [class_name(name) for name in classes]
     class_index = {name: index for index, name in enumerate(names)}
-    unknown = [name for name in scan.images if name not in class_index]
+    unknown = [name for name in scan.files if name not in class_index]
     if unknown:
         alike = {_without_case(name): name for name in names}
         shown = [
@@ -273,7 +262,7 @@ def list_image_folder(
             f"{scan.root} has {count(len(unknown), 'class folder')} that {whose} lacks ({some(shown)}): {scan.layout}"
         )
     scan.check_share()
-    return [(path, class_index[name]) for name, files in scan.images.items() for path in files], names
+    return [(path, class_index[name]) for name, files in scan.files.items() for path in files], names
 
 
 def _without_case(name: str) -> str:

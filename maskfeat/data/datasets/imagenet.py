@@ -24,7 +24,7 @@ class ImageFolder(Dataset[list[Sample]]):
     """Images with class labels. A SampleKey maps to `num_views` augmented views of one image.
 
     Args:
-        samples: [(path, class index)], see `list_image_folder`, or [(path, class indices)]; not copied.
+        samples: [(path, class index)], see `list_class_folders`, or [(path, class indices)]; not copied.
         transform: the augmentation, see `ImageTransform`.
         seed: of all random draws.
         draw_hidden: draws a mask for every view; None = no masks.

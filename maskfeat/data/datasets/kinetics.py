@@ -33,7 +33,7 @@ class VideoClips(Dataset[list[Sample]]):
     crop.
 
     Args:
-        videos: [(path, label)] or [(path, labels)], see `video_list`; not copied.
+        videos: [(path, label)] or [(path, labels)], see `sample_list`; not copied.
         transform: the augmentation, see `ClipTransform`.
         num_frames, sampling_rate, target_fps: a clip spans num_frames x sampling_rate frames at target_fps.
         seed: of all random draws.

@@ -15,14 +15,14 @@ from maskfeat.data.datasets.folders import (
     class_folders,
     class_name,
     count,
-    list_image_folder,
+    list_class_folders,
     scan_folder,
     some,
 )
 from maskfeat.data.datasets.lists import LISTS, check_some_exist, read_any_list
+from maskfeat.data.datasets.sample_list import NO_LABEL, read_multi_label_list, read_sample_list
+from maskfeat.data.datasets.sample_list import SUFFIXES as VIDEOS
 from maskfeat.data.datasets.shard_sets import SHARDS, find_shards, labelled_split, unlabelled_split
-from maskfeat.data.datasets.video_list import NO_LABEL, read_multi_label_list, read_video_list
-from maskfeat.data.datasets.video_list import SUFFIXES as VIDEOS
 from maskfeat.data.image_reader import SUFFIXES as IMAGES
 from maskfeat.data.samplers import shares
 from maskfeat.errors import UserError
@@ -89,7 +89,7 @@ def _listed(cfg: CfgNode, request: DatasetRequest) -> Split:
     path = os.path.join(data.PATH_TO_DATA_DIR, f"{request.split}.csv")  # as text: a Path would turn s3:// into s3:/
     if request.split == "val" and not labelled and "://" not in path and not os.path.exists(path):
         raise NoValidation(f"there is no {path}")
-    read = read_multi_label_list if data.MULTI_LABEL else read_video_list
+    read = read_multi_label_list if data.MULTI_LABEL else read_sample_list
     samples: Sequence[tuple[str, Any]] = read(path, data.PATH_LABEL_SEPARATOR, data.PATH_PREFIX, labelled)
     if data.MULTI_LABEL and not labelled:
         samples = [(name, NO_LABEL) for name, _ in samples]
@@ -122,7 +122,7 @@ def _class_folders(cfg: CfgNode, request: DatasetRequest, noun: str) -> Split:
     scan, note = _test_folder(root, names, noun) if split == "test" else (_scan(root / split, noun), "")
     if names is None and objective_spec(cfg).classifies:
         scan.check_numbers(cfg.MODEL.NUM_CLASSES)
-    samples, classes = list_image_folder(scan, names, whose)
+    samples, classes = list_class_folders(scan, names, whose)
     return Split(samples, f"folder {scan.root}{note}", scan.left_out_in_words(), classes)
 
 
@@ -136,8 +136,8 @@ def _test_folder(root: Path, names: Sequence[str] | None, noun: str) -> tuple[Fo
     if not test.is_dir():
         return _scan(val, noun), f" (there is no {test})"
     scan = _scan(test, noun)
-    known = set(scan.images) if names is None else {class_name(name) for name in names}
-    if val.is_dir() and not any(files and name in known for name, files in scan.images.items()):
+    known = set(scan.files) if names is None else {class_name(name) for name in names}
+    if val.is_dir() and not any(files and name in known for name, files in scan.files.items()):
         return _scan(val, noun), f" ({test} has no {noun} in a class folder)"
     return scan, ""
 
@@ -167,8 +167,8 @@ def _unlabelled(source: str, split: str, noun: str, data: CfgNode) -> Split:
     if folder.is_dir():
         train = root / "train"
         scan, names = _scan(folder, noun), class_folders(train) if train.is_dir() else []
-        if scan.number >= max(scan.pictures, 1) and set(scan.images) <= set(names):
-            samples, classes = list_image_folder(scan, names)
+        if scan.number >= max(scan.media, 1) and set(scan.files) <= set(names):
+            samples, classes = list_class_folders(scan, names)
             return Split(samples, f"folder {scan.root}", scan.left_out_in_words(), classes)
         return _any_depth(folder, noun)
     if split == "val":
@@ -181,9 +181,9 @@ def _unlabelled(source: str, split: str, noun: str, data: CfgNode) -> Split:
 def _any_depth(root: Path, noun: str, skip: Sequence[str] = ()) -> Split:
     """Return all files below a folder, without classes."""
     scan = FolderScan(root, suffixes=SUFFIXES[noun], noun=noun)
-    paths = sorted(scan.images_below(os.fspath(root), skip=skip))
+    paths = sorted(scan.files_below(os.fspath(root), skip=skip))
     left_out = scan.left_out_in_words()
-    if len(paths) < max(scan.pictures, 1):
+    if len(paths) < max(scan.media, 1):
         holds = f", which holds {left_out}" if left_out else ""
         what = f"no {noun}" if not paths else f"only {count(len(paths), noun)}"
         if root.name == "val" and not paths:
@@ -194,7 +194,7 @@ def _any_depth(root: Path, noun: str, skip: Sequence[str] = ()) -> Split:
         )
     endings = Counter(os.path.splitext(path)[1].lower() for path in paths).most_common()
     kinds = some([f"{number} {ending}" for ending, number in endings])
-    place = f"folder {root} at any depth ({kinds} in {count(scan.folders_with_images, 'folder')})"
+    place = f"folder {root} at any depth ({kinds} in {count(scan.folders_with_files, 'folder')})"
     return Split([(path, NO_LABEL) for path in paths], place, left_out)
 
 

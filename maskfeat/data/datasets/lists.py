@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from maskfeat.data.datasets.video_list import VideoList, read_video_list
+from maskfeat.data.datasets.sample_list import SampleList, read_sample_list
 from maskfeat.errors import UserError
 from maskfeat.file_io import NotReadable, open_regular_file
 
@@ -31,7 +31,7 @@ def check_some_exist(videos: Sequence[tuple[str, Any]], csv_path: str, prefix: s
     """Look for videos spread over a list until one is found.
 
     Args:
-        videos: [(path, label)], see `read_video_list`.
+        videos: [(path, label)], see `read_sample_list`.
         csv_path: the list.
         prefix: DATA.PATH_PREFIX.
         folder: DATA.PATH_TO_DATA_DIR, for advice.
@@ -59,11 +59,11 @@ def check_some_exist(videos: Sequence[tuple[str, Any]], csv_path: str, prefix: s
     )
 
 
-def read_any_list(path: str, prefix: str, key: str, there: bool = True) -> VideoList:
+def read_any_list(path: str, prefix: str, key: str, there: bool = True) -> SampleList:
     """Read a list, with the first separator that all of its lines can be read with.
 
     Args:
-        path: the list, see `read_video_list`.
+        path: the list, see `read_sample_list`.
         prefix: folder that its paths are relative to; "" = that of the list, or the working folder.
         key: what names the prefix, for messages.
         there: False = accept a list of which no file is there.
@@ -77,7 +77,7 @@ def read_any_list(path: str, prefix: str, key: str, there: bool = True) -> Video
     first: UserError | None = None
     for separator in SEPARATORS:
         try:
-            found = read_video_list(path, separator, prefix, labelled=False)
+            found = read_sample_list(path, separator, prefix, labelled=False)
         except UserError as error:
             first = first or error
             if not os.path.isfile(path) and "://" not in path:
@@ -92,7 +92,7 @@ def read_any_list(path: str, prefix: str, key: str, there: bool = True) -> Video
     raise first
 
 
-def _from_a_folder(found: VideoList, path: str, key: str, there: bool) -> VideoList:
+def _from_a_folder(found: SampleList, path: str, key: str, there: bool) -> SampleList:
     """Return a list with its relative paths completed by the folder of the list, unless they are there as they are."""
     tried = [name for name, _ in found[:: max(len(found) // _TRIED, 1)][:_TRIED] if not os.path.isabs(name)]
     folder = os.path.dirname(path)

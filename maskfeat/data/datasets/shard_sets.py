@@ -10,13 +10,14 @@ from typing import NamedTuple
 from yacs.config import CfgNode
 
 from maskfeat.data.datasets.base import NoValidation, Split
-from maskfeat.data.datasets.folders import FolderScan, class_name, count, some
-from maskfeat.data.datasets.video_list import NO_LABEL
-from maskfeat.data.datasets.video_list import SUFFIXES as VIDEOS
+from maskfeat.data.datasets.folders import FolderScan, class_name
+from maskfeat.data.datasets.sample_list import NO_LABEL
+from maskfeat.data.datasets.sample_list import SUFFIXES as VIDEOS
 from maskfeat.data.image_reader import SUFFIXES as IMAGES
 from maskfeat.data.shards.index import ShardIndex, ShardSamples, read_indices
 from maskfeat.data.shards.members import is_parquet
 from maskfeat.errors import UserError
+from maskfeat.text import count, some
 
 SHARDS = {"tar": ".tar", "parquet": ".parquet"}
 """Their endings by DATA.FORMAT."""
@@ -64,7 +65,7 @@ def find_shards(root: str, form: str) -> Source | None:
     if form == "auto" and not _holds_shards_alone(root, wanted):
         return None
     scan = FolderScan(Path(root), suffixes=wanted, noun="shard")
-    paths = sorted(scan.images_below(root))
+    paths = sorted(scan.files_below(root))
     kinds = Counter(os.path.splitext(path)[1].lower() for path in paths)
     if not paths:
         left_out = scan.left_out_in_words()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from maskfeat.data.datasets.classes import MAX_NAME
-from maskfeat.data.datasets.video_list import SUFFIXES as VIDEOS
+from maskfeat.data.datasets.sample_list import SUFFIXES as VIDEOS
 from maskfeat.data.image_reader import SUFFIXES as IMAGES
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import NotReadable, open_regular_file

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from maskfeat.analysis.preparation import kinetics, ssv2
-from maskfeat.data.datasets.video_list import read_video_list
+from maskfeat.data.datasets.sample_list import read_sample_list
 from maskfeat.data.video.decoder import open_video
 from tests.data.media import write_video
 
@@ -47,7 +47,7 @@ def lay_out(root: Path, film: Path, *names: str) -> Path:
 
 
 def listed(root: Path, split: str) -> list[tuple[str, int]]:
-    return read_video_list(root / "out" / f"{split}.csv")
+    return read_sample_list(root / "out" / f"{split}.csv")
 
 
 def run(root: Path, *words: str) -> int:

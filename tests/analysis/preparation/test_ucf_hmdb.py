@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from maskfeat.analysis.preparation.ucf_hmdb import hold_out, listing_of, main, source_video
-from maskfeat.data.datasets.video_list import read_video_list
+from maskfeat.data.datasets.sample_list import read_sample_list
 from tests.data.media import write_video
 
 UCF = ("Archery", "BodyWeight")
@@ -27,7 +27,7 @@ def lay_out(root: Path, film: Path, *names: str) -> Path:
 
 
 def listed(path: Path) -> list[tuple[str, int]]:
-    return read_video_list(path)
+    return read_sample_list(path)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from maskfeat.data.datasets.classes import (
     describe_split,
     missing_classes,
 )
-from maskfeat.data.datasets.folders import class_folders, list_image_folder, scan_folder
+from maskfeat.data.datasets.folders import class_folders, list_class_folders, scan_folder
 from maskfeat.errors import UserError
 
 
@@ -34,7 +34,7 @@ def tree(root: Path, *names: str) -> Path:
 
 def test_images_are_found_at_any_depth_and_in_the_same_order(tmp_path: Path) -> None:
     root = tree(tmp_path / "train", "b/2.JPG", "b/1.tiff", "b/more/deep/0.bmp", "a/x.gif", "a/y.jfif", "a/.z.jpg")
-    samples, classes = list_image_folder(root)
+    samples, classes = list_class_folders(root)
     found = [(os.path.relpath(path, root), label) for path, label in samples]
     assert classes == ["a", "b"]
     assert found == [("a/x.gif", 0), ("a/y.jfif", 0), ("b/1.tiff", 1), ("b/2.JPG", 1), ("b/more/deep/0.bmp", 1)]
@@ -68,7 +68,7 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path: Path) -> None:
         ("file", " without an ending"): 1,
         ("hidden file", ""): 1,
     }
-    assert (scan.number, scan.empty, scan.pictures) == (6, ["b"], 4)
+    assert (scan.number, scan.empty, scan.media) == (6, ["b"], 4)
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (other / "below" / "up").symlink_to(other)
     (root / "a" / "self").symlink_to("self")
     scan = scan_folder(root)
-    assert {name: len(files) for name, files in scan.images.items()} == {"a": 3, "b": 2}
+    assert {name: len(files) for name, files in scan.files.items()} == {"a": 3, "b": 2}
     assert scan.left_out["link", " to a folder above it"] == 2
 
 
@@ -95,12 +95,12 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 )
 def test_a_set_whose_pictures_are_mostly_left_out_is_refused(tmp_path: Path, names: list[str], said: str) -> None:
     with pytest.raises(UserError, match=f"{said}.*DATA.PATH_TO_DATA_DIR"):
-        list_image_folder(tree(tmp_path / "train", *names))
+        list_class_folders(tree(tmp_path / "train", *names))
 
 
 def test_annotations_beside_images_are_not_pictures(tmp_path: Path) -> None:
     root = tree(tmp_path / "train", "a/0.jpg", *(f"a/0.{ending}" for ending in ("txt", "xml", "json", "npy", "csv")))
-    assert len(list_image_folder(root)[0]) == 1
+    assert len(list_class_folders(root)[0]) == 1
 
 
 FOUR = ("a/0.jpg", "b/0.jpg", "c/0.jpg", "d/0.jpg")
@@ -152,7 +152,7 @@ def test_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
     train = tree(tmp_path / "train", f"{split}/0.jpg", "zèbre/0.jpg", "fox/0.jpg")
     other = tree(tmp_path / "copy", f"{composed}/0.jpg", "zèbre/0.jpg", "fox/0.jpg")
     assert class_folders(train) == class_folders(other) == ["fox", "zèbre", "écureuil"]
-    assert [label for _, label in list_image_folder(other, class_folders(train))[0]] == [0, 1, 2]
+    assert [label for _, label in list_class_folders(other, class_folders(train))[0]] == [0, 1, 2]
     with pytest.raises(UserError, match="two folders écureuil, in different Unicode forms"):
         scan_folder(tree(train, f"{composed}/1.jpg"))
 
@@ -160,7 +160,7 @@ def test_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("there", "here"), [("Cat", "cat"), ("polar_bear", "Polar Bear"), ("STRASSE", "straße")])
 def test_names_that_differ_by_case_or_spaces_are_named(tmp_path: Path, there: str, here: str) -> None:
     with pytest.raises(UserError, match=rf"the training set lacks \({here} \({there} but for case or spaces\)\)"):
-        list_image_folder(tree(tmp_path / "val", f"{here}/0.jpg"), [there, "dog"])
+        list_class_folders(tree(tmp_path / "val", f"{here}/0.jpg"), [there, "dog"])
 
 
 def samples(labels: list[int], **others: object) -> SimpleNamespace:
@@ -223,4 +223,4 @@ def test_a_real_set(tmp_path: Path) -> None:
     root = tree(tmp_path / "train", "a/", "b/")
     for number, (name, kind) in enumerate((("a/0.bmp", "BMP"), ("b/0.tif", "TIFF"), ("b/1.gif", "GIF"))):
         Image.fromarray(np.full((8, 8, 3), 40 * number, np.uint8)).save(root / name, kind)
-    assert [label for _, label in list_image_folder(root)[0]] == [0, 1, 1]
+    assert [label for _, label in list_class_folders(root)[0]] == [0, 1, 1]

@@ -14,7 +14,7 @@ from PIL import Image
 from maskfeat.batch import SampleKey
 from maskfeat.data import image_reader
 from maskfeat.data.bad_samples import UnreadableSample
-from maskfeat.data.datasets.folders import list_image_folder, scan_folder
+from maskfeat.data.datasets.folders import list_class_folders, scan_folder
 from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.image_reader import FORMATS, MAX_PIXELS, read_image, read_tensor
 from maskfeat.data.sample import Sample
@@ -305,7 +305,7 @@ def test_listing(tmp_path: Path) -> None:
     (train / "a" / "notes.txt").write_text("not an image")
     (train / "readme.txt").write_text("not a class")
     scan = scan_folder(train)
-    samples, classes = list_image_folder(scan)
+    samples, classes = list_class_folders(scan)
     assert classes == ["a", "b", "c", "d"]
     assert [(Path(path).parent.name, label) for path, label in samples] == [
         ("a", 0),
@@ -313,16 +313,16 @@ def test_listing(tmp_path: Path) -> None:
         ("b", 1),
         ("d", 3),
     ]
-    assert list_image_folder(train) == (samples, classes)
+    assert list_class_folders(train) == (samples, classes)
     assert (scan.empty, scan.left_out_in_words()) == (["c"], "2 .txt files")
     val = make_folder(tmp_path / "val", {"d": 1, "b": 1})
-    assert [label for _, label in list_image_folder(val, classes)[0]] == [1, 3]
+    assert [label for _, label in list_class_folders(val, classes)[0]] == [1, 3]
     with pytest.raises(ValueError, match="training set lacks .*zebra.*"):
-        list_image_folder(make_folder(tmp_path / "other", {"zebra": 1}), classes)
+        list_class_folders(make_folder(tmp_path / "other", {"zebra": 1}), classes)
     with pytest.raises(ValueError, match="DATA.PATH_TO_DATA_DIR"):
-        list_image_folder(tmp_path / "nowhere")
+        list_class_folders(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no image"):
-        list_image_folder(make_folder(tmp_path / "hollow", {"a": 0}))
+        list_class_folders(make_folder(tmp_path / "hollow", {"a": 0}))
 
 
 def draw(rng: np.random.Generator) -> np.ndarray:
@@ -330,7 +330,7 @@ def draw(rng: np.random.Generator) -> np.ndarray:
 
 
 def test_samples(tmp_path: Path) -> None:
-    samples, _ = list_image_folder(make_folder(tmp_path, {"a": 3, "b": 3}))
+    samples, _ = list_class_folders(make_folder(tmp_path, {"a": 3, "b": 3}))
     transform = ImageTrainTransform(32, (0.3, 1.0), (3 / 4, 4 / 3), MEAN, STD)
     dataset = ImageFolder(samples, transform, seed=1, draw_hidden=draw, num_views=2)
     first, second = dataset[SampleKey(0, 4, 0)]
@@ -349,7 +349,7 @@ def test_samples(tmp_path: Path) -> None:
 
 
 def test_bad_samples_are_replaced_by_the_next_and_others_do_not_change(tmp_path: Path) -> None:
-    samples, _ = list_image_folder(make_folder(tmp_path, {"a": 3, "b": 3}))
+    samples, _ = list_class_folders(make_folder(tmp_path, {"a": 3, "b": 3}))
     transform = ImageTrainTransform(32, (0.3, 1.0), (3 / 4, 4 / 3), MEAN, STD)
     dataset = ImageFolder(samples, transform, seed=1)
     before = [dataset[SampleKey(0, index)][0] for index in range(6)]
@@ -368,7 +368,7 @@ def test_bad_samples_are_replaced_by_the_next_and_others_do_not_change(tmp_path:
 
 
 def test_the_last_sample_is_replaced_by_the_first(tmp_path: Path) -> None:
-    samples, _ = list_image_folder(make_folder(tmp_path, {"a": 3}))
+    samples, _ = list_class_folders(make_folder(tmp_path, {"a": 3}))
     Path(samples[2][0]).write_bytes(b"?")
     assert ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=0)[SampleKey(0, 2)][0].index == 0
 
@@ -380,7 +380,7 @@ def test_error_if_no_sample_can_be_read(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_image_in_testing_is_zeros_with_its_label(tmp_path: Path) -> None:
-    samples, _ = list_image_folder(make_folder(tmp_path, {"a": 2, "b": 2}))
+    samples, _ = list_class_folders(make_folder(tmp_path, {"a": 2, "b": 2}))
     Path(samples[2][0]).write_bytes(b"?")
     dataset = ImageFolder(samples, ImageEvalTransform(32, MEAN, STD), seed=0, replace_bad=False)
     (sample,) = dataset[SampleKey(0, 2)]
@@ -389,7 +389,7 @@ def test_an_unreadable_image_in_testing_is_zeros_with_its_label(tmp_path: Path) 
 
 
 def test_other_errors_name_the_file(tmp_path: Path) -> None:
-    samples, _ = list_image_folder(make_folder(tmp_path, {"a": 1}))
+    samples, _ = list_class_folders(make_folder(tmp_path, {"a": 1}))
 
     class Broken(ImageEvalTransform):
         def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Sample:
@@ -506,7 +506,7 @@ def test_the_fast_reader_differs_by_little(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_fast_reader_differs_by_little_on_photographs(shared: Path) -> None:
-    listed, _ = list_image_folder(shared / "data" / "imagenet_samples" / "train")
+    listed, _ = list_class_folders(shared / "data" / "imagenet_samples" / "train")
     for transform, bound in TRANSFORMS:
         assert apart(listed[::4], transform) <= bound
 
@@ -515,7 +515,7 @@ def test_the_fast_reader_differs_by_little_on_photographs(shared: Path) -> None:
     "augment", [{"auto_augment": "rand-m9-mstd0.5-inc1"}, {"color_jitter": 0.4}, {"erase_prob": 1.0}]
 )
 def test_the_fast_reader_augments(tmp_path: Path, augment: dict) -> None:
-    listed, _ = list_image_folder(make_folder(tmp_path, {"a": 3}))
+    listed, _ = list_class_folders(make_folder(tmp_path, {"a": 3}))
     transform = ImageTrainTransform(32, (1.0, 1.0), (1.0, 1.0), MEAN, STD, **augment)
     views = [ImageFolder(listed, transform, 1, backend=name)[SampleKey(0, 1)][0] for name in ("pil", "simplejpeg")]
     first, second = (clip_of(view) for view in views)

@@ -11,7 +11,7 @@ from maskfeat.config import load_config
 from maskfeat.config.recipes import CONFIG_ROOT
 from maskfeat.data.datasets import kinetics
 from maskfeat.data.datasets.kinetics import VideoClips
-from maskfeat.data.datasets.video_list import read_video_list
+from maskfeat.data.datasets.sample_list import read_sample_list
 from maskfeat.data.device_transforms import DeferredTransform
 from maskfeat.data.loader import Loader
 from maskfeat.data.sample import Sample
@@ -54,10 +54,10 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, int]]:
 def test_list(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_text("\ufeffa/b c.mp4 3\n\n  d.mp4 10 \r\n", encoding="utf-8")
-    assert read_video_list(path, " ", "/data") == [("/data/a/b c.mp4", 3), ("/data/d.mp4", 10)]
-    assert read_video_list(path) == [("a/b c.mp4", 3), ("d.mp4", 10)]
+    assert read_sample_list(path, " ", "/data") == [("/data/a/b c.mp4", 3), ("/data/d.mp4", 10)]
+    assert read_sample_list(path) == [("a/b c.mp4", 3), ("d.mp4", 10)]
     path.write_text("a,b.mp4,7\n/x/../y.mp4,0\n")
-    assert read_video_list(path, ",") == [("a,b.mp4", 7), ("/x/../y.mp4", 0)]
+    assert read_sample_list(path, ",") == [("a,b.mp4", 7), ("/x/../y.mp4", 0)]
 
 
 @pytest.mark.parametrize(
@@ -77,17 +77,17 @@ def test_bad_lines_name_file_line_and_key(tmp_path: Path, line: str, words: list
     path = tmp_path / "train.csv"
     path.write_text(f"fine.mp4 0\n{line}\n")
     with pytest.raises(ValueError) as caught:
-        read_video_list(path, " ", "/data")
+        read_sample_list(path, " ", "/data")
     for word in [str(path), *words]:
         assert word in str(caught.value)
 
 
 def test_missing_and_empty_lists(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="DATA.PATH_TO_DATA_DIR"):
-        read_video_list(tmp_path / "train.csv")
+        read_sample_list(tmp_path / "train.csv")
     (tmp_path / "train.csv").write_text("\n\n")
     with pytest.raises(ValueError, match="is empty"):
-        read_video_list(tmp_path / "train.csv")
+        read_sample_list(tmp_path / "train.csv")
 
 
 def test_training_draws_one_clip_that_all_views_share(videos: list[tuple[str, int]]) -> None:
@@ -215,7 +215,7 @@ def test_bad_videos(videos: list[tuple[str, int]], tmp_path: Path) -> None:
 
 def test_shared_videos(shared: Path) -> None:
     folder = shared / "data" / "kinetics_samples"
-    listed = read_video_list(folder / "train.csv", " ", str(folder))
+    listed = read_sample_list(folder / "train.csv", " ", str(folder))
     assert len(listed) == 11 and all(Path(path).is_file() for path, _ in listed)
     dataset = VideoClips(listed, ClipTestTransform(32, 36, 1, MEAN, STD), 4, 4, 30, seed=0, mode="val")
     for index, (path, label) in enumerate(listed):

@@ -126,7 +126,7 @@ def crop_and_resize(images: Tensor, boxes: Tensor, flip: Tensor, side: int) -> T
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
-class CachedLoader(BatchLoader):
+class ResidentLoader(BatchLoader):
     """Batches of an image data set that is kept on the device.
 
     In evaluation, pixels and masks equal those of `Loader`. In training, crops and flips come from random numbers of

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from maskfeat.data.datasets import video_list
+from maskfeat.data.datasets import sample_list
 from maskfeat.data.datasets.lists import check_some_exist
-from maskfeat.data.datasets.video_list import MAX_LINE, NO_LABEL, read_video_list
+from maskfeat.data.datasets.sample_list import MAX_LINE, NO_LABEL, read_sample_list
 from maskfeat.errors import UserError
 
 
 def read(tmp_path: Path, text: str | bytes, separator: str = " ", labelled: bool = True) -> list[tuple[str, int]]:
     path = tmp_path / "train.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_video_list(path, separator, "/d", labelled)
+    return read_sample_list(path, separator, "/d", labelled)
 
 
 @pytest.mark.parametrize("given", [" ", ",", ";", "\t", "\\t", "\\x01", "|", "::", " , "])
@@ -158,7 +158,7 @@ def test_plain_lists_are_read_as_others(tmp_path: Path, monkeypatch: pytest.Monk
         for skip in (False, True):
             with monkeypatch.context() as patched:
                 if skip:
-                    patched.setattr(video_list._Reader, "_plain_list", lambda *_, **__: None)
+                    patched.setattr(sample_list._Reader, "_plain_list", lambda *_, **__: None)
                 try:
                     given.append(read(tmp_path, text, separator))
                 except UserError as error:

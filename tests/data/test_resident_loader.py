@@ -1,4 +1,4 @@
-"""Images cached on the device: evaluation equals `Loader`; training depends on (seed, epoch, sample) only."""
+"""Images that are kept on the device: evaluation equals `Loader`; training depends on (seed, epoch, sample) only."""
 
 import logging
 import math
@@ -16,17 +16,19 @@ from torchvision.transforms import RandomResizedCrop
 from maskfeat.batch import Batch
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
-from maskfeat.data import cached_loader
+from maskfeat.data import resident_loader
 from maskfeat.data.bad_samples import BadSampleLog, TooManyBadSamples, UnreadableSample
-from maskfeat.data.cached_loader import CachedLoader, crop_and_resize, random_crop_boxes
 from maskfeat.data.datasets.folders import ImageList
 from maskfeat.data.datasets.imagenet import ImageFolder
 from maskfeat.data.loader import BatchLoader, Loader
+from maskfeat.data.resident_loader import ResidentLoader, crop_and_resize, random_crop_boxes
 from maskfeat.data.sample import Sample
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform
 from maskfeat.distributed.world import World
+from maskfeat.errors import UserError
 from maskfeat.masking import mask_sampler
+from maskfeat.registry import DatasetSpec
 from tests.data.datasets.test_imagenet import draw
 from tests.small import RECIPES, VIT_PT, images
 
@@ -36,7 +38,7 @@ SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
 
 @pytest.fixture(autouse=True)
 def _few_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cached_loader, "NUM_MASKS", 64)
+    monkeypatch.setattr(resident_loader, "NUM_MASKS", 64)
 
 
 def noise(root: Path, sizes: list[tuple[int, int]]) -> ImageList:
@@ -61,8 +63,8 @@ def folder(listed: ImageList, seed: int = 3, **changes: object) -> ImageFolder:
     return ImageFolder(listed, ImageTrainTransform(**options), seed, draw_hidden=mask_sampler((6, 6), 0.4))
 
 
-def trainer(listed: ImageList, batch_size: int = 4, rank: int = 0, world: int = 1, **changes: object) -> CachedLoader:
-    return CachedLoader(folder(listed, **changes), EpochSampler(len(listed), batch_size, rank, world, seed=3))
+def trainer(listed: ImageList, batch_size: int = 4, rank: int = 0, world: int = 1, **changes: object) -> ResidentLoader:
+    return ResidentLoader(folder(listed, **changes), EpochSampler(len(listed), batch_size, rank, world, seed=3))
 
 
 def equal(found: Batch, expected: Batch) -> bool:
@@ -89,7 +91,7 @@ def test_evaluation_equals_loader(tmp_path: Path, damaged: tuple[int, ...], work
         for rank in range(2):
             loaders: list[BatchLoader] = []
             logs = [BadSampleLog(None, 11, 1.0, "val") for _ in range(2)]
-            for kind, log in zip((Loader, CachedLoader), logs, strict=True):
+            for kind, log in zip((Loader, ResidentLoader), logs, strict=True):
                 sampler = EpochSampler(11, 2, rank, 2, shuffle=False, drop_last=False, seed=5)
                 loaders.append(kind(dataset, sampler, log, num_workers=workers))
             expected, found = (list(loader) for loader in loaders)
@@ -107,7 +109,7 @@ def test_an_unreadable_file_is_zeros_with_its_label(tmp_path: Path) -> None:
     samples = noise(tmp_path, [(20, 20)] * 6)
     Path(samples[4][0]).write_bytes(b"text")
     dataset = ImageFolder(samples, ImageEvalTransform(16, MEAN, STD), seed=0, replace_bad=False)
-    first, second = CachedLoader(dataset, EpochSampler(6, 3, shuffle=False, drop_last=False))
+    first, second = ResidentLoader(dataset, EpochSampler(6, 3, shuffle=False, drop_last=False))
     assert first.bad == () and first.hidden is None and first.max_hidden is None
     assert [(bad.index, bad.path) for bad in second.bad] == [(4, samples[4][0])]
     assert not second.clip[1].any() and second.clip[0].any() and second.clip[2].any()
@@ -281,7 +283,7 @@ def test_whole_images_are_resized_and_half_of_them_flipped(tmp_path: Path, flip:
     samples = noise(tmp_path, [(20, 20)] * 10) * 20
     dataset = folder(samples, crop=16, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=flip)
     fliped = []
-    for batch in CachedLoader(dataset, EpochSampler(200, 50, seed=3)):
+    for batch in ResidentLoader(dataset, EpochSampler(200, 50, seed=3)):
         for row, index in enumerate(batch.index.tolist()):
             pixels = torch.from_numpy(np.asarray(Image.open(samples[index][0])).copy()).permute(2, 0, 1)[None].float()
             resized = F.interpolate(pixels, (16, 16), mode="bilinear", align_corners=False)[0] / 255
@@ -296,9 +298,9 @@ def test_whole_images_are_resized_and_half_of_them_flipped(tmp_path: Path, flip:
 def test_masks_are_distributed_as_the_samplers_and_hide_no_more_than_requested(
     listed: ImageList, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cached_loader, "NUM_MASKS", 1000)
+    monkeypatch.setattr(resident_loader, "NUM_MASKS", 1000)
     sampler = mask_sampler((6, 6), 0.4)
-    loader = CachedLoader(folder(listed * 100), EpochSampler(1600, 100, seed=3))
+    loader = ResidentLoader(folder(listed * 100), EpochSampler(1600, 100, seed=3))
     batches = list(loader)
     masks = torch.cat([batch.hidden for batch in batches])
     assert masks.shape == (1600, 6, 6) and masks.dtype == torch.bool
@@ -314,7 +316,7 @@ def test_masks_are_distributed_as_the_samplers_and_hide_no_more_than_requested(
 
 def test_without_a_sampler_there_are_no_masks(listed: ImageList) -> None:
     dataset = ImageFolder(listed, ImageTrainTransform(16, SCALE, RATIO, MEAN, STD), seed=3)
-    batch = next(iter(CachedLoader(dataset, EpochSampler(16, 4))))
+    batch = next(iter(ResidentLoader(dataset, EpochSampler(16, 4))))
     assert batch.hidden is None and batch.max_hidden is None
 
 
@@ -324,19 +326,19 @@ def test_loading_does_not_change_the_global_generator(listed: ImageList) -> None
     expected = torch.rand(3)
     for workers in (0, 1):
         torch.manual_seed(1)
-        for _ in CachedLoader(folder(listed), EpochSampler(16, 8), num_workers=workers):
+        for _ in ResidentLoader(folder(listed), EpochSampler(16, 8), num_workers=workers):
             pass
         assert torch.equal(torch.rand(3), expected), workers
 
 
 @pytest.mark.slow
 def test_batches_do_not_depend_on_the_number_of_workers(listed: ImageList) -> None:
-    there = CachedLoader(folder(listed), EpochSampler(16, 4, seed=3), num_workers=2)
+    there = ResidentLoader(folder(listed), EpochSampler(16, 4, seed=3), num_workers=2)
     assert same(shown(there, 1), shown(trainer(listed), 1))
 
 
 def test_batches_are_made_on_the_device_without_synchronising(listed: ImageList) -> None:
-    loader = CachedLoader(folder(listed), EpochSampler(16, 4), device=torch.device("meta"))
+    loader = ResidentLoader(folder(listed), EpochSampler(16, 4), device=torch.device("meta"))
     for batch in loader:
         assert {t.device.type for t in (batch.clip, batch.label, batch.hidden, batch.index)} == {"meta"}
         assert batch.max_hidden is not None
@@ -345,12 +347,23 @@ def test_batches_are_made_on_the_device_without_synchronising(listed: ImageList)
 # ------------------------------------------------------------------ errors and bad samples
 
 
+def test_data_sets_that_cannot_be_kept_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config(
+        RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml",
+        [*VIT_PT, "DATA_LOADER.RESIDENT", "True", "AUG.INTERPOLATION", "bilinear"],
+    )
+    own = DatasetSpec(name="own", media="image", build=lambda cfg, request: ["a.png"])
+    monkeypatch.setattr("maskfeat.build.dataset_spec", lambda cfg, section: own)
+    with pytest.raises(UserError, match="DATA_LOADER.RESIDENT must be False .*plugin.*given True and a list"):
+        build_loader(cfg, "train")
+
+
 def test_images_of_several_sizes_are_an_error_in_training(tmp_path: Path) -> None:
     samples = noise(tmp_path, [(20, 30), (20, 30), (30, 20)])
     with pytest.raises(ValueError, match="02.png.*30x20 and 20x30.*DATA_LOADER.RESIDENT.*False"):
         trainer(samples, 1)
     dataset = ImageFolder(samples, ImageEvalTransform(16, MEAN, STD), seed=0)
-    (batch,) = CachedLoader(dataset, EpochSampler(3, 3, shuffle=False, drop_last=False))
+    (batch,) = ResidentLoader(dataset, EpochSampler(3, 3, shuffle=False, drop_last=False))
     assert batch.clip.shape == (3, 3, 16, 16), "evaluation crops them to one size"
 
 
@@ -365,7 +378,7 @@ def test_bad_training_samples_are_replaced_and_logged_once(
     log = BadSampleLog(tmp_path / "out", 12, 0.5, "train")
     dataset = folder(samples, scale=(1.0, 1.0), ratio=(1.5, 1.5), flip=False)  # whole images
     with caplog.at_level(logging.WARNING):
-        loader = CachedLoader(dataset, EpochSampler(12, 12, shuffle=False), log, num_workers=workers)
+        loader = ResidentLoader(dataset, EpochSampler(12, 12, shuffle=False), log, num_workers=workers)
         for epoch in range(2):
             loader.set_epoch(epoch)
             (batch,) = loader
@@ -387,11 +400,11 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     Path(samples[1][0]).write_bytes(b"")
     log = BadSampleLog(None, 8, 0.0, "train")
     with pytest.raises(TooManyBadSamples, match="DATA.MAX_BAD_FRACTION"):
-        CachedLoader(folder(samples), EpochSampler(8, 4), log)
+        ResidentLoader(folder(samples), EpochSampler(8, 4), log)
     for path, _ in samples:
         Path(path).write_bytes(b"")
     with pytest.raises(UnreadableSample, match="nor can any of the 7 samples after it"):
-        CachedLoader(folder(samples), EpochSampler(8, 4))
+        ResidentLoader(folder(samples), EpochSampler(8, 4))
 
 
 class Failing(ImageEvalTransform):
@@ -402,7 +415,7 @@ class Failing(ImageEvalTransform):
 def test_an_error_names_the_sample(listed: ImageList) -> None:
     dataset = ImageFolder(listed, Failing(16, MEAN, STD), seed=0)
     with pytest.raises(RuntimeError, match="00.png.*IndexError: a bug"):
-        CachedLoader(dataset, EpochSampler(16, 4, shuffle=False))
+        ResidentLoader(dataset, EpochSampler(16, 4, shuffle=False))
 
 
 # ------------------------------------------------------------------ from a config
@@ -424,7 +437,7 @@ def test_plain_training_images_come_in_order_and_as_in_evaluation(small: list[st
         for split, plain in (("train", True), ("val", False), ("train", False)):
             kinds[kept, split, plain] = build_loader(cfg, split, World(), plain=plain)
     for (kept, _, _), loader in kinds.items():
-        assert isinstance(loader, CachedLoader if kept == "True" else Loader)
+        assert isinstance(loader, ResidentLoader if kept == "True" else Loader)
     for split, plain in (("train", True), ("val", False)):
         ordinary, kept_there = (list(kinds[kept, split, plain]) for kept in ("False", "True"))
         assert all(equal(a, b) for a, b in zip(kept_there, ordinary, strict=True)), split

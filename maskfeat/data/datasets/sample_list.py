@@ -1,6 +1,4 @@
-"""Lists of videos: text files with a line of `path label`, `path frames label` or `path` for each video.
-
-Lists of images are read alike.
+"""Lists of videos or images: text files with a line of `path label`, `path frames label` or `path` for each of them.
 
 The format is CSV with the delimiter DATA.PATH_LABEL_SEPARATOR: a path that contains the delimiter may stand in double
 quotes, in which a double quote is doubled. Without quotes, the label is what follows the last delimiter. How many
@@ -20,7 +18,7 @@ from maskfeat.data.image_reader import SUFFIXES as IMAGES
 from maskfeat.errors import UserError
 from maskfeat.file_io import NotReadable, local_path, open_regular_file
 
-VideoList = list[tuple[str, int]]
+SampleList = list[tuple[str, int]]
 
 MAX_LINE = 16_384
 """Largest number of characters in a line; the longest path on Linux has 4,096 bytes."""
@@ -73,10 +71,10 @@ class _Row(NamedTuple):
     quoted: bool = False
 
 
-def read_video_list(
+def read_sample_list(
     csv_path: str | os.PathLike[str], separator: str = " ", prefix: str = "", labelled: bool = True
-) -> VideoList:
-    r"""Read a list of videos.
+) -> SampleList:
+    r"""Read a list of videos or images.
 
     Args:
         csv_path: the list, a local path or one whose scheme has a handler (`file_io.path_manager`). Empty lines are
@@ -98,7 +96,7 @@ def read_video_list(
 def read_multi_label_list(
     csv_path: str | os.PathLike[str], separator: str = " ", prefix: str = "", labelled: bool = True
 ) -> list[tuple[str, LabelSet]]:
-    """Read a list of videos with one or more labels each, separated by commas: `path 3,17`; see `read_video_list`.
+    """Read a list of samples with one or more labels each, separated by commas: `path 3,17`; see `read_sample_list`.
 
     Returns:
         [(path, labels)]; without labels, they are (NO_LABEL,).
@@ -107,7 +105,7 @@ def read_multi_label_list(
 
 
 class _Reader:
-    """Reads one list; the arguments are those of `read_video_list`."""
+    """Reads one list; the arguments are those of `read_sample_list`."""
 
     def __init__(self, csv_path: str, separator: str, prefix: str, labelled: bool, several: bool = False) -> None:
         self.csv_path, self.prefix, self.labelled, self.several = csv_path, prefix, labelled, several
@@ -131,7 +129,7 @@ class _Reader:
         header = self._header(lines[0]) if lines else None
         lines = lines[1:] if header else lines
         if not lines:
-            raise UserError(f"the list of videos {self.csv_path} is empty: a line is {self._format}")
+            raise UserError(f"the list {self.csv_path} is empty: a line is {self._format}")
         if plain := self._plain_list(lines, header):
             return plain
         named = [self._named_row(line, *header) for line in lines] if header else None
@@ -146,7 +144,7 @@ class _Reader:
             )
         except NotReadable as error:
             raise UserError(
-                f"the list of videos {self.csv_path} cannot be read ({error}): "
+                f"the list {self.csv_path} cannot be read ({error}): "
                 "DATA.PATH_TO_DATA_DIR must hold train.csv, val.csv and test.csv"
             ) from error
         fillers = self.delimiter + '"'
@@ -154,13 +152,10 @@ class _Reader:
             for number, text in enumerate(iter(partial(file.readline, MAX_LINE + 1), ""), 1):
                 if len(text) > MAX_LINE:
                     raise UserError(
-                        f"the list of videos {self.csv_path} has a line of more than {MAX_LINE} characters: "
-                        f"line {number}"
+                        f"the list {self.csv_path} has a line of more than {MAX_LINE} characters: line {number}"
                     )
                 if not text.isascii() and _UNDECODED.search(text):
-                    raise UserError(
-                        f"the list of videos {self.csv_path} is not UTF-8 text (line {number}): save it as CSV UTF-8"
-                    )
+                    raise UserError(f"the list {self.csv_path} is not UTF-8 text (line {number}): save it as CSV UTF-8")
                 text = text.rstrip()
                 if text and (text[0] not in fillers or text.strip().strip(fillers)):
                     yield _Line(number, text)
