@@ -49,8 +49,8 @@ def block_mask(
         grid: (H, W) of the mask.
         num_hidden: number of patches to hide.
         rng: source of randomness.
-        min_block, max_block: smallest and largest number of patches of a block; None = a fifth of `num_hidden`, and as
-            many as are left to hide.
+        min_block, max_block: smallest and largest number of patches that a block adds; None = a fifth of `num_hidden`,
+            and as many as are left to hide.
         min_aspect: the aspect ratio of a block is log-uniform in [min_aspect, 1 / min_aspect].
 
     Returns:
@@ -74,7 +74,7 @@ def block_mask(
             left = int(rng.integers(0, width - w + 1))
             block = hidden[top : top + h, left : left + w]
             added = h * w - np.count_nonzero(block)
-            if 0 < added <= missing:
+            if 0 < added <= largest:
                 block[...] = True
                 break
             added = 0

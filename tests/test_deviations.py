@@ -10,12 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from timm.layers import DropPath
+from timm.scheduler import CosineLRScheduler
 
+from maskfeat.config import load_config
 from maskfeat.data.video.decoder import open_video
 from maskfeat.engine.rng import seed_everything
 from maskfeat.masking import band_sampler, mask_sampler
 from maskfeat.objectives.hog import hog
 from maskfeat.objectives.mixup import Mixup
+from maskfeat.optim.schedule import lr_at_epoch
 from tests.small import REPO
 
 RANKS = 8
@@ -126,3 +129,25 @@ def test_what_the_page_names_exists() -> None:
     for file, test in named:
         assert not test or f"def {test}(" in (REPO / file).read_text(encoding="utf-8"), (file, test)
         assert (REPO / file).is_file(), file
+
+
+def test_rates_of_the_layers_in_mfms_fine_tuning() -> None:
+    """timm has one first and one last rate for all layers; here both are multiplied by the layer's factor."""
+    cfg = load_config("mfm/in1k_VIT_B_MFM_FT")
+    steps = cfg.SOLVER.MAX_EPOCH * 25
+    ours = np.array([lr_at_epoch(cfg, step / 25) for step in range(steps)])
+    for layer, first, last, whole in ((0, 0.055, 0.0875, 0.9976), (6, 0.210, 0.302, 0.9995), (13, 1.0, 1.0, 1.0)):
+        factor = cfg.SOLVER.LAYER_DECAY ** (13 - layer)
+        timms = CosineLRScheduler(
+            torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR * factor),
+            t_initial=steps,
+            lr_min=2.5e-7,
+            warmup_t=int(cfg.SOLVER.WARMUP_EPOCHS * 25),
+            warmup_lr_init=2.5e-7,
+            t_in_epochs=False,
+        )
+        published = np.array([timms._get_lr(step)[0] for step in range(steps)])
+        ratio = ours * factor / published
+        assert ratio[0] == pytest.approx(first, abs=1e-3)
+        assert ratio[-25:].mean() == pytest.approx(last, abs=5e-3)
+        assert (ours * factor).sum() / published.sum() == pytest.approx(whole, abs=1e-4)

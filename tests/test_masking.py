@@ -36,6 +36,16 @@ def test_first_block_has_the_published_size_and_aspect() -> None:
             assert 0.2 <= height / width <= 5.0
 
 
+def test_no_block_adds_more_than_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sides are rounded, so that a rectangle may have more patches than the area that was drawn for it."""
+    for side, count in ((5, 0), (4, 16)):
+        monkeypatch.setattr(masking, "_rectangle", lambda *_, side=side: (side, side))
+        hidden = block_mask((14, 14), 16, np.random.default_rng(0), max_block=16)
+        assert hidden.sum() == count
+        few = block_mask((14, 14), 25, np.random.default_rng(0), max_block=16)
+        assert few.sum() <= 25 and (few.sum() == 0) == (side == 5)
+
+
 def test_clip_cubes_aim_at_157_of_392() -> None:
     sampler = mask_sampler((8, 7, 7), 0.4)
     masks = [sampler(rng) for rng in draws()]

@@ -15,7 +15,6 @@ from torch import Tensor
 from maskfeat.checkpoint.names import bare
 from maskfeat.checkpoint.reading import model_state
 from maskfeat.errors import UserError
-from maskfeat.models.base import conv_grid
 from maskfeat.models.mvit import adaptive_strides
 from maskfeat.models.resnet import STAGES, STRIDE
 
@@ -262,7 +261,7 @@ def _mvit(shapes: Shapes, content: Mapping[str, Any]) -> Guess:
     heads = [_whole(width, pool[0]) for width, pool in zip(widths, pools, strict=True)]
     starts = {"t": (1,), "h": _KEY_STRIDES[axes], "w": _KEY_STRIDES[axes]}
     names = ("t", "h", "w")[-axes:]
-    plans = [_axis(shapes, n, depth, k, starts[n]) for n, k in zip(names, pools[0][2:], strict=True)]
+    plans = [_axis(shapes, name, depth, starts[name]) for name in names]
     stem, ones = [plan.stem for plan in plans], [1] * (3 - axes)
     strides = [[plan.strides[i] for plan in plans] for i in range(depth)]
     # Patches of MViTv2 overlap by half and are odd; even ones are taken to lie side by side.
@@ -286,7 +285,7 @@ def _mvit(shapes: Shapes, content: Mapping[str, Any]) -> Guess:
         "MVIT.POOL_KVQ_KERNEL": [*ones, *pools[0][2:]],
         "MVIT.POOL_KV_STRIDE_ADAPTIVE": [*ones, *(plan.keys for plan in plans)],
         "MVIT.USE_ABS_POS": shapes.have("pos_embed"),
-        "MVIT.SEP_POS_EMBED": True,
+        "MVIT.SEP_POS_EMBED": axes == 3,
         "MVIT.RESIDUAL_POOLING": True,
         "MVIT.REL_POS_SPATIAL": True,
         "MVIT.REL_POS_TEMPORAL": axes == 3,
@@ -319,7 +318,7 @@ class _Axis(NamedTuple):
     keys: int
 
 
-def _axis(shapes: Shapes, name: str, depth: int, kernel: int, starts: Iterable[int]) -> _Axis:
+def _axis(shapes: Shapes, name: str, depth: int, starts: Iterable[int]) -> _Axis:
     """Return the plan along an axis ("t", "h" or "w") that gives the file's tables of relative positions.
 
     A table has 2 n - 1 rows for the larger grid n of queries and keys. Where n shrinks, the queries of that block are
@@ -333,20 +332,18 @@ def _axis(shapes: Shapes, name: str, depth: int, kernel: int, starts: Iterable[i
         strides = [1] * depth
         for i, before in zip(smaller, early, strict=True):
             strides[i - before] *= max(round(sizes[i - 1] / sizes[i]), 1)
-        if strides[0] == 1 and _sizes(sizes[0], strides, start, kernel) == sizes:
+        if strides[0] == 1 and _sizes(sizes[0], strides, start, name == "t") == sizes:
             return _Axis(sizes[0], strides, start)
     raise _Unlike
 
 
-def _sizes(stem: int, strides: list[int], start: int, kernel: int) -> list[int]:
-    """Return the larger grid of queries and keys of each block."""
-    grid: tuple[int, ...] = (stem,)
-    sizes = []
+def _sizes(stem: int, strides: list[int], start: int, time: bool) -> list[int]:
+    """Return for which grid the table of each block is sized, see `relative_positions.table_lengths`."""
+    size, sizes = stem, []
     by_key = adaptive_strides([start], {i: [stride] for i, stride in enumerate(strides)}, len(strides))
-    for query, key in zip(strides, by_key, strict=True):
-        keys = conv_grid(grid, (kernel,), key, (kernel // 2,))
-        grid = conv_grid(grid, (kernel,), (query,), (kernel // 2,))
-        sizes.append(max(*grid, *keys))
+    for query, (key,) in zip(strides, by_key, strict=True):
+        sizes.append(size if time else max(size // query, size // key))
+        size //= query
     return sizes
 
 

@@ -3,17 +3,15 @@
 Files are released MaskFeat weights, PySlowFast's other MViT weights, or this project's. All names are released names.
 """
 
-import math
-import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskfeat.checkpoint.names import SPLIT_QKV, hint_at_prefixes, renamed, strip_prefixes
+from maskfeat.checkpoint.resizing import is_planar, resize_weight
 from maskfeat.distributed.fsdp import local_shard, shard_like
 from maskfeat.errors import NotFinite, UserError
 from maskfeat.text import matches, some
@@ -126,73 +124,6 @@ def clean_names(state: Mapping[str, Tensor], remove: Sequence[str] = ()) -> "Ord
     return renamed(state, without)
 
 
-def _resize_linear(value: Tensor, rows: int, dim: int) -> Tensor:
-    """Resize dimension `dim` of a 2-D table to `rows` entries by linear interpolation."""
-    table = value.float().movedim(dim, -1)
-    return F.interpolate(table[None], size=rows, mode="linear")[0].movedim(-1, dim).to(value.dtype)
-
-
-def _resize_bicubic(value: Tensor, length: int) -> Tensor | None:
-    """Resize the square grid in (1, n^2, D) to (1, length, D); None if either grid is not a square."""
-    have, want = math.isqrt(value.shape[1]), math.isqrt(length)
-    if have * have != value.shape[1] or want * want != length:
-        return None
-    on_grid = value.float().reshape(1, have, have, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(on_grid, size=(want, want), mode="bicubic", align_corners=False)
-    return resized.flatten(2).transpose(1, 2).to(value.dtype)
-
-
-def _resize_positions(name: str, value: Tensor, shape: torch.Size) -> Tensor | None:
-    """Resize position embeddings of another clip or image size; None if `name` is none or cannot be resized."""
-    if re.search(r"rel_pos_[thw]$", name) and value.dim() == 2 and value.shape[1] == shape[1]:
-        return _resize_linear(value, shape[0], 0)
-    if value.dim() != 3 or value.shape[2] != shape[2]:
-        return None
-    if name == "pos_embed_temporal":
-        return _resize_linear(value[0], shape[1], 0)[None]
-    if name == "pos_embed_spatial":
-        return _resize_bicubic(value, shape[1])
-    if name == "pos_embed":
-        for prefix in (1, 0):  # with a class token, whose position embedding is kept, or without
-            body = _resize_bicubic(value[:, prefix:], shape[1] - prefix)
-            if body is not None:
-                return torch.cat([value[:, :prefix], body], dim=1)
-    return None
-
-
-def _change_axes(name: str, value: Tensor, shape: torch.Size, average: bool) -> Tensor | None:
-    """Convert 2-D convolution weights for a 3-D model, or 3-D weights for a 2-D model.
-
-    The patch kernel is placed at the centre frame or, with `average`, spread evenly over all frames: on a static clip
-    the inflated model computes what the image model did. Pooling kernels are repeated over time (a LayerNorm after
-    them removes the scale). 3-D weights are summed over time.
-    """
-    # Image models are also written as 3-D weights with one frame.
-    if value.dim() == 4 and len(shape) == 5:
-        value = value.unsqueeze(2)
-    if value.dim() == 5 and len(shape) == 4:
-        return value.sum(dim=2)
-    if value.dim() != 5 or len(shape) != 5 or value.shape[:2] != shape[:2] or value.shape[3:] != shape[3:]:
-        return None
-    if value.shape[2] != 1:
-        return None
-    if ".pool_" in name:
-        return value.expand(shape).clone()
-    if average:
-        return (value / shape[2]).expand(shape).clone()
-    inflated = value.new_zeros(shape)
-    inflated[:, :, shape[2] // 2] = value[:, :, 0]
-    return inflated
-
-
-def resize_weight(name: str, value: Tensor, shape: torch.Size, average: bool = False) -> Tensor | None:
-    """Return `value` resized to the model's shape, or None if there is no rule for it; `average` as in `fit_state`."""
-    for resized in (_resize_positions(name, value, shape), _change_axes(name, value, shape, average)):
-        if resized is not None and resized.shape == shape:
-            return resized
-    return None
-
-
 def _kind_of_no_weight(value: object) -> str | None:
     """Return a description of a value that cannot be copied into a parameter; None if it can be."""
     if not isinstance(value, Tensor):
@@ -258,13 +189,14 @@ def _change(value: Tensor, parameter: Tensor) -> str:
     return f"{tuple(value.shape)} -> {tuple(parameter.shape)}"
 
 
-def _fit(name: str, value: Tensor, parameter: Tensor, average: bool) -> tuple[Tensor | None, str]:
+def _fit(name: str, value: Tensor, parameter: Tensor, average: bool, planar: bool) -> tuple[Tensor | None, str]:
     """Return the value in the parameter's shape, itself where that is its shape, or None; and why it cannot be."""
     if not _is_kind_of(value, parameter):
         return None, f"is of {value.dtype}, expected {parameter.dtype}"
     if value.shape == parameter.shape:
         return value, ""
-    return resize_weight(name, value, parameter.shape, average), f"has a different shape: {_change(value, parameter)}"
+    resized = resize_weight(name, value, parameter.shape, average, planar)
+    return resized, f"has a different shape: {_change(value, parameter)}"
 
 
 def fit_state(
@@ -294,6 +226,7 @@ def fit_state(
     fitted: OrderedDict[str, Tensor] = OrderedDict()
     state, report.dropped = _usable(state, (*rules.dropped, *allow))
     state = fuse_qkv(state)
+    planar = is_planar(own) and is_planar(state)
     for name, parameter in own.items():
         if matches(name, rules.anew):
             report.fresh.append(name)
@@ -308,7 +241,7 @@ def fit_state(
                 problems.append(f"{name} is not in the file")
             continue
         value = state[name]
-        fits, problem = _fit(name, value, parameter, average)
+        fits, problem = _fit(name, value, parameter, average, planar)
         if fits is not None:
             fitted[name] = fits
             if fits is value:

@@ -25,29 +25,11 @@ from torch import Tensor, nn
 from maskfeat.models.base import conv_grid, token_parameter
 from maskfeat.models.layers import is_reference, layer_norm
 from maskfeat.models.pooling import POOL_CONV
+from maskfeat.models.relative_positions import relative_index, table_lengths, table_rows
 
 AXES = ("t", "h", "w")
 _FEW_SCORES = 2**17  # of a head: as many are stored without harm
 _ALIGN = 8  # fused kernels take head widths that are multiples of this
-
-
-def relative_index(queries: int, keys: int) -> Tensor:
-    """Return the row of the table of relative positions for each query and key along one axis.
-
-    If the two lengths differ, positions on the coarser grid are scaled to the finer one (MViTv2's published code).
-
-    Returns:
-        (queries, keys) int64.
-    """
-    q_step, k_step = max(keys / queries, 1.0), max(queries / keys, 1.0)
-    q_at = torch.arange(queries, dtype=torch.float64)[:, None] * q_step
-    k_at = torch.arange(keys, dtype=torch.float64)[None, :] * k_step
-    return (q_at - k_at + (keys - 1) * k_step).long()
-
-
-def table_rows(queries: int, keys: int) -> int:
-    """Return L, the number of rows of a table of relative positions along one axis."""
-    return 2 * max(queries, keys) - 1
 
 
 def reference_weights(
@@ -252,7 +234,8 @@ class PoolingAttention(nn.Module):
         num_heads: G.
         grid: ([T,] H, W) of the input tokens.
         kernel: pooling kernel along each axis of `grid`.
-        stride_q, stride_kv: pooling stride of the queries, and of the keys and values.
+        stride_q, stride_kv: pooling stride of the queries, and of the keys and values; None = they are not pooled.
+        table_grid: the grid for which tables of relative positions are sized, see `table_lengths`; None = `grid`.
         class_token: whether token 0 is a class token, which skips pooling and relative positions.
         relative_space, relative_time: which axes have relative positions.
         relative_zero_init: initialise the relative positions to zero.
@@ -278,8 +261,9 @@ class PoolingAttention(nn.Module):
         num_heads: int,
         grid: Sequence[int],
         kernel: Sequence[int],
-        stride_q: Sequence[int],
-        stride_kv: Sequence[int],
+        stride_q: Sequence[int] | None,
+        stride_kv: Sequence[int] | None,
+        table_grid: Sequence[int] | None = None,
         qkv_bias: bool = True,
         class_token: bool = True,
         relative_space: bool = True,
@@ -295,15 +279,18 @@ class PoolingAttention(nn.Module):
         self.grid, self.prefix = tuple(grid), int(class_token)
         self.residual_pooling = residual_pooling
         padding = tuple(k // 2 for k in kernel)
-        self.q_grid = conv_grid(grid, kernel, stride_q, padding)
-        self.kv_grid = conv_grid(grid, kernel, stride_kv, padding)
+        self.q_grid, self.kv_grid = (
+            tuple(grid) if stride is None else conv_grid(grid, kernel, stride, padding)
+            for stride in (stride_q, stride_kv)
+        )
+        lengths = table_lengths(table_grid or grid, stride_q, stride_kv)
         names = AXES[-len(grid) :]
         wanted = {"t": relative_time, "h": relative_space, "w": relative_space}
         self.axes = tuple(i for i, name in enumerate(names) if wanted[name])
         # The order of the names in released files: h, w, t.
         for name in sorted((names[i] for i in self.axes), key="hwt".index):
             axis = names.index(name)
-            table = token_parameter(table_rows(self.q_grid[axis], self.kv_grid[axis]), self.head_width)
+            table = token_parameter(lengths[axis], self.head_width)
             if relative_zero_init:
                 nn.init.zeros_(table)
             self.register_parameter(f"rel_pos_{name}", table)
@@ -317,7 +304,7 @@ class PoolingAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
         for which, stride in (("q", stride_q), ("k", stride_kv), ("v", stride_kv)):
-            if math.prod(kernel) == 1 and math.prod(stride) == 1:
+            if stride is None or math.prod(kernel) == math.prod(stride) == 1:
                 self.register_module(f"pool_{which}", None)
                 self.register_module(f"norm_{which}", None)
                 continue
@@ -351,8 +338,11 @@ class PoolingAttention(nn.Module):
         """Return, for each axis with relative positions, the row of every query and key: (queries, keys, C)."""
         tables = []
         for axis in self.axes:
-            name = self._names[axis]
-            tables.append(getattr(self, f"rel_pos_{name}")[getattr(self, f"_index_{name}")])
+            name, rows = self._names[axis], table_rows(self.q_grid[axis], self.kv_grid[axis])
+            table = getattr(self, f"rel_pos_{name}")
+            if len(table) != rows:
+                table = F.interpolate(table.T[None], size=rows, mode="linear")[0].T
+            tables.append(table[getattr(self, f"_index_{name}")])
         return tables
 
     def joined(self, out: Tensor, q: Tensor) -> Tensor:

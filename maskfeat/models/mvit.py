@@ -22,6 +22,7 @@ from maskfeat.models.base import (
     token_parameter,
 )
 from maskfeat.models.layers import CONV, MAX_POOL, Mlp, drop_path_rates, hide_tokens, layer_norm
+from maskfeat.models.relative_positions import divided
 
 
 class PatchStem(nn.Module):
@@ -45,14 +46,15 @@ class BlockPlan:
     Attributes:
         width, width_out: D of the input and of the output.
         num_heads: heads of the attention.
-        stride_q, stride_kv: pooling stride of the queries, and of the keys and values, along each axis.
+        stride_q, stride_kv: pooling stride of the queries, and of the keys and values, along each axis; None = they
+            are not pooled.
     """
 
     width: int
     width_out: int
     num_heads: int
-    stride_q: tuple[int, ...]
-    stride_kv: tuple[int, ...]
+    stride_q: tuple[int, ...] | None
+    stride_kv: tuple[int, ...] | None
 
 
 def adaptive_strides(start: Sequence[int], stride_q: Mapping[int, Sequence[int]], depth: int) -> list[tuple[int, ...]]:
@@ -74,7 +76,6 @@ def plan_blocks(
     stride_q: Mapping[int, Sequence[int]],
     stride_kv: Mapping[int, Sequence[int]],
     stride_kv_adaptive: Sequence[int] | None,
-    axes: int,
 ) -> list[BlockPlan]:
     """Return the width, heads and strides of every block.
 
@@ -83,11 +84,9 @@ def plan_blocks(
         width, num_heads: of block 0.
         width_mul, head_mul: factors by which width and heads grow, by block. The width grows in the MLP of the previous
             block.
-        stride_q, stride_kv: query and key/value strides by block; 1 where a block is missing.
+        stride_q, stride_kv: query and key/value strides by block; blocks that are missing have no pooling layer.
         stride_kv_adaptive: where `adaptive_strides` start. Replaces `stride_kv` if given.
-        axes: number of axes of the grid, 2 or 3.
     """
-    ones = (1,) * axes
     adaptive = adaptive_strides(stride_kv_adaptive, stride_q, depth) if stride_kv_adaptive else None
     plans = []
     for i in range(depth):
@@ -95,8 +94,8 @@ def plan_blocks(
         width = make_divisible(width * width_mul.get(i, 1.0), num_heads)
         heads_next = int(make_divisible(num_heads * head_mul.get(i + 1, 1.0), 1))
         width_out = make_divisible(width * width_mul.get(i + 1, 1.0), heads_next)
-        q = tuple(stride_q.get(i, ones))
-        kv = tuple(stride_kv.get(i, ones)) if adaptive is None else adaptive[i]
+        q = tuple(stride_q[i]) if i in stride_q else None
+        kv = adaptive[i] if adaptive else tuple(stride_kv[i]) if i in stride_kv else None
         plans.append(BlockPlan(width, width_out, num_heads, q, kv))
     return plans
 
@@ -107,6 +106,7 @@ class MultiScaleBlock(nn.Module):
     Args:
         plan: width, heads and strides.
         grid: ([T,] H, W) of the input tokens.
+        table_grid: the same with sizes divided by strides, not pooled: see `PoolingAttention`.
         kernel: pooling kernel of the attention along each axis of `grid`.
         mlp_ratio: width of the hidden layer of the MLP over `plan.width`.
         drop_path, dropout: rates.
@@ -119,6 +119,7 @@ class MultiScaleBlock(nn.Module):
         plan: BlockPlan,
         *,
         grid: Sequence[int],
+        table_grid: Sequence[int],
         kernel: Sequence[int],
         mlp_ratio: float,
         drop_path: float,
@@ -140,6 +141,7 @@ class MultiScaleBlock(nn.Module):
             kernel=kernel,
             stride_q=plan.stride_q,
             stride_kv=plan.stride_kv,
+            table_grid=table_grid,
             qkv_bias=qkv_bias,
             class_token=class_token,
             relative_space=relative_space,
@@ -154,7 +156,7 @@ class MultiScaleBlock(nn.Module):
         self.mlp = Mlp(plan.width, int(plan.width * mlp_ratio), plan.width_out, drop=dropout)
         self.proj = nn.Linear(plan.width, plan.width_out) if plan.width != plan.width_out else None
         self.pool_skip: nn.Module | None = None
-        if any(s > 1 for s in plan.stride_q):
+        if plan.stride_q and max(plan.stride_q) > 1:
             # Without a stride in time, frames are pooled as images: MaxPool2d is fast for channels-last input.
             stride = plan.stride_q[1:] if len(grid) == 3 and plan.stride_q[0] == 1 else plan.stride_q
             skip_kernel = tuple(s + 1 if s > 1 else s for s in stride)
@@ -189,7 +191,7 @@ class MViT(nn.Module):
         pool_kernel: kernel of the pooling convolutions along each axis.
         mlp_ratio: width of the hidden layer of the MLP over the width of the block.
         drop_path: rate of the last block; it grows linearly from 0 over the blocks.
-        dropout: rate on the outputs of attention and MLP.
+        dropout: rate on the tokens with their positions, and on the outputs of attention and MLP.
         position: absolute positions: "none", "joint" (one table) or "separate" (a table for space and one for time).
         maskable: whether to have a mask token, so that `forward_tokens` takes `hidden`.
         init: of the weights, see `init_transformer`.
@@ -237,24 +239,17 @@ class MViT(nn.Module):
         self.cls_token = token_parameter(1, 1, width) if class_token else None
         self.mask_token = token_parameter(1, 1, width) if maskable else None
         self._add_positions(position, width, class_token)
+        self.dropout = nn.Dropout(dropout)
         self.patch_embed = PatchStem(in_channels, width, kernel, stride, padding)
-        plans = plan_blocks(
-            depth,
-            width,
-            num_heads,
-            width_mul or {},
-            head_mul or {},
-            stride_q or {},
-            stride_kv or {},
-            stride_kv_adaptive,
-            len(clip_size),
-        )
+        strides = stride_q or {}, stride_kv or {}, stride_kv_adaptive
+        plans = plan_blocks(depth, width, num_heads, width_mul or {}, head_mul or {}, *strides)
         blocks: list[MultiScaleBlock] = []
-        grid = self.stem_grid
+        grid, table_grid = self.stem_grid, divided(clip_size, stride)
         for plan, rate in zip(plans, drop_path_rates(drop_path, depth), strict=True):
             block = MultiScaleBlock(
                 plan,
                 grid=grid,
+                table_grid=table_grid,
                 kernel=pool_kernel,
                 mlp_ratio=mlp_ratio,
                 drop_path=rate,
@@ -267,7 +262,7 @@ class MViT(nn.Module):
                 residual_pooling=residual_pooling,
             )
             blocks.append(block)
-            grid = block.grid_out
+            grid, table_grid = block.grid_out, divided(table_grid, plan.stride_q)
         self.blocks = nn.ModuleList(blocks)
         self.grid, self.width = grid, plans[-1].width_out
         self.token_pixels = (clip_size[-2] // grid[-2], clip_size[-1] // grid[-1])
@@ -317,6 +312,7 @@ class MViT(nn.Module):
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         if self.position != "none":
             x = x + self._positions()
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
         return Tokens(x, self.grid)

@@ -34,7 +34,7 @@ def _keys(cfg: CfgNode) -> None:
     cfg.MVIT.NUM_HEADS = 1  # attention heads of the first block
     cfg.MVIT.MLP_RATIO = 4.0  # hidden width of an MLP over the width of its block
     cfg.MVIT.QKV_BIAS = True  # biases of the q, k and v projections
-    cfg.MVIT.DROPOUT_RATE = 0.0  # after attention and in MLPs, 0 .. 1
+    cfg.MVIT.DROPOUT_RATE = 0.0  # of the tokens with their positions, after attention and in MLPs, 0 .. 1
     # of the last block, 0 .. 1; grows linearly from 0; every process drops its own paths (published: all the same)
     cfg.MVIT.DROPPATH_RATE = 0.1
     cfg.MVIT.LAYER_SCALE_INIT_VALUE = 0.0  # only 0.0: no layer scale
@@ -44,14 +44,15 @@ def _keys(cfg: CfgNode) -> None:
     cfg.MVIT.DIM_MUL = []  # [[block, factor], ...]: the width grows on the way into that block
     cfg.MVIT.DIM_MUL_IN_ATT = False  # only False: the MLP of the block before widens
     cfg.MVIT.HEAD_MUL = []  # [[block, factor], ...]: heads
-    cfg.MVIT.POOL_Q_STRIDE = []  # [[block, t, h, w], ...]: stride of the query pooling
+    # [[block, t, h, w], ...]: stride of the query pooling; a block that is not named has no pooling layer for queries
+    cfg.MVIT.POOL_Q_STRIDE = []
     cfg.MVIT.POOL_KV_STRIDE = []  # the same for keys and values; [] (or what it gives) where the next key is given
     cfg.MVIT.POOL_KV_STRIDE_ADAPTIVE = None  # [t, h, w], divided by each query stride as it happens
     cfg.MVIT.POOL_KVQ_KERNEL = None  # [t, h, w]: pooling kernel; None only where nothing is pooled
     cfg.MVIT.RESIDUAL_POOLING = False  # add the pooled query to the attention's output
     cfg.MVIT.SEPARATE_QKV = False  # only False: one linear layer for q, k and v
     cfg.MVIT.USE_ABS_POS = True  # absolute positions
-    cfg.MVIT.SEP_POS_EMBED = False  # absolute positions in space and in time apart
+    cfg.MVIT.SEP_POS_EMBED = False  # clips: absolute positions in space and in time apart
     cfg.MVIT.REL_POS_SPATIAL = False  # relative positions in space
     cfg.MVIT.REL_POS_TEMPORAL = False  # relative positions in time
     cfg.MVIT.REL_POS_ZERO_INIT = False  # start relative positions at zero
@@ -153,6 +154,8 @@ def _check(cfg: CfgNode) -> Iterator[str]:
         if images != cfg.MVIT.PATCH_2D:
             yield f"MVIT.PATCH_2D must be {images} for {key} {dataset.name}; given {cfg.MVIT.PATCH_2D}"
             break  # TRAIN.DATASET and TEST.DATASET are the same
+    if cfg.MVIT.PATCH_2D and cfg.MVIT.USE_ABS_POS and cfg.MVIT.SEP_POS_EMBED:
+        yield "MVIT.SEP_POS_EMBED must be False for images (MVIT.PATCH_2D), whose positions have no time; given True"
     yield from _grids(cfg)
     yield from _widths(cfg)
 
@@ -249,7 +252,7 @@ def _build_mvit(cfg: CfgNode, maskable: bool) -> MViT:
         raise UserError("MVIT.POOL_KVQ_KERNEL is None, expected a kernel such as [3, 3, 3] where queries are pooled")
     position = "none"
     if mvit.USE_ABS_POS:
-        position = "separate" if mvit.SEP_POS_EMBED and not mvit.PATCH_2D else "joint"
+        position = "separate" if mvit.SEP_POS_EMBED else "joint"
     return MViT(
         clip_size=(*frames, cfg.DATA.TRAIN_CROP_SIZE, cfg.DATA.TRAIN_CROP_SIZE),
         kernel=mvit.PATCH_KERNEL,

@@ -20,7 +20,7 @@ class ViT(nn.Module):
         in_channels: C of the input.
         width, depth, num_heads, mlp_ratio, qkv_bias: of the blocks, as in timm.
         drop_path: rate of the last block; it grows linearly from 0 over the blocks.
-        dropout: rate on the outputs of attention and MLP.
+        dropout: rate on the tokens with their positions, and on the outputs of attention and MLP.
         class_token: whether to prepend a class token.
         position: whether to add learned absolute positions.
         maskable: whether to have a mask token, so that `forward_tokens` takes `hidden`.
@@ -60,6 +60,7 @@ class ViT(nn.Module):
         self.cls_token = token_parameter(1, 1, width) if class_token else None
         self.pos_embed = token_parameter(1, num_tokens + prefix, width) if position else None
         self.mask_token = token_parameter(1, 1, width) if maskable else None
+        self.dropout = nn.Dropout(dropout)
         self.patch_embed = PatchEmbed(size, patch_size, in_channels, width)  # type: ignore[arg-type]  # takes a pair
         self.blocks = nn.ModuleList(
             Block(
@@ -94,6 +95,7 @@ class ViT(nn.Module):
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         if self.pos_embed is not None:
             x = x + self.pos_embed
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
         return Tokens(x, self.grid)

@@ -3,6 +3,7 @@
 Shape legend: B samples, K classes.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from maskfeat.checkpoint.weights import ReleasedModule
 from maskfeat.masking import MaskSampler, mask_sampler
 from maskfeat.models.base import Backbone
 from maskfeat.pictures import Row
+from maskfeat.registry import backbone_spec
 
 BACKBONE = "backbone."
 
@@ -95,3 +97,22 @@ def check_patch_masks(cfg: CfgNode) -> Iterator[str]:
         yield f"AUG.MASK_RATIO must be at least 0 and below 1 for pre-training; given {cfg.AUG.MASK_RATIO:g}"
     if cfg.AUG.MASK_TUBE and cfg.AUG.MASK_FRAMES:
         yield "AUG.MASK_TUBE and AUG.MASK_FRAMES exclude each other; both are True"
+    grid_of = backbone_spec(cfg).mask_grid
+    if cfg.AUG.GEN_MASK_LOADER and grid_of is not None:
+        yield from _check_mask_grid(cfg, grid_of(cfg))
+
+
+def _check_mask_grid(cfg: CfgNode, grid: Sequence[int]) -> Iterator[str]:
+    """Yield that no mask on a grid ([T,] H, W) would hide anything, though AUG.MASK_RATIO says that some do."""
+    ratio, frames = cfg.AUG.MASK_RATIO, cfg.AUG.MASK_FRAMES
+    hidden_of = grid[:1] if frames else grid[-2:] if cfg.AUG.MASK_TUBE else grid
+    if not 0 < ratio < 1:
+        return
+    if not round(ratio * math.prod(hidden_of)):
+        what = "frames" if frames else "patches"
+        yield f"AUG.MASK_RATIO {ratio:g} of {math.prod(hidden_of)} {what} hides none of them: raise it, or set it to 0"
+    if not frames and min(grid[-2:]) < 2:
+        yield (
+            f"masks are drawn on a grid of {' x '.join(map(str, grid))}, and blocks are smaller than it: nothing would "
+            "be hidden; raise DATA.TRAIN_CROP_SIZE, or for clips AUG.MASK_WINDOW_SIZE"
+        )

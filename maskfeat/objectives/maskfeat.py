@@ -15,9 +15,10 @@ from maskfeat.batch import Batch, StepOutput
 from maskfeat.checkpoint.weights import LoadRules
 from maskfeat.errors import UserError
 from maskfeat.masking import resize_mask
-from maskfeat.models.base import Backbone
+from maskfeat.models.base import Backbone, conv_grid
 from maskfeat.models.layers import full_precision, is_reference, layer_norm
 from maskfeat.models.mvit_config import TRANSFORMER
+from maskfeat.models.relative_positions import divided
 from maskfeat.objectives.base import Objective, can_be_read, check_patch_masks, sample_patches
 from maskfeat.objectives.hog import cut_patches, hog, hog_tokens, pad_border, patch_features, pixel_weights
 from maskfeat.objectives.predictions import hog_rows
@@ -271,6 +272,14 @@ def _targets(cfg: CfgNode) -> Iterator[str]:
     mvit = cfg.MVIT
     stride = (1, *mvit.PATCH_STRIDE)[-3:]
     frames, crop = cfg.DATA.NUM_FRAMES, cfg.DATA.TRAIN_CROP_SIZE
+    size = (frames, crop, crop)[-len(mvit.PATCH_STRIDE) :]
+    made = conv_grid(size, mvit.PATCH_KERNEL, mvit.PATCH_STRIDE, mvit.PATCH_PADDING)
+    if made != divided(size, mvit.PATCH_STRIDE):
+        yield (
+            f"MVIT.PATCH_KERNEL {mvit.PATCH_KERNEL} and MVIT.PATCH_PADDING {mvit.PATCH_PADDING} make {list(made)} "
+            f"tokens of {list(size)} frames and pixels, and pre-training needs one for each step of MVIT.PATCH_STRIDE "
+            f"{mvit.PATCH_STRIDE}, which has the targets: a padding of half the kernel, rounded down, does"
+        )
     pooled = [math.prod(entry[axis] for entry in mvit.POOL_Q_STRIDE) for axis in (1, 2, 3)]
     if pooled[0] != 1:
         yield (

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from maskfeat.checkpoint.reading import model_state, read_checkpoint
-from maskfeat.checkpoint.weights import clean_names, fuse_qkv, list_problems, resize_weight
+from maskfeat.checkpoint.resizing import resize_weight
+from maskfeat.checkpoint.weights import clean_names, fuse_qkv, list_problems
 from maskfeat.errors import NotFinite
 from maskfeat.models.mvit import MViT
 from maskfeat.models.resnet import ResNet
@@ -31,7 +32,7 @@ def mvit(axes: int = 3, size: int = 32, **changes: object) -> MViT:
         "stride": (2, 4, 4)[cut:],
         "padding": (1, 3, 3)[cut:],
         "pool_kernel": (3, 3, 3)[cut:],
-        "stride_q": {1: (1, 2, 2)[cut:]},
+        "stride_q": {0: (1, 1, 1)[cut:], 1: (1, 2, 2)[cut:]},
         "stride_kv_adaptive": (1, 4, 4)[cut:],
         "width": 16,
         "depth": 2,
@@ -129,6 +130,23 @@ def test_positions_of_another_clip() -> None:
     resized = resize_weight("blocks.0.attn.rel_pos_t", line, torch.Size((9, 2)))
     expected = torch.nn.functional.interpolate(line.T[None], size=9, mode="linear")[0].T
     torch.testing.assert_close(resized, expected)
+
+
+@pytest.mark.parametrize(
+    ("have", "want"),
+    [
+        ({"clip_size": (8, 32, 32)}, {"clip_size": (8, 64, 64)}),  # 4 x 8 x 8 and 4 x 16 x 16 are squares, too
+        ({"clip_size": (8, 32, 32)}, {"axes": 2, "size": 128}),
+        ({"axes": 2, "size": 32}, {"clip_size": (8, 32, 32)}),
+    ],
+)
+def test_joint_positions_of_clips_are_not_taken_for_those_of_a_square(
+    have: dict[str, Any], want: dict[str, Any]
+) -> None:
+    source, target = (Classification(mvit(position="joint", **kind), num_classes=3) for kind in (have, want))
+    state = source.released_state()
+    with pytest.raises(ValueError, match="pos_embed has a different shape"):
+        target.load_released_state(state, allow=["*.rel_pos_t"])
 
 
 def test_images_to_clips_and_back() -> None:

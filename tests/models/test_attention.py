@@ -1,6 +1,7 @@
 """The forms of attention against each other and against every score written out; which modules are called."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -9,18 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskfeat.checkpoint.weights import resize_weight
+from maskfeat.build import build_backbone
+from maskfeat.checkpoint.resizing import resize_weight
+from maskfeat.config import load_config
 from maskfeat.models import attention
 from maskfeat.models.attention import (
     PoolingAttention,
     fast_attention,
     key_one_hots,
     reference_attention,
-    relative_index,
-    table_rows,
 )
 from maskfeat.models.layers import set_impl
 from maskfeat.models.mvit import MViT
+from maskfeat.models.relative_positions import relative_index, table_lengths, table_rows
 from maskfeat.models.vit import ViT
 
 
@@ -85,6 +87,42 @@ def test_relative_index_by_hand() -> None:
         assert index.min() == 0 and index.max() < table_rows(queries, keys)
 
 
+def test_relative_index_is_the_published_one_also_where_a_product_is_nearly_whole() -> None:
+    """Its float32 expression: at 78 queries and 10 keys, the grids of a crop of 312, float64 gives 103 other rows."""
+    for queries, keys in [*itertools.product((7, 10, 14, 20, 39, 56, 78), repeat=2), (14, 5), (78, 10)]:
+        scale_q, scale_k = max(keys / queries, 1.0), max(queries / keys, 1.0)
+        distance = torch.arange(queries)[:, None] * scale_q - torch.arange(keys)[None, :] * scale_k
+        distance += (keys - 1) * scale_k
+        assert distance.dtype == torch.float32 and torch.equal(relative_index(queries, keys), distance.long())
+
+
+def test_tables_have_the_published_lengths_and_are_resized_where_convolutions_round_up() -> None:
+    """A grid of 39 pooled by 2 has 20 positions; PySlowFast counts 19, keeps 37 rows, and needs 39 of them."""
+    assert table_lengths((20, 39, 39), (1, 2, 2), (1, 4, 4)) == (39, 37, 37)
+    assert table_lengths((4, 8, 8), (2, 2, 2), (1, 1, 1)) == (7, 15, 15), "time is not divided"
+    assert table_lengths((2, 2), (4, 4), (4, 4)) == (1, 1) and table_lengths((5, 5), None, None) == (9, 9)
+    options = {"width": 16, "num_heads": 2, "grid": (5, 5), "kernel": (3, 3), "stride_q": (2, 2), "stride_kv": (2, 2)}
+    attention = PoolingAttention(**options)  # type: ignore[arg-type]
+    assert attention.q_grid == (3, 3) and attention.rel_pos_h.shape == attention.rel_pos_w.shape == (3, 8)
+    table, _ = attention.tables()
+    rows = torch.nn.functional.interpolate(attention.rel_pos_h.T[None], size=5, mode="linear")[0].T
+    torch.testing.assert_close(table, rows[relative_index(3, 3)])
+    x = torch.randn(2, 26, 16)
+    found = attention(x)
+    set_impl(attention, "reference")
+    torch.testing.assert_close(found, attention(x), rtol=1e-5, atol=1e-6)
+    found.sum().backward()
+    assert attention.rel_pos_h.grad is not None and attention.rel_pos_h.grad.any()
+
+
+def test_the_network_at_312_pixels_has_the_published_tables() -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(load_config("video_ft/k400_MVITv2_L_312_40x3_FT"))
+    found = [(len(block.attn.rel_pos_t), len(block.attn.rel_pos_h)) for block in backbone.blocks]
+    # 78, 39, 19 and 9 queries, and keys 9 or, where block 44 pools 19 queries, 19: the larger of both.
+    assert found == [(39, 155)] * 2 + [(39, 77)] * 6 + [(39, 37)] * 37 + [(39, 17)] * 3
+
+
 def test_resized_table_keeps_a_line_straight() -> None:
     line = torch.arange(13.0)[:, None].expand(13, 4)
     resized = resize_weight("blocks.0.attn.rel_pos_h", line, torch.Size((27, 4)))
@@ -99,6 +137,16 @@ def test_a_kernel_of_one_without_strides_is_no_layer() -> None:
     attention = PoolingAttention(width=16, num_heads=2, grid=(4, 4), kernel=(1, 1), stride_q=(1, 1), stride_kv=(2, 2))
     assert attention.pool_q is attention.norm_q is None
     assert attention.pool_k is not None and attention.norm_v is not None
+
+
+def test_what_has_no_stride_has_no_layer() -> None:
+    attention = PoolingAttention(width=16, num_heads=2, grid=(4, 4), kernel=(3, 3), stride_q=None, stride_kv=(2, 2))
+    assert attention.pool_q is attention.norm_q is None and attention.q_grid == (4, 4)
+    assert attention.pool_k is not None and attention.kv_grid == (2, 2)
+    x = torch.randn(2, 17, 16)
+    found = attention(x)
+    set_impl(attention, "reference")
+    torch.testing.assert_close(found, attention(x), rtol=1e-5, atol=1e-6)
 
 
 def test_class_token_skips_pooling() -> None:
@@ -219,7 +267,7 @@ def small_mvit() -> MViT:
         num_heads=1,
         width_mul={1: 2.0},
         head_mul={1: 2.0},
-        stride_q={1: (1, 2, 2)},
+        stride_q={0: (1, 1, 1), 1: (1, 2, 2)},
         stride_kv_adaptive=(1, 4, 4),
         maskable=True,
     )

@@ -25,7 +25,7 @@ def small_mvit(**changes: object) -> MViT:
         "depth": 3,
         "width_mul": {1: 2.0},
         "head_mul": {1: 2.0},
-        "stride_q": {1: (1, 2, 2)},
+        "stride_q": {0: (1, 1, 1), 1: (1, 2, 2), 2: (1, 1, 1)},
         "stride_kv_adaptive": (1, 4, 4),
     }
     return MViT(**{**options, **changes})
@@ -82,7 +82,7 @@ def test_image_mvit_has_two_axes() -> None:
         kernel=(7, 7),
         stride=(4, 4),
         padding=(3, 3),
-        stride_q={1: (2, 2)},
+        stride_q={0: (1, 1), 1: (2, 2), 2: (1, 1)},
         stride_kv_adaptive=(4, 4),
         pool_kernel=(3, 3),
     )
@@ -190,7 +190,7 @@ def test_only_the_chosen_initialisation_draws() -> None:
 
 
 def test_adaptive_strides_follow_the_queries() -> None:
-    plans = plan_blocks(4, 96, 1, {1: 2.0, 3: 2.0}, {1: 2.0, 3: 2.0}, {1: (1, 2, 2), 3: (1, 2, 2)}, {}, (1, 8, 8), 3)
+    plans = plan_blocks(4, 96, 1, {1: 2.0, 3: 2.0}, {1: 2.0, 3: 2.0}, {1: (1, 2, 2), 3: (1, 2, 2)}, {}, (1, 8, 8))
     assert [p.stride_kv for p in plans] == [(1, 8, 8), (1, 4, 4), (1, 4, 4), (1, 2, 2)]
     assert [(p.width, p.width_out, p.num_heads) for p in plans] == [
         (96, 192, 1),
@@ -199,7 +199,31 @@ def test_adaptive_strides_follow_the_queries() -> None:
         (384, 384, 4),
     ]
     # A width is rounded to a multiple of the heads that the next block has.
-    assert plan_blocks(2, 10, 2, {1: 1.4}, {1: 2.0}, {}, {}, None, 3)[0].width_out == 16
+    assert plan_blocks(2, 10, 2, {1: 1.4}, {1: 2.0}, {}, {}, None)[0].width_out == 16
+
+
+def test_blocks_that_the_strides_do_not_name_have_no_pooling_layers() -> None:
+    """As PySlowFast builds MViTv1's recipes, which name the blocks that pool queries, and adaptive strides for all."""
+    some = small_mvit(stride_q={1: (1, 2, 2)})
+    assert [block.attn.pool_q is None for block in some.blocks] == [True, False, True]
+    assert not any(block.attn.pool_k is None for block in some.blocks)
+    assert {name for name, _ in some.named_parameters() if ".pool_q" in name} == {"blocks.1.attn.pool_q.weight"}
+    fewer = small_mvit(stride_q={}, stride_kv={2: (1, 2, 2)}, stride_kv_adaptive=None)
+    assert [block.attn.pool_v is None for block in fewer.blocks] == [True, True, False]
+    cfg = load_config(RECIPES / "k400_MVITv2_S_16x4_FT.yaml", [*MVIT_FT, "MVIT.POOL_Q_STRIDE", "[[1, 1, 2, 2]]"])
+    names = [name for name, _ in build_objective(cfg).named_parameters()]
+    assert any("blocks.1.attn.pool_q" in n for n in names) and not any("blocks.0.attn.pool_q" in n for n in names)
+
+
+@pytest.mark.parametrize("make", [small_vit, small_mvit])
+def test_dropout_also_drops_tokens_with_their_positions(make: Callable[..., ViT | MViT]) -> None:
+    seen = []
+    for rate in (0.0, 0.5):
+        backbone = make(dropout=rate)
+        backbone.blocks[0].register_forward_pre_hook(lambda module, given: seen.append(given[0] == 0))
+        backbone.forward_tokens(torch.randn(4, 3, *backbone.clip_size))
+        backbone.eval().forward_tokens(torch.randn(4, 3, *backbone.clip_size))
+    assert [float(zero.float().mean()) for zero in seen] == [0, 0, pytest.approx(0.5, abs=0.1), 0]
 
 
 def test_drop_path_grows_linearly() -> None:

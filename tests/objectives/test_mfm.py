@@ -163,8 +163,8 @@ def test_transformers(backbone: str) -> None:
     elif backbone == "odd":
         made = ViT(image_size=(35, 35), patch=(7, 7), width=24, depth=2, num_heads=2)
     else:
-        axes = {"kernel": (7, 7), "stride": (4, 4), "padding": (3, 3), "pool_kernel": (3, 3)}
-        made = MViT(clip_size=(32, 32), width=16, depth=2, stride_q={1: (2, 2)}, stride_kv_adaptive=(2, 2), **axes)
+        axes = {"kernel": (7, 7), "stride": (4, 4), "padding": (3, 3), "pool_kernel": (3, 3), "stride_q": {1: (2, 2)}}
+        made = MViT(clip_size=(32, 32), width=16, depth=2, stride_kv_adaptive=(2, 2), **axes)
     objective = MFM(made, mean=MEAN, std=STD, radius=6.0, target_channels=3)
     side = made.clip_size[0]
     given = batch(clip=torch.randn(4, 3, side, side))

@@ -76,7 +76,7 @@ def test_a_whole_objective_in_the_reference_form(video: bool, monkeypatch: pytes
             clip_size=(4, 64, 64),
             width=16,
             depth=2,
-            stride_q={1: (1, 2, 2)},
+            stride_q={0: (1, 1, 1), 1: (1, 2, 2)},
             stride_kv_adaptive=(1, 4, 4),
             maskable=True,
         )
@@ -121,7 +121,7 @@ def test_clips_use_every_second_frame_and_three_grids() -> None:
         clip_size=(8, 64, 64),
         width=16,
         depth=2,
-        stride_q={1: (1, 2, 2)},
+        stride_q={0: (1, 1, 1), 1: (1, 2, 2)},
         stride_kv_adaptive=(1, 4, 4),
         maskable=True,
     )
