@@ -86,6 +86,9 @@ def build_loader(
 ) -> BatchLoader:
     """Batches of a split for one process.
 
+    Each `for` over them gives the epoch that `set_epoch(number)` named last: without it, the same order and the same
+    random draws again.
+
     Args:
         split: "train" (shuffled, augmented, full batches only), "val" (one central view) or "test" (every view).
         world: where this process stands; None = alone on its machine.

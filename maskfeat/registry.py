@@ -213,11 +213,13 @@ S = TypeVar("S", bound=Spec)
 _WORDS = {ObjectiveSpec: "objective", BackboneSpec: "backbone", DatasetSpec: "data set"}
 
 _specs: dict[tuple[type[Spec], str], Spec] = {}
-_plugins: dict[str, list[Spec]] = {}
+_plugins: dict[str, set[tuple[type[Spec], str]]] = {}
+"""Keys of `_specs` that the import of a module added."""
 
 
 def register(spec: S) -> S:
-    """Make a spec known under its names, and return it.
+    """Make a spec known under its names, and return it. That of a module which is run again replaces what it registered
+    before, as a cell of a notebook does.
 
     Raises:
         ValueError: a name is taken, or a data set's is not in lower case. Where PLUGINS names the module, `load` says
@@ -225,7 +227,7 @@ def register(spec: S) -> S:
     """
     for name in spec.names:
         taken = _specs.get((type(spec), name))
-        if taken is not None:
+        if taken is not None and (taken.module != spec.module or taken.module in BUILT_IN):
             raise ValueError(
                 f"the {_WORDS[type(spec)]} {name!r} is already registered by {taken.module}; choose another name"
             )
@@ -271,7 +273,7 @@ def load(plugins: Sequence[str] = ()) -> Registered:
         if name not in _plugins:
             _plugins[name] = _import_plugin(name)
     ours = sorted((s for s in _specs.values() if s.module in BUILT_IN), key=lambda s: BUILT_IN.index(s.module))
-    specs = list(dict.fromkeys([*ours, *(spec for name in plugins for spec in _plugins[name])]))
+    specs = list(dict.fromkeys([*ours, *(spec for name in plugins for spec in _of_plugin(name))]))
     return Registered(_by_name(specs, ObjectiveSpec), _by_name(specs, BackboneSpec), _by_name(specs, DatasetSpec))
 
 
@@ -279,8 +281,23 @@ def _by_name(specs: Iterable[Spec], kind: type[S]) -> dict[str, S]:
     return {name: spec for spec in specs if isinstance(spec, kind) for name in spec.names}
 
 
-def _import_plugin(name: str) -> list[Spec]:
-    """Import a module and return the specs that it registers."""
+def _of_plugin(name: str) -> list[Spec]:
+    """Return what a module has registered until now, and what its import added."""
+    return [
+        spec
+        for key, spec in _specs.items()
+        if key in _plugins[name] or spec.module == name or spec.module.startswith(f"{name}.")
+    ]
+
+
+def holder(kind: type[Spec], name: str) -> str:
+    """Return the module that has registered a spec of this name; "" = none has."""
+    spec = _specs.get((kind, name))
+    return "" if spec is None else spec.module
+
+
+def _import_plugin(name: str) -> set[tuple[type[Spec], str]]:
+    """Import a module and return under which keys of `_specs` it registers something."""
     if not _DOTTED.fullmatch(name):
         raise UserError(
             "PLUGINS must hold dotted names of modules that Python can import, such as my_package.my_module; "
@@ -293,18 +310,14 @@ def _import_plugin(name: str) -> list[Spec]:
         _specs.clear()
         _specs.update(before)
         raise UserError(f"PLUGINS: the module {name} cannot be imported: {_in_one_line(error)}") from error
+    added = {key for key in _specs if key not in before}
     # A module that was imported before PLUGINS named it has registered its specs already.
-    added = [
-        spec
-        for key, spec in _specs.items()
-        if key not in before or spec.module == name or spec.module.startswith(f"{name}.")
-    ]
-    if not added:
+    if not added and not any(spec.module == name or spec.module.startswith(f"{name}.") for spec in _specs.values()):
         raise UserError(
             f"PLUGINS: the module {name} registers no objective, backbone or data set; it must call "
             "maskfeat.registry.register"
         )
-    return list(dict.fromkeys(added))
+    return added
 
 
 def _in_one_line(error: Exception) -> str:

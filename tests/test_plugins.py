@@ -252,6 +252,20 @@ def test_only_dotted_names_are_taken(name: str) -> None:
         load_config(None, ["PLUGINS", [name]])
 
 
+def test_a_cell_that_is_run_again_replaces_what_it_registered(module: Write) -> None:
+    """As `importlib.reload` and the cells of a notebook do; what a later cell adds is found, too."""
+    name = module("ours_again", DECLARE + SPEC)
+    (first,) = [spec for spec in registry.load([name]).specs if spec.module == name]
+    loaded = sys.modules[name]
+    exec(DECLARE + SPEC.replace("(0, 2)", "(0, 3)"), loaded.__dict__)
+    (second,) = [spec for spec in registry.load([name]).specs if spec.module == name]
+    assert second is not first and load_config(None, ["PLUGINS", f"[{name}]", "OURS.STEPS", "[1, 2, 3]"])
+    exec('register(BackboneSpec(name="later", title="it", media=("image",), build=build))', loaded.__dict__)
+    assert "later" in registry.load([name]).backbones and "later" not in registry.load().backbones
+    with pytest.raises(ValueError, match=f"MODEL.ARCH must be one of .*given 'later'; PLUGINS must name {name}, which"):
+        load_config(None, ["MODEL.ARCH", "later"])
+
+
 def test_two_plugins_of_one_name_exclude_each_other(module: Write) -> None:
     module("ours_first", DECLARE + SPEC)
     module("ours_second", DECLARE + SPEC)

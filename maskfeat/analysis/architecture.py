@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from maskfeat.analysis.foreign import BACKBONE, CLASSIFIER, PRETRAINED, Guess, guess, shapes_in
+from maskfeat.analysis.foreign import BACKBONE, CLASSIFIER, PRETRAINED, Guess, guess, holds_no_head
+from maskfeat.analysis.shapes import shapes_in
 from maskfeat.build import build_backbone, build_objective
 from maskfeat.checkpoint.names import renamed
-from maskfeat.checkpoint.reading import saved_entries
+from maskfeat.checkpoint.reading import KIND, saved_entries
 from maskfeat.checkpoint.weights import LoadRules
 from maskfeat.config import load_config, validate
 from maskfeat.config.merge import merge_entries
@@ -84,15 +85,30 @@ def recognise(content: Mapping[str, Any], cfg: CfgNode | None = None) -> Recogni
             was found.
     """
     entries = saved_entries(content)
-    if cfg is not None:
-        return Recognised(cfg, _writer(entries), _kind(cfg))
-    if entries:
-        own = _own_config(entries)
+    if cfg is not None or entries:
+        own = _own_config(entries) if cfg is None else cfg
+        if _has_no_head(content, entries):
+            return _backbone(own, _writer(entries), content)
         return Recognised(own, _writer(entries), _kind(own))
     found = guess(content)
     if found is None:
         raise UserError(_unknown(content))
     return _from_guess(found, content)
+
+
+def _has_no_head(content: Mapping[str, Any], entries: Mapping[str, Entry]) -> bool:
+    """Return whether a file holds a backbone alone, with or without its final norm."""
+    return content.get(KIND) == BACKBONE if entries else holds_no_head(content)
+
+
+def _backbone(cfg: CfgNode, writer: str, content: Mapping[str, Any]) -> Recognised:
+    """Return the backbone of a config, with the final norm that the file has."""
+    shapes = shapes_in(content)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MVIT.USE_MEAN_POOLING = shapes.have("fc_norm.")
+    cfg.freeze()
+    return Recognised(cfg, writer, BACKBONE, norm=shapes.have("norm.", "fc_norm."))
 
 
 def build_recognised(found: Recognised) -> Objective:

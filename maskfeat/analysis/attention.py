@@ -4,6 +4,7 @@ Shape legend: B samples, N queries, Nk keys (the first `prefix` of each, the cla
 grid = ([T,] H, W) tokens along each axis.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskfeat.analysis.hooks import captured
 from maskfeat.analysis.model import Model
 from maskfeat.errors import UserError
 from maskfeat.models.attention import PoolingAttention, reference_weights
@@ -23,7 +25,7 @@ class Attention(NamedTuple):
     Attributes:
         weights: (B, G, N, Nk) float32; each row sums to 1.
         key_grid: ([T,] H, W) of the keys.
-        prefix: number of leading tokens that are not on the grid: 1 with a class token, else 0.
+        prefix: number of leading tokens that are not on the grid, such as a class token.
     """
 
     weights: Tensor
@@ -31,7 +33,7 @@ class Attention(NamedTuple):
     prefix: int
 
 
-def _weights(layer: nn.Module, given: Sequence[Any], grid: tuple[int, ...], prefix: int) -> Attention:
+def _weights(layer: nn.Module, given: Sequence[Any], grid: tuple[int, ...]) -> Attention:
     """Return the weights of an attention layer for the arguments that its block gave it."""
     if isinstance(layer, PoolingAttention):
         q, k, _ = layer.pooled(layer.project(*given))
@@ -39,6 +41,9 @@ def _weights(layer: nn.Module, given: Sequence[Any], grid: tuple[int, ...], pref
         return Attention(found.float(), layer.kv_grid, layer.prefix)
     if not isinstance(layer, timm.layers.Attention):
         raise UserError(f"the attention of {type(layer).__name__} is not known here: only that of ViT and MViTv2")
+    prefix = given[0].shape[1] - math.prod(grid)  # a plugin may leave out the leading tokens of its last block
+    if prefix < 0:
+        raise UserError(f"attention of {given[0].shape[1]} tokens, fewer than the {math.prod(grid)} of the grid {grid}")
     mixed: Any = layer.qkv(given[0])
     q, k, _ = mixed.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, G, N, C) each
     scores = (layer.q_norm(q) * layer.scale) @ layer.k_norm(k).transpose(-2, -1)
@@ -64,19 +69,9 @@ def attentions(model: Model, x: Tensor, numbers: Sequence[int]) -> list[Attentio
     if wrong:
         raise UserError(f"--block must be from {-len(blocks)} to {len(blocks) - 1}; given {wrong[0]}")
     layers = {number: blocks[number].attn for number in numbers}
-    given: dict[int, Sequence[Any]] = {}
-
-    def keep(number: int) -> Any:
-        return lambda _layer, arguments: given.__setitem__(number, arguments)
-
-    hooks = [layer.register_forward_pre_hook(keep(number)) for number, layer in layers.items()]
-    try:
-        tokens = model.tokens(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    prefix = int(tokens.has_class_token)
-    return [_weights(layers[number], given[number], tokens.grid, prefix) for number in numbers]
+    with captured(layers, inputs=True) as given:
+        grid = model.tokens(x).grid
+    return [_weights(layers[number], given[number], grid) for number in numbers]
 
 
 def attention_map(attention: Attention) -> Tensor:

@@ -18,22 +18,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from maskfeat.analysis.architecture import Recognised, build_recognised
 from maskfeat.analysis.command import add_network_options, exit_code, refuse_input
 from maskfeat.analysis.foreign import BACKBONE, CLASSIFIER
-from maskfeat.analysis.hub import HubModel, final_norm, model_card, own_state, own_words, without_head, write_weights
+from maskfeat.analysis.hub import HubModel, model_card, own_state, own_words, without_head, write_weights
 from maskfeat.analysis.model import Model, load_model, load_with_notes
 from maskfeat.analysis.published import list_models
 from maskfeat.analysis.twins import Different, twin
 from maskfeat.checkpoint.atomic import fsync_dir, write_and_fsync
-from maskfeat.checkpoint.weights import LoadReport
 from maskfeat.errors import UserError, naming
 from maskfeat.models.base import Tokens
 from maskfeat.models.resnet import ResNet
-from maskfeat.registry import objective_spec
 
 logger = logging.getLogger(__name__)
 
@@ -123,24 +119,9 @@ def _plain(outputs: Any) -> list[Tensor]:
 
 def _write_safetensors(job: Job, path: Path) -> Written:
     model = job.model
-    # A file of a classifier says what it is. One of a backbone is recognised by its names, or needs a recipe.
-    write_weights(path, own_state(model), **(own_words(model) if model.kind == CLASSIFIER else {}))
-    found = Recognised(model.cfg, "", model.kind, norm=final_norm(model) is not None)
-    again = Model(build_recognised(found), model.cfg, str(path), model.kind, LoadReport())
-    again.objective.load_released_state(load_file(path))
-    return Written(Network(again), _how_to_load(job, path), 1e-6)
-
-
-def _how_to_load(job: Job, path: Path) -> str:
-    """Return whether names and shapes tell `load_model` what the file is."""
-    clips = job.clips(1)
-    try:
-        again = Network(load_with_notes(path, device="cpu")[0])
-        if all(map(torch.equal, job.network(clips), again(clips))):
-            return 'maskfeat.load_model("{path}")'
-    except UserError:
-        pass
-    return 'safetensors.torch.load_file("{path}"), by this project\'s names: `load_model` needs its recipe, too'
+    write_weights(path, own_state(model), **own_words(model))
+    again, _ = load_with_notes(path, device="cpu")
+    return Written(Network(again), 'maskfeat.load_model("{path}")', 1e-6)
 
 
 def _write_twin(library: str) -> Callable[[Job, Path], Written]:
@@ -160,8 +141,7 @@ def _write_twin(library: str) -> Callable[[Job, Path], Written]:
 
 def _write_hub(job: Job, path: Path) -> Written:
     HubModel.of(job.model).save_pretrained(path)
-    trained = objective_spec(job.model.cfg).title
-    card = model_card(job.model, trained, job.licence, job.name, job.figures)
+    card = model_card(job.model, job.licence, job.name, job.figures)
     write_and_fsync(path / "README.md", card.encode())
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it reads a local folder
         again = HubModel.from_pretrained(path, local_files_only=True)
@@ -332,7 +312,9 @@ def export(
     """
     if to not in TARGETS:
         raise UserError(f"--to must be one of {', '.join(TARGETS)}; given {to!r}")
-    target, output = TARGETS[to], Path(output)
+    target, output = TARGETS[to], Path(output).expanduser()
+    if what not in (None, *PARTS):
+        raise UserError(f"--what must be one of {', '.join(PARTS)}; given {what!r}")
     if what == CLASSIFIER and model.kind != CLASSIFIER:
         raise UserError(f"{model.source} does not classify (it is a {model.kind} file): --what backbone")
     _check_output(output, target, to, model.source)

@@ -8,12 +8,10 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from maskfeat.checkpoint.names import bare
-from maskfeat.checkpoint.reading import model_state
+from maskfeat.analysis.shapes import Shapes, Unlike, shapes_in
 from maskfeat.errors import UserError
 from maskfeat.models.mvit import adaptive_strides
 from maskfeat.models.resnet import STAGES, STRIDE
@@ -52,46 +50,30 @@ class Guess(NamedTuple):
     notes: list[str]
 
 
-class _Unlike(Exception):
-    """The shapes are not those of the network that was looked for."""
-
-
-class Shapes(dict[str, tuple[int, ...]]):
-    """Shapes of the tensors in a file by their bare names."""
-
-    def of(self, name: str, axes: int) -> tuple[int, ...]:
-        """Return a shape that must be there, with so many axes, none of length 0."""
-        shape = self.get(name, ())
-        if len(shape) != axes or not all(shape):
-            raise _Unlike
-        return shape
-
-    def have(self, *starts: str) -> bool:
-        """Return whether a name begins with one of these."""
-        return any(name.startswith(starts) for name in self)
-
-
-def shapes_in(content: Mapping[str, Any]) -> Shapes:
-    """Return the shapes of the parameters in a file."""
-    state = model_state(content)
-    return Shapes((bare(str(name)), tuple(value.shape)) for name, value in state.items() if isinstance(value, Tensor))
-
-
 def guess(content: Mapping[str, Any]) -> Guess | None:
     """Return the network whose names and shapes a file has; None if it is none of those that are known here."""
     shapes = shapes_in(content)
     for known in (_mvit, _vit, _clip_vit, _resnet):
         try:
             return known(shapes, content)
-        except _Unlike:
+        except Unlike:
             continue
     return None
+
+
+def holds_no_head(content: Mapping[str, Any]) -> bool:
+    """Return whether names are those of a ViT, an MViTv2 or a ResNet without a head that is known here."""
+    shapes = shapes_in(content)
+    if shapes.have("blocks."):
+        with suppress(Unlike):
+            return _head(shapes, content)[0] == BACKBONE
+    return shapes.have("layer1.0.conv1.") and not shapes.have("fc.", "head.", "decoder.")
 
 
 def _whole(number: int, divisor: int) -> int:
     """Return number / divisor, which must be whole."""
     if divisor < 1 or number % divisor:
-        raise _Unlike
+        raise Unlike
     return number // divisor
 
 
@@ -99,7 +81,7 @@ def _side(number: int) -> int:
     """Return the side of a square of so many cells."""
     side = math.isqrt(max(number, 0))
     if side * side != number or not side:
-        raise _Unlike
+        raise Unlike
     return side
 
 
@@ -107,10 +89,10 @@ def _depth(shapes: Shapes, allowed: re.Pattern[str]) -> int:
     """Return the number of blocks; all their parameters must be `allowed`."""
     names = [name for name in shapes if name.startswith("blocks.")]
     if not names or not all(allowed.fullmatch(name) for name in names):
-        raise _Unlike
+        raise Unlike
     numbers = {int(name.split(".")[1]) for name in names}
     if numbers != set(range(len(numbers))):
-        raise _Unlike
+        raise Unlike
     return len(numbers)
 
 
@@ -219,7 +201,7 @@ def _clip_vit(shapes: Shapes, content: Mapping[str, Any]) -> Guess:
     side = _side(shapes.of("pos_embed_spatial", 3)[1]) * patch[1]
     kind, writer, said = _head(shapes, content)
     if kind == PRETRAINED:
-        raise _Unlike
+        raise Unlike
     keys = {
         **_block(shapes),
         **_crops(side),
@@ -254,7 +236,7 @@ def _mvit(shapes: Shapes, content: Mapping[str, Any]) -> Guess:
     kernel = shapes.of("patch_embed.proj.weight", len(shapes.get("patch_embed.proj.weight", ())))[2:]
     axes = len(kernel)
     if axes not in (2, 3) or not any(".attn.pool_q." in name for name in shapes):
-        raise _Unlike
+        raise Unlike
     depth = _depth(shapes, _MVIT_BLOCK)
     widths = [shapes.of(f"blocks.{i}.norm1.weight", 1)[0] for i in range(depth)]
     pools = [shapes.of(f"blocks.{i}.attn.pool_q.weight", axes + 2) for i in range(depth)]
@@ -295,7 +277,7 @@ def _mvit(shapes: Shapes, content: Mapping[str, Any]) -> Guess:
     notes += [_RATE] if axes == 3 else ["pixels are normalised by the mean and standard deviation of ImageNet"]
     if axes == 2:
         if kind == PRETRAINED:
-            raise _Unlike
+            raise Unlike
         recipe, keys = "masked_ssl/in1k_VIT_B_MaskFeat_FT", {**keys, **IMAGENET}
     else:
         size = "L" if (widths[0], depth) == (144, 48) else "S"
@@ -327,14 +309,14 @@ def _axis(shapes: Shapes, name: str, depth: int, starts: Iterable[int]) -> _Axis
     sizes = [(shapes.of(f"blocks.{i}.attn.rel_pos_{name}", 2)[0] + 1) // 2 for i in range(depth)]
     smaller = [i for i in range(1, depth) if sizes[i] < sizes[i - 1]]
     if len(smaller) > 8:  # of 4 at most in published networks
-        raise _Unlike
+        raise Unlike
     for start, early in itertools.product(starts, itertools.product((0, 1), repeat=len(smaller))):
         strides = [1] * depth
         for i, before in zip(smaller, early, strict=True):
             strides[i - before] *= max(round(sizes[i - 1] / sizes[i]), 1)
         if strides[0] == 1 and _sizes(sizes[0], strides, start, name == "t") == sizes:
             return _Axis(sizes[0], strides, start)
-    raise _Unlike
+    raise Unlike
 
 
 def _sizes(stem: int, strides: list[int], start: int, time: bool) -> list[int]:
@@ -356,12 +338,12 @@ def _factors(numbers: list[int]) -> list[list[float]]:
 def _resnet(shapes: Shapes, content: Mapping[str, Any]) -> Guess:
     """torchvision's ResNet, with its classifier, MFM's decoder or neither."""
     if shapes.of("conv1.weight", 4) != (64, 3, 7, 7) or shapes.of("layer1.0.conv2.weight", 4) != (64, 64, 3, 3):
-        raise _Unlike
+        raise Unlike
     counts = [_count(shapes, f"layer{stage}.") for stage in range(1, 5)]
     bottleneck = "layer1.0.conv3.weight" in shapes
     depths = [d for d, (block, plan) in STAGES.items() if plan == counts and (block.expansion == 4) == bottleneck]
     if not depths:
-        raise _Unlike
+        raise Unlike
     keys: dict[str, Any] = {"RESNET.DEPTH": depths[0]}
     imagenet = {**IMAGENET, **_crops(224)}
     said = "pixels are normalised by the mean and standard deviation of ImageNet"

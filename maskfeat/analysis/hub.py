@@ -16,14 +16,13 @@ import maskfeat
 from maskfeat.analysis.architecture import Encoder, build_recognised, recognise
 from maskfeat.analysis.foreign import BACKBONE, CLASSIFIER
 from maskfeat.analysis.model import Model
+from maskfeat.analysis.source import HUB_WEIGHTS
 from maskfeat.checkpoint.atomic import write_and_fsync
-from maskfeat.checkpoint.reading import CLASSES
+from maskfeat.checkpoint.reading import CLASSES, KIND
 from maskfeat.checkpoint.weights import LoadReport
 from maskfeat.config import dump_config
 from maskfeat.config.schema import full_keys, is_inert, schema
 from maskfeat.registry import lookup
-
-WEIGHTS = "model.safetensors"
 
 
 def final_norm(model: Model) -> nn.LayerNorm | None:
@@ -40,7 +39,7 @@ def without_head(model: Model) -> Model:
     cfg.defrost()
     cfg.MVIT.USE_MEAN_POOLING = model.mean_pooling
     cfg.freeze()
-    return Model(encoder, cfg, model.source, BACKBONE, model.report)
+    return Model(encoder, cfg, model.source, BACKBONE, model.report, trained=model.trained)
 
 
 def own_state(model: Model) -> dict[str, Tensor]:
@@ -86,7 +85,7 @@ class HubModel(Model, PyTorchModelHubMixin, library_name="maskfeat"):
         return copy
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_weights(save_directory / WEIGHTS, own_state(self))
+        write_weights(save_directory / HUB_WEIGHTS, own_state(self))
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
@@ -95,8 +94,8 @@ class HubModel(Model, PyTorchModelHubMixin, library_name="maskfeat"):
 
 
 def own_words(model: Model) -> dict[str, str]:
-    """Return the metadata by which `load_model` knows a safetensors file: its config without paths, and its classes."""
-    return {"cfg": dump_config(_without_paths(model.cfg)), CLASSES: json.dumps(model.classes)}
+    """Return the metadata by which `load_model` knows a safetensors file: config without paths, kind, classes."""
+    return {"cfg": dump_config(_without_paths(model.cfg)), KIND: model.kind, CLASSES: json.dumps(model.classes)}
 
 
 def write_weights(path: Path, state: dict[str, Tensor], **about: str) -> None:
@@ -124,12 +123,11 @@ def _without_paths(cfg: CfgNode) -> CfgNode:
     return cleaned
 
 
-def model_card(model: Model, trained: str, licence: str, name: str, figures: Sequence[str] = ()) -> str:
+def model_card(model: Model, licence: str, name: str, figures: Sequence[str] = ()) -> str:
     """Return the README.md of a folder: metadata that the Hub reads, what the network is, and how to load it.
 
     Args:
         model: what is exported.
-        trained: MODEL.MODEL_NAME of its recipe, in words.
         licence: identifier of the Hub, such as apache-2.0 or cc-by-nc-4.0.
         name: of the folder.
         figures: what was measured, a sentence each.
@@ -159,14 +157,13 @@ def model_card(model: Model, trained: str, licence: str, name: str, figures: Seq
         f"{parameters:.1f} M parameters, for {size} {'pixels' if model.media == 'image' else '(frames x pixels)'}.",
         "",
         f"- Weights from: `{Path(model.source).name}`",
-        f"- Recipe: {trained} (`MODEL.MODEL_NAME {cfg.MODEL.MODEL_NAME}`), {cfg.SOLVER.MAX_EPOCH} epochs, "
-        f"{cfg.SOLVER.OPTIMIZING_METHOD}, base learning rate {cfg.SOLVER.BASE_LR:g}",
-        f"- Trained on: {cfg.TRAIN.DATASET}" + (f", {model.objective.num_classes} classes" if classifies else ""),
+        *([f"- Training: {model.trained}"] if model.trained else []),
+        *([f"- Classes: {model.objective.num_classes}"] if classifies else []),
         f"- Input: normalised by mean {list(cfg.DATA.MEAN)} and standard deviation {list(cfg.DATA.STD)}",
         *(f"- {figure}" for figure in figures),
         f"- Licence: {licence}",
         "",
-        "The complete recipe is `cfg` in `config.json`.",
+        f"`cfg` in `config.json` is {'the complete recipe' if model.trained else 'the config of the network'}.",
         "",
         "## Use",
         "",

@@ -200,11 +200,11 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"{'':<20}{name:<14}{part['count']:>13,}" for name, part in sizes["parts"].items())
     yield f"{'integrity':<18}{integrity['verified']}"
     broken = integrity["not finite"]
-    yield f"{'':<18}" + (f"NaN or infinite: {some(broken)}" if broken else "all values are finite")
+    yield f"{'':<18}" + (f"NaN or infinite: {some(broken, 6)}" if broken else "all values are finite")
     yield f"{'averaged weights':<18}{'yes (TRAIN.EMA)' if report['averaged weights'] else 'no'}"
     yield f"{'optimizer':<18}{'yes' if report['optimizer'] else 'no'}"
     classes = report["classes"]
-    yield f"{'classes':<18}" + (f"{len(classes)}: {some(classes)}" if classes else "no names")
+    yield f"{'classes':<18}" + (f"{len(classes)}: {some(classes, 6)}" if classes else "no names")
     yield from (f"{'assumed':<18}{note}" for note in report["assumed"])
     if "error" in loading:
         yield f"into {loading['into']}: it would not be loaded: {loading['error']}"
@@ -213,7 +213,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     for what in ("loaded", "resized", "fresh", "dropped"):
         named = loading[what]
         shown = [f"{name} {change}" for name, change in named.items()] if what == "resized" else named
-        yield f"  {what:<16}{len(named):>5}  {'' if what == 'loaded' else some(shown)}".rstrip()
+        yield f"  {what:<16}{len(named):>5}  {'' if what == 'loaded' else some(shown, 6)}".rstrip()
 
 
 def _say(args: argparse.Namespace) -> int:

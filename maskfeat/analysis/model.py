@@ -7,6 +7,7 @@ first), grid = ([T',] H', W') tokens along each axis, K classes.
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,19 +17,20 @@ from PIL import Image
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from maskfeat.analysis.architecture import Recognised, build_recognised, recognise
+from maskfeat.analysis.architecture import build_recognised, recognise
 from maskfeat.analysis.foreign import CLASSIFIER
-from maskfeat.analysis.published import imagenet_classes
-from maskfeat.analysis.source import Source, read_source
+from maskfeat.analysis.hooks import captured
+from maskfeat.analysis.said import class_names, training
+from maskfeat.analysis.source import read_source
 from maskfeat.batch import Batch, SampleKey
 from maskfeat.checkpoint.files import AVERAGE
-from maskfeat.checkpoint.reading import trained_classes
 from maskfeat.checkpoint.weights import LoadReport
 from maskfeat.config import load_config
 from maskfeat.data.collate import collate
 from maskfeat.data.datasets.base import DatasetRequest
 from maskfeat.data.datasets.imagenet import build_image_folder
 from maskfeat.data.datasets.kinetics import build_video_clips
+from maskfeat.data.image_reader import upright_rgb
 from maskfeat.data.sample import Sample
 from maskfeat.data.video.temporal_sampling import frame_indices
 from maskfeat.engine.parallelize import PRECISIONS, autocast
@@ -57,7 +59,8 @@ class Prediction(NamedTuple):
 
 
 class Model(nn.Module):
-    """A trained network, in evaluation mode.
+    """A trained network. It stays in evaluation mode, and its methods compute without gradients: to train, take
+    `objective`, or `backbone.forward_tokens`.
 
     Args:
         objective: with its weights.
@@ -67,6 +70,7 @@ class Model(nn.Module):
         report: what was done with each parameter of the file.
         classes: names of the classes by their numbers; None = not known.
         precision: "off" (float32), "bf16" or "fp16": in which the network computes.
+        trained: how it was trained, in words; "" = not known.
 
     Attributes:
         media: "image" or "video": what the network takes.
@@ -81,14 +85,20 @@ class Model(nn.Module):
         report: LoadReport,
         classes: Sequence[str] | None = None,
         precision: str = "off",
+        trained: str = "",
     ) -> None:
         super().__init__()
+        self.trained = trained
         self.objective, self.source, self.kind, self.report = objective, source, kind, report
         self.cfg = _shown_size(cfg, objective.backbone)
         self.classes = None if classes is None else list(classes)
         self.precision = precision
         self.media = "image" if len(objective.backbone.clip_size) == 2 else "video"
         self.eval()
+
+    def train(self, mode: bool = True) -> "Model":
+        """Stay in evaluation mode: also as a part of a module whose other parts are trained."""
+        return super().train(False)
 
     @property
     def backbone(self) -> Backbone:
@@ -147,7 +157,10 @@ class Model(nn.Module):
                 raise UserError(f"{what} cannot be read as {_A[self.media]}: {sample.bad[0].cause}")
             return sample
         if isinstance(what, Image.Image):
-            what = what.convert("RGB")
+            try:
+                what = upright_rgb(what)
+            except (OSError, ValueError) as error:
+                raise UserError(f"a Pillow image cannot be read as {_A[self.media]}: {error}") from error
         frames = np.asarray(what)
         axes = 3 if self.media == "image" else 4
         if frames.dtype != np.uint8 or frames.ndim != axes or frames.shape[-1] != 3 or not frames.size:
@@ -161,8 +174,16 @@ class Model(nn.Module):
         return dataset.transform(frames[wanted], None)
 
     def _batched(self, x: Tensor) -> Tensor:
-        """Return inputs on the device of the network, with a batch axis."""
-        return (x if x.dim() == len(self.backbone.clip_size) + 2 else x.unsqueeze(0)).to(self.device)
+        """Return inputs on the device of the network, as float32 with a batch axis."""
+        axes = len(self.backbone.clip_size) + 2
+        known = isinstance(x, Tensor) and x.is_floating_point() and x.dim() in (axes - 1, axes)
+        if not known or x.shape[1 - axes] != _CHANNELS:
+            what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise UserError(
+                f"{self.source} takes a tensor of floats of shape (B, 3, {'T, ' if axes == 5 else ''}H, W), as "
+                f"`transform` returns it; given {what}"
+            )
+        return (x if x.dim() == axes else x.unsqueeze(0)).to(self.device, torch.float32)
 
     def _tokens(self, x: Tensor) -> Tokens:
         with autocast(self.device, self.precision):
@@ -215,22 +236,12 @@ class Model(nn.Module):
         Returns:
             tokens (B, N, D) float32 and grid for each number; width and grid may differ from block to block.
         """
-        layers = self.backbone.repeated_blocks()
+        layers, numbers = self.backbone.repeated_blocks(), list(numbers)
         wrong = [number for number in numbers if not -len(layers) <= number < len(layers)]
         if wrong or not numbers:
-            raise UserError(f"blocks are numbers from {-len(layers)} to {len(layers) - 1}; given {list(numbers)}")
-        found: dict[int, Tensor] = {}
-
-        def keep(number: int) -> Any:
-            return lambda _module, _given, out: found.__setitem__(number, out)
-
-        wanted = {number % len(layers) for number in numbers}
-        hooks = [layers[number].register_forward_hook(keep(number)) for number in wanted]
-        try:
+            raise UserError(f"blocks are numbers from {-len(layers)} to {len(layers) - 1}; given {numbers}")
+        with captured({number % len(layers): layers[number] for number in numbers}) as found:
             self._tokens(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return [self._of_block(layers[number], found[number % len(layers)]) for number in numbers]
 
     def _of_block(self, layer: nn.Module, out: Tensor) -> Tokens:
@@ -259,8 +270,9 @@ class Model(nn.Module):
                 f"{self.source} does not classify (it is a {self.kind} file): fine-tune it first, or give a "
                 "fine-tuned file"
             )
-        if top < 1:
-            raise UserError(f"top must be at least 1; given {top}")
+        for name, value in (("top", top), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise UserError(f"{name} must be a whole number of at least 1; given {value!r}")
         given = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
         return [
             found
@@ -280,7 +292,7 @@ class Model(nn.Module):
 
     def class_name(self, number: int) -> str:
         """Return the name of a class, its number where names are not known."""
-        return str(number) if self.classes is None else self.classes[number]
+        return self.classes[number] if self.classes and number < len(self.classes) else str(number)
 
 
 def _shown_size(cfg: CfgNode, backbone: Backbone) -> CfgNode:
@@ -298,6 +310,7 @@ def _shown_size(cfg: CfgNode, backbone: Backbone) -> CfgNode:
 
 
 _A = {"image": "an image", "video": "a video"}
+_CHANNELS = 3
 
 
 def load_model(
@@ -311,8 +324,8 @@ def load_model(
     """Load a trained network.
 
     Args:
-        source: a path (`.pyth`, `.pth`, `.safetensors`, a folder `.dcp`), an http(s) address, a name of `list_models`,
-            or torchvision's name of weights of a ResNet.
+        source: a path (`.pyth`, `.pth`, `.safetensors`, a folder `.dcp`, or one that `export --to hf` wrote), an
+            http(s) address, a name of `list_models`, or torchvision's name of weights of a ResNet; ~ = the home folder.
         cfg: a recipe, by path or name, or a config: what the network is. None = the file's own config, or what its
             names and shapes say.
         device: where it computes; None = CUDA where there is one, else the CPU.
@@ -352,25 +365,23 @@ def load_with_notes(
         raise about(file.path, error) from error
     objective = build_recognised(found)
     report = load_to_evaluate(found.cfg, objective, file.path, file.content, AVERAGE if averaged else None)
-    classes = _class_names(objective, file, found)
-    model = Model(objective, found.cfg, os.fspath(source), found.kind, report, classes, precision).to(place)
-    return model, found.notes
+    classes = class_names(objective, file, found)
+    trained = training(file, found)
+    model = Model(objective, found.cfg, os.fspath(source), found.kind, report, classes, precision, trained)
+    return _moved(model, place), found.notes
 
 
-def _class_names(objective: Objective, file: Source, found: Recognised) -> list[str] | None:
-    """Return the names of the classes: those in the file, else ImageNet-1K's where a file without a config of its own
-    has 1000 classes of images.
-    """
-    names = trained_classes(file.content)
-    if names is None and (found.recipe or file.published) and len(objective.backbone.clip_size) == 2:
-        names = imagenet_classes()
-    return names if names and len(names) == objective.num_classes else None
+def _moved(model: Model, place: torch.device) -> Model:
+    try:
+        return model.to(place)
+    except (RuntimeError, AssertionError) as error:  # PyTorch was built without it
+        raise UserError(f"device {place} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def chosen_device(device: str | torch.device | None) -> torch.device:
     """Return a device by its name; None = CUDA where there is one, else the CPU."""
     try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     except RuntimeError as error:
         raise UserError(f"there is no device {device!r}: cuda, cuda:1 or cpu") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():

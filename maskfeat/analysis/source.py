@@ -1,5 +1,6 @@
 """The file of weights that `load_model` and the commands name: a path, an address, or a published name."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,9 +10,12 @@ from yacs.config import CfgNode
 from maskfeat.analysis.published import PUBLISHED
 from maskfeat.checkpoint.download import fetch, is_url
 from maskfeat.checkpoint.files import read_verified_checkpoint
-from maskfeat.checkpoint.reading import is_torchvision_name
+from maskfeat.checkpoint.reading import CLASSES, KIND, is_torchvision_name, model_state
 from maskfeat.errors import UserError
 from maskfeat.text import nearest
+
+HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"
+_MOST_WORDS = 1 << 24
 
 
 class Source(NamedTuple):
@@ -21,13 +25,13 @@ class Source(NamedTuple):
         path: of the file.
         content: of it, see `checkpoint.files.open_checkpoint`.
         cfg: what it is: what the caller gave, or the config of a published name; None = see the file.
-        published: whether a published name was given.
+        about: what is said of it where a published name was given; "" = it was not.
     """
 
     path: str
     content: dict[str, Any]
     cfg: CfgNode | None
-    published: bool
+    about: str
 
 
 def read_source(source: str | Path, cfg: CfgNode | None = None) -> Source:
@@ -40,12 +44,12 @@ def read_source(source: str | Path, cfg: CfgNode | None = None) -> Source:
     Raises:
         UserError: there is no such file and no such name, or the file cannot be fetched or read.
     """
-    given = os.fspath(source)
+    given = os.path.expanduser(os.fspath(source))
     exists = os.path.exists(given)
     entry = None if exists else PUBLISHED.get(given)
     if entry is not None:
         path = entry.path()
-        return Source(path, read_verified_checkpoint(path), entry.config() if cfg is None else cfg, True)
+        return Source(path, read_verified_checkpoint(path), entry.config() if cfg is None else cfg, entry.about)
     if not exists and "://" not in given and not is_torchvision_name(given):
         if os.sep in given or os.path.splitext(given)[1]:
             raise UserError(f"there is no file {given}")
@@ -53,8 +57,27 @@ def read_source(source: str | Path, cfg: CfgNode | None = None) -> Source:
             f"there is no file {given}, and nothing is published under this name; the nearest is "
             f"{nearest(given, PUBLISHED)!r} (maskfeat.list_models() lists all)"
         )
+    if (words := hub_words(Path(given))) is not None:
+        state = model_state(read_verified_checkpoint(Path(given) / HUB_WEIGHTS))
+        return Source(given, words | {"model_state": state}, cfg, "")
     newest = max(Path(given).glob("checkpoints/*.pyth"), key=os.path.getmtime, default=None) if exists else None
     if newest is not None:
         raise UserError(f"{given} is a folder, a file of weights is expected; the newest in it is {newest}")
     path = str(fetch(given)) if is_url(given) else given
-    return Source(path, read_verified_checkpoint(path), cfg, False)
+    return Source(path, read_verified_checkpoint(path), cfg, "")
+
+
+def hub_words(folder: Path) -> dict[str, Any] | None:
+    """Return config, kind and classes of a folder that `export --to hf` wrote, as a checkpoint has them; None for
+    anything else.
+    """
+    words = folder / HUB_CONFIG
+    if not (folder / HUB_WEIGHTS).is_file() or not words.is_file() or words.stat().st_size > _MOST_WORDS:
+        return None
+    try:
+        said = json.loads(words.read_bytes())
+    except ValueError:
+        return None
+    if not isinstance(said, dict) or not isinstance(said.get("cfg"), str):
+        return None
+    return {name: said.get(name) for name in ("cfg", KIND, CLASSES)}

@@ -15,8 +15,8 @@ SPLIT_QKV = re.compile(r"(.*\.attn\.)(?:([qkv])\.(weight|bias)|([qv])_bias)")
 """attn.q, attn.k, attn.v, attn.q_bias and attn.v_bias, where models have attn.qkv."""
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """What PyTorch's wrappers (torch.compile, activation checkpointing, FSDP) put into names, at any place."""
-_PREFIXES = ("module", "model", "backbone", "encoder")
-"""What DistributedDataParallel and other programs put before names."""
+_PREFIXES = ("module", "model", "objective", "backbone", "encoder")
+"""What DistributedDataParallel, other programs and `load_model` put before names."""
 
 
 def renamed(state: Mapping[str, Tensor], new: Callable[[str], str]) -> "OrderedDict[str, Tensor]":

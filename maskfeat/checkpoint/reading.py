@@ -30,6 +30,8 @@ from maskfeat.file_io import NotReadable, local_path, open_regular_file
 # fills no dict subclass but its own, so yacs configs become ordered dicts.
 _OPTIONS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 CLASSES = "classes"
+KIND = "kind"
+"""Of a network that was exported: "backbone" where the file has no head, or "classifier"."""
 """Key of the names of the classes in the checkpoint of a classifier, by their numbers."""
 # Which of the two names a file is not known here.
 _KEYS = "see TRAIN.CHECKPOINT_FILE_PATH, or of a test TEST.CHECKPOINT_FILE_PATH"
@@ -76,7 +78,7 @@ def _load(path: Path) -> Any:
 
 
 def _load_safetensors(path: Path) -> Any:
-    """Load a file that holds tensors, and texts: its metadata may have `cfg` (YAML) and `classes` (a JSON list).
+    """Load a file that holds tensors, and texts: its metadata may have `cfg` (YAML), `kind` and `classes` (JSON).
 
     Its reader compares all sizes with the file.
     """
@@ -88,7 +90,8 @@ def _load_safetensors(path: Path) -> Any:
         raise RefusedFile(str(error)) from error
     if "cfg" not in metadata:
         return state
-    return {"model_state": state, "cfg": metadata["cfg"], CLASSES: json.loads(metadata.get(CLASSES, "null"))}
+    words = {"cfg": metadata["cfg"], KIND: metadata.get(KIND), CLASSES: json.loads(metadata.get(CLASSES, "null"))}
+    return {"model_state": state, **words}
 
 
 def _check_content(content: Any, size: int) -> None:

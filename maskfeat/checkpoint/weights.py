@@ -81,7 +81,7 @@ class LoadReport:
             ("dropped", self.dropped),
         )
         return "\n".join(
-            f"  {what:<8}{len(names):>5}  {'' if what == 'loaded' else some(names)}".rstrip() for what, names in rows
+            f"  {what:<8}{len(names):>5}  {'' if what == 'loaded' else some(names, 6)}".rstrip() for what, names in rows
         )
 
 

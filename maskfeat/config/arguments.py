@@ -49,7 +49,7 @@ class ConfigParser(argparse.ArgumentParser):
 def _name_each(args: Sequence[str] | None) -> list[str]:
     """Write --cfg A B as --cfg A --cfg B. A word that follows is a file where it cannot be the key of an override."""
     words: list[str] = []
-    for word in sys.argv[1:] if args is None else args:
+    for word in sys.argv[1:] if args is None else map(str, args):  # from Python, paths and numbers are given as such
         joined = words and words[-1].startswith(tuple(f"{option}=" for option in _CFG))
         after_file = joined or (len(words) > 1 and words[-2] in _CFG)
         words += [_CFG[0], word] if after_file and _names_file(word) else [word]

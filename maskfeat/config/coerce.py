@@ -5,6 +5,8 @@ import re
 from ast import literal_eval
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from maskfeat.config.yaml_io import Entry
 from maskfeat.errors import UserError
 
@@ -80,6 +82,8 @@ def _has_leading_zero(value: object) -> bool:
 
 def decode(value: object) -> object:
     """Return the value of text that is a Python literal, with tuples as lists; anything else is returned unchanged."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
     if isinstance(value, str) and len(value) <= _MAX_LITERAL:
         try:
             value = literal_eval(value.strip())
@@ -206,7 +210,9 @@ def _describe(kind: str) -> str:
         return f"{_describe(kind.removesuffix(' or None'))} or None"
     if kind.startswith("list["):
         inner = kind.removeprefix("list[").removesuffix("]")
-        words = {"int": "whole numbers", "float": "numbers", "number": "numbers", "str": "names"}
+        words = {"int": "whole numbers", "float": "numbers", "number": "numbers", "str": "names", "path": "paths"}
         words["source"] = """pairs of a path and a weight, such as [["/data/a", 2], ["/data/b", 1]]"""
-        return f"a list of {words.get(inner, 'lists of numbers')}"
+        if inner.startswith("list["):
+            return "a list of " + _describe(inner).replace("a list of", "lists of", 1)
+        return f"a list of {words[inner] if inner in words else f'values, each {_WORDS[inner]}'}"
     return _WORDS[kind]

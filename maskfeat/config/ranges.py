@@ -8,7 +8,19 @@ from collections.abc import Iterator
 
 from yacs.config import CfgNode
 
-from maskfeat.registry import ABOVE_0_TO_1, BELOW_1, SHARE, Range, Rules, load, lookup
+from maskfeat.registry import (
+    ABOVE_0_TO_1,
+    BELOW_1,
+    SHARE,
+    BackboneSpec,
+    DatasetSpec,
+    ObjectiveSpec,
+    Range,
+    Rules,
+    holder,
+    load,
+    lookup,
+)
 
 _RANDAUGMENT = re.compile(r"rand(-[a-z]+[0-9.]*)*|ra_\d+_\d+")
 _INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
@@ -145,6 +157,20 @@ def check_single_keys(cfg: CfgNode, rules: Rules) -> Iterator[str]:
             yield f"{key} must be [low, high]; given {value!r}"
 
 
+_SPECS = {
+    "MODEL.ARCH": BackboneSpec,
+    "MODEL.MODEL_NAME": ObjectiveSpec,
+    "TRAIN.DATASET": DatasetSpec,
+    "TEST.DATASET": DatasetSpec,
+}
+
+
+def _advice(key: str, value: object) -> str:
+    """Return which module has what a key names, where PLUGINS lacks it."""
+    module = holder(_SPECS[key], str(value).lower() if key.endswith("DATASET") else str(value)) if key in _SPECS else ""
+    return f"; PLUGINS must name {module}, which has it" if module else ""
+
+
 def _choices(cfg: CfgNode, rules: Rules) -> Iterator[str]:
     for key, allowed in rules.choices.items():
         value = lookup(cfg, key)
@@ -154,11 +180,12 @@ def _choices(cfg: CfgNode, rules: Rules) -> Iterator[str]:
         if len(allowed) == 1:
             yield f"{key} {value!r} is not supported here; the only value is {allowed[0]!r}"
         else:
-            yield f"{key} must be one of {', '.join(repr(a) for a in allowed)}; given {value!r}"
+            yield f"{key} must be one of {', '.join(repr(a) for a in allowed)}; given {value!r}{_advice(key, value)}"
     datasets = load(cfg.PLUGINS).datasets
     for section in ("TRAIN", "TEST"):
         if cfg[section].DATASET.lower() not in datasets:
-            yield f"{section}.DATASET must be one of {', '.join(datasets)}; given {cfg[section].DATASET!r}"
+            key, value = f"{section}.DATASET", cfg[section].DATASET
+            yield f"{key} must be one of {', '.join(datasets)}; given {value!r}{_advice(key, value)}"
     if cfg.DATA.INPUT_CHANNEL_NUM != [3]:
         yield f"DATA.INPUT_CHANNEL_NUM must be [3] (one pathway, RGB); given {cfg.DATA.INPUT_CHANNEL_NUM!r}"
     if cfg.AUG.AA_TYPE and not _RANDAUGMENT.fullmatch(cfg.AUG.AA_TYPE):

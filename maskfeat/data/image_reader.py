@@ -58,8 +58,8 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Imag
                 if image.format == "BMP" and any(tile.codec_name == "bmp_rle" for tile in image.tile):
                     # Pillow decodes these in Python, pixel by pixel or up to 255 rows at a time.
                     _check_size(path, image.width, max(image.height, 255), MAX_PIXELS // 10)
-                if image.mode == "F" or (image.format == "TIFF" and image.mode == "I"):
-                    raise UnreadableSample(path, "its samples have 32 bits or a sign, and no known range")
+                if problem := _no_range(image):
+                    raise UnreadableSample(path, problem)
                 yield file, image
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise UnreadableSample(path, f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from error
@@ -70,6 +70,12 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Imag
         # What Pillow's parsers raise on damaged files.
         except (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error) as error:
             raise UnreadableSample(path, f"damaged image ({error})") from error
+
+
+def _no_range(image: Image.Image) -> str:
+    """Return why the values of an image cannot be scaled to those of a picture; "" = they can."""
+    signed = image.mode == "F" or (image.format == "TIFF" and image.mode == "I")
+    return "its samples have 32 bits or a sign, and no known range" if signed else ""
 
 
 def _check_size(path: str | os.PathLike[str], width: int, height: int, limit: int = MAX_PIXELS) -> None:
@@ -126,9 +132,21 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         UnreadableSample: missing, empty, another format, more than MAX_PIXELS, damaged or cut short.
     """
     with _opened(path) as (_, image):
-        image.load()
-        orientation = _orientation(image)  # only now: loading a TIFF rotates it, and removes the tag
-        rgb = _to_rgb(image)
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened image in RGB, rotated by its EXIF orientation, as `read_image` returns that of a file.
+
+    Raises:
+        ValueError: its values have no known range.
+        OSError: its file is damaged.
+    """
+    if problem := _no_range(image):
+        raise ValueError(problem)
+    image.load()
+    orientation = _orientation(image)  # only now: loading a TIFF rotates it, and removes the tag
+    rgb = _to_rgb(image)
     return rgb.transpose(_ROTATIONS[orientation]) if orientation in _ROTATIONS else rgb
 
 

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,21 @@ def setup_logging(world: World) -> None:
     _add_handler(screen, "" if world.is_main else f"[rank {world.rank}] ")
 
 
-def log_to_file(output_dir: str | Path) -> None:
-    """Log to OUTPUT_DIR/stdout.log as well.
+@contextmanager
+def logged_to_file(output_dir: str | Path) -> Iterator[None]:
+    """Log to OUTPUT_DIR/stdout.log as well, within the block: what a notebook does after a run is not of that run.
 
     Raises:
         OSError: it cannot be opened.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    _add_handler(LogFile(Path(output_dir) / LOG))
+    file = LogFile(Path(output_dir) / LOG)
+    _add_handler(file)
+    try:
+        yield
+    finally:
+        logging.getLogger("maskfeat").removeHandler(file)
+        file.close()
 
 
 class _Formatter(logging.Formatter):
@@ -125,7 +133,7 @@ def read_json_stats(log: Path, kind: str) -> list[dict[str, Any]]:
     cut short are left out, and a warning says how many.
     """
     entries, broken = [], 0
-    for line in log.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in Path(log).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             entry = parse_stats(line)
         except ValueError:

@@ -22,7 +22,7 @@ from maskfeat.distributed.preemption import INTERRUPTED, PREEMPTED, STOPPED, Pre
 from maskfeat.distributed.world import World, choose_device
 from maskfeat.engine.agreement import check_same_config
 from maskfeat.engine.live_line import close_lines
-from maskfeat.engine.metrics_log import MetricsLog, log_to_file, setup_logging
+from maskfeat.engine.metrics_log import MetricsLog, logged_to_file, setup_logging
 from maskfeat.engine.oom import explain_oom
 from maskfeat.engine.owner import owned
 from maskfeat.engine.parallelize import choose_kernels
@@ -88,7 +88,7 @@ class Session:
             if cfg.TRAIN.ENABLE:  # a test may be run while training goes on
                 self._closing.enter_context(owned(Path(cfg.OUTPUT_DIR)))
             with naming(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written"):
-                log_to_file(cfg.OUTPUT_DIR)
+                self._closing.enter_context(logged_to_file(cfg.OUTPUT_DIR))
             where = f"{platform.node()} ({machine()})"
             logger.info(started(revision(), torch.__version__, where, cfg.TASK))
         self._signals.enter_context(self.stop.listening(world.is_main))

@@ -169,8 +169,13 @@ def hog(images: Tensor, bins: int = 9, cell: int = 8, window: int = 0, impl: str
         (N, 3, bins, H / cell, W / cell), of the dtype of `images`, values in [0, 1].
 
     Raises:
-        UserError: if H or W is not divisible by `cell` or `window`.
+        UserError: if H or W is not divisible by `cell` or `window`, or the type or a number is another one.
     """
+    if images.dtype not in _HALF_TURN or min(bins, cell) < 1:
+        raise UserError(
+            f"HOG is computed of float32 or float64 images, with at least 1 bin and cells of at least 1 pixel; given "
+            f"{images.dtype}, {bins} bins and cells of {cell}"
+        )
     weight = pixel_weights(images, cell, window)
     if is_reference(impl):
         return reference_hog(images, bins, cell, weight)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 import maskfeat
 from maskfeat.analysis import model as model_module
 from maskfeat.analysis import published
+from maskfeat.analysis.attention import attentions
 from maskfeat.analysis.model import Model
 from maskfeat.build import build_loader, build_objective
 from maskfeat.checkpoint import download
@@ -101,8 +103,10 @@ def test_predictions(vit: Model, tmp_path: Path) -> None:
     assert all(len(one.classes) == 4 and sum(s for _, s in one.classes) == pytest.approx(1) for one in many)
     alone = vit.predict(picture(2))[0].classes
     assert [name for name, _ in many[2].classes] == [name for name, _ in alone]
-    with pytest.raises(UserError, match="top must be at least 1"):
-        vit.predict(path, top=0)
+    for name, value in (("top", 0), ("top", 2.0), ("top", True), ("batch_size", 0), ("batch_size", -1)):
+        with pytest.raises(UserError, match=f"{name} must be a whole number of at least 1; given {value}"):
+            vit.predict(path, **{name: value})
+    assert len(vit.predict(path, top=np.int64(2))[0].classes) == 2
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,91 @@ def test_predictions(vit: Model, tmp_path: Path) -> None:
 def test_inputs_that_it_cannot_take(vit: Model, given: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         vit.transform(given)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["a.jpg"], "given a list"),
+        (np.zeros((1, 3, 32, 32), np.float32), "given a ndarray"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"given torch.uint8 of shape \(1, 3, 32, 32\)"),
+        (torch.zeros(1, 1, 32, 32), r"given torch.float32 of shape \(1, 1, 32, 32\)"),
+        (torch.zeros(1, 32, 32, 3), "as `transform` returns it"),
+        (torch.zeros(32, 32), "takes a tensor of floats of shape"),
+    ],
+)
+def test_tensors_that_it_cannot_take(vit: Model, given: Any, said: str) -> None:
+    for method in (vit.features, vit.tokens, lambda x: vit.blocks(x, [0])):
+        with pytest.raises(UserError, match=said):
+            method(given)
+
+
+def test_a_pillow_image_is_read_as_its_file_is(vit: Model, tmp_path: Path) -> None:
+    """Sixteen bits are scaled, an orientation is heeded, and what has no range is refused."""
+    grey, turned, wide = tmp_path / "grey.png", tmp_path / "turned.jpg", tmp_path / "wide.tif"
+    Image.fromarray(picture(0)[..., 0].astype(np.uint16) * 257).save(grey)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(1)).save(turned, exif=exif)
+    for path in (grey, turned):
+        with Image.open(path) as image:
+            assert torch.equal(vit.transform(image), vit.transform(path)), path.name
+    Image.fromarray(picture(2)[..., 0].astype(np.float32)).save(wide)
+    with Image.open(wide) as image, pytest.raises(UserError, match="no known range"):
+        vit.transform(image)
+    with pytest.raises(UserError, match="Pillow image cannot be read"):
+        vit.transform(image)  # closed
+
+
+def test_threads_do_not_see_each_others_blocks(vit: Model) -> None:
+    clips = [torch.randn(2, 3, 32, 32) for _ in range(4)]
+    alone = [[tokens.x for tokens in vit.blocks(x, [0, 1])] for x in clips]
+    weights = [attentions(vit, x, [0])[0].weights for x in clips]
+    with ThreadPoolExecutor(4) as pool:
+        blocks = list(pool.map(lambda i: [tokens.x for tokens in vit.blocks(clips[i % 4], [0, 1])], range(40)))
+        looked = list(pool.map(lambda i: attentions(vit, clips[i % 4], [0])[0].weights, range(40)))
+    for i in range(40):
+        torch.testing.assert_close(blocks[i], alone[i % 4])
+        torch.testing.assert_close(looked[i], weights[i % 4])
+
+
+def test_it_stays_in_evaluation_as_a_part_of_what_is_trained(vit: Model) -> None:
+    whole = torch.nn.Sequential(vit, torch.nn.Dropout(0.5)).train()
+    assert whole.training and whole[1].training
+    assert not any(module.training for module in vit.modules())
+
+
+def test_what_is_said_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = RECIPES / "in1k_VIT_B_MaskFeat_FT.yaml"
+    path = checkpoint(tmp_path / "ft.pyth", recipe, [*VIT_FT, "SOLVER.MAX_EPOCH", "3", "SOLVER.BASE_LR", "0.02"])
+    said = maskfeat.load_model(path, device="cpu").trained
+    assert said == "classification (`MODEL.MODEL_NAME MViT`), 2 of 3 epochs, adamw, base learning rate 0.02"
+    state = written(tmp_path, torch.load(path, weights_only=True)["model_state"])
+    assert maskfeat.load_model(state, load_config(recipe, VIT_FT), device="cpu").trained == ""
+    named = published.Published("own", "x", "masked_ssl/in1k_VIT_B_MaskFeat_FT", "a ViT, trained", "", tuple(VIT_FT))
+    monkeypatch.setitem(published.PUBLISHED, "own", named)
+    monkeypatch.setattr(published.Published, "path", lambda entry: str(state))
+    assert maskfeat.load_model("own", device="cpu").trained == "a ViT, trained"
+
+
+def test_what_torch_saved_of_a_model_is_loaded(vit: Model, tmp_path: Path) -> None:
+    """The names of its own state begin with `objective.`."""
+    again = maskfeat.load_model(written(tmp_path, vit.state_dict()), vit.cfg, device="cpu")
+    x = vit.transform(picture(0))
+    assert torch.equal(again.features(x), vit.features(x))
+
+
+def test_devices_by_number(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "ft.pyth", RECIPES / "in1k_VIT_B_MaskFeat_FT.yaml", VIT_FT)
+    if not torch.cuda.is_available():
+        for number in (0, 1):
+            with pytest.raises(UserError, match=f"device cuda:{number}: this machine has 0 GPUs"):
+                maskfeat.load_model(path, device=number)
+    with pytest.raises(UserError, match="device"):
+        maskfeat.load_model(path, device="")
+    if not torch.backends.mps.is_available():
+        with pytest.raises(UserError, match="device mps cannot be used"):
+            maskfeat.load_model(path, device="mps")
 
 
 def test_clips(tmp_path: Path, clip_data: Path) -> None:

@@ -1,5 +1,7 @@
 """The command line of the programs: options, files and overrides in any order."""
 
+from pathlib import Path
+
 import pytest
 
 from maskfeat.config.arguments import ConfigParser
@@ -68,3 +70,8 @@ def test_one_file(capsys):
     with pytest.raises(SystemExit):
         parser(several=False).parse_args(["--cfg", "a.yaml", "b.yaml"])
     assert "--cfg takes one file here; given a.yaml, b.yaml" in capsys.readouterr().err
+
+
+def test_words_from_python_may_be_paths_and_numbers():
+    found, unknown = parser().parse_known_args(["--cfg", Path("a.yaml"), "RNG_SEED", 3])
+    assert (found.cfg, found.opts, unknown) == (["a.yaml"], ["RNG_SEED", "3"], [])

@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import yaml
 from yacs.config import CfgNode
@@ -388,3 +389,10 @@ def test_yacs_reads_what_we_dump():
 
 def test_config_root_is_the_projects(repo):
     assert repo / "configs" == CONFIG_ROOT
+
+
+def test_values_of_numpy_are_numbers_and_lists() -> None:
+    opts = ["TRAIN.BATCH_SIZE", np.int64(8), "SOLVER.BASE_LR", np.float32(0.5), "SOLVER.NESTEROV", np.True_]
+    cfg = load_config(None, [*opts, "DATA.MEAN", np.array([0.5, 0.5, 0.25])])
+    assert (cfg.TRAIN.BATCH_SIZE, cfg.SOLVER.BASE_LR, cfg.SOLVER.NESTEROV) == (8, 0.5, True)
+    assert cfg.DATA.MEAN == [0.5, 0.5, 0.25] and type(cfg.TRAIN.BATCH_SIZE) is int

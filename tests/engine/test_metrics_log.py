@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from maskfeat.distributed.world import World
 from maskfeat.engine import metrics_log
 from maskfeat.engine.log_handlers import LogFile
-from maskfeat.engine.metrics_log import MetricsLog, last_json_stats, log_to_file, read_json_stats, setup_logging
+from maskfeat.engine.metrics_log import MetricsLog, last_json_stats, logged_to_file, read_json_stats, setup_logging
 from maskfeat.errors import UserFileError
 from tests.small import REPO
 
@@ -41,9 +41,9 @@ def test_any_name_is_logged(encoding: str, tmp_path: Path, monkeypatch: pytest.M
     errors = io.StringIO()
     monkeypatch.setattr(sys, "stderr", errors)
     setup_logging(World())
-    log_to_file(tmp_path)
-    for number, name in enumerate(NAMES):
-        logging.getLogger("maskfeat.test").warning("bad sample %d: %s", number, name)
+    with logged_to_file(tmp_path):
+        for number, name in enumerate(NAMES):
+            logging.getLogger("maskfeat.test").warning("bad sample %d: %s", number, name)
     shown = screen.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
     written = (tmp_path / "stdout.log").read_text(encoding="utf-8")
     for text in (shown, written):
@@ -73,11 +73,13 @@ def test_a_terminal_shows_a_line_a_step(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(screen, "isatty", lambda terminal=terminal: terminal)
         monkeypatch.setattr(sys, "stdout", screen)
         setup_logging(World())
-        log_to_file(tmp_path)
-        MetricsLog(World(), None).write("train_iter", "for people", {"loss": 1.0}, 0)
+        with logged_to_file(tmp_path):
+            MetricsLog(World(), None).write("train_iter", "for people", {"loss": 1.0}, 0)
+        logging.getLogger("maskfeat.test").info("of the notebook, after the run")
         assert screen.getvalue().count("for people") == 1
         assert screen.getvalue().count("json_stats: ") == (not terminal)
-    assert len(read_json_stats(tmp_path / "stdout.log", "train_iter")) == 2, "the file has them all"
+    assert len(read_json_stats(str(tmp_path / "stdout.log"), "train_iter")) == 2, "the file has them all"
+    assert "of the notebook" not in (tmp_path / "stdout.log").read_text()
 
 
 def entry(step: int) -> bytes:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskfeat.errors import UserError
 from maskfeat.objectives.hog import (
     cut_patches,
     gradients,
@@ -55,6 +56,15 @@ def test_oracle(bins: int, cell: int, window: int, impl: str) -> None:
     for channel in range(3):
         expected = slow_hog(images[0, channel].numpy(), bins, cell, window)
         np.testing.assert_allclose(features[0, channel].numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bins", "cell"),
+    [(torch.uint8, 9, 8), (torch.float16, 9, 8), (torch.float32, 0, 8), (torch.float32, 9, 0)],
+)
+def test_what_hog_is_not_computed_of(dtype: torch.dtype, bins: int, cell: int) -> None:
+    with pytest.raises(UserError, match="HOG is computed of float32 or float64 images"):
+        hog(torch.zeros(1, 3, 16, 16, dtype=dtype), bins, cell)
 
 
 def test_cells_have_unit_length_and_flat_cells_none() -> None:

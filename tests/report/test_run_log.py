@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from maskfeat.distributed.world import World
-from maskfeat.engine.metrics_log import MetricsLog, log_to_file, setup_logging
+from maskfeat.engine.metrics_log import MetricsLog, logged_to_file, setup_logging
 from maskfeat.report.run_log import RunLog, read_log
 from tests.report.runs import MODEL, Log, whole, write_run
 
@@ -147,13 +147,13 @@ def test_over_new_year(tmp_path: Path) -> None:
 
 def test_what_a_run_writes_is_what_is_read(tmp_path: Path) -> None:
     setup_logging(World())
-    log_to_file(tmp_path)
-    metrics = MetricsLog(World(), None)
-    for step in (1, 2):
-        values = {"epoch": "1/2", "iter": f"{step}/2", "loss": 1.5 / step, "lr": 1e-5, "grad_norm": math.inf}
-        metrics.write("train_iter", "a line", values, step)
-    metrics.write("val_epoch", "a line", {"epoch": "1/2", "loss": 0.25}, 0)
-    logging.getLogger("maskfeat.x").warning("some %s", "thing")
+    with logged_to_file(tmp_path):
+        metrics = MetricsLog(World(), None)
+        for step in (1, 2):
+            values = {"epoch": "1/2", "iter": f"{step}/2", "loss": 1.5 / step, "lr": 1e-5, "grad_norm": math.inf}
+            metrics.write("train_iter", "a line", values, step)
+        metrics.write("val_epoch", "a line", {"epoch": "1/2", "loss": 0.25}, 0)
+        logging.getLogger("maskfeat.x").warning("some %s", "thing")
     (found,) = read_log(tmp_path / "stdout.log").values()
     assert list(found.train.values["loss"]) == [1.5, 0.75] and list(found.train.values["lr"]) == [1e-5, 1e-5]
     assert list(found.validation.values["loss"]) == [0.25] and found.warnings == {"some thing": 1}

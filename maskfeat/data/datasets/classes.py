@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 from maskfeat.data.datasets.folders import class_name
@@ -93,6 +94,9 @@ def check_labels(split: str, dataset: Any, num_classes: int, trains: bool) -> No
         UserError: labels are too large, or there is nothing to learn.
     """
     present = labels_present(dataset.labels)
+    other = next((label for label in present if not isinstance(label, Integral)), None)
+    if other is not None:
+        raise UserError(f"labels of {split} must be whole numbers from 0, the numbers of the classes; given {other!r}")
     if max(present) >= num_classes:
         from_1 = min(present) == 1 and max(present) == num_classes
         raise UserError(
