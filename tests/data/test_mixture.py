@@ -86,6 +86,16 @@ def test_repeated_augmentation_draws_fewer_samples() -> None:
     assert len(set(found)) == 90
 
 
+def test_every_round_of_a_source_has_an_order_of_its_own() -> None:
+    """A source whose rounds of 20 last two epochs: the ten that the first of both draws differ from round to round."""
+    one = EpochSampler(40, 4, seed=1, mixture=[(20, 1.0), (20, 3.0)])
+    drawn = [frozenset(key.index for key in keys(one, epoch) if key.index < 20) for epoch in range(8)]
+    assert all(
+        len(first) == 10 and len(first | second) == 20 for first, second in zip(drawn[::2], drawn[1::2], strict=True)
+    )
+    assert len(set(drawn[::2])) == 4
+
+
 @pytest.mark.parametrize("epoch", [0, 5])
 def test_one_source_alone_is_gone_through_once_an_epoch(epoch: int) -> None:
     one = EpochSampler(20, 5, seed=1, mixture=[(20, 0.5)])

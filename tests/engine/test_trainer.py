@@ -24,7 +24,9 @@ from maskfeat.engine.evaluate import validate
 from maskfeat.engine.resume import CheckpointSource
 from maskfeat.engine.run import main
 from maskfeat.engine.trainer import Trainer, build_trainer, precision_of
-from tests.small import MFM_PT, MFM_RECIPES, RECIPES, VIT_PT, images
+from maskfeat.engine.validation import validation_epochs
+from maskfeat.optim.optimizers import clip_gradients
+from tests.small import MFM_PT, MFM_RECIPES, RECIPES, VIT_FT, VIT_PT, images
 
 CPU = torch.device("cpu")
 CASES = {
@@ -130,13 +132,74 @@ def test_few_calls_lead_to_a_step(image_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_step_has_the_rate_of_where_it_begins() -> None:
-    path, opts = CASES["vit"]
-    trainer = build_trainer(load_config(path, opts), CPU)
+    cfg = load_config(RECIPES / "in1k_VIT_B_MaskFeat_FT.yaml", [*VIT_FT, "SOLVER.LAYER_DECAY", "0.5"])
+    trainer = build_trainer(cfg, CPU)
     trainer.lr = lambda epoch: epoch
     trainer.position = Position(2, 3)
     assert trainer.begin_step(steps_per_epoch=10) == pytest.approx(2.3)
+    # Two blocks, and what comes before and after them.
+    rates = {round(group["lr"], 6) for group in trainer.optimizer.param_groups}
+    assert rates == {round(2.3 * 0.5**layer, 6) for layer in range(4)}
     for group in trainer.optimizer.param_groups:
-        assert group["lr"] == pytest.approx(2.3 * group.get("lr_scale", 1.0))
+        assert group["lr"] == pytest.approx(2.3 * group["layer_decay"])
+
+
+def test_gradients_are_clipped_by_norm_or_by_value() -> None:
+    gradient = [3.0, -4.0, 0.1]
+    for norm, value, expected in (
+        (None, 0.5, [0.5, -0.5, 0.1]),
+        (2.5, None, [number * 2.5 / 5.001 for number in gradient]),
+        (None, None, gradient),
+    ):
+        parameter = torch.nn.Parameter(torch.zeros(3))
+        parameter.grad = torch.tensor(gradient)
+        assert clip_gradients([parameter], norm, value).item() == pytest.approx(5.001, abs=1e-4)
+        assert parameter.grad.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_clip_value_of_the_config_is_the_trainers() -> None:
+    path, opts = CASES["vit"]
+    cfg = load_config(path, [*opts, "SOLVER.CLIP_GRAD_VAL", "0.37", "SOLVER.CLIP_GRAD_L2NORM", "None"])
+    trainer = build_trainer(cfg, CPU)
+    assert (trainer.clip_value, trainer.clip_norm) == (0.37, None)
+
+
+def test_a_skipped_step_is_not_part_of_the_loss_that_is_logged() -> None:
+    trainer = build_trainer(load_config(*CASES["vit"]), CPU)
+    hidden = torch.tensor([True, False, True, True]).reshape(4, 1, 1).expand(4, 2, 2).clone()
+    good, bad = (Batch(torch.randn(4, 3, 32, 32), hidden=hidden, max_hidden=4) for _ in range(2))
+    bad.clip[0, 0, 0, 0] = torch.inf
+    with torch.no_grad():
+        expected = float(trainer.objective(good).loss)
+    for batch in (bad, good):
+        trainer.train_step(batch)
+    found = trainer.metrics.read()
+    assert found["skipped"] == 1 and found["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_of_a_validation_is_a_mean_over_hidden_patches() -> None:
+    objective = build_objective(load_config(*CASES["vit"]))
+    batches = []
+    for number in (1, 4):
+        hidden = torch.zeros(1, 4, dtype=torch.bool)
+        hidden[0, :number] = True
+        clip = torch.randn(1, 3, 32, 32)
+        batches.append(Batch(clip, hidden=hidden.reshape(1, 2, 2), index=torch.tensor([number]), max_hidden=4))
+    with torch.no_grad():
+        losses = [float(objective.eval()(batch).loss) for batch in batches]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    found = validate(objective, batches, CPU, "off")["loss"]
+    assert found == pytest.approx((losses[0] + 4 * losses[1]) / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("period", "classifies", "epochs"),
+    [(2, True, [1, 3, 4]), (2, False, [1, 3, 4]), (6, True, [4]), (6, False, []), (0, True, []), (5, False, [4])],
+)
+def test_epochs_that_are_validated(period: int, classifies: bool, epochs: list[int]) -> None:
+    """Of five: the last one too, but not of a pre-training whose period is longer than the run."""
+    opts = ["SOLVER.MAX_EPOCH", "5", "TRAIN.EVAL_PERIOD", str(period)]
+    assert validation_epochs(load_config(CASES["vit"][0], [*VIT_PT, *opts]), classifies) == epochs
 
 
 def test_ranks_draw_for_themselves_and_steps_repeat() -> None:

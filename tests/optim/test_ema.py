@@ -137,6 +137,21 @@ def test_fine_tuning_from_an_average(image_data: Path, tmp_path: Path, capsys: p
 
 
 @pytest.mark.slow
+def test_an_average_is_never_resumed_but_started_from(image_data: Path, tmp_path: Path) -> None:
+    """Of the same model, and though the position is not to be reset: what goes on is the average, from epoch 0."""
+    run("in1k_R50_MFM_PT", image_data, tmp_path / "first", "SOLVER.MAX_EPOCH", "2")
+    given = find_checkpoints(tmp_path / "first", "ssl")[-1]
+    opts = ["TRAIN.CHECKPOINT_FILE_PATH", str(given), "TRAIN.CHECKPOINT_AVERAGE", "True", "SOLVER.BASE_LR", "0.0"]
+    opts += ["SOLVER.WARMUP_START_LR", "0.0", "TRAIN.CHECKPOINT_EPOCH_RESET", "False", "SOLVER.MAX_EPOCH", "1"]
+    out = run("in1k_R50_MFM_PT", image_data, tmp_path / "second", *opts)
+    (written,) = find_checkpoints(out, "ssl")
+    again, content = read_checkpoint(written), read_checkpoint(given)
+    assert again["epoch"] == 0
+    assert torch.equal(again["model_state"]["conv1.weight"], content[AVERAGE]["conv1.weight"])
+    assert not torch.equal(content["model_state"]["conv1.weight"], content[AVERAGE]["conv1.weight"])
+
+
+@pytest.mark.slow
 def test_switched_on_later_it_starts_with_the_weights(image_data: Path, tmp_path: Path) -> None:
     run("in1k_R50_MFM_PT", image_data, tmp_path, "SOLVER.MAX_EPOCH", "1", "TRAIN.EMA", "0.0")
     (first,) = find_checkpoints(tmp_path, "ssl")

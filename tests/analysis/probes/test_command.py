@@ -44,6 +44,19 @@ def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of three classes that nothing tells apart: 10 of each to train, 10 to validate."""
+    root, rng = tmp_path_factory.mktemp("noise"), np.random.default_rng(1)
+    for split in ("train", "val"):
+        for name in ("a", "b", "c"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for one in range(10):
+                Image.fromarray(rng.integers(0, 256, size=(40, 40, 3), dtype=np.uint8)).save(folder / f"{one}.png")
+    return root
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps of few steps."""
@@ -125,6 +138,48 @@ def test_kept_features_are_not_computed_again(
     assert main(again) == 0
     np.testing.assert_array_equal(np.load(file), before)
     assert before.any()
+
+
+@pytest.mark.parametrize("what", ["weights", "precision", "transform"])
+def test_kept_features_of_another_network_or_config_are_refused(
+    what: str, network: Path, coloured: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = ["--kind", "knn", "--features", str(tmp_path / "features")]
+    assert main(command(network, coloured, *kept)) == 0
+    more, given = [], network
+    if what == "precision":
+        more = ["--precision", "bf16"]
+    elif what == "weights":
+        content = torch.load(network, weights_only=True)
+        content["model_state"]["blocks.0.mlp.fc1.bias"] += 1.0
+        given = tmp_path / "other.pyth"
+        torch.save(content, given)
+    else:
+        given = save_network(tmp_path / "other.pyth", PRETRAINED, "DATA.MEAN", "[0.1, 0.2, 0.3]")
+    caplog.clear()
+    assert main(command(given, coloured, *kept, *more)) == 2
+    assert what in caplog.text
+
+
+def test_held_out_samples_do_not_find_themselves(network: Path, noise: Path, tmp_path: Path) -> None:
+    """Of noise, the nearest neighbour among the other samples is right for a third of them; of itself, for all."""
+    out = tmp_path / "out.json"
+    assert main(command(network, noise, "--kind", "knn", "--json", str(out))) == 0
+    (row,) = json.loads(out.read_text())["results"]
+    assert max(one["held_out"] for one in row["tried"] if one["k"] == 1) < 70
+    by_k = {one["k"]: one["top1"] for one in row["tried"] if "top1" in one}
+    assert len(set(by_k.values())) > 1 and row["top1"] == by_k[row["setting"]["k"]]
+
+
+def test_the_error_is_that_of_the_samples_that_could_be_read(network: Path, noise: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out.json"
+    shutil.copytree(noise, data)
+    for number in range(6):
+        (data / "val" / "a" / f"{number}.png").write_bytes(b"no picture")
+    assert main(command(network, data, "--kind", "knn", "--json", str(out))) == 0
+    (row,) = json.loads(out.read_text())["results"]
+    assert 0 < row["top1"] < 100
+    assert row["error"] == pytest.approx((row["top1"] * (100 - row["top1"]) / 24) ** 0.5)
 
 
 def test_labels_of_validation_samples_choose_nothing(network: Path, coloured: Path, tmp_path: Path) -> None:

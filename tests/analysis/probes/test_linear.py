@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from samples import blobs, stored
 
+from maskfeat.analysis.probes import sweep
 from maskfeat.analysis.probes.features import Stored
 from maskfeat.analysis.probes.linear import LinearHead, linear_probe
 from maskfeat.analysis.probes.split import held_out
@@ -105,6 +106,32 @@ def test_held_out_samples_choose() -> None:
     with_others = probed(train._replace(label=shuffled), test)
     assert found.held_out != with_others.held_out
     assert max(found.held_out) > max(with_others.held_out)
+
+
+def test_the_chosen_setting_is_fitted_to_all_and_chosen_within_one_standard_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fitted, slacks = [], []
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep, "fit", lambda *given: (fitted.append(given[3].tolist()), fit(*given))[1])
+        patched.setattr(sweep, "best_on", lambda *given, slack: (slacks.append(slack), best_on(*given, slack))[1])
+        train = stored(*blobs(100, 0.4, 0))
+        probed(train, stored(*blobs(20, 0.4, 1)), plan=QUICK._replace(least_steps=5, epochs=1))
+    held = held_out(train.label, 0)
+    assert [sorted(rows) for rows in fitted] == [np.flatnonzero(~held).tolist(), list(range(100))] and slacks == [1.0]
+
+
+def test_the_rate_warms_up_and_falls_along_a_cosine_to_nearly_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    factors: list[float] = []
+    monkeypatch.setattr(_Optimizer, "step", lambda self, factor: factors.append(factor))
+    x, label = blobs(50, 0.5, 0)
+    heads = Heads(lambda _: LinearHead(torch.arange(8), 4), [Setting("", 0.1, 0.0)], 0, CPU)
+    plan = Plan(epochs=1, least_steps=100, batch=50, optimizer="sgd")
+    fit(heads, plan, lambda rows, _: torch.from_numpy(x[rows]).float(), np.arange(50), label, 0, "")
+    warmup = factors.index(1.0) + 1
+    assert len(factors) == 100 and 1 <= warmup <= 20 and factors[0] == pytest.approx(1 / warmup)
+    rest = np.arange(100 - warmup) / (100 - warmup)
+    assert factors[warmup:] == pytest.approx((0.5 * (1 + np.cos(np.pi * rest))).tolist())
 
 
 def test_the_seed_decides_everything() -> None:
