@@ -4,7 +4,8 @@ import os
 import re
 import stat
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from string import Template
 from typing import BinaryIO
@@ -93,15 +94,21 @@ def replace_bytes(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; the file holds what it held before.
     """
+    with draft_of(path) as draft:
+        draft.write_bytes(content)
+
+
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """Yield where to write a file that is to appear at `path` when the block ends, or not at all if it fails."""
     # Not named by the process: containers that share a folder may have equal numbers.
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        draft.write_bytes(content)
+        yield draft
         draft.replace(path)
-    except OSError:
+    finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise
 
 
 def open_regular_file(path: str | os.PathLike[str]) -> BinaryIO:

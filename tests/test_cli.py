@@ -37,6 +37,14 @@ def test_help_lists_every_command(arguments: list[str], capsys: pytest.CaptureFi
     assert lines_of_help(capsys.readouterr().out) == {name: found.summary for name, found in cli.PROGRAMS.items()}
 
 
+@pytest.mark.parametrize("name", cli.PROGRAMS)
+def test_the_help_of_every_command_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and said.count(f"maskfeat {name} ") > 1, "once more than its usage"
+
+
 def test_help_imports_no_torch() -> None:
     code = (
         "import sys; from maskfeat.cli import main; main([]);"

@@ -356,7 +356,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "random input, for batches of 1 and 3, before it gets its name.",
         epilog="timm and torchvision: weights under that library's names, where it has a network that computes the "
         "same, otherwise this project's. onnx and torch.export take batches of any size. A backbone has two outputs: "
-        "its tokens and their mean over the picture; a classifier has logits.",
+        "its tokens and their mean over the picture; a classifier has logits. "
+        "example: %(prog)s --checkpoint maskfeat_vit_base_in1k --to timm --output vit_b.safetensors",
     )
     add_network_options(parser)
     parser.add_argument("--to", required=True, choices=list(TARGETS), help="library or format")

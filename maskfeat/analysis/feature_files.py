@@ -9,7 +9,6 @@ import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +21,7 @@ from maskfeat.batch import BadSample
 from maskfeat.checkpoint.atomic import fsync_dir, fsync_file, write_and_fsync
 from maskfeat.data.datasets.sample_list import NO_LABEL
 from maskfeat.errors import UserError
+from maskfeat.file_io import draft_of
 
 _ROWS = "row"
 _LINES = 10_000
@@ -209,14 +209,7 @@ def write_features(path: Path, features: Features) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    draft = path.with_name(f".{path.name}.partial")
-    try:
-        with draft.open("wb") as file:
-            WRITERS[path.suffix](file, features)
-            fsync_file(file)
-        draft.replace(path)
-    except OSError:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
+    with draft_of(path) as draft, draft.open("wb") as file:
+        WRITERS[path.suffix](file, features)
+        fsync_file(file)
     fsync_dir(path.parent)

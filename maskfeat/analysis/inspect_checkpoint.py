@@ -237,6 +237,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog=prog,
         description="Say what a file of weights is: who wrote it, its network, epoch, recipe, parameters, integrity "
         "and classes, and what loading it would do with each parameter.",
+        epilog="examples: %(prog)s maskfeat_vit_base_in1k   %(prog)s vit_b.pth --cfg masked_ssl/in1k_VIT_B_MaskFeat_FT",
     )
     parser.add_argument("file", help="a checkpoint, an http(s) address or a published name")
     parser.add_cfg("a recipe: say what its network would load, resize, start fresh and drop", required=False)

@@ -4,10 +4,8 @@ import argparse
 import csv
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
@@ -21,7 +19,7 @@ from maskfeat.batch import BadSample, Batch
 from maskfeat.data.datasets.classes import read_class_names
 from maskfeat.engine.parallelize import autocast
 from maskfeat.errors import UserError, naming
-from maskfeat.file_io import make_parent
+from maskfeat.file_io import draft_of, make_parent
 from maskfeat.text import count
 
 logger = logging.getLogger(__name__)
@@ -100,16 +98,10 @@ def _format_of(output: Path) -> str:
 
 def _write(output: Path, kind: str, found: Iterator[Prediction]) -> None:
     """Write predictions into a file, which is there when it is complete."""
-    draft = output.with_name(f".{output.name}.{os.getpid()}.partial")
     with naming(f"--output {output} cannot be written"):
         make_parent(output)
-        try:
-            with draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                FORMATS[kind](found, file)
-            draft.replace(output)
-        finally:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
+        with draft_of(output) as draft, draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            FORMATS[kind](found, file)
 
 
 def _views(model: Model, given: int | tuple[int, int] | None) -> int | tuple[int, int]:

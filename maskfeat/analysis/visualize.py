@@ -212,7 +212,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prog=prog,
         description="Draw what a trained network sees in images and videos (--checkpoint, --input, --what), or the "
         "predictions of a pre-trained one on the validation set of its recipe (--cfg): HOG (MaskFeat), spectra (MFM).",
-        epilog="With --cfg alone the checkpoint is TEST.CHECKPOINT_FILE_PATH, or else the newest one in OUTPUT_DIR.",
+        epilog="With --cfg alone the checkpoint is TEST.CHECKPOINT_FILE_PATH, or else the newest one in OUTPUT_DIR. "
+        "example: %(prog)s --checkpoint maskfeat_vit_base_in1k --input photo.jpg --what attention --output seen.png",
     )
     parser.add_cfg("a recipe: path of a YAML file or name below configs/", required=False)
     parser.add_argument("--checkpoint", metavar="FILE", help="file, address or published name of the weights")

@@ -279,6 +279,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         description="Make a small data set; pre-train, fine-tune and test a ViT on images, an MViTv2 on clips "
         "(MaskFeat) and a ResNet on images (MFM); print a table; draw hog_predictions.png and spectrum_predictions.png."
         " Run the same command again to continue an interrupted quickstart.",
+        epilog="example: %(prog)s --output quickstart NUM_GPUS 1",
     )
     parser.add_argument(
         "--output", default="quickstart", metavar="DIR", help="folder of data and runs (default: %(default)s)"

@@ -151,7 +151,8 @@ def layout_command(
         argv: the command line; None = sys.argv.
         prog: name of the command in its help.
     """
-    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
+    example = "example: %(prog)s downloads data"
+    parser = argparse.ArgumentParser(prog=prog, description=description, epilog=example, allow_abbrev=False)
     parser.add_argument("source", metavar="SOURCE", help=source)
     parser.add_argument("output", metavar="DIR", help="folder to write")
     args = parser.parse_args(argv)

@@ -26,6 +26,8 @@ def _parser(prog: str | None) -> ConfigParser:
         prog=prog,
         description="Submit a run to a Slurm cluster. The job trains the recipe on all its nodes. If a signal stops it "
         "(preemption, or the end of its time limit), it saves a checkpoint, is queued again and resumes from there.",
+        epilog="example: %(prog)s --nodes 4 --time 48:00:00 --partition gpu --cfg masked_ssl/in1k_VIT_B_MaskFeat_PT "
+        "DATA.PATH_TO_DATA_DIR /data/imagenet OUTPUT_DIR runs/vit_b_pt",
         allow_abbrev=False,
     )
     add_slurm_options(parser)

@@ -23,6 +23,7 @@ from maskfeat.data.datasets.folders import class_folders
 from maskfeat.data.shards.parquet import load_pyarrow
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
+from maskfeat.file_io import replace_bytes
 from maskfeat.text import count, some
 
 logger = logging.getLogger(__name__)
@@ -51,12 +52,7 @@ def save(folder: Path, name: str, content: bytes) -> None:
     if target.exists() and target.stat().st_size == len(content):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{name}.{os.getpid()}.partial"
-    try:
-        draft.write_bytes(content)
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
+    replace_bytes(target, content)
 
 
 # ---------------------------------------------------------------------------------------------- official archives

@@ -19,6 +19,7 @@ from maskfeat.analysis.preparation.videos import Listing, add_options, finish, v
 from maskfeat.data.datasets.sample_list import SUFFIXES
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
+from maskfeat.file_io import draft_of
 from maskfeat.text import count
 
 logger = logging.getLogger(__name__)
@@ -149,8 +150,7 @@ def _decompressed(path: Path) -> BinaryIO:
 def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
     file = archive.extractfile(member)
     assert file is not None
-    draft = target.with_name(f".{target.name}.partial")
-    with file, draft.open("wb") as out:
+    with file, draft_of(target) as draft, draft.open("wb") as out:
         left = member.size
         while left:
             block = file.read(min(left, _BLOCK))
@@ -158,7 +158,6 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> N
                 raise EOFError("it ends in the middle of a member")
             out.write(block)
             left -= len(block)
-    draft.replace(target)
 
 
 # ---------------------------------------------------------------------------------------------------------- listing

@@ -91,6 +91,7 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
         prog=prog,
         description="Pre-train, probe frozen features, fine-tune and train from scratch, for several seeds; write the "
         "tables, charts and images of docs/evidence.md. The same command continues where an earlier one stopped.",
+        epilog="example: %(prog)s --suite caltech101 --budget cpu --seeds 1 --source caltech-101.zip --docs page",
     )
     parser.add_argument("--suite", choices=sorted(SUITES), required=True, help="which data and methods")
     parser.add_argument(
