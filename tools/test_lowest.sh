@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The lowest versions that setup.py allows, in an environment of their own, and a short tier of tests there.
 #   bash tools/test_lowest.sh
+#   bash tools/test_lowest.sh --install    only make the environment
 #   MASKFEAT_LOWEST_VENV=DIR      where the environment lies (default: .venv-lowest)
 #   PYTHON=python3.12             which interpreter makes it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1:-}" in
-  -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0 ;;
-  "") ;;
+  -h | --help) sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 0 ;;
+  "" | --install) ;;
   *) echo "test_lowest.sh: unknown option $1 (see --help)" >&2; exit 2 ;;
 esac
 # Each "name>=version" of setup.py as name==version. Their own requirements are as new as pip finds them.
@@ -17,6 +18,7 @@ trap 'rm -f "$pins"' EXIT
 grep -v '"trackers": ' setup.py | grep -oE '"[A-Za-z][A-Za-z0-9._-]*>=[0-9][^"]*"' | tr -d '"' | sed -E 's/>=/==/; s/,.*//' > "$pins"
 export PIP_CONSTRAINT=$pins PIP_NO_COMPILE=1 MASKFEAT_VENV=${MASKFEAT_LOWEST_VENV:-$PWD/.venv-lowest}
 . tools/venv.sh
+[ "${1:-}" != --install ] || exit 0
 echo "== versions"
 "$venv/bin/python" - "$pins" << 'EOF'
 import sys
