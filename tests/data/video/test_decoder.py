@@ -408,3 +408,34 @@ def test_shared_videos_against_a_plain_decoder(shared: Path) -> None:
         for place, frame in zip(places, frames, strict=True):
             reference = np.rot90(plain[place]) if "rotated" in path.name else plain[place]
             assert np.abs(frame.astype(int) - reference).mean() < 2, (path.name, place)
+
+
+class _Damaged:
+    """A frame of which the decoder says that it is corrupt."""
+
+    is_corrupt = True
+
+    def __init__(self, frame: av.VideoFrame) -> None:
+        self._frame = frame
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._frame, name)
+
+
+def test_a_corrupt_frame_is_decoded_again_with_all_frames_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where frames were skipped, the one that would replace it may be among them."""
+    path = write_video(tmp_path / "v.mp4", options=B_FRAMES)
+    expected = decode_frames(path, [0, 5])[0]
+    passes: list[list[int] | None] = []
+    decode = decoder.Video._decode
+
+    def damaged(video: decoder.Video, only: list[int] | None = None) -> object:
+        passes.append(only)
+        frames = decode(video, only)
+        return (_Damaged(frame) for frame in frames) if only is not None else frames
+
+    monkeypatch.setattr(decoder.Video, "_decode", damaged)
+    assert np.array_equal(decode_frames(path, [0, 5])[0], expected)
+    assert passes[0] == [0, 5] and passes[-1] is None
