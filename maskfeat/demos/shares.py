@@ -151,7 +151,7 @@ def layout_command(
         argv: the command line; None = sys.argv.
         prog: name of the command in its help.
     """
-    example = "example: %(prog)s downloads data"
+    example = "example: %(prog)s downloads data/cifar10 (or data/caltech101: where the recipes look)"
     parser = argparse.ArgumentParser(prog=prog, description=description, epilog=example, allow_abbrev=False)
     parser.add_argument("source", metavar="SOURCE", help=source)
     parser.add_argument("output", metavar="DIR", help="folder to write")

@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "or -700, or for class folders. Videos are found by their names (ID_START_END.mp4) in any folders. Those that "
         "are not there are left out and named in missing.txt, those that cannot be read in unreadable.txt. The same "
         "command goes on where an interrupted one stopped.",
-        epilog="example: %(prog)s k400/videos k400/lists --annotations k400/annotations --short-side 320",
+        epilog="example: %(prog)s k400/videos k400/lists --annotations k400/annotations --short-side 256",
         allow_abbrev=False,
     )
     add_options(parser, "folder with videos at any depth, or archives", partial=False)
