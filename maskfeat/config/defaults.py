@@ -76,7 +76,8 @@ def _train(cfg: CfgNode) -> None:
     # ours: let cuDNN choose the fastest algorithm of each convolution by trying them; runs then differ in the last
     # bits, also a resumed from an uninterrupted one. Not with torch.use_deterministic_algorithms
     cfg.TRAIN.CUDNN_BENCHMARK = False
-    cfg.TRAIN.COMPILE = False  # ours: torch.compile for each block and the HOG targets; needs a C++ compiler
+    # ours: torch.compile for each block and the HOG targets; needs a C++ compiler on a CPU, and a C compiler on a GPU
+    cfg.TRAIN.COMPILE = False
     cfg.TRAIN.PARALLEL = "ddp"  # ours: "ddp" (a full replica per process) | "fsdp" (sharded, FSDP2; adamw only)
     cfg.TRAIN.EMA = 0.0  # ours: decay per step of an exponential moving average of the weights; 0 = none
     # ours: consecutive skipped steps (loss or gradient not finite) that stop the run; fp16 may begin with 16 of them
