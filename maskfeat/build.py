@@ -115,11 +115,7 @@ def build_loader(
     section = cfg.TEST if split == "test" else cfg.TRAIN
     request = DatasetRequest(split, trains, build_mask_sampler(cfg), num_clips, classes)
     dataset: LabelledSamples = dataset_spec(cfg, "TEST" if split == "test" else "TRAIN").build(cfg, request)
-    if cfg.DATA_LOADER.RESIDENT and not isinstance(dataset, ImageFolder):
-        raise UserError(
-            "DATA_LOADER.RESIDENT must be False for a data set of a plugin that does not build a "
-            f"maskfeat.data.datasets.imagenet.ImageFolder; given True and a {type(dataset).__name__}"
-        )
+    kept = _can_be_kept(dataset) if cfg.DATA_LOADER.RESIDENT else None
     if objective.classifies:
         check_labels(split, dataset, cfg.MODEL.NUM_CLASSES, trains)
     per_process, left = divmod(section.BATCH_SIZE, world.local_size)
@@ -146,6 +142,16 @@ def build_loader(
     bad_samples = BadSampleLog(cfg.OUTPUT_DIR, len(dataset), cfg.DATA.MAX_BAD_FRACTION, split, dataset)
     # More workers than cores only take each other's time; how many there are changes nothing in the data.
     workers = min(cfg.DATA_LOADER.NUM_WORKERS, max(available_cores() // world.local_size, 1))
-    if cfg.DATA_LOADER.RESIDENT and isinstance(dataset, ImageFolder):
-        return ResidentLoader(dataset, sampler, bad_samples, workers, device=device)
+    if kept is not None:
+        return ResidentLoader(kept, sampler, bad_samples, workers, device=device)
     return Loader(dataset, sampler, bad_samples, workers, cfg.DATA_LOADER.PIN_MEMORY, device=device)
+
+
+def _can_be_kept(dataset: LabelledSamples) -> ImageFolder:
+    """Return a data set that `ResidentLoader` takes; UserError for any other one."""
+    if isinstance(dataset, ImageFolder):
+        return dataset
+    raise UserError(
+        "DATA_LOADER.RESIDENT must be False for a data set of a plugin that does not build a "
+        f"maskfeat.data.datasets.imagenet.ImageFolder; given True and a {type(dataset).__name__}"
+    )

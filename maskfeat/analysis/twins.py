@@ -15,6 +15,7 @@ from torchvision.models import ResNet as TorchvisionResNet
 from torchvision.models import VisionTransformer as TorchvisionViT
 
 from maskfeat.analysis.foreign import CLASSIFIER
+from maskfeat.analysis.hooks import captured
 from maskfeat.analysis.hub import final_norm
 from maskfeat.analysis.model import Model
 from maskfeat.models.mvit import MViT
@@ -192,12 +193,8 @@ def _loading(call: str, head: str, classifies: bool) -> str:
 
 def _with_output(network: nn.Module, part: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the output of a network, and that of a part of it."""
-    found: list[Tensor] = []
-    hook = part.register_forward_hook(lambda _module, _given, out: found.append(out))
-    try:
+    with captured({0: part}) as found:
         return network(x), found[0]
-    finally:
-        hook.remove()
 
 
 def _depth(resnet: ResNet) -> int:

@@ -274,7 +274,8 @@ def _targets(cfg: CfgNode) -> Iterator[str]:
     frames, crop = cfg.DATA.NUM_FRAMES, cfg.DATA.TRAIN_CROP_SIZE
     size = (frames, crop, crop)[-len(mvit.PATCH_STRIDE) :]
     made = conv_grid(size, mvit.PATCH_KERNEL, mvit.PATCH_STRIDE, mvit.PATCH_PADDING)
-    if made != divided(size, mvit.PATCH_STRIDE):
+    stem = divided(size, mvit.PATCH_STRIDE)
+    if made != stem:
         yield (
             f"MVIT.PATCH_KERNEL {mvit.PATCH_KERNEL} and MVIT.PATCH_PADDING {mvit.PATCH_PADDING} make {list(made)} "
             f"tokens of {list(size)} frames and pixels, and pre-training needs one for each step of MVIT.PATCH_STRIDE "
@@ -295,14 +296,13 @@ def _targets(cfg: CfgNode) -> Iterator[str]:
             )
     if mvit.PATCH_2D:
         return
-    stem = [frames // stride[0], crop // stride[1], crop // stride[2]]
     tokens = [size // q for size, q in zip(stem, pooled, strict=True)]
     window = cfg.AUG.MASK_WINDOW_SIZE
     fits = all(s % w == 0 for s, w in zip(stem, window, strict=True))
     meets = all(t and (t % w == 0 or w % t == 0) for t, w in zip(tokens, window, strict=True))
     if not (fits and meets):
         yield (
-            f"AUG.MASK_WINDOW_SIZE must divide the stem's grid {stem} (DATA.NUM_FRAMES and "
+            f"AUG.MASK_WINDOW_SIZE must divide the stem's grid {list(stem)} (DATA.NUM_FRAMES and "
             f"DATA.TRAIN_CROP_SIZE over MVIT.PATCH_STRIDE) and be a whole multiple or part of the last "
             f"block's {tokens}; given {window}; {tokens} would do"
         )
