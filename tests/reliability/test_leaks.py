@@ -18,6 +18,8 @@ BATCH, IMAGES = 4, 40
 STEPS = size(600, 10_000)
 SAMPLED = max(STEPS // 200, 1)  # steps between two samples
 LIMIT = 1.0  # MB per 1,000 steps
+CERTAIN = LIMIT * (0.25 if SOAK else 5)  # errors below this one tell a leak
+TRIES = 1 if SOAK else 3  # of a measurement: memory that the machine takes back in its middle spoils it
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 
@@ -28,17 +30,18 @@ import maskfeat.engine.run
 from maskfeat.engine.trainer import Trainer
 step, samples, kept = Trainer.train_step, [], []
 page = resource.getpagesize()
-def resident(pid):
+def anonymous(pid):  # without pages of files, which the kernel takes back and reads again as it needs memory
     with open(f"/proc/{pid}/statm") as file:
-        return int(file.read().split()[1]) * page
+        resident, of_files = map(int, file.read().split()[1:3])
+        return (resident - of_files) * page
 def measured(*args):
     step(*args)
     measured.done += 1
     if LEAK:
         kept.append(os.urandom(LEAK))
     if measured.done % SAMPLED == 0:
-        workers = sum(resident(child.pid) for child in multiprocessing.active_children())
-        samples.append([measured.done, resident("self"), workers, len(os.listdir("/proc/self/fd"))])
+        workers = sum(anonymous(child.pid) for child in multiprocessing.active_children())
+        samples.append([measured.done, anonymous("self"), workers, len(os.listdir("/proc/self/fd"))])
 measured.done = 0
 Trainer.train_step = measured
 code = maskfeat.engine.run.main(sys.argv[2:])
@@ -75,7 +78,7 @@ def fit(steps: list[int], values: list[float], blocks: int = 10) -> Slope:
 
 
 def measure(data: Path, folder: Path, leak: int = 0) -> tuple[Slope, Slope, Slope]:
-    """Slopes of the resident memory of the program and of its data workers (MB), and of open files."""
+    """Slopes of the anonymous memory of the program and of its data workers (MB), and of open files."""
     epochs = STEPS * BATCH // IMAGES
     opts = [*VIT_PT, *images(data), "OUTPUT_DIR", str(folder), "TRAIN.BATCH_SIZE", str(BATCH), "SOLVER.MAX_EPOCH",
             str(epochs), "DATA_LOADER.NUM_WORKERS", "2", "TENSORBOARD.ENABLE", "True", "TRAIN.CHECKPOINT_PERIOD", "10",
@@ -93,6 +96,15 @@ def measure(data: Path, folder: Path, leak: int = 0) -> tuple[Slope, Slope, Slop
     return fit(steps, [p / 1e6 for p in program]), fit(steps, [w / 1e6 for w in workers]), fit(steps, files)
 
 
+def measure_surely(data: Path, folder: Path, leak: int = 0) -> tuple[Slope, Slope, Slope]:
+    """As `measure`, again until program and workers are certain, `TRIES` times at most."""
+    for attempt in range(TRIES):
+        program, workers, files = measure(data, folder / f"run{attempt}", leak)
+        if max(program.error, workers.error) < CERTAIN:
+            break
+    return program, workers, files
+
+
 def test_the_fit_tells_a_slope_and_its_error() -> None:
     steps = list(range(0, 2000, 5))
     jumping = [(7 * step) % 13 for step in steps]
@@ -104,12 +116,12 @@ def test_the_fit_tells_a_slope_and_its_error() -> None:
 @pytest.mark.slow
 def test_memory_and_files_stay_flat(image_data: Path, tmp_path: Path) -> None:
     """CI's few steps can only refute a leak that its error lets it see; a soak shows that there is none."""
-    program, workers, files = measure(image_data, tmp_path / "run")
+    program, workers, files = measure_surely(image_data, tmp_path)
     said = f"{STEPS} steps: {program} MB per 1,000 steps, its 2 data workers {workers} MB, open files {files}"
     print(said)
     for slope in (program, workers):
         assert slope.value + 2 * slope.error < LIMIT if SOAK else slope.value - 3 * slope.error < LIMIT, said
-        assert slope.error < LIMIT * (0.25 if SOAK else 5), f"too uncertain to tell: {said}"
+        assert slope.error < CERTAIN, f"too uncertain to tell: {said}"
     assert files.value - 3 * files.error < 0.5, said
     note(13, said)
 
@@ -117,6 +129,6 @@ def test_memory_and_files_stay_flat(image_data: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_leak_is_seen(image_data: Path, tmp_path: Path) -> None:
     """30 kB a step: 30 MB per 1,000 steps."""
-    program, _, _ = measure(image_data, tmp_path / "run", leak=30_000)
+    program, _, _ = measure_surely(image_data, tmp_path, leak=30_000)
     assert program.value - 3 * program.error > LIMIT, program
     assert program.value == pytest.approx(30, rel=0.5)
