@@ -68,7 +68,8 @@ class ResNet(TorchvisionResNet):
             tokens (B, H/32 W/32, D) on the grid (H/32, W/32), rounded up.
         """
         assert hidden is None, "a ResNet has no input tokens that could be hidden"
-        if clip.is_cuda:
+        # Of the units that multiply in 16 bits, those of a CPU as well; in float32 a CPU does not care.
+        if clip.is_cuda or torch.is_autocast_enabled(clip.device.type):
             clip = clip.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(self.relu(self.bn1(self.conv1(clip))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
