@@ -69,7 +69,7 @@ class ResNet(TorchvisionResNet):
         """
         assert hidden is None, "a ResNet has no input tokens that could be hidden"
         # Of the units that multiply in 16 bits, those of a CPU as well; in float32 a CPU does not care.
-        if clip.is_cuda or torch.is_autocast_enabled(clip.device.type):
+        if clip.is_cuda or (clip.is_cpu and torch.is_autocast_enabled("cpu")):
             clip = clip.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(self.relu(self.bn1(self.conv1(clip))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))

@@ -92,7 +92,8 @@ def test_images_lie_channels_last_in_bfloat16(bf16: bool) -> None:
     backbone.layer3.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         backbone(torch.randn(2, 3, 64, 64))
-    assert seen[0].is_contiguous(memory_format=torch.channels_last if bf16 else torch.contiguous_format)
+        assert seen[0].is_contiguous(memory_format=torch.channels_last if bf16 else torch.contiguous_format)
+        assert backbone.to("meta")(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 4, 512)
 
 
 def test_what_is_saved_loads_with_torchvision_alone(tmp_path: Path) -> None:
