@@ -1,7 +1,6 @@
 """Features of a trained network as a file: `maskfeat extract-features` and tools/extract_features.py call `main`."""
 
 import argparse
-import hashlib
 import json
 import logging
 import shutil
@@ -17,6 +16,7 @@ import torch
 from maskfeat.analysis.command import add_options, exit_code, joined, load
 from maskfeat.analysis.extraction import TOKENS, Plan, compute_parts, make_plan, part_name
 from maskfeat.analysis.feature_files import Features, check_format, read_rows, write_features
+from maskfeat.analysis.identity import inputs_digest, network_digest
 from maskfeat.analysis.inputs import MOST_WORKERS, Inputs, find_inputs, split_views
 from maskfeat.analysis.model import POOLS, Model
 from maskfeat.data.datasets.sample_list import NO_LABEL
@@ -41,22 +41,12 @@ _VERSION = 1
 """Of the parts; another one does not go on with them."""
 
 
-def _digest(*parts: Any) -> str:
-    """Return a short digest of texts and bytes."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode("utf-8", "surrogateescape") + b"\0" if isinstance(part, str) else part)
-    return digest.hexdigest()[:16]
-
-
 def describe(model: Model, inputs: Inputs, plan: Plan) -> dict[str, Any]:
     """Return what the rows depend on: parts of another description are not taken."""
-    state = {name: value.detach().cpu().contiguous() for name, value in model.objective.state_dict().items()}
-    weights = (part for name, value in state.items() for part in (name, value.view(-1).view(torch.uint8).numpy().data))
     return {
         "version": _VERSION,
-        "network": _digest(model.cfg.dump(), *weights),
-        "inputs": _digest(*inputs.paths, inputs.numbers.tobytes(), *(inputs.classes or ())),
+        "network": network_digest(model),
+        "inputs": inputs_digest(inputs),
         "number of inputs": len(inputs),
         "pool": plan.pool,
         "blocks": list(plan.blocks),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maskfeat.analysis.command import Progress
 from maskfeat.analysis.inputs import InputBatch
+from maskfeat.engine.owner import owned
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
 
@@ -102,7 +103,7 @@ def extract(
     shape: tuple[int, ...],
     dtype: str,
     batches: Callable[[range], Iterable[InputBatch]],
-    steps: int,
+    batch_size: int,
     features: Callable[[Tensor], Tensor],
 ) -> Stored:
     """Return the features of a split, from `folder` where they are there, computed otherwise.
@@ -114,32 +115,26 @@ def extract(
         label: (N,) int64.
         views: V of each sample.
         shape, dtype: of the features of a view.
-        batches: numbers of batches -> these batches.
-        steps: number of batches.
+        batches: numbers of batches -> these batches, of all views in order.
+        batch_size: views of a batch.
         features: clips (B, 3, [T,] H, W) -> (B, *shape).
 
     Raises:
-        UserError: the folder holds other features, the disk is too small, features overflow `dtype`, or no sample can
-            be read.
+        UserError: the folder holds other features or another command writes to it, the disk is too small, features
+            overflow `dtype`, or no sample can be read.
     """
     record, path = folder / f"{split}.json", folder / f"{split}.npy"
-    with naming(f"features cannot be written to {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        done, bad = _continue(record, asked)
-        whole = (len(label), views, *shape)
-        if not record.is_file() or not path.is_file():
-            _check_room(folder, math.prod(whole) * np.dtype(dtype).itemsize, whole)
-            np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=whole).flush()
-            done, bad = 0, {}
-        x = np.lib.format.open_memmap(path, mode="r+")
-        assert x.shape == whole and x.dtype == np.dtype(dtype)
+    total = len(label) * views
+    steps = -(-total // batch_size)
+    with owned(folder, "--features"), naming(f"features cannot be written to {folder}"):
+        x, done, bad = _opened(path, record, asked, (len(label), views, *shape), dtype)
 
         def save(done: int) -> None:
             x.flush()
             replace_text(record, json.dumps({"asked": asked, "done": done, "bad": bad}))
 
         save(done)
-        progress = Progress(f"views of {split}", math.prod(whole[:2]))
+        progress = Progress(f"views of {split}", total - done * batch_size)
         for number, batch in enumerate(batches(range(done, steps)) if done < steps else (), start=done + 1):
             found = features(batch.clip).float().cpu()
             _check_finite(found, dtype, split)
@@ -149,14 +144,35 @@ def extract(
                 save(number)
             progress.step(len(batch.index))
     lost = {int(index): cause for index, cause in bad.items()}
+    return Stored(np.load(path, mmap_mode="r"), label, _readable(len(label), lost, split), lost)
+
+
+def _opened(
+    path: Path, record: Path, asked: dict[str, Any], whole: tuple[int, ...], dtype: str
+) -> tuple[np.memmap[Any, Any], int, dict[str, str]]:
+    """Open the features to be written, which are made where there are none.
+
+    Returns:
+        the features, how many batches of them are done, and the samples that could not be read.
+    """
+    done, bad = _continue(record, asked)
+    if not record.is_file() or not path.is_file():
+        _check_room(path.parent, math.prod(whole) * np.dtype(dtype).itemsize, whole)
+        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=whole).flush()
+        done, bad = 0, {}
+    x = np.lib.format.open_memmap(path, mode="r+")
+    assert x.shape == whole and x.dtype == np.dtype(dtype)
+    return x, done, bad
+
+
+def _readable(samples: int, lost: dict[int, str], split: str) -> np.ndarray:
+    """Return the samples that could be read; UserError where there are none."""
     for cause in lost.values():
         logger.warning("left out of %s: %s", split, cause)
-    rows = np.setdiff1d(np.arange(len(label)), list(lost))
+    rows = np.setdiff1d(np.arange(samples), list(lost))
     if not len(rows):
-        raise UserError(
-            f"none of the {len(label)} samples of {split} can be read; the first: {next(iter(lost.values()))}"
-        )
-    return Stored(np.load(path, mmap_mode="r"), label, rows, lost)
+        raise UserError(f"none of the {samples} samples of {split} can be read; the first: {next(iter(lost.values()))}")
+    return rows
 
 
 def _continue(record: Path, asked: dict[str, Any]) -> tuple[int, dict[str, str]]:

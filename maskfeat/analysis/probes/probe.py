@@ -3,7 +3,6 @@
 Shape legend: B samples, N tokens, D token width, F features, M validation samples, K classes.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from maskfeat.analysis.identity import inputs_digest, network_digest
 from maskfeat.analysis.inputs import Inputs, input_loader
 from maskfeat.analysis.model import Model
 from maskfeat.analysis.probes.attentive import attentive_probe
@@ -134,12 +134,12 @@ class Probing:
         tokens = read == self.attend
         empty = torch.zeros(1, 3, *self.model.backbone.clip_size)
         asked = {
-            "weights": _digest_of_weights(self.model),
-            "samples": _digest_of_samples(inputs),
+            "network": network_digest(self.model),
+            "samples": inputs_digest(inputs),
             "views": views,
             "features": "tokens" if tokens else f"pooled, {self._names()}",
             "precision": self.model.precision,
-            "transform": _digest(self.model.cfg.DATA.dump().encode()),
+            "device": self.model.device.type,
             "batch size": self.batch_size,
         }
         stored = extract(
@@ -151,7 +151,7 @@ class Probing:
             tuple(read(empty).shape[1:]),
             "float16" if tokens else "float32",
             lambda numbers: input_loader(self.model, inputs, views, self.batch_size, self.workers, numbers),
-            -(-len(inputs) * clips * crops // self.batch_size),
+            self.batch_size,
             read,
         )
         self.unreadable[split] = list(stored.bad.values())
@@ -200,20 +200,3 @@ def _accuracy(scores: Tensor, val: Stored, k: int) -> float:
     """Return the top-k accuracy in percent of scores (M, K)."""
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return 100.0 * float((best == torch.from_numpy(val.label[val.rows])[:, None]).any(dim=1).float().mean())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _digest_of_samples(inputs: Inputs) -> str:
-    text = "\n".join([*inputs.paths, str(inputs.numbers.tolist())])
-    return _digest(text.encode("utf-8", "surrogateescape"))  # as files may be named
-
-
-def _digest_of_weights(model: Model) -> str:
-    whole = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        whole.update(name.encode())
-        whole.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return whole.hexdigest()[:16]

@@ -57,7 +57,7 @@ class Plan(NamedTuple):
 
 MakeHead = Callable[[str], nn.Module]
 """Name of features -> a classifier of them: (B, ...) -> (B, K). Calls with one seed give the same weights."""
-Inputs = Callable[[np.ndarray, int], Tensor]
+ReadFeatures = Callable[[np.ndarray, int], Tensor]
 """Rows of samples and a view -> their features on the device."""
 
 
@@ -141,7 +141,9 @@ class _Optimizer:
                 weight.sub_(factor * rate * (gradient + 0.9 * mean))
 
 
-def fit(heads: Heads, plan: Plan, inputs: Inputs, rows: np.ndarray, label: np.ndarray, seed: int, what: str) -> None:
+def fit(
+    heads: Heads, plan: Plan, inputs: ReadFeatures, rows: np.ndarray, label: np.ndarray, seed: int, what: str
+) -> None:
     """Train classifiers on samples in an order drawn at random, with a cosine schedule.
 
     Args:
@@ -170,7 +172,7 @@ def fit(heads: Heads, plan: Plan, inputs: Inputs, rows: np.ndarray, label: np.nd
 
 
 @torch.no_grad()
-def scores(heads: Heads, plan: Plan, inputs: Inputs, rows: np.ndarray, views: int = 1) -> Tensor:
+def scores(heads: Heads, plan: Plan, inputs: ReadFeatures, rows: np.ndarray, views: int = 1) -> Tensor:
     """Return the softmax scores of all classifiers, averaged over views: (S, M, K) float32 on the CPU."""
     parts = []
     for start in range(0, len(rows), plan.batch):
@@ -243,7 +245,7 @@ def sweep(
         what: is trained, for the progress.
     """
 
-    def reader(stored: Stored) -> Inputs:
+    def reader(stored: Stored) -> ReadFeatures:
         return lambda rows, view: prepare(torch.from_numpy(stored.take(rows, view)).to(device))
 
     settings = [Setting(name, lr, decay) for name in features for lr in lrs for decay in weight_decays]

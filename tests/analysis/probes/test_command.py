@@ -18,6 +18,7 @@ from maskfeat.analysis.probes.command import block_numbers, main, randomised
 from maskfeat.analysis.probes.data import Splits, find_splits
 from maskfeat.analysis.probes.probe import Probing
 from maskfeat.analysis.probes.sweep import Plan
+from maskfeat.config import load_config
 from tests.analysis.saved import CLIPS, PRETRAINED, save_network
 from tests.data.media import write_video
 
@@ -140,11 +141,19 @@ def test_kept_features_are_not_computed_again(
     assert before.any()
 
 
-@pytest.mark.parametrize("what", ["weights", "precision", "transform"])
+@pytest.mark.parametrize("what", ["weights", "precision", "transform", "heads"])
 def test_kept_features_of_another_network_or_config_are_refused(
     what: str, network: Path, coloured: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = ["--kind", "knn", "--features", str(tmp_path / "features")]
+    if what == "heads":  # which neither the weights nor their shapes tell
+        content = torch.load(network, weights_only=True)
+        network = tmp_path / "bare.pyth"
+        torch.save({"model_state": content["model_state"]}, network)
+        recipes = [tmp_path / f"{heads}.yaml" for heads in (1, 2)]
+        for heads, recipe in enumerate(recipes, start=1):
+            recipe.write_text(load_config(PRETRAINED[0], [*PRETRAINED[1], "MVIT.NUM_HEADS", str(heads)]).dump())
+        kept += ["--cfg", str(recipes[0])]
     assert main(command(network, coloured, *kept)) == 0
     more, given = [], network
     if what == "precision":
@@ -154,11 +163,13 @@ def test_kept_features_of_another_network_or_config_are_refused(
         content["model_state"]["blocks.0.mlp.fc1.bias"] += 1.0
         given = tmp_path / "other.pyth"
         torch.save(content, given)
+    elif what == "heads":
+        more = ["--cfg", str(recipes[1])]
     else:
         given = save_network(tmp_path / "other.pyth", PRETRAINED, "DATA.MEAN", "[0.1, 0.2, 0.3]")
     caplog.clear()
     assert main(command(given, coloured, *kept, *more)) == 2
-    assert what in caplog.text
+    assert f"({'precision' if what == 'precision' else 'network'} changed)" in caplog.text
 
 
 def test_held_out_samples_do_not_find_themselves(network: Path, noise: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Frozen features on the disk: resumed extraction, samples that cannot be read, and what is refused."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from maskfeat.analysis.inputs import InputBatch
 from maskfeat.analysis.probes import features
 from maskfeat.analysis.probes.features import Stored, extract
 from maskfeat.batch import BadSample
+from maskfeat.engine import owner
+from tests.small import REPO
 
 SAMPLES, VIEWS, SIZE = 11, 2, 3
 ASKED = {"weights": "abc", "views": (2, 1)}
@@ -38,7 +42,7 @@ class Source:
 def run(folder: Path, source: Source, **changes: Any) -> Stored:
     given: dict[str, Any] = {
         "asked": ASKED, "label": np.arange(SAMPLES) % 3, "views": VIEWS, "shape": (2,), "dtype": "float32",
-        "steps": -(-SAMPLES * VIEWS // SIZE), "features": lambda clip: torch.stack([clip[:, 0], -clip[:, 1]], dim=1),
+        "batch_size": SIZE, "features": lambda clip: torch.stack([clip[:, 0], -clip[:, 1]], dim=1),
     }  # fmt: skip
     return extract(folder, "train", batches=source, **{**given, **changes})
 
@@ -69,6 +73,35 @@ def test_an_interrupted_extraction_goes_on(tmp_path: Path, fail_at: int, monkeyp
     assert found.rows.tolist() == [0, *range(2, SAMPLES)] and found.bad == {1: "file 1 (broken)"}
     again = Source()
     assert run(tmp_path, again).bad == found.bad and not again.shown, "all is there"
+
+
+def test_what_is_left_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time that is left is told from these numbers, and the live line ends where they meet."""
+    made: list[features.Progress] = []
+
+    class Noted(features.Progress):
+        def __init__(self, what: str, total: int) -> None:
+            super().__init__(what, total)
+            made.append(self)
+
+    monkeypatch.setattr(features, "_SAVE_EVERY", 2)
+    monkeypatch.setattr(features, "Progress", Noted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Source(5))
+    run(tmp_path, Source())
+    assert [(one.done, one.total) for one in made] == [(5 * SIZE, 22), (22 - 4 * SIZE, 22 - 4 * SIZE)]
+
+
+def test_one_command_at_a_time_writes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "WAIT", 0.1)
+    program = "import sys, pathlib; from maskfeat.engine.owner import owned\nwith owned(pathlib.Path(sys.argv[1])):"
+    command = [sys.executable, "-c", f"{program} print(flush=True); sys.stdin.read()", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(ValueError, match=r"--features .* in use"):
+            run(tmp_path, Source())
+        other.communicate()
+    assert len(run(tmp_path, Source()).rows) == SAMPLES
 
 
 def test_features_of_something_else_are_refused(tmp_path: Path) -> None:
@@ -112,7 +145,7 @@ def test_a_disk_that_is_too_small_is_said_before_any_work(tmp_path: Path) -> Non
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="features cannot be written to"):
+    with pytest.raises(ValueError, match=r"--features .* cannot be written"):
         run(tmp_path / "file" / "folder", Source())
 
 
