@@ -21,9 +21,8 @@ from maskfeat.data.datasets.imagenet import build_image_folder
 from maskfeat.data.datasets.kinetics import build_video_clips
 from maskfeat.data.datasets.lists import LISTS, read_any_list
 from maskfeat.data.datasets.sample_list import NO_LABEL
-from maskfeat.data.datasets.sample_list import SUFFIXES as VIDEOS
-from maskfeat.data.image_reader import SUFFIXES as IMAGES
 from maskfeat.data.loader import Loader
+from maskfeat.data.names import IMAGES, VIDEOS
 from maskfeat.data.samplers import EpochSampler
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError

@@ -17,7 +17,6 @@ from maskfeat.data.bad_samples import UnreadableSample, open_regular_file
 from maskfeat.data.transforms import RGBImage
 from maskfeat.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 MAX_PIXELS = 80_000_000

@@ -104,6 +104,34 @@ def test_the_table_itself_has_no_cycle() -> None:
         done |= ready
 
 
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path, known: set[str]) -> set[str]:
+    """Every module of the package that a file imports when it runs, wherever in the file the import stands."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return found & known - {name_of(path)}
+
+
+def test_no_module_imports_in_a_circle() -> None:
+    """Also not inside of functions, where a circle would hide."""
+    names = {name_of(path): path for path in MODULES}
+    left = {name: imported_modules(path, set(names)) for name, path in names.items()}
+    while ready := [name for name, imported in left.items() if not imported & set(left)]:
+        left = {name: imported for name, imported in left.items() if name not in ready}
+    assert not left, {name: imported & set(left) for name, imported in left.items()}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_sizes(path: Path) -> None:
     assert path.read_text().count("\n") < 400

@@ -19,7 +19,8 @@ import numpy as np
 from maskfeat.analysis.command import Progress
 from maskfeat.data.bad_samples import UnreadableSample, open_regular_file
 from maskfeat.data.image_reader import read_image
-from maskfeat.data.shards.members import Member, is_parquet, stamp_of
+from maskfeat.data.shards.files import is_parquet, stamp_of
+from maskfeat.data.shards.members import Member
 from maskfeat.data.video.decoder import open_video
 from maskfeat.distributed.processes import leave_signals_to_parent
 from maskfeat.errors import UserError, naming

@@ -16,7 +16,7 @@ from typing import BinaryIO, cast
 from maskfeat.analysis.checks.reading import in_parallel
 from maskfeat.analysis.command import exit_code
 from maskfeat.analysis.preparation.videos import Listing, add_options, finish, videos_below
-from maskfeat.data.datasets.sample_list import SUFFIXES
+from maskfeat.data.names import VIDEOS
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import draft_of
@@ -117,7 +117,7 @@ def _unpack(job: tuple[Path, Path]) -> tuple[Path, int]:
         with _decompressed(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 name = os.path.basename(member.name)
-                if not member.isfile() or name.startswith(".") or not name.lower().endswith(SUFFIXES):
+                if not member.isfile() or name.startswith(".") or not name.lower().endswith(VIDEOS):
                     continue
                 number += 1
                 target = folder / name
@@ -136,7 +136,7 @@ def _unpack(job: tuple[Path, Path]) -> tuple[Path, int]:
     except _DAMAGE as error:
         raise UserError(f"{path} cannot be unpacked into {folder}: {error}") from error
     if not number:
-        raise UserError(f"{path} holds no video ({', '.join(SUFFIXES)})")
+        raise UserError(f"{path} holds no video ({', '.join(VIDEOS)})")
     done.touch()
     return path, number
 

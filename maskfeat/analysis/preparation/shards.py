@@ -21,12 +21,12 @@ from maskfeat.analysis.command import are_same, count_option, exit_code
 from maskfeat.data.bad_samples import UnreadableSample, open_regular_file
 from maskfeat.data.datasets.layouts import NAMES
 from maskfeat.data.datasets.sample_list import NO_LABEL
-from maskfeat.data.datasets.sample_list import SUFFIXES as VIDEOS
 from maskfeat.data.datasets.shard_sets import check_class_names
-from maskfeat.data.image_reader import SUFFIXES as IMAGES
 from maskfeat.data.image_reader import read_image
+from maskfeat.data.names import IMAGES, VIDEOS
+from maskfeat.data.shards.files import is_parquet, stamp_of
 from maskfeat.data.shards.index import ShardIndex, keep_index, make_index
-from maskfeat.data.shards.members import SEPARATOR, Member, is_parquet, stamp_of
+from maskfeat.data.shards.members import SEPARATOR, Member
 from maskfeat.data.shards.tar_index import LABELS
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming

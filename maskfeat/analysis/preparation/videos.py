@@ -15,7 +15,7 @@ from maskfeat.data.bad_samples import UnreadableSample
 from maskfeat.data.datasets.folders import FolderScan
 from maskfeat.data.datasets.layouts import NAMES
 from maskfeat.data.datasets.lists import listed
-from maskfeat.data.datasets.sample_list import SUFFIXES
+from maskfeat.data.names import VIDEOS
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
@@ -74,11 +74,11 @@ def videos_below(root: Path) -> list[str]:
     """
     if not root.is_dir():
         raise UserError(f"there is no folder {root}: it must hold the videos")
-    scan = FolderScan(root, suffixes=SUFFIXES, noun="video")
+    scan = FolderScan(root, suffixes=VIDEOS, noun="video")
     found = sorted(os.path.relpath(path, root) for path in scan.files_below(os.fspath(root)))
     if not found:
         holds = scan.left_out_in_words()
-        raise UserError(f"{root} has no video ({', '.join(SUFFIXES)}){f', it holds {holds}' if holds else ''}")
+        raise UserError(f"{root} has no video ({', '.join(VIDEOS)}){f', it holds {holds}' if holds else ''}")
     return found
 
 

@@ -8,12 +8,10 @@ from typing import Any
 
 from maskfeat.data.datasets.folders import class_name
 from maskfeat.data.datasets.label_sets import labels_present
+from maskfeat.data.names import MAX_CLASS_NAME
 from maskfeat.errors import UserError
 from maskfeat.file_io import NotReadable, local_path, open_regular_file
 from maskfeat.text import count, some
-
-MAX_NAME = 1000
-"""Characters of a class name in a file."""
 
 
 def read_class_names(path: str | os.PathLike[str], num_classes: int, what: str = "DATA.CLASS_NAMES") -> list[str]:
@@ -29,7 +27,7 @@ def read_class_names(path: str | os.PathLike[str], num_classes: int, what: str =
     """
     try:
         with io.TextIOWrapper(open_regular_file(local_path(os.fspath(path))), encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in iter(lambda: file.readline(MAX_NAME + 1), "")]
+            lines = [line.strip() for line in iter(lambda: file.readline(MAX_CLASS_NAME + 1), "")]
     except NotReadable as error:
         raise UserError(f"the names of classes in {path} cannot be read ({error}): see {what}") from error
     except UnicodeDecodeError as error:
@@ -39,8 +37,8 @@ def read_class_names(path: str | os.PathLike[str], num_classes: int, what: str =
     names = [*map(class_name, lines)]
     first: dict[str, int] = {}
     for number, name in enumerate(names, start=1):
-        if not name or len(name) >= MAX_NAME:
-            why = "is empty" if not name else f"has {MAX_NAME} characters or more"
+        if not name or len(name) >= MAX_CLASS_NAME:
+            why = "is empty" if not name else f"has {MAX_CLASS_NAME} characters or more"
             raise UserError(f"{path}, line {number} {why}: a line is the name of one class; see {what}")
         if first.setdefault(name, number) != number:
             raise UserError(f"{path} has the class {name!r} twice, in lines {first[name]} and {number}; see {what}")

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from maskfeat.data.image_reader import SUFFIXES
+from maskfeat.data.names import IMAGES
 from maskfeat.errors import UserError, naming
 from maskfeat.text import count, some
 
@@ -81,7 +81,7 @@ class FolderScan:
     media: int = 0
     possible_classes: list[str] = field(default_factory=list)
     folders_with_files: int = 0
-    suffixes: tuple[str, ...] = SUFFIXES
+    suffixes: tuple[str, ...] = IMAGES
     noun: str = "image"
 
     @property
@@ -199,7 +199,7 @@ class FolderScan:
         self.folders_with_files += holds_images
 
 
-def scan_folder(root: str | os.PathLike[str], suffixes: tuple[str, ...] = SUFFIXES, noun: str = "image") -> FolderScan:
+def scan_folder(root: str | os.PathLike[str], suffixes: tuple[str, ...] = IMAGES, noun: str = "image") -> FolderScan:
     """Look for the images of `root/<class>/`, at any depth. Hidden files and folders are left out.
 
     Args:

@@ -10,23 +10,15 @@ from yacs.config import CfgNode
 
 from maskfeat.data.datasets.base import DatasetRequest, NoValidation, Split
 from maskfeat.data.datasets.classes import read_class_names
-from maskfeat.data.datasets.folders import (
-    FolderScan,
-    class_folders,
-    class_name,
-    count,
-    list_class_folders,
-    scan_folder,
-    some,
-)
+from maskfeat.data.datasets.folders import FolderScan, class_folders, class_name, list_class_folders, scan_folder
 from maskfeat.data.datasets.lists import LISTS, check_some_exist, read_any_list
 from maskfeat.data.datasets.sample_list import NO_LABEL, read_multi_label_list, read_sample_list
-from maskfeat.data.datasets.sample_list import SUFFIXES as VIDEOS
 from maskfeat.data.datasets.shard_sets import SHARDS, find_shards, labelled_split, unlabelled_split
-from maskfeat.data.image_reader import SUFFIXES as IMAGES
+from maskfeat.data.names import IMAGES, VIDEOS
 from maskfeat.data.samplers import shares
 from maskfeat.errors import UserError
 from maskfeat.registry import objective_spec
+from maskfeat.text import count, some
 
 HELD_OUT = ("val", "test")
 """Folders of a folder without train/ that pre-training leaves out."""

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from maskfeat.data.datasets.label_sets import LABELS, LabelSet, is_number, read_labels
-from maskfeat.data.image_reader import SUFFIXES as IMAGES
+from maskfeat.data.names import IMAGES, VIDEOS
 from maskfeat.errors import UserError
 from maskfeat.file_io import NotReadable, local_path, open_regular_file
 
@@ -26,13 +26,8 @@ NO_LABEL = -1
 """Label of videos whose list has none."""
 
 _DELIMITERS = (",", "\t", ";", " ")
-SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv", ".3gp"),
-    *(".ogv", ".vob", ".y4m"),
-)
 _VIDEO, _IMAGE = (
-    re.compile(rf"(?:{'|'.join(map(re.escape, suffixes))})(?![a-z0-9])", re.IGNORECASE)
-    for suffixes in (SUFFIXES, IMAGES)
+    re.compile(rf"(?:{'|'.join(map(re.escape, suffixes))})(?![a-z0-9])", re.IGNORECASE) for suffixes in (VIDEOS, IMAGES)
 )
 _UNDECODED = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")

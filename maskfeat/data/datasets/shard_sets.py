@@ -12,10 +12,9 @@ from yacs.config import CfgNode
 from maskfeat.data.datasets.base import NoValidation, Split
 from maskfeat.data.datasets.folders import FolderScan, class_name
 from maskfeat.data.datasets.sample_list import NO_LABEL
-from maskfeat.data.datasets.sample_list import SUFFIXES as VIDEOS
-from maskfeat.data.image_reader import SUFFIXES as IMAGES
+from maskfeat.data.names import IMAGES, VIDEOS
+from maskfeat.data.shards.files import is_parquet
 from maskfeat.data.shards.index import ShardIndex, ShardSamples, read_indices
-from maskfeat.data.shards.members import is_parquet
 from maskfeat.errors import UserError
 from maskfeat.text import count, some
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from maskfeat.data.shards.members import Member, Stamp, changed, is_parquet, stamp_of
+from maskfeat.data.shards.files import Stamp, changed, is_parquet, stamp_of
+from maskfeat.data.shards.members import Member
 from maskfeat.data.shards.parquet import index_parquet
 from maskfeat.data.shards.tar_index import Entry, index_tar, is_label
 from maskfeat.errors import naming

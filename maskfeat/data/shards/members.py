@@ -4,42 +4,17 @@ import io
 import os
 from contextlib import suppress
 from functools import lru_cache
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
+from maskfeat.data.shards.files import Stamp, changed, is_parquet, max_open, stamp_of
+from maskfeat.data.shards.parquet import open_row
 from maskfeat.errors import UserError
 from maskfeat.file_io import NotReadable
-
-try:
-    import resource
-except ImportError:  # not a POSIX system
-    resource = None  # type: ignore[assignment]
 
 SEPARATOR = "::"
 """Between the file and the member in the name of a sample: train-000000.tar::n01440764/n01440764_10026.JPEG."""
 _BUFFER = 1 << 20
 """Bytes that are read at once, at most: a whole image, a part of a video."""
-
-
-class Stamp(NamedTuple):
-    """What tells one state of a file from another: bytes, and when it was last changed, in ns."""
-
-    size: int
-    changed: int
-
-
-def stamp_of(path: str) -> Stamp:
-    """Return the stamp of a file.
-
-    Raises:
-        OSError: there is none.
-    """
-    status = os.stat(path)
-    return Stamp(status.st_size, status.st_mtime_ns)
-
-
-def is_parquet(path: str) -> bool:
-    """Return whether a shard is a parquet file and not a tar archive."""
-    return path.lower().endswith(".parquet")
 
 
 class Member(str):
@@ -73,9 +48,7 @@ class Member(str):
             UserError: the shard is another one than when its index was made.
         """
         if is_parquet(self.shard):
-            from maskfeat.data.shards.parquet import open_row
-
-            return open_row(self)
+            return open_row(self.shard, self.stamp, self.place)
         if not self.place[1]:
             raise NotReadable("the file is empty")
         return io.BufferedReader(_Section(self), min(self.place[1], _BUFFER))
@@ -101,17 +74,6 @@ class _Handle:
         if self.descriptor >= 0:
             with suppress(OSError):
                 os.close(self.descriptor)
-
-
-def changed(path: str) -> UserError:
-    """Return the error of a shard that is another one than its index says."""
-    return UserError(f"{path} has changed since its index was made: start the run again, which makes it anew")
-
-
-def max_open() -> int:
-    """Return how many shards a process holds open: half of the files that it may (ulimit -n), 4096 at most."""
-    soft = 512 if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return min(soft // 2, 4096) if soft > 0 else 4096  # no limit is -1
 
 
 # A descriptor has one position for all processes that were forked; `pread` does not use it.

@@ -9,7 +9,7 @@ import os
 from functools import lru_cache
 from typing import Any, BinaryIO
 
-from maskfeat.data.shards.members import Member, Stamp, changed, max_open, stamp_of
+from maskfeat.data.shards.files import Stamp, changed, max_open, stamp_of
 from maskfeat.data.shards.tar_index import Entry, is_label
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import NotReadable
@@ -98,11 +98,20 @@ def _group(path: str, stamp: Stamp, group: int, process: int) -> Any:
     return table.flatten().column(0)
 
 
-def open_row(member: Member) -> BinaryIO:
-    """Open an image, see `Member.open`."""
-    group, row = member.place
+def open_row(path: str, stamp: Stamp, place: tuple[int, int]) -> BinaryIO:
+    """Open an image for reading, as a file of its own.
+
+    Args:
+        path, stamp: of the parquet file.
+        place: row group, and row in it.
+
+    Raises:
+        NotReadable: there is no image, or its group cannot be read.
+        UserError: the file is another one than when its index was made.
+    """
+    group, row = place
     try:
-        found = _group(member.shard, member.stamp, group, os.getpid())[row]
+        found = _group(path, stamp, group, os.getpid())[row]
     except UserError:
         raise
     except (OSError, ValueError) as error:

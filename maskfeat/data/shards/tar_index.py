@@ -7,9 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from maskfeat.data.datasets.classes import MAX_NAME
-from maskfeat.data.datasets.sample_list import SUFFIXES as VIDEOS
-from maskfeat.data.image_reader import SUFFIXES as IMAGES
+from maskfeat.data.names import IMAGES, MAX_CLASS_NAME, VIDEOS
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import NotReadable, open_regular_file
 
@@ -172,5 +170,5 @@ def _label(file: BinaryIO, path: str, member: tarfile.TarInfo) -> int | str | No
 def is_label(value: object) -> bool:
     """Whether a value is the number or the name of a class; -1 says that there is none, as in test sets."""
     if isinstance(value, str):
-        return 0 < len(value) <= MAX_NAME
+        return 0 < len(value) <= MAX_CLASS_NAME
     return isinstance(value, int) and not isinstance(value, bool) and -1 <= value < 1 << 31

@@ -7,8 +7,9 @@ import pytest
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.data.datasets.base import DatasetRequest
-from maskfeat.data.datasets.classes import MAX_NAME, read_class_names
+from maskfeat.data.datasets.classes import read_class_names
 from maskfeat.data.datasets.kinetics import build_kinetics
+from maskfeat.data.names import MAX_CLASS_NAME
 from maskfeat.errors import UserError
 from tests.small import MVIT_FT, MVIT_PT, RECIPES, VIT_FT, clips
 
@@ -35,7 +36,7 @@ def test_one_name_a_line(tmp_path: Path) -> None:
         ("a\nb\na\n", "has the class 'a' twice, in lines 1 and 3"),
         ("caf\u00e9\nb\ncaf\u0065\u0301\n", "twice, in lines 1 and 3"),
         ("a\n\nb\nc\n", "line 2 is empty"),
-        ("a\n" + MAX_NAME * "b" + "\nc\n", f"line 2 has {MAX_NAME} characters or more"),
+        ("a\n" + MAX_CLASS_NAME * "b" + "\nc\n", f"line 2 has {MAX_CLASS_NAME} characters or more"),
         (b"a\n\xff\nc\n", "are not UTF-8 text"),
         ("", "the file is empty"),
         ("\n", "names 0 classes"),
