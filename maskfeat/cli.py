@@ -34,7 +34,7 @@ PROGRAMS = {
     "extract-features": Program("maskfeat.analysis.extract_features", "write features of images or videos into a file"),
     "probe": Program("maskfeat.analysis.probes.command", "measure frozen features by small classifiers", True),
     "predict": Program("maskfeat.analysis.predict", "say which classes a fine-tuned model sees in images or videos"),
-    "visualize": Program("maskfeat.analysis.visualize", "draw what a pre-trained model predicts"),
+    "visualize": Program("maskfeat.analysis.visualize", "draw what a network predicts, or attends to"),
     "export": Program("maskfeat.analysis.export", "export a trained network to timm, torchvision, ONNX and others"),
     "evidence": Program("maskfeat.demos.evidence", "measure over several seeds what pre-training brings", True),
     "sweep": Program("maskfeat.engine.sweep", "run a recipe with several values of some keys"),

@@ -23,6 +23,7 @@ from maskfeat.data.datasets.base import NoValidation
 from maskfeat.engine.pictures import predicted_rows
 from maskfeat.engine.resume import load_to_evaluate
 from maskfeat.errors import UserError, naming
+from maskfeat.file_io import draft_of
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.mfm import MFM
@@ -168,7 +169,8 @@ def _draw_inputs(args: argparse.Namespace) -> Path:
     content = draw(model, args.input, what, output.suffix, -1 if args.block is None else args.block)
     with naming(f"--output {output} cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(content)
+        with draft_of(output) as draft:
+            draft.write_bytes(content)
     return output
 
 
@@ -181,14 +183,16 @@ def _draw_validation(args: argparse.Namespace) -> Path:
     number = 4 if args.num is None else args.num
     if number < 1:
         raise UserError(f"--num must be at least 1; given {number}")
-    if args.output and Image.registered_extensions().get(Path(args.output).suffix.lower()) not in Image.SAVE:
+    form = Image.registered_extensions().get(Path(args.output).suffix.lower()) if args.output else "PNG"
+    if form not in Image.SAVE:
         raise UserError(f"--output must end with .png, or as another picture that Pillow writes; given {args.output}")
     found = drawing(load_config(args.cfg, args.opts), number)
     output = Path(args.output or found.name)
     figure = found.figure(Path(found.path).name)
     with naming(f"--output {output} cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure.save(output)
+        with draft_of(output) as draft:
+            figure.save(draft, form)
     return output
 
 

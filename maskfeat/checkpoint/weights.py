@@ -209,7 +209,7 @@ def fit_state(
     """Fit the parameters in a file to a model.
 
     Args:
-        own: the model's tensors by released name; only their shapes are used.
+        own: the model's tensors by released name; only their shapes and types are used.
         state: the file's tensors by name.
         rules: names that the objective expects to be fresh or dropped.
         allow: patterns of further names that the user allows to be fresh or dropped.

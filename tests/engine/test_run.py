@@ -262,7 +262,7 @@ def test_videos_are_looked_for_before_training(
     assert main(["--cfg", recipe, *opts, "OUTPUT_DIR", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().out
     (error,) = [line for line in said.splitlines() if "error" in line]
-    assert f"no video of {data}/{split}.csv was found" in error and f"DATA.PATH_PREFIX {str(data)!r}" not in error
+    assert f"no file of {data}/{split}.csv was found" in error and f"DATA.PATH_PREFIX {str(data)!r}" not in error
     assert f"{data}/elsewhere/" in error and "DATA.PATH_PREFIX" in error and "no such file" in error
     assert "Caught" not in said and "Traceback" not in said and "step 1/" not in said
 

@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from maskfeat.analysis.checks.collect import ALL, Collected, Sample
 from maskfeat.analysis.checks.reading import Facts
+from maskfeat.data.datasets.folders import without_case
 from maskfeat.data.datasets.label_sets import LabelSet, labels_present
 from maskfeat.data.datasets.sample_list import NO_LABEL
 from maskfeat.data.video.temporal_sampling import clip_length
@@ -214,7 +215,7 @@ def _folders(found: Collected) -> Iterator[Fault]:
                     yield Fault("outside", sample.path, split)
     alike: dict[str, list[str]] = defaultdict(list)
     for name in sorted({name for names in found.folders.values() for name in names}):
-        alike[" ".join(name.casefold().replace("_", " ").split())].append(name)
+        alike[without_case(name)].append(name)
     twins = [names for names in alike.values() if len(names) > 1]
     for names in twins:
         yield Fault("alike", " and ".join(names))

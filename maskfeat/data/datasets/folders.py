@@ -253,9 +253,9 @@ def list_class_folders(
     class_index = {name: index for index, name in enumerate(names)}
     unknown = [name for name in scan.files if name not in class_index]
     if unknown:
-        alike = {_without_case(name): name for name in names}
+        alike = {without_case(name): name for name in names}
         shown = [
-            f"{name} ({alike[_without_case(name)]} but for case or spaces)" if _without_case(name) in alike else name
+            f"{name} ({alike[without_case(name)]} but for case or spaces)" if without_case(name) in alike else name
             for name in unknown
         ]
         raise UserError(
@@ -265,5 +265,6 @@ def list_class_folders(
     return [(path, class_index[name]) for name, files in scan.files.items() for path in files], names
 
 
-def _without_case(name: str) -> str:
+def without_case(name: str) -> str:
+    """Return a name as it is compared with others that may differ in case, spaces and underscores alone."""
     return " ".join(name.casefold().replace("_", " ").split())

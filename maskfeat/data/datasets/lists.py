@@ -27,19 +27,19 @@ def listed(path: str) -> str:
     return path if _PLAIN.fullmatch(path) else quoted(path)
 
 
-def check_some_exist(videos: Sequence[tuple[str, Any]], csv_path: str, prefix: str, folder: str) -> None:
-    """Look for videos spread over a list until one is found.
+def check_some_exist(samples: Sequence[tuple[str, Any]], csv_path: str, prefix: str, folder: str) -> None:
+    """Look for files spread over a list until one is found.
 
     Args:
-        videos: [(path, label)], see `read_sample_list`.
+        samples: [(path, label)], see `read_sample_list`.
         csv_path: the list.
         prefix: DATA.PATH_PREFIX.
         folder: DATA.PATH_TO_DATA_DIR, for advice.
 
     Raises:
-        UserError: there is none of _TRIED videos; names the first of them and DATA.PATH_PREFIX.
+        UserError: there is none of _TRIED files; names the first of them and DATA.PATH_PREFIX.
     """
-    tried = [path for path, _ in videos[:: max(len(videos) // _TRIED, 1)][:_TRIED]]
+    tried = [path for path, _ in samples[:: max(len(samples) // _TRIED, 1)][:_TRIED]]
     if any(map(os.path.exists, tried)):
         return
     first = tried[0]
@@ -53,7 +53,7 @@ def check_some_exist(videos: Sequence[tuple[str, Any]], csv_path: str, prefix: s
     others = [] if os.path.isabs(listed) else [folder, os.path.dirname(os.path.normpath(prefix))]
     there = [other for other in others if other != prefix and os.path.exists(os.path.join(other, listed))]
     raise UserError(
-        f"no video of {csv_path} was found ({len(tried)} were looked for): {first}: {cause}{base}. DATA.PATH_PREFIX, "
+        f"no file of {csv_path} was found ({len(tried)} were looked for): {first}: {cause}{base}. DATA.PATH_PREFIX, "
         f"the folder that the paths of the list are relative to, is {prefix!r}"
         + (f"; they are there with DATA.PATH_PREFIX {there[0]!r}" if there else "")
     )

@@ -23,7 +23,7 @@ SampleList = list[tuple[str, int]]
 MAX_LINE = 16_384
 """Largest number of characters in a line; the longest path on Linux has 4,096 bytes."""
 NO_LABEL = -1
-"""Label of videos whose list has none."""
+"""Label of samples whose list has none."""
 
 _DELIMITERS = (",", "\t", ";", " ")
 _VIDEO, _IMAGE = (
@@ -310,7 +310,7 @@ class _Reader:
                 row.line, "has a path in quotes that are not read as quotes: use none, or one double quote on each side"
             )
         if "://" in path or "\0" in path:
-            raise UserError(f"{self._where(row.line)}: {path!r} is not a local file; download the videos first")
+            raise UserError(f"{self._where(row.line)}: {path!r} is not a local file: download it first")
         if not row.quoted and (path[-1] in ",;" or (not path.isprintable() and _CONTROL.search(path))):
             raise self._refused(row.line)
         if not row.quoted and (self.delimiter in path or "," in path or ";" in path) and self.more.search(path):

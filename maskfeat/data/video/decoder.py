@@ -72,9 +72,8 @@ class VideoInfo:
 class Video:
     """An open video file, for decoding frames once. Use it as a context manager, see `open_video`."""
 
-    def __init__(self, path: str | os.PathLike[str], threads: int = 1, short_side: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], short_side: int | None = None) -> None:
         self.path = os.fspath(path)
-        self._threads = threads
         self._short_side = short_side
         self._scaler = Scaler()
         self._file: BinaryIO | None = None
@@ -117,7 +116,7 @@ class Video:
         numbers = np.clip(np.asarray(indices, dtype=np.int64), 0, self.info.frames - 1)
         wanted = sorted(set(numbers.tolist()))
         images = None
-        can_skip = self._threads == 1 and self._stream.codec_context.name in _CAN_SKIP_FRAMES
+        can_skip = self._stream.codec_context.name in _CAN_SKIP_FRAMES
         skip_options = (True, False) if can_skip else (False,)
         # After a seek in an MPEG program stream, frames can get the times of others.
         can_seek = self._container.format.name != "mpeg"
@@ -189,8 +188,8 @@ class Video:
             raise UnreadableSample(self.path, f"codec {name} is not one of {', '.join(DECODERS)}")
         self._check_size(context)
         context.options = {"max_pixels": str(MAX_PIXELS)}
-        context.thread_count = self._threads
-        context.thread_type = "SLICE" if self._threads == 1 else "AUTO"
+        context.thread_count = 1  # data workers run in parallel already
+        context.thread_type = "SLICE"
         return stream
 
     def _check_size(self, coded: Any) -> None:
@@ -326,24 +325,22 @@ class Video:
         return image
 
 
-def open_video(path: str | os.PathLike[str], threads: int = 1, short_side: int | None = None) -> Video:
+def open_video(path: str | os.PathLike[str], short_side: int | None = None) -> Video:
     """Open a video file: `with open_video(path) as video: video.frames([0, 4, 8])`.
 
     Args:
         path: a local, regular file.
-        threads: of the decoder. Use one in data workers, which run in parallel already.
         short_side: that frames are scaled to in pixels, see `scaling`; None = the file's own size.
 
     Raises:
         UnreadableSample: missing, empty, not a video, no video stream, a codec that is not allowed, or too large.
     """
-    return Video(path, threads, short_side)
+    return Video(path, short_side)
 
 
 def decode_frames(
     path: str | os.PathLike[str],
     wanted: Callable[[VideoInfo], Sequence[int]] | Sequence[int],
-    threads: int = 1,
     short_side: int | None = None,
 ) -> tuple[np.ndarray, VideoInfo]:
     """Decode some frames of a video.
@@ -351,7 +348,6 @@ def decode_frames(
     Args:
         path: a local, regular file.
         wanted: frame numbers, or a function that computes them from the properties of the video.
-        threads: of the decoder.
         short_side: that frames are scaled to, see `open_video`; None = the file's own size.
 
     Returns:
@@ -360,7 +356,7 @@ def decode_frames(
     Raises:
         UnreadableSample: the file cannot be opened or no frame can be decoded, with the cause.
     """
-    with open_video(path, threads, short_side) as video:
+    with open_video(path, short_side) as video:
         indices = wanted(video.info) if callable(wanted) else wanted
         return video.frames(indices), video.info
 

@@ -49,17 +49,16 @@ def load_decoder() -> Any:
 def decode_frames(
     path: str | os.PathLike[str],
     wanted: Callable[[VideoInfo], Sequence[int]] | Sequence[int],
-    threads: int = 1,
     short_side: int | None = None,
 ) -> tuple[np.ndarray, VideoInfo]:
     """Decode some frames of a video. Arguments, results and errors are those of `decoder.decode_frames`."""
-    with open_video(path, threads, short_side) as video:
+    with open_video(path, short_side) as video:
         indices = wanted(video.info) if callable(wanted) else wanted
-        frames = _decode_with_torchcodec(video, indices, threads)
+        frames = _decode_with_torchcodec(video, indices)
         return video.frames(indices) if frames is None else frames, video.info
 
 
-def _decode_with_torchcodec(video: Video, indices: Sequence[int], threads: int) -> np.ndarray | None:
+def _decode_with_torchcodec(video: Video, indices: Sequence[int]) -> np.ndarray | None:
     """Return (T, H, W, 3) uint8 RGB; None if torchcodec must not be used or does not return the right frames."""
     info = video.info
     numbers = np.clip(np.asarray(indices, dtype=np.int64), 0, info.frames - 1)
@@ -79,7 +78,7 @@ def _decode_with_torchcodec(video: Video, indices: Sequence[int], threads: int) 
             file,
             stream_index=video.stream_index,
             dimension_order="NHWC",
-            num_ffmpeg_threads=threads,
+            num_ffmpeg_threads=1,
             device="cpu",
         )
         if len(decoder) != info.frames:

@@ -32,10 +32,6 @@ def check(output: Path, *words: str) -> tuple[int, dict]:
     return code, json.loads((output / "check.json").read_text())
 
 
-def faults_of(result: dict, root: Path) -> list[tuple[str, str, str]]:
-    return [(f["kind"], f["where"].removeprefix(f"{root}/"), f["split"]) for f in result["faults"]]
-
-
 def find(root: Path, journal: Path, recipe: Recipe) -> list[tuple[str, str, str]]:
     found = collect(str(root), None)
     facts = read_all([sample.path for sample in found.samples], found.noun, journal, 2)

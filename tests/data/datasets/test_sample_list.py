@@ -185,7 +185,7 @@ def test_a_wrong_prefix_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         check_some_exist([(f"{prefix}/{name}" if prefix else name, 0) for name in names], "val.csv", prefix, folder)
 
     check(str(tmp_path / "videos"))  # one of them is enough: others are counted as they are read
-    with pytest.raises(UserError, match="no video of val.csv was found.*/wrong/v0.mp4: no such file.*DATA.PATH_PREFIX"):
+    with pytest.raises(UserError, match="no file of val.csv was found.*/wrong/v0.mp4: no such file.*DATA.PATH_PREFIX"):
         check("/wrong")
     names = [f"v{n}.mp4" for n in (7, 1, 2)]
     with pytest.raises(UserError, match=f"there with DATA.PATH_PREFIX '{tmp_path}/videos'"):
