@@ -140,5 +140,6 @@ def random_batch(cfg: CfgNode, device: torch.device) -> Batch:
         label=torch.zeros(size, dtype=torch.int64),
         hidden=torch.stack(masks) if masks else None,
         index=torch.arange(size),
+        max_hidden=max(int(mask.sum()) for mask in masks) if masks else None,
     )
     return batch.to(device)

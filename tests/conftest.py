@@ -15,6 +15,12 @@ from maskfeat.demos.synthetic import make_clips, make_images
 REPO = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs but from `pytest -m gpu`: two processes over gloo would find too few of them, or train there."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _heed_ctrl_c() -> None:
     """A shell has its background jobs ignore SIGINT, and the programs that tests start would inherit that."""

@@ -194,14 +194,15 @@ def _three_steps(kind: str, context: Context) -> list[float]:
 def launched(context: Context) -> Figures:
     """One process as torchrun starts it, and two that share the device over gloo: both log the same losses.
 
-    The two are launched as on two machines of one GPU each: NCCL takes no two ranks on one GPU.
+    The two are launched as on two machines of one GPU each: NCCL takes no two ranks on one GPU, and a single rank makes
+    no process group.
     """
     arguments = ["--cfg", str(CONFIGS / VIT_PT[0]), *VIT_PT[1], *image_files(context), *_gpus(context)]
     arguments += ["TRAIN.EVAL_PERIOD", "0", "TEST.ENABLE", "False", "SOLVER.MAX_EPOCH", "1"]
     arguments += ["SOLVER.BASE_LR_SCALE_NUM_SHARDS", "False"]
     folders = {size: context.folder / str(size) for size in (1, 2)}
     processes, logs = [], []
-    context.needs_cuda("NCCL under torchrun (gloo in its place)")
+    context.needs_cuda("a GPU under torchrun (the CPU in its place)")
     for size, folder in folders.items():
         port = free_address().rsplit(":", 1)[1]
         for rank in range(size):

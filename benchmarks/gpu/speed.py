@@ -285,7 +285,7 @@ def _kernels(profiled: profile, cuda: bool) -> list[tuple[str, int, float]]:
     return [
         (event.key, event.count, event.self_device_time_total / 1e6)
         for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
 
 

@@ -246,6 +246,8 @@ class DryRun:
     def _check_memory(self, memory: StepMemory, step: StepSize) -> None:
         if self.device.type == "cuda":
             there, needed, what = torch.cuda.mem_get_info(self.device)[0], memory.total, "the GPU"
+            if self.cfg.TRAIN.PARALLEL == "fsdp":  # at least: parts of it are gathered for a while
+                needed -= (memory.parameters + memory.optimizer) * (self.world.size - 1) // self.world.size
         elif self.cfg.NUM_GPUS and self.cfg.DIST_BACKEND != "gloo":
             return  # the run is for another machine
         else:

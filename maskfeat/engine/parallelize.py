@@ -2,9 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -53,7 +54,18 @@ def apply_activation_checkpointing(objective: Objective, light: bool = False) ->
                 setattr(module, name, partial(checkpoint, getattr(module, name), use_reentrant=False))
         return
     for block in objective.backbone.repeated_blocks():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = _checkpointed(block.forward)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `forward` with its activations recomputed. A partial of `checkpoint` would not be compiled: the compiler
+    skips that function where it is called first, and takes it as an operator where another one calls it.
+    """
+
+    def recomputing(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return recomputing
 
 
 def apply_compile(objective: Objective, device: torch.device) -> None:

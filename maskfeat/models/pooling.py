@@ -185,6 +185,9 @@ def _forward(x: Tensor, weight: Tensor, stride: Triple) -> Tensor:
     heads = x.shape[-1] // len(weight)
     weight = weight.to(dtype).repeat(heads, 1, 1, 1, 1)
     clip = x.to(dtype).movedim(-1, 1)
+    if clip.is_cuda:
+        # PyTorch has a depthwise kernel for contiguous clips. Others it gives to cuDNN, as convolutions in groups.
+        clip = clip.contiguous()
     return F.conv3d(clip, weight, None, stride, _padding(weight), groups=x.shape[-1]).movedim(1, -1).to(x.dtype)
 
 
@@ -279,4 +282,5 @@ def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor, stride: Triple) -> Ten
             (False, True, False),
         )
         parts.append(grads[1])
-    return torch.stack(parts, dim=2).unflatten(0, (-1, len(weight))).sum(0)
+    by_head = torch.stack(parts, dim=2).unflatten(0, (-1, len(weight)))
+    return by_head.sum(0, dtype=torch.promote_types(dtype, torch.float32))

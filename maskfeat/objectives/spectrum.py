@@ -91,7 +91,7 @@ class Frequencies:
         if not self.width:
             return None
         copies = torch.full((self.mask.shape[-1],), 2.0, device=self.mask.device)
-        copies[0] = copies[-1] = 1.0
+        copies[:1] = copies[-1:] = 1.0  # slices: to a single element the host would copy, and wait for the GPU
         return copies
 
     def sum(self, values: Tensor) -> Tensor:

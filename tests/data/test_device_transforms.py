@@ -195,7 +195,8 @@ def test_batched_and_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(together, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and pytest -m gpu")
 @pytest.mark.parametrize("name", NAMES)
 def test_gpu_gives_the_same_clip_without_synchronising(name: str) -> None:
     packed: PackedBatch = collate(

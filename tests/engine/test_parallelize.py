@@ -1,15 +1,22 @@
 """What wraps a model from outside changes neither its numbers nor the names of its parameters."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from maskfeat.batch import Batch
 from maskfeat.build import build_mask_sampler, build_objective, build_optimizer
 from maskfeat.config import load_config
+from maskfeat.engine.memory import _make_fake
 from maskfeat.engine.parallelize import apply_activation_checkpointing, apply_compile
 from maskfeat.objectives.base import Objective
 from tests.golden.golden import golden_batch, recipe, salted_objective
@@ -73,6 +80,30 @@ def test_compiled_follows_the_published_steps(name: str, light: bool) -> None:
     assert_follows(run, logged)
 
 
+@pytest.mark.parametrize("recomputed", ["", "light", "blocks"])
+@pytest.mark.parametrize("name", ["vit", "mvit"])
+def test_blocks_are_compiled(name: str, recomputed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as one graph, and what is recomputed in its backward pass within it."""
+    backbone = (objective := on_device(name, "cpu")[0]).backbone
+    monkeypatch.setattr(type(objective), "compilable", ())  # targets, which are outside of the blocks
+    clip = torch.randn(2, 3, *backbone.clip_size)
+
+    def gradients() -> list[Tensor]:
+        backbone.zero_grad()
+        with torch.random.fork_rng():  # for equal drops of paths
+            backbone.forward_tokens(clip).x.square().sum().backward()
+        return [p.grad.clone() for p in backbone.parameters() if p.grad is not None]
+
+    wanted = gradients()
+    if recomputed:
+        apply_activation_checkpointing(objective, light=recomputed == "light")
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    compiled(objective)
+    torch.testing.assert_close(gradients(), wanted)
+    assert 1 <= counter.frame_count <= len(backbone.repeated_blocks()), "equal blocks share one"
+
+
 @pytest.mark.slow
 def test_compiled_resnet() -> None:
     path, opts = PRETRAINING["resnet"]
@@ -92,12 +123,13 @@ def test_compilation_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None
         apply_compile(objective, torch.device("cpu"))
 
 
-def on_meta(name: str) -> tuple[Objective, Batch]:
+def on_device(name: str, device: str) -> tuple[Objective, Batch]:
+    """A small pre-training network and a batch."""
     path, opts = PRETRAINING[name]
     cfg = load_config(path, opts)
     sampler = build_mask_sampler(cfg)
     assert sampler is not None
-    with torch.device("meta"):
+    with torch.device(device):
         objective = build_objective(cfg).train()
         frames = () if objective.backbone.clip_size[2:] == () else (cfg.DATA.NUM_FRAMES,)
         clip = torch.empty(4, 3, *frames, 32, 32)
@@ -108,7 +140,7 @@ def on_meta(name: str) -> tuple[Objective, Batch]:
 @pytest.mark.parametrize("name", list(PRETRAINING))
 def test_no_step_reads_from_the_device(name: str) -> None:
     """On the meta device nothing has a value: whatever would wait for one raises."""
-    objective, batch = on_meta(name)
+    objective, batch = on_device(name, "meta")
     out = objective(batch)
     out.loss.backward()
     assert all(p.grad is not None for p in objective.parameters())
@@ -116,3 +148,31 @@ def test_no_step_reads_from_the_device(name: str) -> None:
     read: Callable[[], object] = out.loss.item
     with pytest.raises((RuntimeError, NotImplementedError)):
         read()
+
+
+class Copies(TorchDispatchMode):
+    """Notes every operator that takes or returns tensors of two devices, but for those that a GPU need not wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)}
+        if len(devices) > 1 and func is not torch.ops.aten.fill_.Tensor:  # with a number of the host
+            self.found.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("name", list(PRETRAINING))
+def test_no_step_copies_from_the_host(name: str) -> None:
+    """As a GPU would compute it, on tensors without values: such a copy makes the host wait for it."""
+    objective, batch = on_device(name, "meta")
+    assert batch.hidden is not None
+    with FakeTensorMode(), torch.device("cuda:0"):
+        _make_fake(objective)
+        clip, hidden = torch.empty(batch.clip.shape), torch.empty(batch.hidden.shape, dtype=torch.bool)
+        with Copies() as copies:
+            loss = objective(Batch(clip, hidden=hidden, max_hidden=2)).loss
+    assert loss.is_cuda and not copies.found

@@ -352,7 +352,8 @@ def test_torch_compile_sees_through(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(written) == [["dx_ptr"], ["partial_ptr"], ["y_ptr"]]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and pytest -m gpu")
 @compiled
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", PUBLISHED)
