@@ -78,7 +78,7 @@ def attention_map(attention: Attention) -> Tensor:
     """Return how much each place is looked at, by the class token or, without one, by all tokens on average.
 
     Returns:
-        (B, *key_grid): mean over heads; sums to 1 for each sample.
+        (B, *key_grid) float32: mean over heads; sums to 1 for each sample.
     """
     heads = attention.weights.mean(dim=1)
     return _on_grid(heads[:, 0] if attention.prefix else heads.mean(dim=1), attention)
@@ -92,7 +92,7 @@ def rollout(layers: Sequence[Attention]) -> Tensor:
         layers: the attention of every block, the first one first.
 
     Returns:
-        (B, *grid); sums to 1 for each sample.
+        (B, *grid) float32; sums to 1 for each sample.
 
     Raises:
         UserError: blocks pool their keys.
@@ -118,12 +118,12 @@ def components(tokens: Tensor, number: int = 3) -> Tensor:
     """Return the first principal components of the tokens of each sample, from 0 to 1.
 
     Args:
-        tokens: (B, N, D) on the grid.
+        tokens: (B, N, D) float, on the grid.
         number: of components.
 
     Returns:
-        (B, N, number): 0 and 1 are the 2nd and 98th percentile of each; the sign of each is such that its largest
-        weight is positive.
+        (B, N, number) float32: 0 and 1 are the 2nd and 98th percentile of each; the sign of each is such that its
+        largest weight is positive.
     """
     centred = tokens.float() - tokens.float().mean(dim=1, keepdim=True)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)  # (B, min(N, D), D)

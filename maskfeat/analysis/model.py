@@ -235,6 +235,9 @@ class Model(nn.Module):
 
         Returns:
             tokens (B, N, D) float32 and grid for each number; width and grid may differ from block to block.
+
+        Raises:
+            UserError: there is no such block, no number is given, or `x` is not of this shape.
         """
         layers, numbers = self.backbone.repeated_blocks(), list(numbers)
         wrong = [number for number in numbers if not -len(layers) <= number < len(layers)]
@@ -351,7 +354,11 @@ def load_with_notes(
     averaged: bool = False,
     precision: str = "off",
 ) -> tuple[Model, Sequence[str]]:
-    """Load a trained network as `load_model` does, and return it with what was assumed, a sentence each."""
+    """Load a trained network as `load_model` does, and return it with what was assumed, a sentence each.
+
+    Raises:
+        UserError: as `load_model`; or the recipe, device or precision is not valid, or the file has no average.
+    """
     place = chosen_device(device)
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}; given {precision!r}")
@@ -379,7 +386,7 @@ def _moved(model: Model, place: torch.device) -> Model:
 
 
 def chosen_device(device: str | torch.device | None) -> torch.device:
-    """Return a device by its name; None = CUDA where there is one, else the CPU."""
+    """Return a device by its name, None = CUDA where there is one, else the CPU; UserError where there is none."""
     try:
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     except RuntimeError as error:

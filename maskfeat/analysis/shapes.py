@@ -17,7 +17,11 @@ class Shapes(dict[str, tuple[int, ...]]):
     """Shapes of the tensors in a file by their bare names."""
 
     def of(self, name: str, axes: int) -> tuple[int, ...]:
-        """Return a shape that must be there, with so many axes, none of length 0."""
+        """Return a shape that must be there, with so many axes, none of length 0.
+
+        Raises:
+            Unlike: it is not there, or another one.
+        """
         shape = self.get(name, ())
         if len(shape) != axes or not all(shape):
             raise Unlike

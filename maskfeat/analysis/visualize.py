@@ -75,7 +75,12 @@ class Drawing:
 
 def drawing(cfg: CfgNode, number: int) -> Drawing:
     """Predict `number` samples, spread evenly over the validation set or, where there is none, the training
-    set, with the pre-trained model of a config."""
+    set, with the pre-trained model of a config.
+
+    Raises:
+        UserError: the config is of a classifier, there is no checkpoint that fits, the data cannot be read, or nothing
+            is predicted of the samples.
+    """
     objective, path = _pretrained(cfg)
     try:
         loader = build_loader(cfg, "val")

@@ -30,9 +30,9 @@ from maskfeat.file_io import NotReadable, local_path, open_regular_file
 # fills no dict subclass but its own, so yacs configs become ordered dicts.
 _OPTIONS: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 CLASSES = "classes"
+"""Key of the names of the classes in the checkpoint of a classifier, by their numbers."""
 KIND = "kind"
 """Of a network that was exported: "backbone" where the file has no head, or "classifier"."""
-"""Key of the names of the classes in the checkpoint of a classifier, by their numbers."""
 # Which of the two names a file is not known here.
 _KEYS = "see TRAIN.CHECKPOINT_FILE_PATH, or of a test TEST.CHECKPOINT_FILE_PATH"
 _TORCHVISION = re.compile(r"\w+_Weights\.\w+")

@@ -27,6 +27,8 @@ def _resize_bicubic(value: Tensor, length: int) -> Tensor | None:
 
 def _resize_positions(name: str, value: Tensor, shape: torch.Size, planar: bool) -> Tensor | None:
     """Resize position embeddings of another clip or image size; None if `name` is none or cannot be resized."""
+    if value.dim() != len(shape):
+        return None
     if re.search(r"rel_pos_[thw]$", name) and value.dim() == 2 and value.shape[1] == shape[1]:
         return _resize_linear(value, shape[0], 0)
     if value.dim() != 3 or value.shape[2] != shape[2]:
@@ -82,9 +84,19 @@ def resize_weight(
 ) -> Tensor | None:
     """Return a value resized to the model's shape, or None if there is no rule for it.
 
+    Tables of positions have rules by their names: `rel_pos_t`, `rel_pos_h` and `rel_pos_w` of blocks,
+    `pos_embed_temporal`, `pos_embed_spatial` and, of images, `pos_embed`. Others, such as kernels of convolutions, have
+    one between four and five axes, and from one frame to several.
+
     Args:
+        name: of the parameter in released files.
+        value: of any shape, float.
+        shape: the model's.
         average: as in `fit_state`.
         planar: whether both the file and the model are of images, see `is_planar`.
+
+    Returns:
+        a tensor of `shape`, of the dtype of `value`.
     """
     for resized in (_resize_positions(name, value, shape, planar), _change_axes(name, value, shape, average)):
         if resized is not None and resized.shape == shape:

@@ -44,7 +44,11 @@ def verify(folder: str | Path, names: Iterable[str] | None = None) -> None:
 
 
 def sums_of(folder: Path) -> dict[str, str]:
-    """Read SHA256SUMS: SHA-256 by file name."""
+    """Read SHA256SUMS: SHA-256 by file name.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     path = folder / SUMS
     if path.is_symlink() or not path.is_file():
         raise UserError(f"{path} is missing: {folder} is not a complete sharded checkpoint")

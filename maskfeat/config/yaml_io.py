@@ -133,7 +133,11 @@ def read_entries(path: Path) -> dict[str, Entry]:
 
 
 def parse_entries(text: str, path: Path) -> dict[str, Entry]:
-    """Return the entries of YAML text, as `read_entries` does; `path` is used in messages."""
+    """Return the entries of YAML text, as `read_entries` does; `path` is used in messages.
+
+    Raises:
+        UserError: the text is too large, not YAML, not a mapping of sections, or has a tag that is not plain YAML.
+    """
     if len(text) > MAX_BYTES:
         raise UserError(f"config file {path} has more than {MAX_BYTES} characters; it is no config")
     try:

@@ -70,7 +70,11 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 def pil_mode(interpolation: str) -> Image.Resampling:
-    """Return Pillow's constant for the name of an interpolation mode."""
+    """Return Pillow's constant for the name of an interpolation mode.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
     if interpolation not in _PIL_MODES:
         raise ValueError(f"interpolation must be one of {', '.join(_PIL_MODES)}, not {interpolation!r}")
     return _PIL_MODES[interpolation]

@@ -45,6 +45,9 @@ def contour(shape: str) -> Float:
 
     Areas are equal so that the amount of foreground colour does not reveal the class. The ring is one polygon that runs
     around the outside and back around the hole.
+
+    Raises:
+        ValueError: there is no such shape.
     """
     turn = np.linspace(0.0, 2 * np.pi, 73)
     circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
@@ -279,6 +282,9 @@ def motion_track(motion: str, rng: np.random.Generator, num_frames: int, fps: fl
     only the order of frames tells the class. `bob` swings up and down, `sway` from side to side, both at 1.1 to
     1.6 swings a second; `rise`, `fall`, `grow` and `shrink` cover 0.7 to 1.1 of their range in a second. A view
     should therefore span about a second.
+
+    Raises:
+        ValueError: there is no such motion.
     """
     x, y, size = rng.uniform((0.44, 0.0, 0.0), (0.56, 1.0, 1.0))
     rate, swings, reach, phase = rng.uniform((0.7, 1.1, 0.18, 0.0), (1.1, 1.6, 0.28, 2 * np.pi))

@@ -80,7 +80,11 @@ def world_size() -> int:
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """Sum `value` over all ranks, in place, and return it."""
+    """Sum `value` over all ranks, in place, and return it.
+
+    Args:
+        value: Tensor of any shape, of the same shape and dtype on every rank, on the device of the process.
+    """
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
@@ -145,7 +149,11 @@ class FlagExchange:
 
 
 def broadcast_from_main(value: Tensor) -> None:
-    """Overwrite `value` with that of rank 0, in place."""
+    """Overwrite `value` with that of rank 0, in place.
+
+    Args:
+        value: Tensor of any shape, of the same shape and dtype on every rank, on the device of the process.
+    """
     if dist.is_initialized():
         dist.broadcast(value, src=0)
 

@@ -29,6 +29,7 @@ class Job:
         self.main, self.folder, self.argv, self.restarts = main, folder, argv, restarts
 
     def __call__(self) -> None:
+        """Run the program in its folder, requeue the job after a preemption, and exit with the code unless it is 0."""
         os.chdir(self.folder)
         code = self.main(self.argv)
         if code == PREEMPTED and os.environ.get("SLURM_PROCID") == "0":

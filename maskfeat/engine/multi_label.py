@@ -39,7 +39,12 @@ def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
 
 
 def mean_average_precision(scores: Tensor, truth: Tensor) -> float:
-    """Return the mean of `average_precision` over the classes that have a sample, in percent."""
+    """Return the mean of `average_precision` over the classes that have a sample, in percent; NaN if none has one.
+
+    Args:
+        scores: (N, K) float, finite, on the CPU.
+        truth: (N, K), on the CPU, not 0 where a sample has the class.
+    """
     return 100.0 * float(average_precision(scores, truth).nanmean())
 
 

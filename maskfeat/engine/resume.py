@@ -284,6 +284,9 @@ def _pretrained(cfg: CfgNode) -> Path | None:
 def find_tested(cfg: CfgNode) -> tuple[str, dict[str, Any]]:
     """Return path and content of what is tested: TEST.CHECKPOINT_FILE_PATH, else the last checkpoint of OUTPUT_DIR,
     else TRAIN.CHECKPOINT_FILE_PATH.
+
+    Raises:
+        UserError: there is none, it cannot be read, or those of this run are all damaged or of another model.
     """
     found = given_or_latest_checkpoint(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
     if found is None and cfg.TRAIN.CHECKPOINT_FILE_PATH:

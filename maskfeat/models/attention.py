@@ -11,7 +11,8 @@ key. This is exact, and no tensor of the size of the scores is ever stored (the 
 
 Shape legend: B samples, N queries, Nk keys (the first `prefix` of each, such as a class token, are not on the grid), G
 heads, C channels per head, D = G C, grid = ([T,] H, W), L rows of a table of relative positions. Heads stay side by
-side, (B, N, G, C), as the linear layers write them.
+side, (B, N, G, C), as the linear layers write them. Results are of the dtype of the input; under autocast, those of
+linear layers (`project`, `joined` and `forward` of `PoolingAttention`) are of its dtype.
 """
 
 import math

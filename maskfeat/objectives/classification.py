@@ -78,7 +78,12 @@ class Classification(Objective):
         return replace(batch, clip=clip, label=label)
 
     def forward(self, batch: Batch) -> StepOutput:
-        """Return the mean loss, and the accuracy only where targets are hard and nothing was mixed."""
+        """Return the mean loss, and the accuracy only where targets are hard and nothing was mixed.
+
+        Raises:
+            UserError: the batch has no labels, its clips are of another size than the backbone was built for, or, on
+                the CPU, a label is none of 0 to K - 1.
+        """
         if batch.label is None:
             raise UserError("classification got a batch without labels: the data set must carry them")
         batch = self.prepare(batch)
@@ -121,6 +126,9 @@ class Classification(Objective):
     def renamed_state(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Take the names that timm, MAE and the MFM paper's code give final norm and classifier: `fc_norm` is of
         averaged tokens, `norm` of tokens.
+
+        Raises:
+            UserError: the file has a norm of averaged tokens and tokens are not averaged, or two names become one.
         """
         of_mean = any(name.startswith(_MEAN_NORM) for name in state)
         if not self.backbone.needs_norm or (self.mean_pooling and not of_mean):

@@ -6,7 +6,8 @@ gx cos(k pi / bins) >= gy sin(k pi / bins). For every k the magnitudes of such g
 the difference of consecutive sums.
 
 Shape legend: N images, C channels (each on its own), H x W pixels, bins orientations, cells of `cell` x `cell` pixels.
-A patch is the image area of one token: S x S pixels, or (S + 2) x (S + 2) with a border of one pixel.
+A patch is the image area of one token: S x S pixels, or (S + 2) x (S + 2) with a border of one pixel. Results are of
+the dtype of the input, float32 or float64, where autocast is off.
 """
 
 import math

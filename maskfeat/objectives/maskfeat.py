@@ -106,7 +106,12 @@ class MaskFeat(Objective):
         self.pred_head = _PredictionHead(backbone.width, 3 * bins * self.cells**2)
 
     def hidden_tokens(self, batch: Batch) -> Tensor:
-        """Return (B, prod(grid)) bool: the batch's mask on the output grid, flattened."""
+        """Return (B, prod(grid)) bool: the batch's mask on the output grid, flattened.
+
+        Raises:
+            UserError: the batch has no mask.
+            ValueError: the mask has another number of axes than the grid.
+        """
         if batch.hidden is None:
             raise UserError("MaskFeat got a batch without a mask: set AUG.GEN_MASK_LOADER True")
         return resize_mask(batch.hidden, self.backbone.grid).flatten(1)

@@ -99,7 +99,11 @@ class MFM(Objective):
         return replace(batch, hidden=torch.rand(len(batch), 1, 1, device=batch.clip.device) >= self.low_pass)
 
     def removed(self, batch: Batch) -> Frequencies:
-        """Return the frequencies that `batch.hidden`, which must not be None, removes."""
+        """Return the frequencies that `batch.hidden`, which must not be None, removes.
+
+        Raises:
+            UserError: the masks are neither of the size of the images nor (B, 1, 1).
+        """
         hidden = batch.hidden
         assert hidden is not None
         size = self.backbone.clip_size
@@ -136,7 +140,14 @@ class MFM(Objective):
 
     @torch.no_grad()
     def inputs(self, batch: Batch) -> tuple[Frequencies, Tensor, Tensor]:
-        """Return the removed frequencies, the input of the backbone and the target image, always in float32."""
+        """Return what a loss is computed from, without mixed precision.
+
+        Returns:
+            the removed frequencies; the input of the backbone (B, 3, H, W) and the target image (B, C, H, W), float32.
+
+        Raises:
+            UserError: the images or the masks are of another size than the backbone was built for.
+        """
         check_clip_size(batch.clip, self.backbone.clip_size)
         with full_precision(batch.clip):
             clip = batch.clip.float()

@@ -51,7 +51,7 @@ def half_of(shifted: Tensor) -> Tensor:
 
 
 def magnitude(values: Tensor, gamma: float, eps: float) -> Tensor:
-    """Return (re^2 + im^2 + eps)^(gamma / 2) of complex values.
+    """Return (re^2 + im^2 + eps)^(gamma / 2) of complex values: (...) complex64 -> (...) float32.
 
     For the difference of two spectra this is their distance at each frequency (equation 3). `eps` keeps the gradient
     finite where they are equal.

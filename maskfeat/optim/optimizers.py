@@ -26,6 +26,9 @@ def make_optimizer(
     Args:
         groups: see `parameter_groups`.
         method: "adamw" or "sgd"; `betas` belong to the first, `momentum`, `dampening` and `nesterov` to the second.
+
+    Raises:
+        UserError: the method is another one, or `nesterov` goes with no momentum or with dampening.
     """
     initial = [{**group, "lr": lr * group["layer_decay"]} for group in groups]
     if method == "adamw":

@@ -224,6 +224,12 @@ def test_patches_of_another_size_have_no_rule() -> None:
     assert resize_weight("patch_embed.proj.weight", image, shape) is None
 
 
+@pytest.mark.parametrize("name", ["norm.weight", "blocks.0.attn.rel_pos_h", "pos_embed_spatial", "pos_embed"])
+@pytest.mark.parametrize(("have", "want"), [((1, 1, 8), (8,)), ((4, 8), (8,)), ((8,), (4, 8)), ((), (1, 4, 8))])
+def test_other_numbers_of_axes_have_no_rule(name: str, have: tuple[int, ...], want: tuple[int, ...]) -> None:
+    assert resize_weight(name, torch.zeros(have), torch.Size(want)) is None
+
+
 @pytest.mark.filterwarnings("ignore:.*quantize")
 @pytest.mark.parametrize(
     ("kind", "words"),

@@ -90,7 +90,11 @@ class _Recording(FolderScan):
 
 
 def medium_of(place: str) -> str:
-    """Return "image" or "video": what most files of a folder or a first shard, or lines of its lists, are."""
+    """Return "image" or "video": what most files of a folder or a first shard, or lines of its lists, are.
+
+    Raises:
+        UserError: there is neither, a list, folder or shard cannot be read, or shards lie beside images or videos.
+    """
     lists = [path for split in SPLITS if os.path.isfile(path := os.path.join(place, f"{split}.csv"))]
     if lists:
         names: Iterator[str] = (path for one in lists for path, _ in read_any_list(one, "", "--prefix", there=False))

@@ -184,6 +184,9 @@ def in_parallel(
 
     Args:
         chunk: jobs that a process takes at once.
+
+    Raises:
+        UserError: a process ended without an error. What `work` raises is raised, too.
     """
     progress = Progress(what, len(jobs))
     if workers < 2 or len(jobs) < 2:

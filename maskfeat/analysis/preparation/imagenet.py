@@ -18,7 +18,7 @@ from typing import Any
 
 from maskfeat.analysis.checks.reading import in_parallel
 from maskfeat.analysis.command import count_option, exit_code
-from maskfeat.analysis.preparation.videos import read_lines
+from maskfeat.analysis.preparation.videos import read_lines, reading_csv
 from maskfeat.data.datasets.folders import class_folders
 from maskfeat.data.shards.parquet import load_pyarrow
 from maskfeat.distributed.world import available_cores
@@ -171,7 +171,9 @@ def read_solution(path: Path) -> dict[str, str]:
         UserError: the file is something else.
     """
     found = {}
-    for number, row in enumerate(csv.reader(read_lines(path)[1:]), 2):
+    with reading_csv(path):
+        rows = list(csv.reader(read_lines(path)[1:]))
+    for number, row in enumerate(rows, 2):
         synset = row[1].split(" ")[0] if len(row) == 2 else ""
         name = f"{row[0]}.JPEG" if row else ""
         if not _SYNSET.fullmatch(synset) or not _IMAGE.fullmatch(name):
@@ -183,7 +185,12 @@ def read_solution(path: Path) -> dict[str, str]:
 
 
 def from_archives(source: Path, output: Path, workers: int) -> None:
-    """Lay out the archives that are in `source`, of training, validation or both."""
+    """Lay out the archives that are in `source`, of training, validation or both.
+
+    Raises:
+        UserError: an archive is damaged or something else, the classes of validation images are not known (see
+            `read_solution` and `read_devkit`), or an image cannot be written.
+    """
     train, val = (source / ARCHIVES[split] for split in ("train", "val"))
     if train.is_file():
         jobs = [(train, member, output / "train") for member in _class_archives(train)]
@@ -202,7 +209,12 @@ def from_archives(source: Path, output: Path, workers: int) -> None:
 
 
 def from_kaggle(source: Path, solution: Path, output: Path, workers: int) -> None:
-    """Lay out Kaggle's copy: a link to its training folder, and validation images as hard links, or else copies."""
+    """Lay out Kaggle's copy: a link to its training folder, and validation images as hard links, or else copies.
+
+    Raises:
+        UserError: `source` has no validation images or lacks some, or `solution` is something else.
+        OSError: a file cannot be read or written.
+    """
     images = next((path for path in (source / "ILSVRC/Data/CLS-LOC", source) if (path / "val").is_dir()), None)
     if images is None:
         raise UserError(f"{source} has no ILSVRC/Data/CLS-LOC/val, which Kaggle's copy has")

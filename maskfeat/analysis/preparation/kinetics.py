@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 
 from maskfeat.analysis.checks.reading import in_parallel
 from maskfeat.analysis.command import exit_code
-from maskfeat.analysis.preparation.videos import Listing, add_options, finish, videos_below
+from maskfeat.analysis.preparation.videos import Listing, add_options, finish, reading_csv, videos_below
 from maskfeat.data.names import VIDEOS
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
@@ -45,9 +45,10 @@ def read_annotations(path: Path) -> list[tuple[str, str]]:
     """Read an official annotation file: (name of the clip's file, class) of each row; the class is "" in some tests.
 
     Raises:
-        UserError: it has no columns label, youtube_id, time_start and time_end, or a time that is no number.
+        UserError: it cannot be read, has no columns label, youtube_id, time_start and time_end, or a time that is no
+            number.
     """
-    with naming(f"{path} cannot be read"), path.open(newline="", encoding="utf-8-sig") as file:
+    with reading_csv(path), path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         if not {"youtube_id", "time_start", "time_end"} <= set(reader.fieldnames or ()):
             raise UserError(
@@ -180,7 +181,12 @@ def _choose(split: str, clip: str, places: dict[str, list[str]]) -> str | None:
 
 
 def from_annotations(root: Path, folder: Path, official_test: bool) -> Listing:
-    """List the videos below `root` by the annotations in `folder`; "test" shows those of "val" unless it is said."""
+    """List the videos below `root` by the annotations in `folder`; "test" shows those of "val" unless it is said.
+
+    Raises:
+        UserError: annotations are not there or are something else, there is no video, or a row has no class or one that
+            train and val lack.
+    """
     annotations = {split: read_annotations(path) for split, path in find_annotations(folder).items()}
     classes = sorted({label for split in ("train", "val") for _, label in annotations[split] if label})
     number = {name: place for place, name in enumerate(classes)}
@@ -205,7 +211,11 @@ def from_annotations(root: Path, folder: Path, official_test: bool) -> Listing:
 
 
 def from_class_folders(root: Path) -> Listing:
-    """List `root/train/<class>/` and `root/val/<class>/`."""
+    """List `root/train/<class>/` and `root/val/<class>/`.
+
+    Raises:
+        UserError: a folder is not there or holds no video, a video lies in no class folder, or train lacks a class.
+    """
     rows: dict[str, list[tuple[str, str]]] = {}
     for split, name in _folders(root):
         rows[split] = [(f"{name}/{video}", video.split(os.sep)[0]) for video in videos_below(root / name)]

@@ -87,7 +87,11 @@ def split_of(folder: Path, number: int) -> dict[str, list[str]]:
 
 
 def listing_of(root: Path, splits: Path | None, number: int, share: float, seed: int) -> Listing:
-    """List a folder of class folders by an official split, or by one that is made; arguments as of the command."""
+    """List a folder of class folders by an official split, or by one that is made; arguments as of the command.
+
+    Raises:
+        UserError: `root` holds no video, or one that lies in no class folder; or as `split_of` and `hold_out`.
+    """
     names = videos_below(root)
     loose = [name for name in names if os.sep not in name]
     if loose:

@@ -1,10 +1,12 @@
 """What the preparations of video data sets share: reading every file, encoding, lists and the names of classes."""
 
 import argparse
+import csv
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +82,16 @@ def videos_below(root: Path) -> list[str]:
         holds = scan.left_out_in_words()
         raise UserError(f"{root} has no video ({', '.join(VIDEOS)}){f', it holds {holds}' if holds else ''}")
     return found
+
+
+@contextmanager
+def reading_csv(path: Path) -> Iterator[None]:
+    """Raise what goes wrong in reading a CSV file inside of the block as a UserError that names it."""
+    try:
+        with naming(f"{path} cannot be read"):
+            yield
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no CSV file of UTF-8 text: {error}") from error
 
 
 def read_lines(path: Path) -> list[str]:

@@ -79,7 +79,12 @@ def attentive_probe(
     weight_decays: Sequence[float] = WEIGHT_DECAYS,
     plan: Plan = PLAN,
 ) -> Chosen:
-    """Fit attentive classifiers to frozen tokens; see `sweep`."""
+    """Fit attentive classifiers to frozen tokens; see `sweep`.
+
+    Args:
+        train, test: tokens (T, D) of each sample and view.
+        held: (M,) bool, which of `train.rows` choose.
+    """
     width = train.x.shape[-1]
     return sweep(
         lambda _: AttentiveHead(width, num_classes),

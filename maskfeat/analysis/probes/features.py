@@ -44,14 +44,14 @@ class Stored(NamedTuple):
     bad: dict[int, str]
 
     def take(self, rows: np.ndarray, view: int = 0) -> np.ndarray:
-        """Return the features of some samples, (B, *shape) float32, in the order of `rows`."""
+        """Return the features of some samples, (B, *shape) float32, in the order of `rows`, (B,) int64."""
         order = np.argsort(rows, kind="stable")  # ascending, as a disk reads best
         out = np.empty((len(rows), *self.x.shape[2:]), dtype=np.float32)
         out[order] = self.x[rows[order], view]
         return out
 
     def among(self, rows: np.ndarray) -> "Stored":
-        """Return the same features with fewer samples."""
+        """Return the same features with fewer samples: `rows`, (M,) int64, ascending."""
         return self._replace(rows=rows)
 
     def scale(self) -> "Scale":
@@ -203,6 +203,6 @@ def _check_finite(x: Tensor, dtype: str, split: str) -> None:
 
 
 def chunks(rows: np.ndarray, size: int = _CHUNK) -> Iterator[np.ndarray]:
-    """Yield the rows in parts of at most `size`."""
+    """Yield the rows, (M,) int64, in parts of at most `size`."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]

@@ -29,12 +29,12 @@ def votes(similarity: Tensor, label: Tensor, ks: Sequence[int], num_classes: int
     """Let the nearest neighbours vote, each with weight exp(cosine / TEMPERATURE).
 
     Args:
-        similarity: (B, max(ks) or fewer) cosines of the neighbours, the largest first.
-        label: their classes, of the same shape.
+        similarity: (B, max(ks) or fewer) float cosines of the neighbours, the largest first.
+        label: their classes, int64 of the same shape.
         ks: numbers of neighbours.
 
     Returns:
-        (S, B, K) shares of the votes, each row with sum 1.
+        (S, B, K) shares of the votes, of the dtype of `similarity`, each row with sum 1.
     """
     weight = ((similarity - similarity[:, :1]) / TEMPERATURE).exp()
     shares = []

@@ -57,6 +57,7 @@ def linear_probe(
 
     Args:
         columns: the features to choose from: name -> (F',) int64.
+        held: (M,) bool, which of `train.rows` choose.
     """
     scale = train.scale()
     return sweep(

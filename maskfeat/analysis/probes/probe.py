@@ -109,7 +109,11 @@ class Probing:
         return clip.mean(dim=1, keepdim=True).expand_as(clip).contiguous() if self.gray else clip
 
     def columns(self) -> dict[str, Tensor]:
-        """Return which features a probe may read: of the last block or of all of them, means or class tokens."""
+        """Return which features a probe may read: of the last block or of all of them, means or class tokens.
+
+        Returns:
+            name -> (F',) int64, their places among the F that `pool` returns.
+        """
         empty = torch.zeros(1, 3, *self.model.backbone.clip_size)
         places: dict[str, list[range]] = {"mean": [], "class token": []}
         start = 0

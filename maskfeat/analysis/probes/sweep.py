@@ -52,6 +52,7 @@ class Plan(NamedTuple):
     optimizer: str
 
     def steps(self, samples: int) -> int:
+        """Return how many steps are made on so many samples."""
         return max(self.epochs * math.ceil(samples / self.batch), self.least_steps)
 
 

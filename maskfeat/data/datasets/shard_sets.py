@@ -149,6 +149,9 @@ def pick(paths: Sequence[str], noun: str, by_folder: bool) -> Found:
     Args:
         by_folder: take the first folder of a sample for its class where the shards say nothing else, and order samples
             by class and name, as those of folders are.
+
+    Raises:
+        UserError: a shard cannot be read, there are none of this kind, or parquet files are read for videos.
     """
     whole = any(map(is_parquet, paths))  # which hold images, whatever their names are
     if noun == "video" and whole:

@@ -103,6 +103,7 @@ class Runs:
         return dict(_read(self.folder(seed, name) / DONE) if known is None else known["done"])
 
     def is_done(self, seed: int, name: str) -> bool:
+        """Return whether a run is finished, here or as it was published."""
         return self.known(seed, name) is not None or (self.folder(seed, name) / DONE).is_file()
 
     def stats(self, seed: int, name: str, kind: str) -> list[dict[str, Any]]:

@@ -206,6 +206,7 @@ def test_members_are_written_nowhere_else(tmp_path: Path) -> None:
         ("no_kit", "has neither ILSVRC2012_devkit_t12.tar.gz nor LOC_val_solution.csv"),
         ("other_kit", "is damaged, or not the development kit"),
         ("other_list", "LOC_val_solution.csv, line 2 is not an image and its class"),
+        ("long_field", "LOC_val_solution.csv is no CSV file of UTF-8 text: field larger"),
         ("columns", "has the columns a; image and label are needed"),
         ("no_parquet", "cannot be read as parquet"),
     ],
@@ -232,5 +233,7 @@ def test_bad_input(change: str, said: str, archives: Path, caplog: pytest.LogCap
         kit.write_bytes(tar({"data/meta.mat": b"MATLAB"}, "w:gz"))
     if change == "other_list":
         (source / imagenet.SOLUTION).write_text("ImageId,PredictionString\nx,y\n")
+    if change == "long_field":
+        (source / imagenet.SOLUTION).write_text("ImageId,PredictionString\n" + "x" * 200_000 + ",y\n")
     assert run(archives) == 2
     assert said in caplog.text

@@ -164,16 +164,21 @@ def test_videos_of_another_size_are_not_taken(tmp_path: Path, film: Path, caplog
             ["--annotations", "{}/c"],
             "train.csv, line 2: time_start and time_end must be seconds",
         ),
+        (
+            {"videos/a.mp4": "", "c/train.csv": b"label,youtube_id,time_start,time_end\n\xff,y,1,2\n", "c/val.csv": ""},
+            ["--annotations", "{}/c"],
+            "train.csv is no CSV file of UTF-8 text: .* can't decode byte 0xff",
+        ),
         ({"videos/a.mp4": ""}, ["--unpack", "{}/u"], "has no archive"),
         ({"videos/a.tar": "no tar"}, ["--unpack", "{}/u"], "a.tar cannot be unpacked"),
     ],
 )
 def test_bad_input(
-    files: dict[str, str], words: list[str], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    files: dict[str, str | bytes], words: list[str], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name, text in files.items():
+    for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     with caplog.at_level(logging.ERROR):
         assert run(tmp_path, *(word.format(tmp_path) for word in words)) == 2
     assert re.search(said, caplog.text)
