@@ -43,6 +43,9 @@ _MOST_IMAGES = 2000
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 """Candidate strengths of the penalty, in units of the mean variance of an input; the best on a fifth of the training
 batches is used."""
+_STRENGTHS_OF_IMAGES = (1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
+"""The same for MFM, in units of the mean product of an image with itself. Up to the number of images, near which the
+regression finds the mean image alone: images have more pixels than there are images."""
 _HELD = 5
 
 
@@ -279,7 +282,7 @@ def _of_spectra(
         return out
 
     tried = {}
-    for strength in _STRENGTHS:
+    for strength in _STRENGTHS_OF_IMAGES:
         for kernel in kernels.values():
             kernel.fit(strength)
         tried[strength] = sum(_spectral_loss(objective, batch, predicted(batch)) for batch in tuned)
