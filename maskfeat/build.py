@@ -104,32 +104,17 @@ def build_loader(
         raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
     trains = split == "train" and not plain
     objective = objective_spec(cfg)
-    # A classifier of ResNet features takes any size; transformers have positions for one, MFM a disc.
-    fixed = not (objective.classifies and backbone_spec(cfg).any_size)
-    if not trains and fixed and cfg.DATA.TEST_CROP_SIZE != cfg.DATA.TRAIN_CROP_SIZE:
-        raise UserError(
-            f"DATA.TEST_CROP_SIZE is {cfg.DATA.TEST_CROP_SIZE} and DATA.TRAIN_CROP_SIZE {cfg.DATA.TRAIN_CROP_SIZE}: "
-            "this model is built for one size, set both to it"
-        )
+    if not trains:
+        _check_size(cfg)
     world = world or World()
-    section = cfg.TEST if split == "test" else cfg.TRAIN
     request = DatasetRequest(split, trains, build_mask_sampler(cfg), num_clips, classes)
     dataset: LabelledSamples = dataset_spec(cfg, "TEST" if split == "test" else "TRAIN").build(cfg, request)
     kept = _can_be_kept(dataset) if cfg.DATA_LOADER.RESIDENT else None
     if objective.classifies:
         check_labels(split, dataset, cfg.MODEL.NUM_CLASSES, trains)
-    per_process, left = divmod(section.BATCH_SIZE, world.local_size)
-    if left or not per_process:
-        key = "TEST.BATCH_SIZE" if split == "test" else "TRAIN.BATCH_SIZE"
-        raise UserError(
-            f"{key} is {section.BATCH_SIZE} a machine, which {world.local_size} processes cannot share evenly"
-        )
-    if split != "test" and not trains:
-        # As many at once as in training: what fits there fits here. (A test has a batch size of its own.)
-        per_process = min(per_process, cfg.TRAIN.MICRO_BATCH_SIZE or per_process)
     sampler = EpochSampler(
         len(dataset),
-        per_process,
+        _batch_size(cfg, split, trains, world),
         rank=world.rank,
         world_size=world.size,
         shuffle=trains,
@@ -145,6 +130,31 @@ def build_loader(
     if kept is not None:
         return ResidentLoader(kept, sampler, bad_samples, workers, device=device)
     return Loader(dataset, sampler, bad_samples, workers, cfg.DATA_LOADER.PIN_MEMORY, device=device)
+
+
+def _check_size(cfg: CfgNode) -> None:
+    """Raise UserError where a model is evaluated at another size than it is built for."""
+    # A classifier of ResNet features takes any size; transformers have positions for one, MFM a disc.
+    fixed = not (objective_spec(cfg).classifies and backbone_spec(cfg).any_size)
+    if fixed and cfg.DATA.TEST_CROP_SIZE != cfg.DATA.TRAIN_CROP_SIZE:
+        raise UserError(
+            f"DATA.TEST_CROP_SIZE is {cfg.DATA.TEST_CROP_SIZE} and DATA.TRAIN_CROP_SIZE {cfg.DATA.TRAIN_CROP_SIZE}: "
+            "this model is built for one size, set both to it"
+        )
+
+
+def _batch_size(cfg: CfgNode, split: str, trains: bool, world: World) -> int:
+    """Return how many samples a batch of one process has."""
+    key, section = ("TEST.BATCH_SIZE", cfg.TEST) if split == "test" else ("TRAIN.BATCH_SIZE", cfg.TRAIN)
+    size, left = divmod(section.BATCH_SIZE, world.local_size)
+    if left or not size:
+        raise UserError(
+            f"{key} is {section.BATCH_SIZE} a machine, which {world.local_size} processes cannot share evenly"
+        )
+    if split != "test" and not trains:
+        # As many at once as in training: what fits there fits here. (A test has a batch size of its own.)
+        return int(min(size, cfg.TRAIN.MICRO_BATCH_SIZE or size))
+    return int(size)
 
 
 def _can_be_kept(dataset: LabelledSamples) -> ImageFolder:
