@@ -115,7 +115,6 @@ PARTS: tuple[Part, ...] = (
     _TRANSFORMERS,
     _STEPS,
     _HOG,
-    _TRITON,
     _RESNET,
     _DATA,
     _TRAINED,
@@ -123,4 +122,5 @@ PARTS: tuple[Part, ...] = (
     _ONE_RANK,
     _LAUNCHED,
     _COMPILED,
+    _TRITON,  # takes the longest, and no run uses it unless asked to
 )
