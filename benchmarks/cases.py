@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from yacs.config import CfgNode
 
-from maskfeat.batch import Batch
+from maskfeat.batch import Batch, most_hidden
 from maskfeat.build import build_mask_sampler
 from maskfeat.config import load_config
 from maskfeat.config.recipes import CONFIG_ROOT
@@ -140,6 +140,6 @@ def random_batch(cfg: CfgNode, device: torch.device) -> Batch:
         label=torch.zeros(size, dtype=torch.int64),
         hidden=torch.stack(masks) if masks else None,
         index=torch.arange(size),
-        max_hidden=max(int(mask.sum()) for mask in masks) if masks else None,
+        max_hidden=most_hidden(masks),
     )
     return batch.to(device)

@@ -3,10 +3,11 @@
 Shape legend: B samples, C channels, T frames, H x W pixels, K classes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
@@ -33,6 +34,11 @@ class BadSample:
     index: int
     path: str
     cause: str
+
+
+def most_hidden(masks: Sequence[np.ndarray | Tensor]) -> int | None:
+    """Return `Batch.max_hidden` of bool masks of any shape; None without masks."""
+    return max(int(mask.sum()) for mask in masks) if masks else None
 
 
 @dataclass

@@ -76,11 +76,6 @@ def extracted(context: Context) -> Figures:
     return {"images": len(rows[0]), "apart": expect("features", largest(*rows), 1e-3)}
 
 
-def _numbered(device: torch.device) -> torch.device:
-    """Return a device with its number, which programs compare."""
-    return torch.empty(0, device=device).device
-
-
 def exports(context: Context) -> Figures:
     """Exports of a network compute what it computes on the device."""
     found: Figures = {}
@@ -95,7 +90,7 @@ def exports(context: Context) -> Figures:
             )
             if to == "torch.export":
                 program = torch.export.load(context.folder / file)
-                moved = move_to_device_pass(program, _numbered(context.device)).module()
-                (mine,) = moved(clip.to(context.device))
+                moved = move_to_device_pass(program, on_device.device).module()  # with its number, which is compared
+                (mine,) = moved(clip.to(on_device.device))
         expect(f"logits of {name} exported to {to}", largest(mine, expected), 1e-4)
     return found

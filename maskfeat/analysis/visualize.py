@@ -23,7 +23,7 @@ from maskfeat.data.datasets.base import NoValidation
 from maskfeat.engine.pictures import predicted_rows
 from maskfeat.engine.resume import load_to_evaluate
 from maskfeat.errors import UserError, naming
-from maskfeat.file_io import draft_of
+from maskfeat.file_io import draft_of, replace_bytes
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.maskfeat import MaskFeat
 from maskfeat.objectives.mfm import MFM
@@ -174,8 +174,7 @@ def _draw_inputs(args: argparse.Namespace) -> Path:
     content = draw(model, args.input, what, output.suffix, -1 if args.block is None else args.block)
     with naming(f"--output {output} cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        with draft_of(output) as draft:
-            draft.write_bytes(content)
+        replace_bytes(output, content)
     return output
 
 

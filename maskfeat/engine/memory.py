@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from yacs.config import CfgNode
 
-from maskfeat.batch import Batch
+from maskfeat.batch import Batch, most_hidden
 from maskfeat.build import build_mask_sampler, build_objective
 from maskfeat.data.rng import MASK_STREAM, sample_generator
 from maskfeat.engine.trainer import CPU, build_trainer
@@ -144,5 +144,5 @@ def _input(clip_size: Sequence[int], batch_size: int, masks: Sequence[np.ndarray
         label=torch.empty(batch_size, dtype=torch.int64),
         hidden=torch.empty(batch_size, *masks[0].shape, dtype=torch.bool) if masks else None,
         index=torch.empty(batch_size, dtype=torch.int64),
-        max_hidden=max(int(mask.sum()) for mask in masks) if masks else None,
+        max_hidden=most_hidden(masks),
     )

@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ def apply_activation_checkpointing(objective: Objective, light: bool = False) ->
     if light:
         for module in objective.modules():
             for name in getattr(module, "recomputable", ()):
-                setattr(module, name, partial(checkpoint, getattr(module, name), use_reentrant=False))
+                setattr(module, name, _checkpointed(getattr(module, name)))
         return
     for block in objective.backbone.repeated_blocks():
         block.forward = _checkpointed(block.forward)

@@ -21,27 +21,26 @@ LIMIT = 1.0  # MB per 1,000 steps
 CERTAIN = LIMIT * (0.25 if SOAK else 5)  # errors below this one tell a leak
 TRIES = 1 if SOAK else 3  # of a measurement: memory that the machine takes back in its middle spoils it
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 # The program itself; what is measured stands around each step. `kept` is a leak on purpose, of so many bytes a step.
 CHILD = """
-import json, multiprocessing, os, resource, sys
+import json, multiprocessing, os, sys
 import maskfeat.engine.run
 from maskfeat.engine.trainer import Trainer
 step, samples, kept = Trainer.train_step, [], []
-page = resource.getpagesize()
-def anonymous(pid):  # without pages of files, which the kernel takes back and reads again as it needs memory
-    with open(f"/proc/{pid}/statm") as file:
-        resident, of_files = map(int, file.read().split()[1:3])
-        return (resident - of_files) * page
+def own(pid):  # its own and shared memory, without pages of files: the kernel takes these back as it needs memory
+    with open(f"/proc/{pid}/status") as file:
+        sizes = dict(line.split(":", 1) for line in file)
+    return sum(int(sizes[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 def measured(*args):
     step(*args)
     measured.done += 1
     if LEAK:
         kept.append(os.urandom(LEAK))
     if measured.done % SAMPLED == 0:
-        workers = sum(anonymous(child.pid) for child in multiprocessing.active_children())
-        samples.append([measured.done, anonymous("self"), workers, len(os.listdir("/proc/self/fd"))])
+        workers = sum(own(child.pid) for child in multiprocessing.active_children())
+        samples.append([measured.done, own("self"), workers, len(os.listdir("/proc/self/fd"))])
 measured.done = 0
 Trainer.train_step = measured
 code = maskfeat.engine.run.main(sys.argv[2:])
@@ -78,7 +77,7 @@ def fit(steps: list[int], values: list[float], blocks: int = 10) -> Slope:
 
 
 def measure(data: Path, folder: Path, leak: int = 0) -> tuple[Slope, Slope, Slope]:
-    """Slopes of the anonymous memory of the program and of its data workers (MB), and of open files."""
+    """Slopes of the memory of the program and of its data workers (MB), and of open files."""
     epochs = STEPS * BATCH // IMAGES
     opts = [*VIT_PT, *images(data), "OUTPUT_DIR", str(folder), "TRAIN.BATCH_SIZE", str(BATCH), "SOLVER.MAX_EPOCH",
             str(epochs), "DATA_LOADER.NUM_WORKERS", "2", "TENSORBOARD.ENABLE", "True", "TRAIN.CHECKPOINT_PERIOD", "10",

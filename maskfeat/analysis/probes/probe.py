@@ -6,6 +6,7 @@ Shape legend: B samples, N tokens, D token width, F features, M validation sampl
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,12 +134,17 @@ class Probing:
     def _inputs(self) -> dict[str, Inputs]:
         return {"train": self.splits.train, "val": self.splits.val}
 
+    @cached_property
+    def _network(self) -> str:
+        """The digest of the network: every kind of probe asks for it, and it reads all weights."""
+        return network_digest(self.model)
+
     def _stored(self, split: str, inputs: Inputs, read: Callable[[Tensor], Tensor]) -> Stored:
         clips, crops = views = self.views if split == "val" else (1, 1)
         tokens = read == self.attend
         empty = torch.zeros(1, 3, *self.model.backbone.clip_size)
         asked = {
-            "network": network_digest(self.model),
+            "network": self._network,
             "samples": inputs_digest(inputs),
             "views": views,
             "features": "tokens" if tokens else f"pooled, {self._names()}",
