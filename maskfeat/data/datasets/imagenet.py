@@ -1,50 +1,32 @@
 """Image data sets in the layout of ImageNet: one folder per class."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
-from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
-from maskfeat.batch import BadSample, SampleKey
+from maskfeat.batch import SampleKey
 from maskfeat.data.bad_samples import error_context, read_with_fallback
 from maskfeat.data.datasets.base import DatasetRequest, augmentation, num_views
-from maskfeat.data.datasets.label_sets import LabelSet, target_of
+from maskfeat.data.datasets.files import FileSamples
+from maskfeat.data.datasets.label_sets import LabelSet
 from maskfeat.data.datasets.layouts import check_sources, find_split
 from maskfeat.data.image_reader import READERS, load_decoder, read_tensor
-from maskfeat.data.rng import draw_mask, seeded
+from maskfeat.data.rng import seeded
 from maskfeat.data.sample import Sample, unreadable_sample
 from maskfeat.data.transforms import ImageEvalTransform, ImageTrainTransform, ImageTransform, RGBImage
 from maskfeat.masking import MaskSampler
 from maskfeat.registry import DatasetSpec, register
 
 
-class ImageFolder(Dataset[list[Sample]]):
+class ImageFolder(FileSamples):
     """Images with class labels. A SampleKey maps to `num_views` augmented views of one image.
 
     Args:
-        samples: [(path, class index)], see `list_class_folders`, or [(path, class indices)]; not copied.
+        samples, seed, draw_hidden, replace_bad, num_views, num_classes: see `FileSamples`.
         transform: the augmentation, see `ImageTransform`.
-        seed: of all random draws.
-        draw_hidden: draws a mask for every view; None = no masks.
-        replace_bad: True replaces an image that cannot be read by the next readable one (training); False replaces it
-            by zeros.
-        num_views: number of augmented views per key (repeated augmentation).
         backend: of decoding and resizing, a key of `READERS`.
-        num_classes: of multi-hot targets, where samples have several class indices.
-
-    Attributes:
-        classes: their names by their numbers; None = not known.
-        place, left_out: where the images are and what else is there, in words, for the log.
-        mixture: (samples, weight) of each of DATA.SOURCES, in the order of the samples; () = there are none.
     """
-
-    views = 1
-    classes: list[str] | None = None
-    place = ""
-    left_out = ""
-    mixture: Sequence[tuple[int, float]] = ()
 
     def __init__(
         self,
@@ -57,43 +39,25 @@ class ImageFolder(Dataset[list[Sample]]):
         backend: str = "pil",
         num_classes: int = 0,
     ) -> None:
+        super().__init__(samples, seed, draw_hidden, replace_bad, num_views, num_classes)
         self.read = READERS[backend]
         if self.read is read_tensor:  # raises here, not at the first image, if the decoder is not installed
             load_decoder()
-        self.samples: Sequence[tuple[str, Any]] = samples
-        self.labels = [label for _, label in self.samples]
         self.transform = transform
-        self.seed = seed
-        self.draw_hidden = draw_hidden
-        self.replace_bad = replace_bad
-        self.num_views, self.num_classes = num_views, num_classes
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def path(self, index: int) -> str:
-        """Return the file of a sample."""
-        return self.samples[index][0]
 
     def __getitem__(self, key: Any) -> list[Sample]:
         """Return `num_views` views of the sample of `key` (a SampleKey), from view `key.view` on."""
         key = SampleKey(*key)
         image, index, bad = read_with_fallback(self, lambda index: self.read(self.path(index)), key.index)
+        views = range(key.view, key.view + self.num_views)
         with error_context(self.path(index)):
-            return [self._view(image, key, key.view + i, index, bad) for i in range(self.num_views)]
+            return [self.labelled(self._view(image, key, view), key, view, index, bad) for view in views]
 
-    def _view(
-        self, image: RGBImage | None, key: SampleKey, view: int, index: int, bad: tuple[BadSample, ...]
-    ) -> Sample:
+    def _view(self, image: RGBImage | None, key: SampleKey, view: int) -> Sample:
         if image is None:
-            sample = unreadable_sample((3, self.transform.crop, self.transform.crop))
-        else:
-            with seeded(self.seed, key.epoch, key.index, view, self.transform.libraries) as rng:
-                sample = self.transform(image, rng)
-        hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
-        return replace(
-            sample, label=target_of(self.labels[index], self.num_classes), hidden=hidden, index=index, bad=bad
-        )
+            return unreadable_sample((3, self.transform.crop, self.transform.crop))
+        with seeded(self.seed, key.epoch, key.index, view, self.transform.libraries) as rng:
+            return self.transform(image, rng)
 
 
 def build_image_folder(
@@ -132,8 +96,7 @@ def build_imagenet(cfg: CfgNode, request: DatasetRequest) -> ImageFolder:
     """Return a split of DATA.PATH_TO_DATA_DIR, or of DATA.SOURCES, see `layouts.find_split`."""
     found = find_split(cfg, request, "image")
     images = build_image_folder(cfg, request, found.samples)
-    images.classes, images.place, images.left_out = found.classes, found.place, found.left_out
-    images.mixture = found.mixture
+    images.describe(found)
     return images
 
 

@@ -1,19 +1,18 @@
 """Video data sets: a csv file per split lists the videos and their labels, as for Kinetics, or they lie in folders."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
-from maskfeat.batch import BadSample, SampleKey
+from maskfeat.batch import SampleKey
 from maskfeat.data.bad_samples import error_context, read_with_fallback
 from maskfeat.data.datasets.base import DatasetRequest, augmentation, num_views
-from maskfeat.data.datasets.label_sets import LabelSet, target_of
+from maskfeat.data.datasets.files import FileSamples
+from maskfeat.data.datasets.label_sets import LabelSet
 from maskfeat.data.datasets.layouts import check_sources, find_split
-from maskfeat.data.rng import SPAN_STREAM, draw_mask, sample_generator, seeded
+from maskfeat.data.rng import SPAN_STREAM, sample_generator, seeded
 from maskfeat.data.sample import Sample, unreadable_sample
 from maskfeat.data.transforms import ClipTestTransform, ClipTrainTransform, ClipTransform
 from maskfeat.data.video import torchcodec_decoder
@@ -25,7 +24,7 @@ from maskfeat.registry import DatasetSpec, register
 MODES = ("train", "val", "test")
 
 
-class VideoClips(Dataset[list[Sample]]):
+class VideoClips(FileSamples):
     """Clips of videos with class labels.
 
     Training: one random clip per video and epoch, decoded once and augmented `num_views` times. Validation: the centre
@@ -33,32 +32,16 @@ class VideoClips(Dataset[list[Sample]]):
     crop.
 
     Args:
-        videos: [(path, label)] or [(path, labels)], see `sample_list`; not copied.
+        videos, seed, draw_hidden, replace_bad, num_views, num_classes: see `FileSamples`.
         transform: the augmentation, see `ClipTransform`.
         num_frames, sampling_rate, target_fps: a clip spans num_frames x sampling_rate frames at target_fps.
-        seed: of all random draws.
         mode: "train", "val" or "test".
         use_offset: how uniform clips are placed, see `temporal_sampling.clip_span`.
         num_clips, num_crops: clips of a video and crops of a clip in testing.
-        num_views: augmented views of a clip in training (repeated augmentation).
-        draw_hidden: draws a mask for every view; None = no masks.
-        replace_bad: True replaces a video that cannot be read by the next readable one (training); False replaces it by
-            zeros.
         torchcodec: decode by torchcodec, which must be installed and returns the same frames, see `torchcodec_decoder`.
         short_side: that frames are scaled to while they are decoded, see `decoder.open_video`; None = their own.
-        num_classes: of multi-hot targets, where videos have several labels.
         segments: a clip is one frame from each of num_frames equal parts of the whole video, see `segment_indices`.
-
-    Attributes:
-        classes: their names by their numbers; None = not known.
-        place, left_out: where the videos are and what else is there, in words, for the log.
-        mixture: (samples, weight) of each of DATA.SOURCES, in the order of the samples; () = there are none.
     """
-
-    classes: list[str] | None = None
-    place = ""
-    left_out = ""
-    mixture: Sequence[tuple[int, float]] = ()
 
     def __init__(
         self,
@@ -80,31 +63,19 @@ class VideoClips(Dataset[list[Sample]]):
         num_classes: int = 0,
         segments: bool = False,
     ) -> None:
+        super().__init__(videos, seed, draw_hidden, replace_bad, num_views, num_classes)
         if torchcodec:  # raises here, not at the first video, if it is not installed
             torchcodec_decoder.load_decoder()
         self.torchcodec = torchcodec
-        self.short_side, self.num_classes, self.segments = short_side, num_classes, segments
+        self.short_side, self.segments = short_side, segments
         assert mode in MODES, f"mode is one of {MODES}, not {mode!r}"
-        self.videos: Sequence[tuple[str, Any]] = videos
-        self.labels = [label for _, label in self.videos]
         self.transform = transform
         self.num_frames, self.sampling_rate, self.target_fps = num_frames, sampling_rate, target_fps
-        self.seed = seed
         self.mode = mode
         self.use_offset = use_offset
         self.num_clips, self.num_crops = num_clips, num_crops
         self.views = num_clips * num_crops if mode == "test" else 1
-        self.num_views = num_views
-        self.draw_hidden = draw_hidden
-        self.replace_bad = replace_bad
         self._last: tuple[tuple[int, int], np.ndarray] | None = None
-
-    def __len__(self) -> int:
-        return len(self.videos)
-
-    def path(self, index: int) -> str:
-        """Return the file of a video."""
-        return self.videos[index][0]
 
     def __getitem__(self, key: Any) -> list[Sample]:
         """Return the views of `key` (a SampleKey): `num_views` of one clip in training, else view `key.view` only."""
@@ -112,7 +83,7 @@ class VideoClips(Dataset[list[Sample]]):
         frames, index, bad = read_with_fallback(self, lambda index: self._decode(index, key), key.index)
         views = range(key.view, key.view + (self.num_views if self.mode == "train" else 1))
         with error_context(self.path(index)):
-            return [self._view(frames, key, view, index, bad) for view in views]
+            return [self.labelled(self._view(frames, key, view), key, view, index, bad) for view in views]
 
     def _decode(self, index: int, key: SampleKey) -> np.ndarray:
         def wanted(info: VideoInfo) -> list[int]:
@@ -141,18 +112,11 @@ class VideoClips(Dataset[list[Sample]]):
             return clip_span(info.frames, length, 0, 1, use_offset=True)
         return clip_span(info.frames, length, key.view // self.num_crops, self.num_clips, self.use_offset)
 
-    def _view(
-        self, frames: np.ndarray | None, key: SampleKey, view: int, index: int, bad: tuple[BadSample, ...]
-    ) -> Sample:
+    def _view(self, frames: np.ndarray | None, key: SampleKey, view: int) -> Sample:
         if frames is None:
-            sample = unreadable_sample((3, self.num_frames, self.transform.crop, self.transform.crop))
-        else:
-            with seeded(self.seed, key.epoch, key.index, view) as rng:
-                sample = self.transform(frames, rng, view % self.num_crops)
-        hidden = draw_mask(self.draw_hidden, self.seed, key.epoch, key.index, view)
-        return replace(
-            sample, label=target_of(self.labels[index], self.num_classes), hidden=hidden, index=index, bad=bad
-        )
+            return unreadable_sample((3, self.num_frames, self.transform.crop, self.transform.crop))
+        with seeded(self.seed, key.epoch, key.index, view) as rng:
+            return self.transform(frames, rng, view % self.num_crops)
 
 
 def check_clips(cfg: CfgNode) -> Iterator[str]:
@@ -223,8 +187,7 @@ def build_kinetics(cfg: CfgNode, request: DatasetRequest) -> VideoClips:
     """Return a split of DATA.PATH_TO_DATA_DIR, or of DATA.SOURCES, see `layouts.find_split`."""
     found = find_split(cfg, request, "video")
     clips = build_video_clips(cfg, request, found.samples)
-    clips.classes, clips.place, clips.left_out = found.classes, found.place, found.left_out
-    clips.mixture = found.mixture
+    clips.describe(found)
     return clips
 
 
