@@ -84,7 +84,11 @@ def test_the_guide_covers_all_recipes() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "data"),
+    [*((family, "synthetic") for family in FAMILIES), *((family, "real") for family in ("vit_b", "mvit_s", "r50_mfm"))],
+    indirect=["data"],  # real files are read by the same code for the larger networks
+)
 def test_recipe_runs_small(
     family: str, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
