@@ -86,6 +86,8 @@ def _train(cfg: CfgNode) -> None:
     cfg.TRAIN.CHECKPOINT_PERIOD = 10  # epochs between two checkpoints
     cfg.TRAIN.CHECKPOINT_MINUTES = 30.0  # ours: minutes from one checkpoint to the next within an epoch; 0 = none
     cfg.TRAIN.KEEP_CHECKPOINTS = 0  # ours: how many to keep; 0 = all of ends of epochs, others while among the newest 2
+    # ours: keep the checkpoint of the best validation (mAP or top-1; the loss of pre-training) as [TASK_]best.pyth
+    cfg.TRAIN.KEEP_BEST = False
     cfg.TRAIN.CHECKPOINT_FORMAT = "gathered"  # ours: "gathered" (one file) | "sharded" (a folder, one shard a process)
     cfg.TRAIN.AUTO_RESUME = True  # resume from the newest checkpoint in OUTPUT_DIR
     # weights to load before training: path, http(s) address or a torchvision name; "" in fine-tuning: the newest
@@ -108,7 +110,8 @@ def _test(cfg: CfgNode) -> None:
     cfg.TEST.BATCH_SIZE = 8  # views per step and machine, split over its GPUs
     # ours: of validation and test, as TRAIN.MIXED_PRECISION is of training; False: in float32, as published
     cfg.TEST.MIXED_PRECISION = False
-    # weights to test; "" = the newest in OUTPUT_DIR (published accuracies may be those of the best epoch)
+    # weights to test; "" = the newest in OUTPUT_DIR (published accuracies may be those of the best epoch, which
+    # TRAIN.KEEP_BEST keeps)
     cfg.TEST.CHECKPOINT_FILE_PATH = ""
     cfg.TEST.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"
     cfg.TEST.NUM_ENSEMBLE_VIEWS = 10  # clips per video, evenly spaced

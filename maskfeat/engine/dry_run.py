@@ -264,6 +264,7 @@ class DryRun:
         cfg = self.cfg.TRAIN
         files = math.ceil(self.cfg.SOLVER.MAX_EPOCH / cfg.CHECKPOINT_PERIOD)
         files = min(files, cfg.KEEP_CHECKPOINTS) if cfg.KEEP_CHECKPOINTS else files
+        files += bool(cfg.KEEP_BEST and cfg.KEEP_CHECKPOINTS)  # otherwise it is one of them
         total = checkpoint * (files + 1)  # a new one is there before an old one is deleted
         free = shutil.disk_usage(_existing(Path(self.cfg.OUTPUT_DIR))).free
         logger.info(

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +21,7 @@ from maskfeat.checkpoint.sharded import SaveHandle, save_sharded, training_tenso
 from maskfeat.config import dump_config
 from maskfeat.distributed.collectives import new_cpu_group, run_on_main
 from maskfeat.distributed.preemption import Preempted
+from maskfeat.engine.best import BestCheckpoint
 from maskfeat.engine.trainer import Trainer
 from maskfeat.errors import NotFinite, UserFileError
 
@@ -33,7 +34,7 @@ class Saver:
     Used as a context manager, it waits for a checkpoint that is still being written when the run is preempted.
 
     Args:
-        cfg: TRAIN.CHECKPOINT_*, TRAIN.KEEP_CHECKPOINTS, OUTPUT_DIR and TASK.
+        cfg: TRAIN.CHECKPOINT_*, TRAIN.KEEP_CHECKPOINTS, TRAIN.KEEP_BEST, OUTPUT_DIR and TASK.
         trainer: what is saved. Its position now, where the run begins or resumes, needs no saving.
         classes: names of a classifier's classes, by which a test numbers them; None = not known.
     """
@@ -47,6 +48,7 @@ class Saver:
         self._suffix = SHARDED if self._sharded else WHOLE
         self._group = new_cpu_group() if self._sharded else None
         self._pending: tuple[Position, SaveHandle] | None = None
+        self._best = BestCheckpoint(cfg)
 
     def __enter__(self) -> "Saver":
         return self
@@ -122,8 +124,36 @@ class Saver:
             handle.wait()
             self._end(position)
 
-    def _path(self, position: Position) -> Path:
-        return checkpoint_path(self._cfg.OUTPUT_DIR, self._cfg.TASK, position, self._suffix)
+    def keep_if_best(self, values: Mapping[str, float]) -> None:
+        """With TRAIN.KEEP_BEST, keep the checkpoint of now under a name of its own if no validation before was as good.
+
+        Args:
+            values: what a validation of the weights of now found; those of the main process count.
+        """
+        if not self._cfg.TRAIN.KEEP_BEST:
+            return
+        self._settle()
+        run_on_main(lambda: self._keep(values))
+
+    def _keep(self, values: Mapping[str, float]) -> None:
+        position = self._trainer.position
+        epochs = position.epochs + bool(position.step)
+        found = [path for end in (WHOLE, SHARDED) if (path := self._path(position, end)).exists()]
+        if position != self._saved or not found:
+            logger.error("NOT KEPT: the checkpoint after epoch %d could not be written", epochs)
+            return
+        try:
+            self._best.consider(found[0], epochs, values)
+        except OSError as error:
+            logger.error("NOT KEPT: %s cannot be kept as the best one: %s", found[0], error)
+
+    def forget_best(self) -> None:
+        """Forget what was the best of an earlier run in this folder."""
+        if self._trainer.world.is_main:
+            self._best.forget()
+
+    def _path(self, position: Position, suffix: str = "") -> Path:
+        return checkpoint_path(self._cfg.OUTPUT_DIR, self._cfg.TASK, position, suffix or self._suffix)
 
     def _begin(self, position: Position) -> None:
         trainer, config = self._trainer, {"cfg": dump_config(self._cfg), **self._classes}

@@ -85,6 +85,7 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
     if world.is_main:
         # Not earlier: a run that is refused leaves the folder of another one as it was.
         save_config(command_line.path, command_line.opts, cfg, cfg.OUTPUT_DIR)
+    saver = Saver(cfg, trainer, loader.classes if objective.classifies else None)
     validator = Validator(
         trainer,
         val_loader,
@@ -94,12 +95,13 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
         session.metrics_log,
         validation_record(cfg),
         session.watchdog.proceed,
+        saver.keep_if_best,
     )
     pictures = _pictures(cfg, trainer, val_loader, validator, session)
-    saver = Saver(cfg, trainer, loader.classes if objective.classifies else None)
     epoch = trainer.position.epochs - 1  # the last one that is done
     if not source.is_of(cfg):
         validator.forget()
+        saver.forget_best()
     elif not trainer.position.step and validator.is_due(epoch) and not validator.has_run(epoch):
         validator.run(epoch)  # it was interrupted
     if trainer.position.epochs >= trainer.max_epoch:

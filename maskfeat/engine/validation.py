@@ -65,6 +65,7 @@ class Validator:
         metrics_log: where results are written.
         record: file of the last validation, by which a resumed run knows whether one was interrupted.
         heartbeat: receives the status at every step; it may raise `Preempted`.
+        keep: receives what a validation found, on every rank, before it counts as done.
     """
 
     def __init__(
@@ -77,11 +78,12 @@ class Validator:
         metrics_log: MetricsLog,
         record: Path,
         heartbeat: Heartbeat,
+        keep: Callable[[dict[str, float]], None],
     ) -> None:
         assert loader is not None or not epochs
         self._trainer, self._loader, self._epochs, self._new = trainer, loader, set(epochs), new
         self._precision, self._metrics_log, self._record, self._heartbeat = precision, metrics_log, record, heartbeat
-        self._once = WarnOnce()
+        self._keep, self._once = keep, WarnOnce()
 
     def is_due(self, epoch: int) -> bool:
         """Return whether to validate after `epoch`, counted from 0."""
@@ -113,6 +115,7 @@ class Validator:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         stats = {"epoch": f"{epoch + 1}/{trainer.max_epoch}", **values}
         self._metrics_log.write("val_epoch", f"validation after epoch {epoch + 1}: {shown}", stats, epoch)
+        self._keep(values)
         if trainer.world.is_main:
             self._remember({"epochs": epoch + 1, **values})
 

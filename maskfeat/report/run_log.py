@@ -181,6 +181,12 @@ def _fraction(text: str) -> tuple[int, int]:
     return int(done), int(total)
 
 
+def direction(metric: str) -> int:
+    """Return 1 where more of a metric is better, -1 where less is, 0 where nobody can say."""
+    plain = metric.removeprefix("ema_")
+    return 1 if plain.startswith("top") or plain == "mAP" else -1 if plain == "loss" else 0
+
+
 def numbers(entry: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of an entry by name; those that are not finite are NaN."""
     kinds = (float, int)  # and not bool; this is called for every line

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from maskfeat.config.yaml_io import read_entries
 from maskfeat.errors import UserError, UserFileError, naming
-from maskfeat.report.run_log import LOG, Curves, RunLog, numbers, read_log
+from maskfeat.report.run_log import LOG, Curves, RunLog, direction, numbers, read_log
 from maskfeat.text import duration
 
 CONFIG, BAD_SAMPLES, PICTURES = "config.yaml", "bad_samples.jsonl", "pictures"
@@ -128,12 +128,6 @@ def metric_names(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     return about, [name for name in _FOR_THE_MACHINE if name in names]
 
 
-def _direction(name: str) -> int:
-    """1 where more is better, -1 where less is, 0 where nobody can say."""
-    plain = name.removeprefix("ema_")
-    return 1 if plain.startswith("top") or plain == "mAP" else -1 if plain == "loss" else 0
-
-
 def _finite(values: Sequence[float]) -> list[int]:
     return [index for index, value in enumerate(values) if math.isfinite(value)]
 
@@ -144,7 +138,7 @@ def _last(curves: Curves, name: str, with_best: bool) -> str:
     found = _finite(values)
     if not found:
         return ""
-    last, sign = found[-1], _direction(name) if with_best else 0
+    last, sign = found[-1], direction(name) if with_best else 0
     text = f"{values[last]:.5g}"
     best = max(found, key=lambda index: sign * values[index]) if sign else last
     if values[best] != values[last]:
