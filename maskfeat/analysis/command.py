@@ -1,11 +1,10 @@
-"""What the commands that use a trained network share: options, errors as exit codes, progress."""
+"""What the commands that use a trained network share: options, and errors as exit codes."""
 
 import argparse
 import logging
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -14,15 +13,12 @@ from torch import Tensor
 from maskfeat.analysis.model import Model, load_model
 from maskfeat.distributed.preemption import end_interrupted, was_interrupted
 from maskfeat.distributed.processes import READER_GONE, flush_output
-from maskfeat.engine.live_line import LiveLine, close_lines
 from maskfeat.engine.parallelize import PRECISIONS
 from maskfeat.errors import NotFinite, UserError
-from maskfeat.text import duration
+from maskfeat.progress import close_lines
 
 logger = logging.getLogger(__name__)
 
-_SECONDS = 10.0
-"""Between two lines of progress."""
 _NEGATIVE = re.compile(r"-\d[-\d,]*")
 
 
@@ -150,34 +146,3 @@ def check_finite(values: Tensor, path: str, what: str, precision: str) -> None:
             f"{what} of {path} are not finite (NaN or infinite), in precision {precision}: --precision off, or look at "
             "the weights with maskfeat inspect"
         )
-
-
-class Progress:
-    """Say how far a command is, how fast, and how long it will take: in a live line on a terminal, else in lines of the
-    log now and then.
-
-    Args:
-        what: is counted, such as "images".
-        total: how many there are to do.
-    """
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
-        self.started = self.said = time.perf_counter()
-        self.line = LiveLine(what, total)
-
-    def step(self, number: int) -> None:
-        """Note that `number` more are done."""
-        self.done += number
-        if self.line.is_shown:
-            self.line.show(self.done, lambda: f"{self.done} of {self.total}, {self._speed()}")
-            if self.done >= self.total:
-                self.line.close()
-        elif time.perf_counter() - self.said >= _SECONDS:
-            self.said = time.perf_counter()
-            share = self.done / self.total
-            logger.info("%d of %d %s (%.0f %%), %s", self.done, self.total, self.what, 100 * share, self._speed())
-
-    def _speed(self) -> str:
-        rate = self.done / (time.perf_counter() - self.started)
-        return f"{rate:.4g}/s, eta {duration((self.total - self.done) / rate)}"

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskfeat.analysis.command import Progress, check_finite
+from maskfeat.analysis.command import check_finite
 from maskfeat.analysis.feature_files import write_part
 from maskfeat.analysis.inputs import InputBatch, Inputs, input_loader
 from maskfeat.analysis.model import Model
 from maskfeat.batch import BadSample
 from maskfeat.errors import UserError, naming
+from maskfeat.progress import Progress
 
 TOKENS = "tokens"
 PART_ROWS, PART_BYTES = 512, 64 << 20

@@ -12,7 +12,7 @@ from typing import TextIO
 
 import torch
 
-from maskfeat.analysis.command import Progress, add_options, check_finite, count_option, exit_code, load, refuse_input
+from maskfeat.analysis.command import add_options, check_finite, count_option, exit_code, load, refuse_input
 from maskfeat.analysis.inputs import Inputs, find_inputs, input_loader, split_views
 from maskfeat.analysis.model import Model, Prediction
 from maskfeat.batch import BadSample, Batch
@@ -20,6 +20,7 @@ from maskfeat.data.datasets.classes import read_class_names
 from maskfeat.engine.parallelize import autocast
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import draft_of, make_parent
+from maskfeat.progress import Progress
 from maskfeat.text import count
 
 logger = logging.getLogger(__name__)

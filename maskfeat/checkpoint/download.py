@@ -7,10 +7,13 @@ and https, and follows no redirect from https to http.
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import urllib.request
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +24,12 @@ from torch.hub import get_dir
 from maskfeat.checkpoint.atomic import sha256
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
+from maskfeat.progress import Progress
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nothing is locked
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +78,7 @@ def cached_path(url: str) -> Path:
 
 
 def download(url: str) -> Path:
-    """Return the path of a URL's file, downloading it unless it is in the cache.
+    """Return the path of a URL's file, downloading it unless it is in the cache, or another process downloads it.
 
     Raises:
         UserError: if it cannot be fetched or is larger than MAX_BYTES.
@@ -79,21 +88,32 @@ def download(url: str) -> Path:
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time(path.with_name(f".{path.name}.lock"), url):
+        if not path.is_file():
+            _download(url, path)
+    return path
+
+
+def _download(url: str, path: Path) -> None:
     # Not named by the process: containers that share the folder may have equal numbers. Not by `tempfile` either, whose
     # files only their owner may read.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     logger.info("downloading %s to %s", url, path)
     try:
         with _opener().open(url, timeout=TIMEOUT) as response, temporary.open("xb") as file:
+            declared = response.headers.get("Content-Length", "")
+            size = int(declared) if declared.isdecimal() else None
+            progress = None if size is None else Progress(f"MiB of {path.name}", -(-size // _BLOCK))
             left = MAX_BYTES
             while block := response.read(min(_BLOCK, left + 1)):
                 left -= len(block)
                 if left < 0:
                     raise UserError(f"{url} is larger than {MAX_BYTES >> 30} GiB and is not fetched")
                 file.write(block)
-            declared = response.headers.get("Content-Length", "")
-            if declared.isdecimal() and int(declared) != MAX_BYTES - left:
-                raise URLError(f"only {MAX_BYTES - left} of {declared} bytes were received")
+                if progress is not None:
+                    progress.step()
+            if size not in (None, MAX_BYTES - left):
+                raise URLError(f"only {MAX_BYTES - left} of {size} bytes were received")
         shutil.move(temporary, path)
     except HTTPError as error:
         raise UserError(f"{url} could not be fetched: the server answers {error.code} {error.reason}") from error
@@ -102,7 +122,46 @@ def download(url: str) -> Path:
         raise UserError(f"{url} could not be fetched: {cause}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return path
+
+
+@contextmanager
+def _one_at_a_time(lock: Path, url: str) -> Iterator[None]:
+    """Let one process at a time into the block, such as of the ranks of a run; others wait. The file `lock` is there
+    meanwhile. Where the file system has no locks, all enter.
+    """
+    while True:
+        with lock.open("ab") as file:
+            held = _lock(file, url)
+            if held and not _is_at(file, lock):
+                continue  # another process had it, and took the file away
+            try:
+                yield
+            finally:
+                if held:
+                    lock.unlink(missing_ok=True)
+            return
+
+
+def _lock(file: IO[bytes], url: str) -> bool:
+    """Whether the file could be locked; it is until it is closed."""
+    if fcntl is None:
+        return False
+    try:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            logger.info("another process downloads %s: waiting for it", url)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def fetch(url: str, size: int | None = None, digest: str = "") -> Path:

@@ -22,7 +22,6 @@ from maskfeat.config.yaml_io import read_entries
 from maskfeat.demos.commands import train_command
 from maskfeat.demos.synthetic import is_made_here, make_clips, make_images
 from maskfeat.distributed.preemption import end_interrupted, was_interrupted
-from maskfeat.engine.live_line import close_lines
 from maskfeat.engine.log_handlers import screen_handler
 from maskfeat.engine.metrics_log import last_json_stats
 from maskfeat.engine.owner import LOCK
@@ -30,6 +29,7 @@ from maskfeat.engine.run import main as run_net
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import unexpanded_path
 from maskfeat.pictures import predictions_figure
+from maskfeat.progress import close_lines
 
 logger = logging.getLogger(__name__)
 

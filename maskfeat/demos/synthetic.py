@@ -9,7 +9,6 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ from PIL import Image
 
 from maskfeat.demos.scenes import MOTIONS, SHAPES, TEXTURES, Pixels, render_clip, render_image
 from maskfeat.distributed.preemption import end_interrupted
-from maskfeat.engine.live_line import LiveLine, close_lines
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
-from maskfeat.text import duration
+from maskfeat.progress import Progress, close_lines
 
 logger = logging.getLogger(__name__)
 
@@ -221,20 +219,13 @@ def _write_stamp(root: Path, stamp: dict[str, Any]) -> None:
     replace_text(root / STAMP, json.dumps(stamp, indent=2) + "\n")
 
 
-def _reported(jobs: Sequence[Any], what: str, every: float = 5.0) -> Iterator[Any]:
-    """Yield the jobs; log progress at the end and, where no live line says it, every few seconds."""
-    began = logged = time.monotonic()
-    line = LiveLine(what, len(jobs))
-    for done, job in enumerate(jobs):
+def _reported(jobs: Sequence[Any], what: str) -> Iterator[Any]:
+    """Yield the jobs; say how far they are, and at the end how long they took."""
+    began, progress = time.monotonic(), Progress(f"synthetic {what}", len(jobs), every=5.0)
+    for job in jobs:
         yield job
-        now = time.monotonic()
-        left = (now - began) / (done + 1) * (len(jobs) - done - 1)
-        line.show(done + 1, partial("eta {}".format, duration(left)))
-        if done + 1 == len(jobs):
-            line.close()
-        if (now - logged >= every and not line.is_shown) or done + 1 == len(jobs):
-            logger.info("%d of %d synthetic %s, %.1f s", done + 1, len(jobs), what, now - began)
-            logged = now
+        progress.step()
+    logger.info("%d synthetic %s, %.1f s", len(jobs), what, time.monotonic() - began)
 
 
 _EXAMPLES = """\

@@ -5,7 +5,6 @@ Shape legend: B samples (views), V videos or images, K classes.
 
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,12 +14,11 @@ from maskfeat.batch import Batch
 from maskfeat.data.loader import BatchLoader
 from maskfeat.distributed.collectives import all_gather_object, all_reduce_sum, run_on_main
 from maskfeat.engine import multi_label
-from maskfeat.engine.live_line import LiveLine
 from maskfeat.engine.metrics_log import MetricWindow
 from maskfeat.engine.parallelize import autocast
 from maskfeat.errors import NotFinite
 from maskfeat.objectives.base import Objective
-from maskfeat.text import duration
+from maskfeat.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -51,29 +49,6 @@ Heartbeat = Callable[[str], None]
 """Receives the status at every step; it may raise `Preempted`."""
 
 
-class _EvaluationProgress:
-    """Log now and then how far an evaluation is; on a terminal, a live line says it all the time."""
-
-    def __init__(self, what: str, steps: int, heartbeat: Heartbeat) -> None:
-        self.what, self.steps, self.heartbeat = what, steps, heartbeat
-        self.started = self.said = time.perf_counter()
-        self.line = LiveLine(what, steps)
-
-    def step(self, step: int) -> None:
-        """Note that `step` (from 0) is done; log at most twice a minute."""
-        self.heartbeat(f"{self.what}, step {step + 1}")
-        self.line.show(step + 1, lambda: self._state(step))
-        if time.perf_counter() - self.said > _REPORT_SECONDS:
-            self.said = time.perf_counter()
-            logger.info("%s  %s", self.what, self._state(step))
-        if step + 1 == self.steps:
-            self.line.close()
-
-    def _state(self, step: int) -> str:
-        left = (time.perf_counter() - self.started) / (step + 1) * (self.steps - step - 1)
-        return f"step {step + 1}/{self.steps}  eta {duration(left)}"
-
-
 @torch.no_grad()
 @_uncompiled
 def validate(
@@ -97,7 +72,7 @@ def validate(
     finite: list[Tensor] = []
     shown: list[Tensor] = []
     several: list[tuple[Tensor, Tensor]] = []  # scores and targets where a sample may have several classes
-    progress = _EvaluationProgress("validation", len(loader), heartbeat)
+    progress = Progress("steps of validation", len(loader), _REPORT_SECONDS)
     for step, batch in enumerate(loader):
         batch = batch.to(device, non_blocking=True)
         with autocast(device, precision):
@@ -118,7 +93,8 @@ def validate(
                 window.add(objective.weight(batch), {"loss": out.loss, **out.metrics})
         assert batch.index is not None
         shown.append(batch.index)
-        progress.step(step)
+        progress.step()
+        heartbeat(f"validation, step {step + 1}")
     mine = torch.cat(shown)[~torch.cat(finite)].tolist() if shown else []
     of_ranks = all_gather_object((mine, bool(several)))
     broken = sorted({index for indices, _ in of_ranks for index in indices})
@@ -166,7 +142,7 @@ def multi_view_test(
     objective.eval()
     scores: Tensor | None = None
     unreadable = torch.zeros(len(labels), device=device)
-    progress = _EvaluationProgress("testing", len(loader), heartbeat)
+    progress = Progress("steps of testing", len(loader), _REPORT_SECONDS)
     for step, batch in enumerate(loader):
         batch = batch.to(device, non_blocking=True)
         assert batch.index is not None
@@ -177,7 +153,8 @@ def multi_view_test(
         bad = _unreadable(batch)
         scores.index_add_(0, batch.index, probabilities.masked_fill(bad[:, None], 0.0))
         unreadable.index_add_(0, batch.index, bad.float())
-        progress.step(step)
+        progress.step()
+        heartbeat(f"testing, step {step + 1}")
     if scores is None:  # no batch was left for this rank
         scores = torch.zeros(len(labels), objective.num_classes, device=device)
     scores, unreadable = all_reduce_sum(scores).cpu(), all_reduce_sum(unreadable).cpu()

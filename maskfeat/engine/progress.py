@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from maskfeat.engine.live_line import LiveLine
 from maskfeat.engine.metrics_log import MetricsLog
 from maskfeat.engine.trainer import Trainer
+from maskfeat.progress import LiveLine
 from maskfeat.text import duration
 
 logger = logging.getLogger(__name__)

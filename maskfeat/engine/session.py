@@ -21,7 +21,6 @@ from maskfeat.distributed.hang_watchdog import HangWatchdog
 from maskfeat.distributed.preemption import INTERRUPTED, PREEMPTED, STOPPED, Preempted, StopRequest
 from maskfeat.distributed.world import World, choose_device
 from maskfeat.engine.agreement import check_same_config
-from maskfeat.engine.live_line import close_lines
 from maskfeat.engine.metrics_log import MetricsLog, logged_to_file, setup_logging
 from maskfeat.engine.oom import explain_oom
 from maskfeat.engine.owner import owned
@@ -29,6 +28,7 @@ from maskfeat.engine.parallelize import choose_kernels
 from maskfeat.engine.provenance import machine, revision
 from maskfeat.engine.trackers import TENSORBOARD, About, Trackers
 from maskfeat.errors import UserError, naming
+from maskfeat.progress import close_lines
 from maskfeat.report.command import write_report
 from maskfeat.report.run_log import started
 

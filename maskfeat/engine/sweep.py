@@ -24,12 +24,12 @@ from maskfeat.distributed.launch import check_devices
 from maskfeat.distributed.preemption import INTERRUPTED, STOP_SIGNALS
 from maskfeat.distributed.processes import signal_handler
 from maskfeat.distributed.slurm import Job
-from maskfeat.engine.live_line import LiveLine, close_lines
 from maskfeat.engine.log_handlers import screen_handler
 from maskfeat.engine.run import main as run_net
 from maskfeat.engine.submit import add_slurm_options, agree_on_gpus, slurm_errors, slurm_executor
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
+from maskfeat.progress import LiveLine, close_lines
 from maskfeat.report.command import REPORT
 from maskfeat.report.page import write_page
 from maskfeat.report.run_log import LOG

@@ -1,17 +1,21 @@
 """Weights files: what is read, why untrusted ones are refused, and URLs."""
 
+import errno
 import hashlib
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
+import time
 import zipfile
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ from maskfeat.checkpoint import download
 from maskfeat.checkpoint.reading import read_checkpoint, trained_model
 from maskfeat.errors import UserError
 from tests.reliability import malice
+from tests.small import REPO
 
 
 def everything() -> dict[str, Any]:
@@ -156,7 +161,13 @@ def test_repacked_without_compression_is_read(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+def requests() -> list[str]:
+    """The paths that were asked of `server`."""
+    return []
+
+
+@pytest.fixture
+def server(tmp_path: Path, requests: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     """An http server on this machine: give it an answer, get the address."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
@@ -166,6 +177,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             status, headers, body = answers[self.path]
+            requests.append(self.path)
+            time.sleep(float(headers.get("Delay", 0)))
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -224,6 +237,56 @@ def test_processes_of_the_same_number_fetch_into_files_of_their_own(
     assert path.read_bytes() == saved(1.0) and others.read_bytes().startswith(b"half")
     assert sorted(path.parent.iterdir()) == sorted([path, others])
     assert path.stat().st_mode & 0o777 == 0o644, "others who share the folder may read it"
+
+
+@pytest.mark.slow
+def test_processes_fetch_one_address_once(tmp_path: Path, requests: list[str], server: Callable[..., str]) -> None:
+    """Ranks of a run: one downloads, the others wait for it, and nothing but the file is left."""
+    address = server("/a.pyth", saved(1.0), Delay="3")
+    code = "import logging, sys, torch; from maskfeat.checkpoint.download import download\n"
+    code += "logging.basicConfig(level=logging.INFO, stream=sys.stdout, format='%(message)s'); download(sys.argv[1])"
+    command = [sys.executable, "-c", code, address]
+    ranks = [subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [rank.communicate()[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0] and requests == ["/a.pyth"]
+    assert sum("downloading " in words for words in said) == 1
+    assert [path.name for path in (tmp_path / "torch" / "hub" / "maskfeat").iterdir()] == [
+        download.cached_path(address).name
+    ]
+
+
+def test_file_systems_without_locks(server: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(download.fcntl, "lockf", refused)
+    assert download.download(server("/a.pyth", saved(1.0))).read_bytes() == saved(1.0)
+
+
+def test_a_lock_whose_file_was_taken_away_is_none(server: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the opening and the locking another process may have finished."""
+    address, lock = server("/a.pyth", saved(1.0)), download.fcntl.lockf
+    taken = []
+
+    def late(file: IO[bytes], how: int) -> None:
+        lock(file, how)
+        if not taken:
+            taken.append(os.unlink(file.name))
+
+    monkeypatch.setattr(download.fcntl, "lockf", late)
+    assert download.download(address).is_file() and len(taken) == 1
+    assert len(list(download.cached_path(address).parent.iterdir())) == 1
+
+
+def test_progress_of_a_download(
+    server: Callable[..., str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("maskfeat.progress._LOG_SECONDS", 0.0)
+    with caplog.at_level("INFO", "maskfeat"):
+        download.download(server("/a.pyth", bytes(5 << 19), Content_Length=str(5 << 19)))
+    name = download.cached_path(server("/a.pyth")).name
+    assert [f"{n} of 3 MiB of {name}" in caplog.text for n in (1, 2, 3)] == [True] * 3
+    assert "MiB" not in caplog.text.split("3 of 3")[1].split("\n", 1)[1]
 
 
 @pytest.mark.parametrize("scheme", ["file", "ftp", "data", "gopher"])

@@ -11,7 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each package may import of the others: imports point one way. A package may import itself.
 GROUND = {"batch", "masking", "file_io", "pictures", "registry", "distributed", "__init__"}
-ANYWHERE = {"errors", "text"}
+ANYWHERE = {"errors", "progress", "text"}
 ALLOWED = {
     "config": {"file_io", "registry"},
     "optim": {"distributed"},

@@ -16,7 +16,6 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from maskfeat.analysis.command import Progress
 from maskfeat.data.bad_samples import UnreadableSample, open_regular_file
 from maskfeat.data.image_reader import read_image
 from maskfeat.data.shards.files import is_parquet, stamp_of
@@ -24,6 +23,7 @@ from maskfeat.data.shards.members import Member
 from maskfeat.data.video.decoder import open_video
 from maskfeat.distributed.processes import leave_signals_to_parent
 from maskfeat.errors import UserError, naming
+from maskfeat.progress import Progress
 
 logger = logging.getLogger(__name__)
 

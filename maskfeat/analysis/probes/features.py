@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskfeat.analysis.command import Progress
 from maskfeat.analysis.inputs import InputBatch
 from maskfeat.engine.owner import owned
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import replace_text
+from maskfeat.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskfeat.analysis.command import Progress
 from maskfeat.analysis.probes.features import Scale, Stored, chunks
+from maskfeat.progress import Progress
 
 KS = (1, 5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from maskfeat.analysis.command import Progress
 from maskfeat.analysis.probes.features import Stored
+from maskfeat.progress import Progress
 
 _WARMUP = 0.05
 """Share of the steps in which learning rates rise."""

@@ -20,9 +20,9 @@ from maskfeat.demos.evidence.suites import SUITES
 from maskfeat.demos.shares import COMPLETE, write_list_shares
 from maskfeat.demos.synthetic import make_clips
 from maskfeat.distributed.preemption import end_interrupted, was_interrupted
-from maskfeat.engine.live_line import close_lines
 from maskfeat.engine.log_handlers import screen_handler
 from maskfeat.errors import UserError, naming
+from maskfeat.progress import close_lines
 
 logger = logging.getLogger(__name__)
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from maskfeat.analysis.command import Progress, exit_code
+from maskfeat import progress
+from maskfeat.analysis.command import exit_code
 from maskfeat.demos.synthetic import make_images
 from maskfeat.distributed.world import World
-from maskfeat.engine import live_line
-from maskfeat.engine.live_line import LiveLine, close_lines
 from maskfeat.engine.metrics_log import setup_logging
 from maskfeat.engine.run import main
 from maskfeat.errors import UserError
+from maskfeat.progress import LiveLine, Progress, close_lines
 from tests.small import VIT_PT, images
 
 COLUMNS = 200
@@ -51,7 +51,7 @@ def rows(text: str) -> list[str]:
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
     """A terminal for `begin`; called, it ends and returns what was written."""
-    monkeypatch.setattr(live_line, "_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
     leader, follower = os.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
     stream = os.fdopen(follower, "w")
@@ -99,7 +99,7 @@ def test_training(
     assert [line[:COLUMNS] for line in shown] == [line[:COLUMNS] for line in log]
     live = r"training: +\d+ %\|.{16}\| epoch 2/2  step 3/5  eta 0:00:\d\d  loss [\d.]+ .*  \d+% waiting for data"
     assert re.search(live, written)
-    assert re.search(r"validation: +50 %\|.{16}\| step 1/2  eta 0:00:\d\d", written)
+    assert re.search(r"steps of validation: +50 %\|.{16}\| 1 of 2, [\d.]+/s, eta 0:00:\d\d", written)
 
 
 def test_lines_of_other_threads(terminal: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,15 +123,15 @@ def test_lines_of_other_threads(terminal: Callable[[], str], monkeypatch: pytest
 def test_a_tool(terminal: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its line replaces the lines of the log, and is gone when it fails."""
     begin(terminal, monkeypatch)
-    monkeypatch.setattr("maskfeat.analysis.command._SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
     monkeypatch.setattr(logging.getLogger("maskfeat"), "propagate", True)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
 
     def work() -> int:
-        progress = Progress("images", 4)
-        progress.step(1)
+        images = Progress("images", 4)
+        images.step()
         logger.info("one is strange")
-        progress.step(1)
+        images.step()
         raise UserError("the third is broken")
 
     assert exit_code(work) == 2
@@ -147,7 +147,7 @@ def test_making_data(terminal: Callable[[], str], tmp_path: Path, monkeypatch: p
     written = terminal()
     assert "images in" in written and " 75 %|" in written
     (row,) = [row for row in rows(written) if row]
-    assert "4 of 4 synthetic images in" in row
+    assert "4 synthetic images in" in row
 
 
 @pytest.mark.parametrize("why", ["no terminal", "rank 1", "quiet", "nothing to do"])
@@ -166,7 +166,7 @@ def test_there_is_none(why: str, terminal: Callable[[], str], monkeypatch: pytes
 
 def test_it_is_drawn_a_few_times_a_second(terminal: Callable[[], str], monkeypatch: pytest.MonkeyPatch) -> None:
     begin(terminal, monkeypatch)
-    monkeypatch.setattr(live_line, "_SECONDS", 0.25)
+    monkeypatch.setattr(progress, "_SECONDS", 0.25)
     setup_logging(World())
     line, began = LiveLine("counting", 10**9), time.monotonic()
     for done in range(1000):

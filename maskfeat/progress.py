@@ -1,4 +1,6 @@
-"""A line on the terminal that says how far work is, below the log. There is none where standard error is a file."""
+"""How far work is: in a live line on the terminal, below the log, or in lines of the log now and then, where standard
+error is a file.
+"""
 
 import logging
 import os
@@ -10,8 +12,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from maskfeat.text import duration
+
+logger = logging.getLogger(__name__)
+
 _SECONDS = 0.25
 """Between two drawings."""
+_LOG_SECONDS = 10.0
+"""Between two lines of the log."""
 
 
 class _Bar(tqdm):
@@ -116,3 +124,35 @@ def close_lines() -> None:
     """Take all of them away, such as after an error."""
     for line in LiveLine._open[:]:
         line.close()
+
+
+class Progress:
+    """Say how far work is, how fast, and how long it will take.
+
+    Args:
+        what: is counted, such as "images".
+        total: how many there are to do.
+        every: seconds between two lines of the log.
+    """
+
+    def __init__(self, what: str, total: int, every: float | None = None) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self._every = _LOG_SECONDS if every is None else every
+        self._started = self._said = time.perf_counter()
+        self._line = LiveLine(what, total)
+
+    def step(self, number: int = 1) -> None:
+        """Note that `number` more are done."""
+        self.done += number
+        if self._line.is_shown:
+            self._line.show(self.done, lambda: f"{self.done} of {self.total}, {self._speed()}")
+            if self.done >= self.total:
+                self._line.close()
+        elif time.perf_counter() - self._said >= self._every:
+            self._said = time.perf_counter()
+            share = self.done / self.total
+            logger.info("%d of %d %s (%.0f %%), %s", self.done, self.total, self.what, 100 * share, self._speed())
+
+    def _speed(self) -> str:
+        rate = self.done / (time.perf_counter() - self._started)
+        return f"{rate:.4g}/s, eta {duration((self.total - self.done) / rate)}"
