@@ -46,23 +46,28 @@ class BestCheckpoint:
         with suppress(OSError):
             self._record.unlink(missing_ok=True)
 
-    def consider(self, checkpoint: Path, epochs: int, values: Mapping[str, float]) -> None:
-        """Keep a checkpoint if no validation before was as good.
+    def is_beaten(self, values: Mapping[str, float]) -> bool:
+        """Return whether a validation is better than that of what is kept, or the first."""
+        metric = _metric(values)
+        if metric is None or not math.isfinite(values[metric]):
+            return False
+        earlier = self._earlier(metric)
+        return earlier is None or direction(metric) * (values[metric] - earlier) > 0
+
+    def keep(self, checkpoint: Path, epochs: int, values: Mapping[str, float]) -> None:
+        """Keep a checkpoint in place of what is kept.
 
         Args:
             epochs: that were trained.
             values: what its validation found.
 
         Raises:
-            OSError: it cannot be kept; what was kept before is unchanged, or gone where the disk failed in between.
+            OSError, ValueError: it cannot be kept, or its checksum is damaged; what was kept before is unchanged, or
+                gone where the disk failed in between.
         """
-        metric = next((name for name in METRICS if name in values), None)
-        if metric is None or not math.isfinite(values[metric]):
-            return
-        value, earlier = values[metric], self._earlier(metric)
-        if earlier is not None and direction(metric) * (value - earlier) <= 0:
-            return
-        kept = self.path(checkpoint.suffix)
+        metric = _metric(values)
+        assert metric is not None
+        value, kept = values[metric], self.path(checkpoint.suffix)
         _link_folder(checkpoint, kept) if checkpoint.is_dir() else _link_file(checkpoint, kept)
         other = self.path(WHOLE if checkpoint.suffix == SHARDED else SHARDED)  # of before a change of the format
         shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)
@@ -78,6 +83,10 @@ class BestCheckpoint:
             return float(found["value"]) if found["metric"] == metric else None
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
+
+
+def _metric(values: Mapping[str, float]) -> str | None:
+    return next((name for name in METRICS if name in values), None)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -97,7 +106,7 @@ def _link_file(checkpoint: Path, kept: Path) -> None:
             path.unlink(missing_ok=True)
         _link(checkpoint, partial)
         beside = checksum_path(checkpoint)
-        digest = beside.read_text(encoding="ascii").split()[0] if beside.exists() else sha256(checkpoint)
+        digest = beside.read_text(encoding="ascii").partition(" ")[0] if beside.exists() else sha256(checkpoint)
         write_and_fsync(sums, f"{digest}  {kept.name}\n".encode())
         # As `save_checkpoint`: between the two there is no checksum, and never that of another file.
         checksum_path(kept).unlink(missing_ok=True)

@@ -130,10 +130,9 @@ class Saver:
         Args:
             values: what a validation of the weights of now found; those of the main process count.
         """
-        if not self._cfg.TRAIN.KEEP_BEST:
-            return
-        self._settle()
-        run_on_main(lambda: self._keep(values))
+        if self._cfg.TRAIN.KEEP_BEST and run_on_main(lambda: self._best.is_beaten(values)):
+            self._settle()
+            run_on_main(lambda: self._keep(values))
 
     def _keep(self, values: Mapping[str, float]) -> None:
         position = self._trainer.position
@@ -143,8 +142,8 @@ class Saver:
             logger.error("NOT KEPT: the checkpoint after epoch %d could not be written", epochs)
             return
         try:
-            self._best.consider(found[0], epochs, values)
-        except OSError as error:
+            self._best.keep(found[0], epochs, values)
+        except (OSError, ValueError) as error:
             logger.error("NOT KEPT: %s cannot be kept as the best one: %s", found[0], error)
 
     def forget_best(self) -> None:

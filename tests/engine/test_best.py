@@ -40,6 +40,11 @@ def keeper(folder: Path, task: str = "") -> BestCheckpoint:
     return BestCheckpoint(cfg)
 
 
+def consider(best: BestCheckpoint, path: Path, epochs: int, values: dict[str, float]) -> None:
+    if best.is_beaten(values):
+        best.keep(path, epochs, values)
+
+
 def checkpoint(folder: Path, epochs: int, step: int = 0, sharded: bool = False) -> Path:
     """A checkpoint whose weights are its number of epochs."""
     path = checkpoint_path(folder, "ft", Position(epochs, step), ".dcp" if sharded else ".pyth")
@@ -78,7 +83,7 @@ def test_what_is_best(
 ) -> None:
     for epoch, values in enumerate(validations, 1):
         # A keeper of its own each time, as if the run had been resumed.
-        keeper(tmp_path, "ft").consider(checkpoint(tmp_path, epoch, sharded=sharded), epoch, values)
+        consider(keeper(tmp_path, "ft"), checkpoint(tmp_path, epoch, sharded=sharded), epoch, values)
     assert kept(tmp_path, ".dcp" if sharded else ".pyth") == expected
     record = json.loads((tmp_path / "checkpoints" / "ft_best.json").read_text())
     assert record["epochs"] == expected and record["value"] == validations[expected - 1][record["metric"]]
@@ -94,7 +99,7 @@ def test_it_outlives_its_checkpoint(links: bool, tmp_path: Path, monkeypatch: py
     if not links:
         monkeypatch.setattr(os, "link", refused)
     path = checkpoint(tmp_path, 1, step=4)
-    keeper(tmp_path, "ft").consider(path, 2, {"top1": 3.0})
+    consider(keeper(tmp_path, "ft"), path, 2, {"top1": 3.0})
     assert os.path.samefile(path, path.with_name("ft_best.pyth")) == links
     for epoch in (2, 3):
         checkpoint(tmp_path, epoch)
@@ -106,33 +111,34 @@ def test_it_outlives_its_checkpoint(links: bool, tmp_path: Path, monkeypatch: py
 def test_records_that_are_damaged_or_of_another_run(tmp_path: Path) -> None:
     best = keeper(tmp_path, "ft")
     record = tmp_path / "checkpoints" / "ft_best.json"
-    best.consider(checkpoint(tmp_path, 1), 1, {"top1": 9.0})
+    consider(best, checkpoint(tmp_path, 1), 1, {"top1": 9.0})
     for number, text in enumerate(("", "[]", '{"metric": "top1"}', '{"metric": "top1", "value": "x"}'), 2):
         record.write_text(text)
-        best.consider(checkpoint(tmp_path, number), number, {"top1": 2.0})
+        consider(best, checkpoint(tmp_path, number), number, {"top1": 2.0})
         assert kept(tmp_path) == number
     best.forget()
-    best.consider(checkpoint(tmp_path, 6), 6, {"top1": 1.0})
+    consider(best, checkpoint(tmp_path, 6), 6, {"top1": 1.0})
     assert kept(tmp_path) == 6
     (tmp_path / "checkpoints" / "ft_best.pyth").unlink()  # by its user, to whom the next one belongs
-    best.consider(checkpoint(tmp_path, 7), 7, {"top1": 0.5})
+    consider(best, checkpoint(tmp_path, 7), 7, {"top1": 0.5})
     assert kept(tmp_path) == 7
-    assert best.consider(checkpoint(tmp_path, 8), 8, {"zero_predictor": 0.5}) is None and kept(tmp_path) == 7
+    consider(best, checkpoint(tmp_path, 8), 8, {"zero_predictor": 0.5})
+    assert kept(tmp_path) == 7
 
 
 def test_the_format_changes(tmp_path: Path) -> None:
     best = keeper(tmp_path, "ft")
-    best.consider(checkpoint(tmp_path, 1), 1, {"top1": 1.0})
-    best.consider(checkpoint(tmp_path, 2, sharded=True), 2, {"top1": 2.0})
+    consider(best, checkpoint(tmp_path, 1), 1, {"top1": 1.0})
+    consider(best, checkpoint(tmp_path, 2, sharded=True), 2, {"top1": 2.0})
     assert kept(tmp_path, ".dcp") == 2 and not (tmp_path / "checkpoints" / "ft_best.pyth").exists()
-    best.consider(checkpoint(tmp_path, 3), 3, {"top1": 3.0})
+    consider(best, checkpoint(tmp_path, 3), 3, {"top1": 3.0})
     assert kept(tmp_path) == 3 and not (tmp_path / "checkpoints" / "ft_best.dcp").exists()
 
 
 def test_a_checkpoint_without_a_checksum(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, 1)
     checksum_path(path).unlink()  # killed between the two renames
-    keeper(tmp_path, "ft").consider(path, 1, {"top1": 1.0})
+    consider(keeper(tmp_path, "ft"), path, 1, {"top1": 1.0})
     assert kept(tmp_path) == 1
 
 
