@@ -8,7 +8,6 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.hub import HASH_REGEX
 from torchvision.models import get_weight
 
-from maskfeat.checkpoint.download import download, is_url
+from maskfeat.checkpoint.download import download, fetch, is_url
 from maskfeat.checkpoint.limits import MAX_DEPTH, RefusedFile, check_file
 from maskfeat.config.yaml_io import Entry, parse_entries
 from maskfeat.errors import UserError
@@ -39,21 +38,19 @@ _TORCHVISION = re.compile(r"\w+_Weights\.\w+")
 
 
 def _torchvision_file(name: str) -> Path:
-    """Return the file of torchvision's weights `name`: cached in TORCH_HOME, else downloaded and checked by hash."""
+    """Return the file of torchvision's weights `name`: of torchvision's cache, else fetched and checked by hash."""
     try:
         url = get_weight(name).url
     except (ValueError, AttributeError, KeyError) as error:
         raise UserError(f"torchvision knows no weights {name}: {_KEYS}") from error
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    if not path.exists():
-        expected = HASH_REGEX.search(path.name)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), expected and expected.group(1), progress=False)
-        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: another hash than its name says
-            cause = getattr(error, "reason", None) or error
-            raise UserError(f"{name} could not be fetched from {url} to {path.parent}: {cause}") from error
-    return path
+    if path.exists():
+        return path
+    expected = HASH_REGEX.search(path.name)
+    try:
+        return fetch(url, digest=expected.group(1) if expected else "")
+    except (OSError, UserError) as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def is_torchvision_name(given: str) -> bool:

@@ -111,7 +111,7 @@ def _test(cfg: CfgNode) -> None:
     # ours: of validation and test, as TRAIN.MIXED_PRECISION is of training; False: in float32, as published
     cfg.TEST.MIXED_PRECISION = False
     # weights to test; "" = the newest in OUTPUT_DIR (published accuracies may be those of the best epoch, which
-    # TRAIN.KEEP_BEST keeps)
+    # TRAIN.KEEP_BEST keeps), or else TRAIN.CHECKPOINT_FILE_PATH, with a warning
     cfg.TEST.CHECKPOINT_FILE_PATH = ""
     cfg.TEST.CHECKPOINT_TYPE = "pytorch"  # only "pytorch"
     cfg.TEST.NUM_ENSEMBLE_VIEWS = 10  # clips per video, evenly spaced
@@ -177,7 +177,7 @@ def _aug(cfg: CfgNode) -> None:
     cfg.AUG.NUM_SAMPLE = 1  # differently augmented copies of each sample in a batch
     # ours: repeated augmentation: copies of a sample within the same batch size; an epoch shows 1 / REPEATS of the data
     cfg.AUG.REPEATS = 1
-    cfg.AUG.COLOR_JITTER = 0.4  # strength of colour jitter; used where AUG.AA_TYPE is ""
+    cfg.AUG.COLOR_JITTER = 0.4  # strength of colour jitter of images; used where AUG.AA_TYPE is ""
     cfg.AUG.AA_TYPE = "rand-m9-mstd0.5-inc1"  # timm's RandAugment policy, or torchvision's ("ra_6_10"), or ""
     cfg.AUG.INTERPOLATION = "bicubic"  # of RandAugment and image crops
     cfg.AUG.RE_PROB = 0.25  # random erasing: probability, 0 .. 1
@@ -189,7 +189,7 @@ def _aug(cfg: CfgNode) -> None:
     cfg.AUG.MASK_FRAMES = False  # ... or whole frames; neither = cubes
     cfg.AUG.MASK_WINDOW_SIZE = [8, 7, 7]  # (t, h, w) grid on which video masks are drawn
     cfg.AUG.MASK_RATIO = 0.0  # share of patches hidden, 0 .. 1; at 0 nothing is learned (a control)
-    cfg.AUG.MAX_MASK_PATCHES_PER_BLOCK = None  # image masks: patches per block at most; None = no limit
+    cfg.AUG.MAX_MASK_PATCHES_PER_BLOCK = None  # patches of a block, or of a cube in one frame, at most; None = no limit
 
 
 def _model(cfg: CfgNode) -> None:

@@ -78,6 +78,7 @@ def _combinations(cfg: CfgNode) -> Iterator[str]:
     yield from _several_labels(cfg)
     yield from backbone_spec(cfg).check(cfg)
     yield from _schedule(cfg)
+    yield from _best(cfg)
     yield from _objective(cfg)
 
 
@@ -213,6 +214,12 @@ def _schedule(cfg: CfgNode) -> Iterator[str]:
             f"SOLVER.CLIP_GRAD_VAL or SOLVER.CLIP_GRAD_L2NORM must be None; given {solver.CLIP_GRAD_VAL:g} and "
             f"{solver.CLIP_GRAD_L2NORM:g}"
         )
+    sgd = solver.OPTIMIZING_METHOD == "sgd"
+    if sgd and solver.NESTEROV and (not solver.MOMENTUM or solver.DAMPENING):
+        yield (
+            "SOLVER.NESTEROV must be False where SOLVER.MOMENTUM is 0 or SOLVER.DAMPENING above 0; given True, "
+            f"{solver.MOMENTUM:g} and {solver.DAMPENING:g}"
+        )
     if cosine and solver.COSINE_END_LR > solver.BASE_LR:
         yield (
             f"SOLVER.COSINE_END_LR must be at most SOLVER.BASE_LR ({solver.BASE_LR:g}); given {solver.COSINE_END_LR:g}"
@@ -226,6 +233,17 @@ def _schedule(cfg: CfgNode) -> Iterator[str]:
         )
     elif solver.STEPS[0] != 0 or sorted(set(solver.STEPS)) != solver.STEPS:
         yield f"SOLVER.STEPS must start at 0 and ascend; given {solver.STEPS}"
+
+
+def _best(cfg: CfgNode) -> Iterator[str]:
+    """Yield problems of keeping the best checkpoint where nothing is validated."""
+    period, last = cfg.TRAIN.EVAL_PERIOD, cfg.SOLVER.MAX_EPOCH
+    validated = period and (period <= last or objective_spec(cfg).classifies)
+    if cfg.TRAIN.ENABLE and cfg.TRAIN.KEEP_BEST and not validated:
+        yield (
+            f"TRAIN.KEEP_BEST must be False where nothing is validated: TRAIN.EVAL_PERIOD is {period}, and "
+            f"SOLVER.MAX_EPOCH {last}; given True"
+        )
 
 
 def _objective(cfg: CfgNode) -> Iterator[str]:

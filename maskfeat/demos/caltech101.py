@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return layout_command(
         prepare,
         f"the official caltech-101.zip or {_INNER}, or a tar or folder of train/<class>/ and val/<class>/",
+        "data/caltech101",
         "Lay out Caltech-101 as folders: DIR gets all/ with train/ and val/, few/ with five labelled training "
         "photographs of each class, and all_tuning/ and few_tuning/, with a part of the training set as val/.",
         argv,

@@ -164,6 +164,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         prepare,
         f"the official binary archive ({ARCHIVE}), or a folder with it, or a folder with train.zip and test.zip "
         "(train/<class>/<image>)",
+        "data/cifar10",
         "Lay out CIFAR-10 as folders: DIR gets all/ and tenth/, each with train/ and val/. tenth/ has one in ten "
         "labelled training images, both have all test images as val/.",
         argv,

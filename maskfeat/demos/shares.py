@@ -141,17 +141,22 @@ def write_list_shares(
 
 
 def layout_command(
-    prepare: Callable[[str, str], object], source: str, description: str, argv: Sequence[str] | None, prog: str | None
+    prepare: Callable[[str, str], object],
+    source: str,
+    folder: str,
+    description: str,
+    argv: Sequence[str] | None,
+    prog: str | None,
 ) -> int:
     """Lay out a data set as the command line says; return the exit code.
 
     Args:
         prepare: lays out what the first path names in the folder that the second one names.
-        source, description: what is laid out, and how, for the help.
+        source, folder, description: what is laid out, where the recipes look for it, and how, for the help.
         argv: the command line; None = sys.argv.
         prog: name of the command in its help.
     """
-    example = "example: %(prog)s downloads data/cifar10 (or data/caltech101: where the recipes look)"
+    example = f"example: %(prog)s downloads {folder} (where the recipes look)"
     parser = argparse.ArgumentParser(prog=prog, description=description, epilog=example, allow_abbrev=False)
     parser.add_argument("source", metavar="SOURCE", help=source)
     parser.add_argument("output", metavar="DIR", help="folder to write")

@@ -244,6 +244,8 @@ def find_source(cfg: CfgNode) -> CheckpointSource:
         logger.warning("%s is there, but TRAIN.AUTO_RESUME is False: it will be overwritten eventually", found)
     given = cfg.TRAIN.CHECKPOINT_FILE_PATH or _pretrained(cfg)
     if not given:
+        if objective_spec(cfg).classifies:
+            logger.info("no TRAIN.CHECKPOINT_FILE_PATH is given: training starts from random weights")
         return CheckpointSource()
     content = read_verified_checkpoint(given)
     averaged = cfg.TRAIN.CHECKPOINT_AVERAGE

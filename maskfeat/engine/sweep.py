@@ -325,8 +325,8 @@ def _parser(prog: str | None) -> ConfigParser:
         prog=prog,
         description="Run a recipe with several values of some keys, each run in a folder of OUTPUT_DIR that is named "
         "by what differs. The same command again leaves out what is done, and resumes what was interrupted.",
-        epilog="example: %(prog)s --cfg masked_ssl/in1k_VIT_B_MaskFeat_PT OUTPUT_DIR runs/lr NUM_GPUS 1 "
-        "SOLVER.BASE_LR=1e-4,2e-4 AUG.MASK_RATIO=0.4,0.6 --local 2",
+        epilog="example: %(prog)s --cfg masked_ssl/in1k_VIT_B_MaskFeat_PT DATA.PATH_TO_DATA_DIR /data/imagenet "
+        "OUTPUT_DIR runs/lr NUM_GPUS 1 SOLVER.BASE_LR=1e-4,2e-4 AUG.MASK_RATIO=0.4,0.6 --local 2",
         allow_abbrev=False,
     )
     how = parser.add_mutually_exclusive_group()

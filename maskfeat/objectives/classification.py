@@ -162,6 +162,8 @@ def _check(cfg: CfgNode) -> Iterator[str]:
             "MODEL.LOSS_FUNC must be 'soft_cross_entropy' or 'bce_logit' where MIXUP.ENABLE is True; "
             f"given {cfg.MODEL.LOSS_FUNC!r}"
         )
+    if cfg.MIXUP.ENABLE and cfg.MIXUP.ALPHA <= 0 and cfg.MIXUP.CUTMIX_ALPHA <= 0:
+        yield "MIXUP.ALPHA or MIXUP.CUTMIX_ALPHA must be above 0 where MIXUP.ENABLE is True; given 0 and 0"
 
 
 def build_classification(cfg: CfgNode, backbone: Backbone) -> Classification:

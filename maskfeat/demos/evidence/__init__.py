@@ -142,7 +142,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         runs = Runs(suite, args.budget, args.output, data, tuple(args.opts), published)
         if args.seeds < 1:
             raise UserError(f"--seeds is {args.seeds}, expected at least 1")
-        figure_type()  # a missing package is reported now, not after hours of training
+        if not args.only_data:
+            figure_type()  # a missing package is reported now, not after hours of training
         if args.data is None or args.suite != "shapes":
             make_data(args.suite, data, args.source)
         if args.only_data:
