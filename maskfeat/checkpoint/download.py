@@ -81,16 +81,16 @@ def download(url: str) -> Path:
     """Return the path of a URL's file, downloading it unless it is in the cache, or another process downloads it.
 
     Raises:
-        UserError: if it cannot be fetched or is larger than MAX_BYTES.
-        OSError: if the cache cannot be written.
+        UserError: it cannot be fetched, is larger than MAX_BYTES, or the cache cannot be written.
     """
     path = cached_path(url)
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(path.with_name(f".{path.name}.lock"), url):
-        if not path.is_file():
-            _download(url, path)
+    with naming(f"{url} could not be fetched to {path.parent} (below TORCH_HOME)"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(path.with_name(f".{path.name}.lock"), url):
+            if not path.is_file():
+                _download(url, path)
     return path
 
 

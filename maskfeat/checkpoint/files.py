@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 AVERAGE = "ema_state"
 """Key of the exponential moving average of the weights (TRAIN.EMA) in a checkpoint."""
 WHOLE, SHARDED = ".pyth", sharded.SUFFIX
+SUPERSEDED = "superseded"
+"""Folder in OUTPUT_DIR/checkpoints for those of a course of the run that was given up."""
 _NEWEST_KEPT = 2  # with TRAIN.KEEP_CHECKPOINTS 0: these are kept even if they were saved within an epoch
 
 
@@ -163,8 +165,7 @@ def prune_checkpoints(output_dir: str | Path, task: str, newest: Position, keep:
     """Delete old checkpoints of a run, and temporary files of processes that were killed.
 
     Args:
-        newest: position of the checkpoint just saved. Those at later positions belong to a run that went on from an
-            earlier one, and are kept.
+        newest: position of the checkpoint just saved; those at later positions are kept, see `set_aside_others`.
         keep: how many to keep; 0 = all at the end of an epoch, and those within an epoch among the newest two.
     """
     past = [(position, path) for position, path in _with_positions(output_dir, task) if position <= newest]
@@ -176,6 +177,37 @@ def prune_checkpoints(output_dir: str | Path, task: str, newest: Position, keep:
         name = re.fullmatch(r"\.(.+?)(?:\.sha256)?\.(?:partial|old)", path.name)
         if name is not None and _position_of(path.with_name(name[1]), task):
             _delete(path)
+
+
+def set_aside_others(saved: Path, task: str) -> Path | None:
+    """Move the checkpoints of another course of this task out of the way of the one just saved.
+
+    These are at later positions, where a run has gone back or started over, or at the same one in the other format. A
+    run that resumed would go on from them.
+
+    Returns:
+        the folder in which they are now; None = there were none.
+
+    Raises:
+        OSError: one cannot be moved.
+    """
+    position = _position_of(saved, task)
+    assert position is not None
+    others = [
+        path for at, path in _with_positions(saved.parent.parent, task) if at >= position and path.name != saved.name
+    ]
+    if not others:
+        return None
+    folder, number = saved.parent / SUPERSEDED, 1
+    while any((folder / path.name).exists() for path in others):
+        number += 1
+        folder = saved.parent / f"{SUPERSEDED}_{number}"
+    folder.mkdir(exist_ok=True)
+    for path in others:
+        for moved in (checksum_path(path), path):
+            if moved.exists():
+                os.rename(moved, folder / moved.name)
+    return folder
 
 
 def _delete(path: Path) -> None:

@@ -49,7 +49,7 @@ def _torchvision_file(name: str) -> Path:
     expected = HASH_REGEX.search(path.name)
     try:
         return fetch(url, digest=expected.group(1) if expected else "")
-    except (OSError, UserError) as error:
+    except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
 

@@ -90,6 +90,20 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
+def all_reduce_sum_on_cpu(value: Tensor) -> Tensor:
+    """Return the sum of `value` over all ranks, on the CPU. Blocks: not for the training loop.
+
+    A rank that has left is an error at once, where NCCL would wait for it.
+
+    Args:
+        value: Tensor of any shape, of the same shape and dtype on every rank.
+    """
+    value = value.cpu()
+    if dist.is_initialized():
+        dist.all_reduce(value, group=_cpu_group)
+    return value
+
+
 def all_gather_object(value: Any) -> list[Any]:
     """Return the picklable `value` of every rank, in the order of ranks. Blocks: not for the training loop."""
     if not dist.is_initialized():

@@ -134,7 +134,9 @@ class HangWatchdog:
                 "number": number,
                 "steps": self._steps,
                 "activity": self._activity,
-                "idle": time.monotonic() - self._last_progress(),
+                # Rank 0 answers for all. The others speak for themselves: they would hand back to it what they have
+                # heard from it, each time a little later, and no hang would be as long as it is.
+                "idle": time.monotonic() - (self._last_progress() if self._world.is_main else self._progressed),
                 "stop": self._stop.reason,
                 "all_know_of_stop": self._world.is_main and self._all_know_of_stop(),
                 "stack": self._stack(),

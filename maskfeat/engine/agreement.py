@@ -39,21 +39,26 @@ def check_same_config(cfg: CfgNode) -> None:
     _check_same("config", shared, "start every machine with the same command")
 
 
-def check_same_samples(split: str, loader: BatchLoader) -> None:
+def check_same_samples(split: str, loader: BatchLoader | None) -> None:
     """Check that all processes have found the same number of samples, with the same labels; collective.
+
+    Args:
+        loader: of the split; None = this process has found none.
 
     Raises:
         UserError: on every rank.
     """
     if world_size() == 1:
         return
-    labels = hashlib.sha256(repr(list(loader.labels)).encode()).hexdigest()
-    found: dict[str, object] = {
-        "samples": len(loader.labels),
-        "samples of a process in a step": loader.batch_size,
-        **{f"class {name}": number for number, name in enumerate(loader.classes or ())},
-        "labels, as a hash": labels[:12],
-    }
+    found: dict[str, object] = {"samples": 0}
+    if loader is not None:
+        labels = hashlib.sha256(repr(list(loader.labels)).encode()).hexdigest()
+        found = {
+            "samples": len(loader.labels),
+            "samples of a process in a step": loader.batch_size,
+            **{f"class {name}": number for number, name in enumerate(loader.classes or ())},
+            "labels, as a hash": labels[:12],
+        }
     _check_same(f"samples of {split}", found, "complete the copies of the data set, see DATA.PATH_TO_DATA_DIR")
 
 

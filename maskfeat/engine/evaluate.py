@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskfeat.batch import Batch
 from maskfeat.data.loader import BatchLoader
-from maskfeat.distributed.collectives import all_gather_object, all_reduce_sum, run_on_main
+from maskfeat.distributed.collectives import all_gather_object, all_reduce_sum_on_cpu, run_on_main
 from maskfeat.engine import multi_label
 from maskfeat.engine.metrics_log import MetricWindow
 from maskfeat.engine.parallelize import autocast
@@ -157,7 +157,7 @@ def multi_view_test(
         heartbeat(f"testing, step {step + 1}")
     if scores is None:  # no batch was left for this rank
         scores = torch.zeros(len(labels), objective.num_classes, device=device)
-    scores, unreadable = all_reduce_sum(scores).cpu(), all_reduce_sum(unreadable).cpu()
+    scores, unreadable = all_reduce_sum_on_cpu(scores), all_reduce_sum_on_cpu(unreadable)
     broken = (~scores.isfinite().all(dim=1)).nonzero().flatten().tolist()
     if broken:
         raise NotFinite(f"{_describe('scores', broken, loader, precision)}: the test has no result")

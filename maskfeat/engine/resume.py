@@ -178,18 +178,21 @@ class CheckpointSource:
                 f"restore the keys of the model, or start a new run in another OUTPUT_DIR than {cfg.OUTPUT_DIR}"
             )
 
-    def restore(self, trainer: Trainer, steps: int, samples_per_step: int) -> None:
+    def restore(self, trainer: Trainer, steps: int, samples_per_step: int) -> bool:
         """Restore optimizer, average and position of `trainer`, where this is a checkpoint to resume from.
 
         Args:
             steps: of an epoch of this run.
             samples_per_step: of this run, of all processes together.
 
+        Returns:
+            whether the position is that of the checkpoint, and not one step count translated into another.
+
         Raises:
             UserError: the checkpoint lacks a part of the state, or it belongs to another model.
         """
         if not self.resumes:
-            return
+            return False
         try:
             if Path(self.path).suffix == SHARDED:
                 load_training(self.path, trainer.objective, trainer.optimizer)
@@ -204,9 +207,11 @@ class CheckpointSource:
             ) from error
         except UserError as error:
             raise about(self.path, error) from error
-        if trainer.position.step:
-            trainer.position = self._in_these_steps(trainer.position, steps, samples_per_step)
+        saved = trainer.position
+        if saved.step:
+            trainer.position = self._in_these_steps(saved, steps, samples_per_step)
         logger.info("resumed from %s, after %s", self.path, trainer.position)
+        return trainer.position == saved
 
     def _in_these_steps(self, position: Position, steps: int, samples_per_step: int) -> Position:
         """Return the same place in the epoch where the number of samples per step has changed since it was saved."""
@@ -241,7 +246,9 @@ def find_source(cfg: CfgNode) -> CheckpointSource:
     if found is not None:
         if cfg.TRAIN.AUTO_RESUME:
             return _resumed(cfg, CheckpointSource(found, open_checkpoint(found), resumes=True))
-        logger.warning("%s is there, but TRAIN.AUTO_RESUME is False: it will be overwritten eventually", found)
+        logger.warning(
+            "%s is there, but TRAIN.AUTO_RESUME is False: this run starts over, and moves it away when it saves", found
+        )
     given = cfg.TRAIN.CHECKPOINT_FILE_PATH or _pretrained(cfg)
     if not given:
         if objective_spec(cfg).classifies:

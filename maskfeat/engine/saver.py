@@ -15,6 +15,7 @@ from maskfeat.checkpoint.files import (
     checkpoint_path,
     prune_checkpoints,
     save_checkpoint,
+    set_aside_others,
 )
 from maskfeat.checkpoint.reading import CLASSES
 from maskfeat.checkpoint.sharded import SaveHandle, save_sharded, training_tensors
@@ -31,18 +32,23 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Write the checkpoints of a run. Every rank calls its methods, in the same order.
 
-    Used as a context manager, it waits for a checkpoint that is still being written when the run is preempted.
+    Used as a context manager, it waits for a checkpoint that is still being written when the run is preempted, or ends
+    because losses or weights are not finite.
 
     Args:
         cfg: TRAIN.CHECKPOINT_*, TRAIN.KEEP_CHECKPOINTS, TRAIN.KEEP_BEST, OUTPUT_DIR and TASK.
-        trainer: what is saved. Its position now, where the run begins or resumes, needs no saving.
+        trainer: what is saved.
         classes: names of a classifier's classes, by which a test numbers them; None = not known.
+        saved: whether OUTPUT_DIR has a checkpoint of the trainer's position now.
     """
 
-    def __init__(self, cfg: CfgNode, trainer: Trainer, classes: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, cfg: CfgNode, trainer: Trainer, classes: Sequence[str] | None = None, saved: bool = False
+    ) -> None:
         self._cfg, self._trainer = cfg, trainer
         self._classes = {} if classes is None else {CLASSES: list(classes)}
-        self._saved, self._at = trainer.position, time.monotonic()
+        self._saved = trainer.position if saved else None
+        self._at = time.monotonic()
         self._count = 0  # calls of `save`, the same on every rank
         self._sharded = cfg.TRAIN.CHECKPOINT_FORMAT == "sharded"
         self._suffix = SHARDED if self._sharded else WHOLE
@@ -54,7 +60,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, Preempted):
+        if isinstance(error, Preempted | NotFinite):  # which all ranks meet
             self.finish()
 
     @property
@@ -137,7 +143,8 @@ class Saver:
     def _keep(self, values: Mapping[str, float]) -> None:
         position = self._trainer.position
         epochs = position.epochs + bool(position.step)
-        found = [path for end in (WHOLE, SHARDED) if (path := self._path(position, end)).exists()]
+        other = WHOLE if self._sharded else SHARDED  # of a run that resumes in another format
+        found = [path for end in (self._suffix, other) if (path := self._path(position, end)).exists()]
         if position != self._saved or not found:
             logger.error("NOT KEPT: the checkpoint after epoch %d could not be written", epochs)
             return
@@ -178,6 +185,13 @@ class Saver:
         if self._trainer.world.is_main:
             logger.info("saved %s", self._path(position))
             try:
+                aside = set_aside_others(self._path(position), cfg.TASK)
+                if aside is not None:
+                    logger.warning(
+                        "checkpoints of another course of this run, which come after it, are now in %s: delete them if "
+                        "they are not wanted",
+                        aside,
+                    )
                 prune_checkpoints(cfg.OUTPUT_DIR, cfg.TASK, position, cfg.TRAIN.KEEP_CHECKPOINTS)
             except OSError as error:
-                logger.warning("an old checkpoint was not deleted: %s", error)
+                logger.warning("an old checkpoint was not deleted or moved: %s", error)

@@ -70,22 +70,23 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
     try:
         if epochs:
             val_loader = build_loader(cfg, "val", world, device=device, classes=loader.classes)
-            check_same_samples("val", val_loader)
     except NoValidation as error:
         epochs = []
         logger.info("nothing is validated, TRAIN.EVAL_PERIOD has no effect: %s", error)
+    check_same_samples("val", val_loader)
     announce_data(cfg, objective.classifies, {"train": loader} | ({"val": val_loader} if val_loader else {}))
     warning = missing_classes("train", loader.dataset, cfg.MODEL.NUM_CLASSES) if objective.classifies else ""
     if warning and world.is_main:
         logger.warning(warning)
     source.load_weights(cfg, objective)
     trainer = build_trainer(cfg, device, world, objective)
-    source.restore(trainer, len(loader), loader.batch_size * world.size)
+    as_saved = source.restore(trainer, len(loader), loader.batch_size * world.size)
     session.metrics_log.begin(trainer.position.epochs * len(loader) + trainer.position.step)
     if world.is_main:
         # Not earlier: a run that is refused leaves the folder of another one as it was.
         save_config(command_line.path, command_line.opts, cfg, cfg.OUTPUT_DIR)
-    saver = Saver(cfg, trainer, loader.classes if objective.classifies else None)
+    classes = loader.classes if objective.classifies else None
+    saver = Saver(cfg, trainer, classes, saved=as_saved and source.is_of(cfg))
     validator = Validator(
         trainer,
         val_loader,

@@ -30,6 +30,7 @@ from maskfeat.checkpoint.files import (
     prune_checkpoints,
     read_verified_checkpoint,
     save_checkpoint,
+    set_aside_others,
     verify_checkpoint,
 )
 from maskfeat.checkpoint.reading import model_state, read_checkpoint, trained_model
@@ -277,6 +278,32 @@ def test_damaged_ones_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureF
         latest_checkpoint(tmp_path, "", "MViT")
 
 
+def test_checkpoints_of_another_course_are_set_aside(tmp_path: Path) -> None:
+    """A run that has gone back, or changed the number of samples of a step, would resume from them."""
+    for at in ((1, 0), (2, 0), (2, 9), (3, 0)):
+        save_checkpoint(checkpoint_path(tmp_path, "", Position(*at)), CONTENT)
+    other_task = checkpoint_path(tmp_path, "ft", Position(9))
+    save_checkpoint(other_task, CONTENT)
+    sharded = checkpoint_path(tmp_path, "", Position(2, 4), ".dcp")
+    (sharded / "__0_0.distcp").mkdir(parents=True)
+    for again in (1, 2):
+        saved = checkpoint_path(tmp_path, "", Position(2, 4))
+        save_checkpoint(saved, CONTENT)
+        folder = set_aside_others(saved, "")
+        assert folder is not None and folder.name == ("superseded" if again == 1 else "superseded_2")
+        moved = ["checkpoint_epoch_00002_step_000009.pyth", "checkpoint_epoch_00003.pyth"]
+        names = sorted(path.name for path in folder.iterdir())
+        first = ["checkpoint_epoch_00002_step_000004.dcp"] if again == 1 else []
+        assert names == sorted([*first, *moved, *(f"{name}.sha256" for name in moved)])
+        for name in moved:
+            verify_checkpoint(folder / name)
+        assert latest_checkpoint(tmp_path, "", "MViT") == saved and len(find_checkpoints(tmp_path, "")) == 3
+        assert set_aside_others(saved, "") is None, "once"
+        for at in ((2, 9), (3, 0)):
+            save_checkpoint(checkpoint_path(tmp_path, "", Position(*at)), CONTENT)
+    assert other_task.exists()
+
+
 @pytest.mark.parametrize(
     "keep, left",
     [
@@ -287,7 +314,7 @@ def test_damaged_ones_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureF
     ],
 )
 def test_the_newest_are_kept(keep: int, left: list[tuple[int, int]], tmp_path: Path) -> None:
-    """Those after the one that was saved are of another course of the run."""
+    """Those after the one that was saved are not touched here."""
     for at in ((1, 0), (1, 5), (2, 0), (2, 9), (3, 0), (4, 0)):
         save_checkpoint(checkpoint_path(tmp_path, "", Position(*at)), CONTENT)
     other = checkpoint_path(tmp_path, "ft", Position(1))

@@ -1,6 +1,7 @@
 """Processes that were given different configs or data say so, instead of training on wrong labels or waiting."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ from maskfeat.distributed.launch import launch
 from maskfeat.distributed.world import World
 from maskfeat.engine.run import work
 from maskfeat.engine.setup import CommandLine
-from tests.small import RECIPES, VIT_FT, images
+from tests.small import RECIPES, VIT_FT, VIT_PT, images
 from tests.worker import json_stats
 
-FT = RECIPES / "in1k_VIT_B_MaskFeat_FT.yaml"
+FT, PT = (RECIPES / f"in1k_VIT_B_MaskFeat_{kind}.yaml" for kind in ("FT", "PT"))
 
 
 def second_differs(world: World, init_method: str, cfg: CfgNode, given: CommandLine, changes: list[object]) -> int:
@@ -28,10 +29,12 @@ def second_differs(world: World, init_method: str, cfg: CfgNode, given: CommandL
     return work(world, init_method, cfg, given)
 
 
-def run(data: Path, output: Path, *changes: object) -> tuple[int, str]:
+def run(
+    data: Path, output: Path, *changes: object, recipe: Path = FT, small: Sequence[str] = VIT_FT
+) -> tuple[int, str]:
     """Exit code and log of two processes."""
-    opts = [*VIT_FT, *images(data), "SOLVER.MAX_EPOCH", "1", "NUM_GPUS", "2", "DIST_BACKEND", "gloo"]
-    cfg = load_config(FT, [*opts, "TEST.ENABLE", "False", "OUTPUT_DIR", str(output)])
+    opts = [*small, *images(data), "SOLVER.MAX_EPOCH", "1", "NUM_GPUS", "2", "DIST_BACKEND", "gloo"]
+    cfg = load_config(recipe, [*opts, "TEST.ENABLE", "False", "OUTPUT_DIR", str(output)])
     code = launch(second_differs, (cfg, CommandLine("", ()), list(changes)), processes=2)
     return code, (output / "stdout.log").read_text()
 
@@ -53,6 +56,18 @@ def test_copies_that_differ(image_data: Path, tmp_path: Path) -> None:
     assert "DATA.PATH_TO_DATA_DIR" in said and not json_stats(tmp_path / "out2", "train_iter")
     code, said = run(image_data, tmp_path / "out3", "DATA.PATH_TO_DATA_DIR", str(short))
     assert code == 2 and "samples 40 and 39" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_copy_without_a_validation_set(image_data: Path, tmp_path: Path) -> None:
+    """Pre-training does without one, if all processes do."""
+    shutil.copytree(image_data / "train", tmp_path / "lacking" / "train")
+    opts = ["DATA.PATH_TO_DATA_DIR", str(tmp_path / "lacking")]
+    small = [*VIT_PT, "TRAIN.EVAL_PERIOD", "1"]
+    code, said = run(image_data, tmp_path / "out", *opts, recipe=PT, small=small)
+    assert code == 2 and "not have the same samples of val" in said and "samples 16 and 0" in said, said
+    code, said = run(tmp_path / "lacking", tmp_path / "none", recipe=PT, small=small)
+    assert code == 0 and "nothing is validated" in said
 
 
 @pytest.mark.slow
