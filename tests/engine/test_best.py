@@ -203,7 +203,8 @@ def test_what_cannot_be_kept_is_said(
     from maskfeat.engine.saver import Saver
     from maskfeat.engine.trainer import build_trainer
 
-    cfg = load_config(PT, [*VIT_PT, "TRAIN.KEEP_BEST", "True", "TASK", "ft", "OUTPUT_DIR", str(tmp_path)])
+    opts = ["TRAIN.KEEP_BEST", "True", "TRAIN.EVAL_PERIOD", "1", "TASK", "ft", "OUTPUT_DIR", str(tmp_path)]
+    cfg = load_config(PT, [*VIT_PT, *opts])
     trainer = build_trainer(cfg, torch.device("cpu"))
     saver = Saver(cfg, trainer)
     trainer.position = Position(1)
