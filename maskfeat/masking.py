@@ -33,6 +33,11 @@ def _rectangle(area: float, min_aspect: float, rng: np.random.Generator) -> tupl
     return round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
 
 
+def smallest_block(num_hidden: int) -> int:
+    """Return the number of patches of the smallest block of a mask that hides `num_hidden`."""
+    return max(1, num_hidden // _SMALLEST)
+
+
 def block_mask(
     grid: tuple[int, int],
     num_hidden: int,
@@ -57,7 +62,7 @@ def block_mask(
         (H, W) bool with at most `num_hidden` True.
     """
     height, width = grid
-    smallest = max(1, num_hidden // _SMALLEST) if min_block is None else min_block
+    smallest = smallest_block(num_hidden) if min_block is None else min_block
     hidden = np.zeros(grid, dtype=bool)
     count = 0
     while count < num_hidden:

@@ -11,6 +11,7 @@ import torch
 from timm.layers import DropPath, make_divisible
 from torch import Tensor, nn
 
+from maskfeat.errors import UserError
 from maskfeat.models.attention import PoolingAttention
 from maskfeat.models.base import (
     CLASSIFIER,
@@ -160,7 +161,15 @@ class MultiScaleBlock(nn.Module):
             # Without a stride in time, frames are pooled as images: MaxPool2d is fast for channels-last input.
             stride = plan.stride_q[1:] if len(grid) == 3 and plan.stride_q[0] == 1 else plan.stride_q
             skip_kernel = tuple(s + 1 if s > 1 else s for s in stride)
-            self.pool_skip = MAX_POOL[len(stride)](skip_kernel, stride, tuple(k // 2 for k in skip_kernel))
+            padding = tuple(k // 2 for k in skip_kernel)
+            self.pool_skip = MAX_POOL[len(stride)](skip_kernel, stride, padding)
+            pooled = conv_grid(grid[-len(stride) :], skip_kernel, stride, padding)
+            if pooled != self.grid_out[-len(stride) :]:
+                raise UserError(
+                    f"a block whose queries have the stride {tuple(plan.stride_q)} and the pooling kernel "
+                    f"{tuple(kernel)} has {self.grid_out} of {self.grid} tokens and pools its input to {pooled}: see "
+                    "MVIT.POOL_Q_STRIDE and MVIT.POOL_KVQ_KERNEL (kernels of 3 and strides of 1 and 2 agree)"
+                )
 
     def _skip(self, x: Tensor) -> Tensor:
         """Return the residual input, max-pooled over the grid if the queries are strided; not so the class token."""
@@ -237,8 +246,9 @@ class MViT(nn.Module):
         self.stem_grid = conv_grid(clip_size, kernel, stride, padding)
         self.supports_hidden = maskable
         self.cls_token = token_parameter(1, 1, width) if class_token else None
-        self.mask_token = token_parameter(1, 1, width) if maskable else None
         self._add_positions(position, width, class_token)
+        # After the positions, as in published files: states of optimizers know parameters by their order alone.
+        self.mask_token = token_parameter(1, 1, width) if maskable else None
         self.dropout = nn.Dropout(dropout)
         self.patch_embed = PatchStem(in_channels, width, kernel, stride, padding)
         strides = stride_q or {}, stride_kv or {}, stride_kv_adaptive

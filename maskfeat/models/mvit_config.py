@@ -205,11 +205,15 @@ def _widths(cfg: CfgNode) -> Iterator[str]:
 
 
 def _mask_grid(cfg: CfgNode) -> tuple[int, ...]:
-    """Images: the grid of patches. Clips: AUG.MASK_WINDOW_SIZE."""
+    """Images: the grid of the last block's tokens. Clips: AUG.MASK_WINDOW_SIZE."""
     if not cfg.MVIT.PATCH_2D:
         return tuple(cfg.AUG.MASK_WINDOW_SIZE)
     side = cfg.DATA.TRAIN_CROP_SIZE
-    grid = tuple(side // stride for stride in cfg.MVIT.PATCH_STRIDE)
+    pooled = [strides[-2:] for block, *strides in cfg.MVIT.POOL_Q_STRIDE if block < cfg.MVIT.DEPTH]
+    grid = tuple(
+        side // (stride * math.prod(strides[axis] for strides in pooled))
+        for axis, stride in enumerate(cfg.MVIT.PATCH_STRIDE)
+    )
     if math.prod(grid) == 0:
         raise UserError(f"DATA.TRAIN_CROP_SIZE {side} is smaller than a patch, MVIT.PATCH_STRIDE")
     return grid

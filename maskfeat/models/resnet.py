@@ -108,7 +108,6 @@ def _keys(cfg: CfgNode) -> None:
 _OTHERS: dict[str, object] = {
     "BN.USE_PRECISE_STATS": False,
     "BN.NORM_TYPE": "batchnorm",
-    "BN.WEIGHT_DECAY": 0.0,
     "MODEL.DROPCONNECT_RATE": 0.0,
     "RESNET.NUM_GROUPS": 1,
     "RESNET.WIDTH_PER_GROUP": 64,
@@ -124,6 +123,12 @@ def _check(cfg: CfgNode) -> Iterator[str]:
         given = lookup(cfg, key)
         if given is not None and given != only:
             yield f"{key} {given!r} is not supported for MODEL.ARCH 'resnet'; the only value is {only!r}"
+    decay = 0.0 if cfg.SOLVER.ZERO_WD_1D_PARAM else cfg.SOLVER.WEIGHT_DECAY
+    if lookup(cfg, "BN.WEIGHT_DECAY") not in (None, decay):
+        yield (
+            f"BN.WEIGHT_DECAY must be {decay:g}, as SOLVER.WEIGHT_DECAY and SOLVER.ZERO_WD_1D_PARAM "
+            f"{cfg.SOLVER.ZERO_WD_1D_PARAM} make it; given {lookup(cfg, 'BN.WEIGHT_DECAY')!r}"
+        )
     if cfg.MODEL.ACT_CHECKPOINT:
         yield (
             "MODEL.ACT_CHECKPOINT must be False for MODEL.ARCH 'resnet' (its batch norms would count a batch twice); "

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from maskfeat.batch import Batch, StepOutput
 from maskfeat.checkpoint.names import unwrapped
 from maskfeat.checkpoint.weights import ReleasedModule
-from maskfeat.masking import MaskSampler, mask_sampler
+from maskfeat.masking import MaskSampler, mask_sampler, smallest_block
 from maskfeat.models.base import Backbone
 from maskfeat.pictures import Row
 from maskfeat.registry import backbone_spec
@@ -111,6 +111,12 @@ def _check_mask_grid(cfg: CfgNode, grid: Sequence[int]) -> Iterator[str]:
     if not round(ratio * math.prod(hidden_of)):
         what = "frames" if frames else "patches"
         yield f"AUG.MASK_RATIO {ratio:g} of {math.prod(hidden_of)} {what} hides none of them: raise it, or set it to 0"
+    smallest, largest = smallest_block(round(ratio * math.prod(grid))), cfg.AUG.MAX_MASK_PATCHES_PER_BLOCK
+    if len(grid) == 2 and largest is not None and largest < smallest:
+        yield (
+            f"AUG.MAX_MASK_PATCHES_PER_BLOCK must be at least {smallest}, a fifth of the patches to hide, or masks "
+            f"hide fewer than AUG.MASK_RATIO {ratio:g} says; given {largest}"
+        )
     if not frames and min(grid[-2:]) < 2:
         yield (
             f"masks are drawn on a grid of {' x '.join(map(str, grid))}, and blocks are smaller than it: nothing would "

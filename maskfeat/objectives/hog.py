@@ -76,7 +76,7 @@ def _rounds_to_half_turn(dtype: torch.dtype) -> float:
 
     The published bins are computed from that angle. Pi is itself rounded: pi - math.pi is sin(math.pi).
     """
-    rounded = torch.tensor(math.pi, dtype=dtype).item()
+    rounded = torch.tensor(math.pi, dtype=dtype, device="cpu").item()  # whatever the device of the moment is
     return torch.finfo(dtype).eps - (rounded - math.pi - math.sin(math.pi))
 
 

@@ -52,7 +52,8 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
             the parameters are sharded, each rank takes its shards.
 
     Raises:
-        UserError: the file has other parameter groups than this model, or those of another method.
+        UserError: the file has other parameter groups than this model, those of another method, or moments of other
+            shapes.
     """
     of_adamw = ["betas" in group for group in (state["param_groups"][0], optimizer.param_groups[0])]
     if of_adamw[0] != of_adamw[1]:
@@ -76,6 +77,15 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for theirs, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)
         for number, parameter in zip(theirs["params"], mine["params"], strict=True)
     }
+    for number, parameter in numbered.items():
+        for name, value in state["state"].get(number, {}).items():
+            # PyTorch compares no shapes, and its fused kernels would read and write beyond the end.
+            if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+                raise UserError(
+                    f"the optimizer state is that of another model: {name} of parameter {number} has the shape "
+                    f"{tuple(value.shape)}, and the parameter {tuple(parameter.shape)}. Start a new run in another "
+                    "OUTPUT_DIR, from the weights alone"
+                )
     cut = {
         number: {
             name: shard_like(value, numbered.get(number)) if torch.is_tensor(value) else value

@@ -69,6 +69,8 @@ WRONG = [
     (MVIT_FT, ["MVIT.HEAD_MUL", "[[3, 5]]"], ["block 3", "384", "5", "MVIT.HEAD_MUL"]),
     (MVIT_FT, ["MVIT.DIM_MUL", "[[3, 1.01]]"], ["block 3", "MVIT.DIM_MUL"]),
     (R50_FT, ["BN.USE_PRECISE_STATS", "True"], ["BN.USE_PRECISE_STATS True", "'resnet'", "only value is False"]),
+    (R50_FT, ["BN.WEIGHT_DECAY", "0.0"], ["BN.WEIGHT_DECAY must be 0.0", "SOLVER.ZERO_WD_1D_PARAM False"]),
+    (VIT_PT, ["AUG.MAX_MASK_PATCHES_PER_BLOCK", "8"], ["AUG.MAX_MASK_PATCHES_PER_BLOCK must be at least 15, "]),
     (R50_FT, ["RESNET.ZERO_INIT_FINAL_CONV", "True"], ["RESNET.ZERO_INIT_FINAL_CONV True", "only value is False"]),
     (R50_FT, ["RESNET.SPATIAL_STRIDES", "[[1], [1], [2], [2]]"], ["RESNET.SPATIAL_STRIDES", "[[1], [2], [2], [2]]"]),
     (VIT_FT, ["DATA.MEAN", "[123.675, 116.28, 103.53]"], ["DATA.MEAN", "between 0 and 1", "divided by 255"]),

@@ -22,6 +22,7 @@ from maskfeat.engine.changes import NOW, REFUSED, Change, built_differently, eff
 from maskfeat.engine.resume import CheckpointSource
 from maskfeat.engine.run import main
 from maskfeat.engine.trainer import Trainer, build_trainer
+from maskfeat.errors import UserError
 from maskfeat.optim.optimizers import load_optimizer_state
 from tests.engine.test_trainer import CPU, flat, make_steps
 from tests.golden.golden import recipe as golden_recipe
@@ -191,6 +192,18 @@ def test_the_state_of_another_method_is_refused() -> None:
             load_optimizer_state(target.optimizer, source.state_dict()["optimizer_state"])
 
 
+def test_moments_of_another_shape_are_refused() -> None:
+    """Fused kernels would read and write beyond their end."""
+    trainer = build_trainer(load_config(MFM, MFM_PT), CPU)
+    make_steps(trainer, 1)
+    state = trainer.state_dict()["optimizer_state"]
+    load_optimizer_state(trainer.optimizer, state)
+    first, second = list(state["state"])[:2]
+    state["state"][first], state["state"][second] = state["state"][second], state["state"][first]
+    with pytest.raises(UserError, match=rf"exp_avg of parameter {first} has the shape .* the weights alone"):
+        load_optimizer_state(trainer.optimizer, state)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -341,7 +354,7 @@ def test_what_counts_as_pretraining(runs: Path, image_data: Path, tmp_path: Path
     folder = tmp_path / "named" / "checkpoints"
     folder.mkdir(parents=True)
     shutil.copy(find_checkpoints(runs / "ft", "ssl_eval")[-1], folder / "ssl_checkpoint_epoch_00001.pyth")
-    assert "training starts from" not in said(0, FT, *opts, tmp_path / "named")
+    assert "training starts from random weights" in said(0, FT, *opts, tmp_path / "named")
     both = shutil.copytree(runs / "pt", tmp_path / "both") / "checkpoints"
     shutil.copy(both / "ssl_checkpoint_epoch_00001.pyth", both / "checkpoint_epoch_00003.pyth")
     text = said(2, FT, *opts, tmp_path / "both")

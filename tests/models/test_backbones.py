@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
-from maskfeat.build import build_objective
+from maskfeat.build import build_mask_sampler, build_objective
 from maskfeat.config import load_config
+from maskfeat.errors import UserError
 from maskfeat.models.base import Backbone, sine_cosine
 from maskfeat.models.mvit import MViT, plan_blocks
 from maskfeat.models.vit import ViT
@@ -74,6 +76,30 @@ def test_mvit_positions_matter(position: str) -> None:
     with torch.no_grad():
         table.mul_(-3.0)
     assert not torch.allclose(before, mvit.forward_tokens(torch.ones(1, 3, 4, 32, 32)).x, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["joint", "separate"])
+def test_parameters_stand_in_the_published_order(position: str) -> None:
+    """By which states of optimizers know them."""
+    names = [name for name, _ in small_mvit(position=position, maskable=True).named_parameters()]
+    positions = ["pos_embed"] if position == "joint" else ["pos_embed_spatial", "pos_embed_temporal", "pos_embed_class"]
+    assert names[: len(positions) + 2] == ["cls_token", *positions, "mask_token"]
+
+
+def test_strides_and_kernels_that_do_not_agree() -> None:
+    with pytest.raises(UserError, match=r"the stride \(1, 3, 3\) .* MVIT.POOL_Q_STRIDE and MVIT.POOL_KVQ_KERNEL"):
+        small_mvit(clip_size=(4, 48, 48), stride_q={1: (1, 3, 3)})
+
+
+def test_masks_of_an_image_mvit_are_drawn_on_its_last_grid() -> None:
+    """As published, and so that no target is of a patch of which the network sees a part."""
+    opts = ["DATA.TRAIN_CROP_SIZE", "64", "MVIT.DEPTH", "4", "MVIT.EMBED_DIM", "24", "MVIT.NUM_HEADS", "1"]
+    opts += ["MVIT.PATCH_KERNEL", "[7, 7]", "MVIT.PATCH_STRIDE", "[4, 4]", "MVIT.PATCH_PADDING", "[3, 3]"]
+    opts += ["MVIT.POOL_Q_STRIDE", "[[1, 1, 2, 2], [3, 1, 2, 2]]", "MVIT.POOL_KVQ_KERNEL", "[1, 3, 3]"]
+    cfg = load_config(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml", [*opts, "MASK.PRETRAIN_DEPTH", "[3]"])
+    backbone, sampler = build_objective(cfg).backbone, build_mask_sampler(cfg)
+    assert isinstance(backbone, MViT) and (backbone.stem_grid, backbone.grid) == ((16, 16), (4, 4))
+    assert sampler is not None and sampler(np.random.default_rng(0)).shape == (4, 4)
 
 
 def test_image_mvit_has_two_axes() -> None:
