@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
@@ -41,6 +42,11 @@ _ROTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.S)
+"""Of a JPEG: in the data of a scan, 0xff is followed by 0 or a restart."""
+_END_OF_IMAGE, _START_OF_SCAN, _WITHOUT_A_LENGTH = 0xD9, 0xDA, (0x01, 0xD8)
 
 
 @contextlib.contextmanager
@@ -113,11 +119,27 @@ def _check_tiff(path: str | os.PathLike[str], file: BinaryIO) -> None:
 def _check_scans(path: str | os.PathLike[str], file: BinaryIO) -> None:
     position = file.tell()
     file.seek(0)
-    # The data of a scan cannot contain the marker 0xffda; the segments before it contain a few at most.
+    # The data of a scan cannot contain the marker 0xffda. What follows the image can: phones append a film.
     scans = sum(block.count(b"\xff\xda") for block in iter(lambda: file.read(1 << 22), b""))
+    if scans > MAX_SCANS:
+        file.seek(0)
+        scans = _scans(file.read())
     file.seek(position)
     if scans > MAX_SCANS:
         raise UnreadableSample(path, f"more than {MAX_SCANS} passes over the image")
+
+
+def _scans(content: bytes) -> int:
+    """Return the number of scans of a JPEG, up to the end of the image."""
+    position = number = 0
+    while found := _MARKER.search(content, position):
+        kind, position = found[0][-1], found.end()
+        if kind == _END_OF_IMAGE:
+            break
+        if kind not in _WITHOUT_A_LENGTH:
+            position += int.from_bytes(content[position : position + 2], "big")
+        number += kind == _START_OF_SCAN
+    return number
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:

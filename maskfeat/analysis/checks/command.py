@@ -16,6 +16,7 @@ from maskfeat.analysis.checks.reading import read_all
 from maskfeat.analysis.checks.report import as_json, as_page, as_text
 from maskfeat.analysis.checks.speed import RATES, Speed, measure
 from maskfeat.analysis.command import count_option, exit_code
+from maskfeat.analysis.preparation.videos import can_be_listed
 from maskfeat.build import build_loader
 from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
@@ -83,7 +84,7 @@ def _lines(samples: Sequence[Sample], labelled: bool) -> list[str]:
     lines = []
     for sample in samples:
         path = os.path.abspath(sample.path)
-        if path.isprintable():
+        if can_be_listed(path):
             lines.append(quoted(path) + (f" {','.join(map(str, sample.numbers))}" if labelled else ""))
     return lines
 

@@ -118,7 +118,7 @@ def find_faults(found: Collected, facts: Mapping[str, Facts], recipe: Recipe) ->
         recipe: what they are for.
     """
     rules = (
-        *(_files(found, facts, recipe), _contents(found, facts), _repeated(found), _published(found)),
+        *(_files(found, facts, recipe), _contents(found, facts, recipe.labelled), _repeated(found), _published(found)),
         *((_labels(found, recipe), _folders(found)) if recipe.labelled else ()),
     )
     faults = [fault for rule in rules for fault in rule]
@@ -149,10 +149,17 @@ def _files(found: Collected, facts: Mapping[str, Facts], recipe: Recipe) -> Iter
             yield Fault("short", one.path, sample.split, f"{one.frames} frames, {one.frames / one.fps:.2f} s")
 
 
-def _contents(found: Collected, facts: Mapping[str, Facts]) -> Iterator[Fault]:
+def _is_outside(found: Collected, sample: Sample) -> bool:
+    """Whether a sample lies beside the class folders of its split."""
+    return not sample.top and len(found.folders.get(sample.split, ())) > 1
+
+
+def _contents(found: Collected, facts: Mapping[str, Facts], labelled: bool) -> Iterator[Fault]:
     """Files with the same content. Each is named beside the first of its split, or the file that it tests with."""
     same: dict[str, list[Sample]] = defaultdict(list)
     for sample in dict.fromkeys(found.samples):
+        if labelled and _is_outside(found, sample):
+            continue  # a run does not read it
         if (digest := facts[sample.path].digest) and not facts[sample.path].cause:
             same[digest].append(sample)
     for samples in same.values():
@@ -160,7 +167,7 @@ def _contents(found: Collected, facts: Mapping[str, Facts]) -> Iterator[Fault]:
             first, *others = [sample for sample in samples if sample.split == split]
             for other in others:
                 if other.path != first.path:
-                    kind = "duplicate" if other.label == first.label else "two classes"
+                    kind = "duplicate" if other.label == first.label or not labelled else "two classes"
                     yield Fault(kind, other.path, split, f"as {first.path}")
         tested = [sample for sample in samples if sample.split not in TRAINING]
         for sample in samples:
@@ -209,10 +216,9 @@ def _folders(found: Collected) -> Iterator[Fault]:
         for name in names:
             if name not in filled:
                 yield Fault("empty class", name, split)
-        if len(names) > 1:
-            for sample in found.of(split):
-                if not sample.top:
-                    yield Fault("outside", sample.path, split)
+        for sample in found.of(split):
+            if _is_outside(found, sample):
+                yield Fault("outside", sample.path, split)
     alike: dict[str, list[str]] = defaultdict(list)
     for name in sorted({name for names in found.folders.values() for name in names}):
         alike[without_case(name)].append(name)

@@ -85,8 +85,8 @@ def ordered(found: Collected) -> dict[str, list[Sample]]:
     for split in found.splits:
         samples = found.of(split)
         inside = [sample for sample in samples if sample.top]
-        if ALL in found.splits:  # no classes: folders are only where samples lie
-            splits[split] = [sample._replace(label=NO_LABEL) for sample in samples]
+        if ALL in found.splits:  # folders are only where samples lie, and no classes; a list may have some
+            splits[split] = [sample._replace(label=NO_LABEL) if sample.top else sample for sample in samples]
         elif 2 * len(inside) < len(samples):  # lists, numbers of classes in shards, or files without a folder
             splits[split] = samples
         elif split in found.folders:
@@ -174,11 +174,15 @@ def content_of(path: str, side: int, quality: int) -> tuple[bytes, str]:
         quality: of JPEG.
 
     Raises:
-        UserError: it is empty or not there.
+        UserError: it is empty or not there, or has no ending by which it would be found in an archive.
     """
     ending = os.path.splitext(path)[1]
     if isinstance(path, Member) and ending.lower() not in IMAGES + VIDEOS:  # rows of parquet files may have no names
         ending = ".jpg"
+    if ending.lower() not in IMAGES + VIDEOS:
+        raise UserError(
+            f"{path} has no ending of an image or a video, by which the samples of an archive are found: rename it"
+        )
     with open_regular_file(path) as file:
         content = file.read()
     if not side:

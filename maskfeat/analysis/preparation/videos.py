@@ -131,7 +131,7 @@ def finish(listing: Listing, output: Path, args: argparse.Namespace) -> int:
     names = list(dict.fromkeys(name for rows in listing.splits.values() for name, _ in rows))
     if not names:
         raise UserError(f"none of the videos that are listed is in {listing.root}")
-    bad = {name: _NOT_LISTED for name in names if not _can_be_listed(name)}
+    bad = {name: _NOT_LISTED for name in names if not can_be_listed(name)}
     read = [name for name in names if name not in bad]
     facts = read_all([str(listing.root / name) for name in read], "video", output / JOURNAL, workers)
     bad |= {name: one.cause for name, one in zip(read, facts.values(), strict=True) if one.cause}
@@ -172,7 +172,7 @@ def _say(listing: Listing, bad: dict[str, str], root: Path, output: Path) -> Non
     )
 
 
-def _can_be_listed(path: str) -> bool:
+def can_be_listed(path: str) -> bool:
     """Whether a list, which is UTF-8 text with a path a line, can hold a path."""
     return not _UNLISTED.search(path)
 

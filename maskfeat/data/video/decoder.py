@@ -200,12 +200,16 @@ class Video:
             raise UnreadableSample(self.path, f"frames of {width}x{height} are too large ({bits} bits a pixel)")
 
     def _scan(self) -> PtsIndex:
-        packets = PtsIndex()
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        packets = PtsIndex(float(1 / (rate * self._stream.time_base)) if rate else 0.0)
         for packet in self._demux():
             packets.add(packet, self._stream.codec_context.name)
         # AVI stores no presentation times, and FFmpeg's guess is wrong if frames are reordered.
         reordered = bool(self._stream.codec_context.has_b_frames)
-        packets.finish(trusted=not (reordered and self._container.format.name == "avi"))
+        guessed = reordered and self._container.format.name == "avi"
+        # Recordings that were joined may show a time twice, and are decoded in the order of the file.
+        joined = packets.goes_back and self._container.format.name in ("mpegts", "mpeg")
+        packets.finish(trusted=not (guessed or joined))
         if not packets.count:
             raise UnreadableSample(self.path, "the video stream is empty")
         return packets
@@ -233,10 +237,13 @@ class Video:
         )
 
     def _frame_rate(self) -> float:
-        """The container's average frame rate, unless the timestamps contradict it."""
+        """The container's average frame rate, unless the timestamps contradict it, on average and from one frame to the
+        next: a gap between two recordings makes no clip slower.
+        """
         declared = float(self._stream.average_rate or self._stream.guessed_rate or 0)
-        measured = self._packets.rate(self._stream.time_base)
-        if measured and abs(declared - measured) > 0.05 * measured:
+        base = self._stream.time_base
+        measured = self._packets.rate(base)
+        if measured and abs(declared - measured) > 0.05 * measured and not self._packets.is_regular(declared, base):
             return measured
         return declared if declared > 0 else 30.0
 

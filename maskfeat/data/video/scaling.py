@@ -9,6 +9,10 @@ from typing import Any
 import av
 import numpy as np
 
+_UNSPECIFIED = 2
+_WITHOUT_A_MATRIX = (8, 10, 11, 12, 13, 14)
+"""Numbers of ITU-T H.273: YCgCo, BT.2020 with constant luminance, SMPTE 2085, two derived from primaries, ICtCp."""
+
 
 def scaled_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
     """Return (height, width) of a frame scaled to `short_side` (None = its own); the long side is rounded half up.
@@ -29,11 +33,16 @@ class Scaler:
         self._graph: Any = None
 
     def to_rgb(self, frame: Any, height: int, width: int) -> np.ndarray:
-        """Return a frame of PyAV as (height, width, 3) uint8 RGB.
+        """Return a frame of PyAV as (height, width, 3) uint8 RGB, by its colour matrix.
+
+        Matrices that swscale does not have, such as those of BT.2020 with constant luminance, are taken for BT.601, as
+        the published reader takes all.
 
         Raises:
             av.FFmpegError: FFmpeg cannot convert this format or size.
         """
+        if frame.colorspace in _WITHOUT_A_MATRIX:
+            frame.colorspace = _UNSPECIFIED
         if (height, width) == (frame.height, frame.width):
             # One thread: workers run in parallel already, and a converter with threads of its own in a process that
             # forks would make the child hang when it is garbage-collected there.

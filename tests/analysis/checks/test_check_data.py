@@ -230,6 +230,34 @@ def test_bad_input(words: list[str], said: str, tmp_path: Path, caplog: pytest.L
     assert re.search(said, caplog.text)
 
 
+def test_names_that_are_not_printable_are_listed(image_data: Path, tmp_path: Path) -> None:
+    """Such as those of screenshots on a Mac, with a narrow space, and names with the space of Japanese."""
+    root = tmp_path / "set"
+    shutil.copytree(image_data, root)
+    for name, path in zip(("at 3\u202fPM", "犬\u3000写真"), sorted(root.glob("train/*/*")), strict=False):
+        path.rename(path.with_name(f"{name}.jpg"))
+    check(tmp_path / "out", str(root), "--fix", str(tmp_path / "clean"))
+    listed = (tmp_path / "clean" / "train.csv").read_text()
+    assert "at 3\u202fPM.jpg" in listed and "犬\u3000写真.jpg" in listed and len(listed.splitlines()) == 40
+
+
+def test_a_copy_beside_the_class_folders_costs_no_sample(image_data: Path, tmp_path: Path) -> None:
+    """Where classes do not matter, a copy in another folder is a copy."""
+    root = tmp_path / "set"
+    shutil.copytree(image_data, root)
+    first, *_, last = sorted(root.glob("train/*/*"))
+    shutil.copy(first, root / "train" / "0 copy.jpg")
+    _, result = check(tmp_path / "out", str(root), "--fix", str(tmp_path / "clean"))
+    assert [fault["kind"] for fault in result["faults"]] == ["outside"]
+    assert str(first) in (tmp_path / "clean" / "train.csv").read_text()
+    (root / "train" / "0 copy.jpg").unlink()
+    shutil.copy(first, last.with_name("again.jpg"))
+    for recipe, kind in (([], "two classes"), (["--cfg", str(RECIPES / "in1k_VIT_B_MaskFeat_PT.yaml")], "duplicate")):
+        place = [str(root)] if not recipe else [*recipe, "DATA.PATH_TO_DATA_DIR", str(root), "NUM_GPUS", "0"]
+        _, result = check(tmp_path / kind, *place)
+        assert kind in [fault["kind"] for fault in result["faults"]]
+
+
 def test_shards_are_checked_as_folders_are(image_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Twice: what the first check noted is known to the second, which draws the odd ones all the same."""
     root = tmp_path / "set"

@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,25 @@ def test_a_smaller_side(tmp_path: Path) -> None:
     assert parts["a/2.png"] == picture(2, (20, 90)) and parts["a/3.jpg"] == b"broken"
     assert Image.open(io.BytesIO(parts["a/0.jpg"])).size == (40, 20)
     assert Image.open(io.BytesIO(parts["a/1.jpg"])).size == (20, 40)
+
+
+def test_a_single_list_keeps_its_labels(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.png").write_bytes(picture(0))
+    (tmp_path / "some.txt").write_text("a.png 0\nb.png 1\nc.png 0\n")
+    packed = made(tmp_path / "some.txt", tmp_path / "packed", "--prefix", str(tmp_path))
+    (archive,) = packed.glob("[!.]*.tar")
+    with tarfile.open(archive) as members:
+        found = {member.name: members.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+    assert [found[f"{name}.cls"] for name in ("a", "b", "c")] == [b"0", b"1", b"0"]
+
+
+def test_a_file_without_an_ending_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "photo").write_bytes(picture(0))
+    (tmp_path / "some.csv").write_text("photo 0\n")
+    words = [str(tmp_path / "some.csv"), str(tmp_path / "packed"), "--prefix", str(tmp_path), "--workers", "0"]
+    assert main(words) == 2
+    assert "photo has no ending of an image or a video" in caplog.text and "rename it" in caplog.text
 
 
 def test_what_is_read_back_is_compared(image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -456,6 +456,17 @@ def test_limits_hold_for_the_fast_reader(tmp_path: Path) -> None:
             read_tensor(tmp_path / "a.jpg")
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_what_follows_a_photograph_is_none_of_its_scans(progressive: bool, tmp_path: Path) -> None:
+    """Phones append a film, whose bytes look like markers now and then."""
+    path = tmp_path / "a.jpg"
+    Image.fromarray(colours()).save(path, progressive=progressive)
+    plain = np.asarray(read_image(path))
+    path.write_bytes(path.read_bytes() + b"a film \xff\xda" * 200)
+    assert np.array_equal(np.asarray(read_image(path)), plain)
+    assert read_tensor(path) is not None
+
+
 def test_a_missing_decoder_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     with pytest.raises(UserError, match=r"simplejpeg \(pip install '.\[simplejpeg\]'\)"):
