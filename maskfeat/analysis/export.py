@@ -25,6 +25,7 @@ from maskfeat.analysis.foreign import BACKBONE, CLASSIFIER
 from maskfeat.analysis.hub import HubModel, model_card, own_state, own_words, without_head, write_weights
 from maskfeat.analysis.model import Model, load_model, load_with_notes
 from maskfeat.analysis.published import list_models
+from maskfeat.analysis.source import HUB_WEIGHTS
 from maskfeat.analysis.twins import Different, twin
 from maskfeat.checkpoint.atomic import fsync_dir, write_and_fsync
 from maskfeat.errors import UserError, naming
@@ -110,7 +111,7 @@ class Job:
     def clips(self, batch: int) -> Tensor:
         """Return random input (batch, 3, [T,] H, W), the same for the same size."""
         generator = torch.Generator().manual_seed(batch)
-        return torch.randn(batch, 3, *self.model.backbone.clip_size, generator=generator)
+        return torch.randn(batch, 3, *self.model.clip_size, generator=generator)
 
 
 def _plain(outputs: Any) -> list[Tensor]:
@@ -274,7 +275,7 @@ def greatest_difference(job: Job, written: Written) -> float:
 
 
 def _check_output(output: Path, target: Target, to: str, source: str) -> None:
-    refuse_input(output, [source])
+    refuse_input(output, [source, os.path.join(source, HUB_WEIGHTS)])
     if target.suffix and output.suffix != target.suffix:
         raise UserError(f"--output must end with {target.suffix} for --to {to}; given {output}")
     if target.suffix and output.is_dir():

@@ -17,7 +17,7 @@ from maskfeat.analysis.command import add_options, exit_code, joined, load
 from maskfeat.analysis.extraction import TOKENS, Plan, compute_parts, make_plan, part_name
 from maskfeat.analysis.feature_files import Features, check_format, read_rows, write_features
 from maskfeat.analysis.identity import inputs_digest, network_digest
-from maskfeat.analysis.inputs import MOST_WORKERS, Inputs, find_inputs, split_views
+from maskfeat.analysis.inputs import JOB, MOST_WORKERS, PARTS, Inputs, find_inputs, split_views
 from maskfeat.analysis.model import POOLS, Model
 from maskfeat.data.datasets.sample_list import NO_LABEL
 from maskfeat.distributed.collectives import (
@@ -35,8 +35,6 @@ from maskfeat.text import count
 
 logger = logging.getLogger(__name__)
 
-JOB = "job.json"
-"""File beside parts that says what they are parts of."""
 _VERSION = 1
 """Of the parts; another one does not go on with them."""
 
@@ -145,7 +143,7 @@ def extract(args: argparse.Namespace, world: World) -> int:
         args.device = str(choose_device(1, world.local_rank))
     if args.workers is None:
         args.workers = min(max(available_cores() // world.local_size, 1), MOST_WORKERS)
-    folder = output.with_name(f"{output.name}.parts")
+    folder = output.with_name(output.name + PARTS)
     model = load(args)
     inputs = find_inputs(args.data, model.media, args.prefix)
     views = split_views(model, args.views or 1)
@@ -169,7 +167,7 @@ def extract(args: argparse.Namespace, world: World) -> int:
 
         missing = run_on_main(begin)
         if missing is None:
-            logger.info("%s is complete already", output)
+            logger.info("%s is complete already; files are not read again: delete it if some have changed", output)
             return 0
         if world.is_main and len(missing) < plan.parts(len(inputs)):
             logger.info(

@@ -93,7 +93,7 @@ def make_plan(model: Model, views: tuple[int, int], batch_size: int, pool: str, 
     number = math.prod(views)
     if pool == TOKENS and number > 1:
         raise UserError(f"--pool tokens takes one view, for tokens of several cannot be averaged; given {number}")
-    zeros = torch.zeros(1, 3, *model.backbone.clip_size, device=model.device)
+    zeros = torch.zeros(1, 3, *model.clip_size, device=model.device)
     shapes = {name: tuple(out.shape[1:]) for name, out in outputs(model, zeros, pool, blocks).items()}
     unit = batch_size // math.gcd(batch_size, number)
     most = min(PART_ROWS, PART_BYTES // (4 * sum(map(math.prod, shapes.values()))))

@@ -50,6 +50,10 @@ class Guess(NamedTuple):
     notes: list[str]
 
 
+SHOWN = "shown"
+"""Key of the content of weights that torchvision knows by name: the keys of the config that it shows images with."""
+
+
 def guess(content: Mapping[str, Any]) -> Guess | None:
     """Return the network whose names and shapes a file has; None if it is none of those that are known here."""
     shapes = shapes_in(content)
@@ -363,6 +367,8 @@ def _resnet(shapes: Shapes, content: Mapping[str, Any]) -> Guess:
     if "args" in content:
         return Guess(recipe, keys, CLASSIFIER, "CoinCheung's MFM, or a training script of torchvision", [_GREY])
     keys |= {**imagenet, "DATA.TEST_SHORT_SIDE": 256, "DATA.TEST_INTERPOLATION": "bilinear"}
+    if SHOWN in content:
+        return Guess(recipe, keys | content[SHOWN], CLASSIFIER, "torchvision", [])
     return Guess(recipe, keys, CLASSIFIER, "torchvision", [said])
 
 

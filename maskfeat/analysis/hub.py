@@ -140,7 +140,7 @@ def model_card(model: Model, licence: str, name: str, figures: Sequence[str] = (
         ("video", True): "video-classification",
         ("video", False): "feature-extraction",
     }[model.media, classifies]
-    size = " x ".join(map(str, model.backbone.clip_size))
+    size = " x ".join(map(str, model.clip_size))
     parameters = sum(value.numel() for value in own_state(model).values()) / 1e6
     lines = [
         "---",

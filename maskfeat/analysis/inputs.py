@@ -30,6 +30,8 @@ from maskfeat.text import count, some
 
 SPLITS = {"train", "val", "test"}
 MOST_WORKERS = 8
+PARTS, JOB = ".parts", "job.json"
+"""Ending of the folder of an extraction that is not complete, and the file in it that says which."""
 
 
 class Item(NamedTuple):
@@ -146,7 +148,7 @@ def _find(given: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[in
         paths = sorted(scan.files_below(given))
         return paths, [NO_LABEL] * len(paths)
     if given.lower().endswith(LISTS):
-        listed = read_any_list(given, prefix, "--prefix")
+        listed = _listed(given, prefix)
         return [path for path, _ in listed], [label for _, label in listed]
     if not os.path.exists(given):
         raise UserError(f"there is no file or folder {given}")
@@ -156,6 +158,22 @@ def _find(given: str, prefix: str, scan: FolderScan) -> tuple[list[str], list[in
             f"({', '.join(LISTS)}), as its ending tells"
         )
     return [given], [NO_LABEL]
+
+
+def _listed(given: str, prefix: str) -> list[tuple[str, int]]:
+    """Return paths and labels of a list, which may have several labels a line (DATA.MULTI_LABEL)."""
+    try:
+        return read_any_list(given, prefix, "--prefix")
+    except UserError as error:
+        try:
+            return read_any_list(given, prefix, "--prefix", several=True)
+        except UserError:
+            raise error from None
+
+
+def _holds_parts(folder: str) -> bool:
+    """Whether a folder is that of an extraction that was interrupted, whose output lies beside its inputs."""
+    return folder.endswith(PARTS) and os.path.isfile(os.path.join(folder, JOB))
 
 
 def _number_classes(inputs: Inputs, root: str) -> None:
@@ -169,7 +187,8 @@ def _number_classes(inputs: Inputs, root: str) -> None:
     if any(len(part) < depth + 2 for part in parts) or len({part[depth] for part in parts}) < 2:
         return
     places = [os.path.join(root, top) for top in tops] if depth else [root]
-    inputs.classes = sorted({name for place in places for name in class_folders(place)})
+    names = {name for place in places for name in class_folders(place) if not _holds_parts(os.path.join(place, name))}
+    inputs.classes = sorted(names)
     number = {name: place for place, name in enumerate(inputs.classes)}
     inputs.numbers = np.asarray([number[class_name(part[depth])] for part in parts], dtype=np.int64)
 
@@ -231,6 +250,11 @@ def split_views(model: Model, views: int | tuple[int, int]) -> tuple[int, int]:
             )
     if clips < 1 or crops not in (1, 3):
         raise UserError(f"views are 1 or more clips x 1 or 3 crops; given {clips}x{crops}")
+    if clips > 1 and model.cfg.DATA.SEGMENT_SAMPLING:
+        raise UserError(
+            f"{model.source} takes a frame of each segment of a video (DATA.SEGMENT_SAMPLING), so that all clips "
+            f"would have the same frames: give 1 clip; given {clips}x{crops}"
+        )
     if model.media == "image" and clips * crops > 1:
         raise UserError(f"{model.source} takes images, which have one view; given {clips}x{crops}")
     return clips, crops
@@ -243,6 +267,7 @@ def input_loader(
     batch_size: int = 32,
     workers: int | None = None,
     batches: Sequence[int] | None = None,
+    as_test: bool = False,
 ) -> Iterator[InputBatch]:
     """Yield the views of inputs in order, as a test of the network's recipe shows them.
 
@@ -253,6 +278,7 @@ def input_loader(
         batch_size: views of a batch; the last one may have fewer.
         workers: processes that read and decode; 0 = this one; None = one a core, at most MOST_WORKERS.
         batches: numbers of the batches to load, from 0; None = all.
+        as_test: a single view is that of a test, and not the central one.
 
     Raises:
         UserError: the network takes another medium, or has no such views.
@@ -263,7 +289,8 @@ def input_loader(
     cfg, samples = model.cfg.clone(), _Samples(inputs)
     cfg.defrost()
     cfg.TEST.NUM_SPATIAL_CROPS = crops
-    request = DatasetRequest("test" if clips * crops > 1 else "val", augmented=False, num_clips=clips)
+    split = "test" if as_test or clips * crops > 1 else "val"
+    request = DatasetRequest(split, augmented=False, num_clips=clips)
     build = build_image_folder if model.media == "image" else build_video_clips
     dataset = build(cfg, request, samples)
     sampler = _Batches(len(inputs), batch_size, clips * crops, batches)

@@ -21,6 +21,8 @@ from maskfeat.analysis.source import Source, read_source
 from maskfeat.checkpoint.files import AVERAGE, SHARDED, checksum_path, verify_checkpoint
 from maskfeat.checkpoint.names import bare
 from maskfeat.checkpoint.reading import model_state, saved_entries, trained_classes
+from maskfeat.checkpoint.sharded import OPTIMIZER
+from maskfeat.checkpoint.sharded_files import tensors_of
 from maskfeat.checkpoint.weights import not_finite
 from maskfeat.config import load_config
 from maskfeat.config.arguments import ConfigParser
@@ -69,12 +71,19 @@ def inspect(source: str | Path, cfg: CfgNode | None = None) -> dict[str, Any]:
         "parameters": _sizes(tensors),
         "integrity": _integrity(Path(file.path), tensors),
         "averaged weights": AVERAGE in file.content,
-        "optimizer": any(name.startswith("optimizer") for name in map(str, file.content)),
+        "optimizer": _has_optimizer(file),
         "classes": classes,
         "assumed": list(own.notes),
     }
     report["loading"] = _loading(found, file, "its own network" if cfg is None else "the given recipe")
     return report
+
+
+def _has_optimizer(file: Source) -> bool:
+    path = Path(file.path)
+    if path.suffix == SHARDED and path.is_dir():  # whose content leaves it out
+        return any(name.startswith(OPTIMIZER) for name in tensors_of(path))
+    return any(name.startswith("optimizer") for name in map(str, file.content))
 
 
 def _own(file: Source, given: Recognised) -> Recognised:
@@ -102,7 +111,9 @@ def describe(found: Recognised) -> str:
     with torch.device("meta"):
         objective = build_recognised(found)
     backbone = objective.backbone
-    shown = " x ".join(map(str, backbone.clip_size))
+    side = found.cfg.DATA.TEST_CROP_SIZE if objective.classifies and backbone_spec(found.cfg).any_size else None
+    size = backbone.clip_size if side is None else (*backbone.clip_size[:-2], side, side)
+    shown = " x ".join(map(str, size))
     title = objective_spec(found.cfg).title or objective_spec(found.cfg).name
     heads = f", {found.cfg.MVIT.NUM_HEADS} attention heads in the first" if hasattr(backbone, "blocks") else ""
     count = sum(parameter.numel() for parameter in objective.parameters())

@@ -90,7 +90,7 @@ class Model(nn.Module):
         super().__init__()
         self.trained = trained
         self.objective, self.source, self.kind, self.report = objective, source, kind, report
-        self.cfg = _shown_size(cfg, objective.backbone)
+        self.cfg = _shown_size(cfg, objective)
         self.classes = None if classes is None else list(classes)
         self.precision = precision
         self.media = "image" if len(objective.backbone.clip_size) == 2 else "video"
@@ -104,6 +104,12 @@ class Model(nn.Module):
     def backbone(self) -> Backbone:
         """The backbone of `objective`."""
         return self.objective.backbone
+
+    @property
+    def clip_size(self) -> tuple[int, ...]:
+        """Size ([T,] H, W) of what the network is shown: a ResNet may have been trained on smaller crops."""
+        side = self.cfg.DATA.TEST_CROP_SIZE
+        return (*self.backbone.clip_size[:-2], side, side)
 
     @property
     def device(self) -> torch.device:
@@ -298,12 +304,10 @@ class Model(nn.Module):
         return self.classes[number] if self.classes and number < len(self.classes) else str(number)
 
 
-def _shown_size(cfg: CfgNode, backbone: Backbone) -> CfgNode:
-    """Return the config with the one size that the network takes, where it takes one: that of a pre-training may name
-    another one for tests, which it never used.
-    """
-    side = backbone.clip_size[-1]
-    if backbone_spec(cfg).any_size or side == cfg.DATA.TEST_CROP_SIZE:
+def _shown_size(cfg: CfgNode, objective: Objective) -> CfgNode:
+    """Return the config with the one size that the network takes; that of a pre-training may name another for tests."""
+    side = objective.backbone.clip_size[-1]
+    if (objective.classifies and backbone_spec(cfg).any_size) or side == cfg.DATA.TEST_CROP_SIZE:
         return cfg
     cfg = cfg.clone()
     cfg.defrost()

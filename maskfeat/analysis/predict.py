@@ -35,6 +35,7 @@ def predictions(
     batch_size: int,
     workers: int | None,
     unreadable: dict[int, BadSample],
+    as_test: bool = False,
 ) -> Iterator[Prediction]:
     """Yield the classes of inputs, in order, by the mean of the probabilities of their views, as a test does.
 
@@ -43,11 +44,12 @@ def predictions(
         top: how many classes of each, at most all.
         views: (clips, crops) of each input.
         unreadable: receives the inputs that cannot be read, which are left out, by their places.
+        as_test: a single view is that of a test, see `input_loader`.
     """
     number = views[0] * views[1]
     progress = Progress(f"{model.media}s", len(inputs))
     total = torch.zeros(())
-    for batch in input_loader(model, inputs, views, batch_size, workers):
+    for batch in input_loader(model, inputs, views, batch_size, workers, as_test=as_test):
         with autocast(model.device, model.precision):
             scores = model.objective.predict(Batch(clip=batch.clip)).float().cpu()
         unreadable.update({sample.index: sample for sample in batch.unreadable})
@@ -129,7 +131,8 @@ def predict(args: argparse.Namespace) -> int:
         logger.info("left out: %s", inputs.left_out)
     views = split_views(model, _views(model, args.views))
     unreadable: dict[int, BadSample] = {}
-    found = predictions(model, inputs, args.top, views, args.batch_size, args.workers, unreadable)
+    how = args.batch_size, args.workers, unreadable, args.views is None
+    found = predictions(model, inputs, args.top, views, *how)
     if output is None:
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="surrogateescape")  # names of files are bytes

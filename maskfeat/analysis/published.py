@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from torchvision.models import ResNet50_Weights
+from torchvision.models import ResNet50_Weights, WeightsEnum
 from yacs.config import CfgNode
 
 from maskfeat.checkpoint.download import fetch
@@ -62,18 +62,23 @@ def _maskfeat(name: str, file: str, recipe: str, about: str, accuracy: str) -> P
     )
 
 
-def _torchvision(version: int) -> Published:
-    """Return torchvision's ResNet-50, whose table gives the address, the transforms and, in the name, the hash."""
-    weights = _TORCHVISION[version]
+def shown_by(weights: WeightsEnum) -> dict[str, Any]:
+    """Return the keys with which images are shown as torchvision shows them to a network with these weights."""
     shown = weights.transforms()
-    keys = {
+    return {
         "DATA.MEAN": shown.mean,
         "DATA.STD": shown.std,
         "DATA.TRAIN_CROP_SIZE": shown.crop_size[0],
         "DATA.TEST_CROP_SIZE": shown.crop_size[0],
         "DATA.TEST_SHORT_SIDE": shown.resize_size[0],
-        "DATA.TEST_INTERPOLATION": "bilinear",
+        "DATA.TEST_INTERPOLATION": str(shown.interpolation.value),
     }
+
+
+def _torchvision(version: int) -> Published:
+    """Return torchvision's ResNet-50, whose table gives the address, the transforms and, in the name, the hash."""
+    weights = _TORCHVISION[version]
+    keys = shown_by(weights)
     return Published(
         f"torchvision_resnet50_v{version}",
         weights.url,

@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torchvision.models import get_weight
 from yacs.config import CfgNode
 
-from maskfeat.analysis.published import PUBLISHED
+from maskfeat.analysis.foreign import SHOWN
+from maskfeat.analysis.published import PUBLISHED, shown_by
 from maskfeat.checkpoint.download import fetch, is_url
 from maskfeat.checkpoint.files import read_verified_checkpoint
 from maskfeat.checkpoint.reading import CLASSES, KIND, is_torchvision_name, model_state
@@ -64,7 +66,10 @@ def read_source(source: str | Path, cfg: CfgNode | None = None) -> Source:
     if newest is not None:
         raise UserError(f"{given} is a folder, a file of weights is expected; the newest in it is {newest}")
     path = str(fetch(given)) if is_url(given) else given
-    return Source(path, read_verified_checkpoint(path), cfg, "")
+    content = read_verified_checkpoint(path)
+    if not exists and is_torchvision_name(given):
+        content = {"model_state": model_state(content), SHOWN: shown_by(get_weight(given))}
+    return Source(path, content, cfg, "")
 
 
 def hub_words(folder: Path) -> dict[str, Any] | None:

@@ -37,13 +37,18 @@ logger = logging.getLogger(__name__)
 
 
 def fit_weights(
-    cfg: CfgNode, objective: Objective, path: str, content: dict[str, Any], key: str | None = None
+    cfg: CfgNode, objective: Objective, path: str, content: dict[str, Any], key: str | None = None, tested: bool = False
 ) -> LoadReport:
-    """Load the weights of a file as TRAIN.CHECKPOINT_* say; `key` as in `model_state`."""
+    """Load the weights of a file as TRAIN.CHECKPOINT_* say; `key` as in `model_state`.
+
+    Args:
+        tested: whether they are for a test, for the log: others are what a training began with.
+    """
     state = clean_names(model_state(content, key), cfg.TRAIN.CHECKPOINT_CLEAR_NAME_PATTERN)
     average = cfg.TRAIN.CHECKPOINT_INFLATE == "average"
     report = objective.load_released_state(state, cfg.TRAIN.CHECKPOINT_ALLOW, average)
-    logger.info("%s from %s\n%s", "averaged weights" if key else "weights", path, report.table())
+    said = f"{'to evaluate: ' if tested else ''}{'averaged weights' if key else 'weights'}"
+    logger.info("%s from %s\n%s", said, path, report.table())
     return report
 
 
@@ -84,7 +89,7 @@ def load_to_evaluate(
     """
     different = built_differently(content, cfg)
     try:
-        report = fit_weights(cfg, objective, path, content, key)
+        report = fit_weights(cfg, objective, path, content, key, tested=True)
     except Misfit as error:
         why = f"{error.summary}{_in_brackets(different)}"
         if _deciding(different):

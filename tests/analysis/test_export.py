@@ -80,7 +80,7 @@ def parts(model: Model) -> list[str]:
 
 def pictures(model: Model, number: int = 4) -> Tensor:
     """Smooth pictures rather than noise."""
-    size = model.backbone.clip_size
+    size = model.clip_size
     coarse = torch.randn(number, 3, *(max(side // 8, 1) for side in size))
     mode = "bilinear" if len(size) == 2 else "trilinear"
     return torch.nn.functional.interpolate(coarse, size=size, mode=mode)

@@ -41,6 +41,20 @@ def test_a_folder_at_any_depth(tmp_path: Path) -> None:
         assert kind in inputs.left_out
 
 
+def test_parts_of_an_extraction_are_no_class(tmp_path: Path) -> None:
+    """Its output may lie beside the class folders, and the same command goes on."""
+    touch(tmp_path, "cat/1.jpg", "ant/2.jpg", "a.npz.parts/job.json", "own.parts/3.jpg")
+    assert find_inputs([tmp_path]).classes == ["ant", "cat", "own.parts"]
+
+
+@pytest.mark.parametrize("text", ["1.jpg 0,2\n2.jpg 1\n", "1.jpg 0,2\n2.jpg 0,1\n"])
+def test_lists_of_several_labels(text: str, tmp_path: Path) -> None:
+    touch(tmp_path, "1.jpg", "2.jpg")
+    (tmp_path / "a.csv").write_text(text)
+    inputs = find_inputs(str(tmp_path / "a.csv"))
+    assert [os.path.basename(item.path) for item in inputs] == ["1.jpg", "2.jpg"]
+
+
 def test_class_folders_are_labels(tmp_path: Path) -> None:
     touch(tmp_path, "cat/deep/1.jpg", "ant/2.jpg", "cat/0.jpg")
     (tmp_path / "bee").mkdir()
@@ -160,6 +174,30 @@ def test_views_are_those_of_a_test(
     number = views[0] * views[1]
     assert torch.cat([b.index for b in batches]).tolist() == [i for i in range(6) for _ in range(number)]
     assert torch.cat([b.view for b in batches]).tolist() == list(range(number)) * 6
+
+
+@pytest.mark.parametrize("offset", ["True", "False"])
+def test_a_single_view_of_a_test(offset: str, clip_data: Path, tmp_path: Path) -> None:
+    """It begins with the video unless DATA.USE_OFFSET_SAMPLING says otherwise; the central view never does."""
+    own = ["DATA.USE_OFFSET_SAMPLING", offset, "MODEL.NUM_CLASSES", "3", "DATA.SAMPLING_RATE", "1"]
+    own += ["TEST.NUM_SPATIAL_CROPS", "1"]
+    model = load_model(save_network(tmp_path / "clips.pyth", CLIPS, *own), device="cpu")
+    loader = build_loader(load_config(CLIPS[0], [*CLIPS[1], *own, *clips(clip_data)]), "test", num_clips=1)
+    inputs = find_inputs(clip_data / "test.csv", "video")
+    expected = torch.cat([batch.clip for batch in loader])
+    tested, central = (
+        torch.cat([batch.clip for batch in input_loader(model, inputs, workers=0, as_test=as_test)])
+        for as_test in (True, False)
+    )
+    assert torch.equal(tested, expected) and torch.equal(tested, central) == (offset == "True")
+
+
+def test_clips_of_segments_would_be_one(clip_data: Path, tmp_path: Path) -> None:
+    own = ["DATA.SEGMENT_SAMPLING", "True", "TEST.NUM_ENSEMBLE_VIEWS", "1"]
+    model = load_model(save_network(tmp_path / "a.pyth", CLIPS, *own), device="cpu")
+    assert split_views(model, (1, 3)) == (1, 3)
+    with pytest.raises(UserError, match="DATA.SEGMENT_SAMPLING.* give 1 clip; given 5x3"):
+        split_views(model, (5, 3))
 
 
 def test_the_central_view_is_what_the_model_transforms(clip_model: Model, clip_data: Path) -> None:

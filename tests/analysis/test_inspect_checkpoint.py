@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from maskfeat.analysis.inspect_checkpoint import inspect, main
-from maskfeat.build import build_objective
+from maskfeat.build import build_objective, build_optimizer
 from maskfeat.checkpoint.files import AVERAGE, save_checkpoint
 from maskfeat.checkpoint.reading import CLASSES
+from maskfeat.checkpoint.sharded import save_sharded, training_tensors
 from maskfeat.config import dump_config, load_config
 from maskfeat.errors import UserError
 from tests.analysis.upstream import mae_file, resnet_state, timm_vit, training_script
@@ -42,6 +43,20 @@ def test_own_checkpoint(pretrained: Path, tmp_path: Path) -> None:
     assert sizes["parts"]["blocks"]["count"] == sum(v.numel() for k, v in state.items() if k.startswith("blocks."))
     assert found["optimizer"] and not found["averaged weights"] and found["classes"] is None
     assert sorted(found["loading"]["loaded"]) == sorted(state) and not found["loading"]["dropped"]
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_the_optimizer_of_a_sharded_one(resumable: bool, tmp_path: Path) -> None:
+    cfg = load_config(PT, VIT_PT)
+    objective = build_objective(cfg)
+    optimizer = build_optimizer(cfg, objective) if resumable else None
+    if optimizer is not None:
+        for parameter in objective.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    path = tmp_path / "ssl_checkpoint_epoch_00001.dcp"
+    save_sharded(path, training_tensors(objective, optimizer), {"epoch": 0, "cfg": dump_config(cfg)}).wait()
+    assert inspect(path)["optimizer"] == resumable
 
 
 def test_what_a_recipe_would_load(pretrained: Path) -> None:

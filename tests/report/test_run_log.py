@@ -93,6 +93,7 @@ def test_values_that_are_not_finite_or_come_later(tmp_path: Path) -> None:
 def test_tests_warnings_and_weights(tmp_path: Path) -> None:
     log = Log()
     log.start()
+    log.say("to evaluate: weights from the_tested_ones.pyth\n  loaded    9")
     table = "weights from pt.pyth\n  loaded    3\n  fresh     1  head.weight"
     log.say(table)
     for _ in range(3):

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from maskfeat.data.datasets.sample_list import SampleList, read_sample_list
+from maskfeat.data.datasets.sample_list import NO_LABEL, SampleList, read_multi_label_list, read_sample_list
 from maskfeat.errors import UserError
 from maskfeat.file_io import NotReadable, open_regular_file
 
@@ -59,7 +59,7 @@ def check_some_exist(samples: Sequence[tuple[str, Any]], csv_path: str, prefix: 
     )
 
 
-def read_any_list(path: str, prefix: str, key: str, there: bool = True) -> SampleList:
+def read_any_list(path: str, prefix: str, key: str, there: bool = True, several: bool = False) -> SampleList:
     """Read a list, with the first separator that all of its lines can be read with.
 
     Args:
@@ -67,9 +67,10 @@ def read_any_list(path: str, prefix: str, key: str, there: bool = True) -> Sampl
         prefix: folder that its paths are relative to; "" = that of the list, or the working folder.
         key: what names the prefix, for messages.
         there: False = accept a list of which no file is there.
+        several: a line may have several labels, separated by commas, see `read_multi_label_list`.
 
     Returns:
-        [(path, label)]; the label is NO_LABEL where the list has none.
+        [(path, label)]; the label is NO_LABEL where the list has none, or where a line has several.
 
     Raises:
         UserError: it cannot be read, or no file of it is there.
@@ -77,7 +78,7 @@ def read_any_list(path: str, prefix: str, key: str, there: bool = True) -> Sampl
     first: UserError | None = None
     for separator in SEPARATORS:
         try:
-            found = read_sample_list(path, separator, prefix, labelled=False)
+            found = _read(path, separator, prefix, several)
         except UserError as error:
             first = first or error
             if not os.path.isfile(path) and "://" not in path:
@@ -90,6 +91,13 @@ def read_any_list(path: str, prefix: str, key: str, there: bool = True) -> Sampl
         return found
     assert first is not None
     raise first
+
+
+def _read(path: str, separator: str, prefix: str, several: bool) -> SampleList:
+    if not several:
+        return read_sample_list(path, separator, prefix, labelled=False)
+    found = read_multi_label_list(path, separator, prefix, labelled=False)
+    return [(name, labels[0] if len(labels) == 1 else NO_LABEL) for name, labels in found]
 
 
 def _from_a_folder(found: SampleList, path: str, key: str, there: bool) -> SampleList:
