@@ -108,8 +108,7 @@ class Model(nn.Module):
     @property
     def clip_size(self) -> tuple[int, ...]:
         """Size ([T,] H, W) of what the network is shown: a ResNet may have been trained on smaller crops."""
-        side = self.cfg.DATA.TEST_CROP_SIZE
-        return (*self.backbone.clip_size[:-2], side, side)
+        return (*self.backbone.clip_size[:-2], *[self.cfg.DATA.TEST_CROP_SIZE] * 2)
 
     @property
     def device(self) -> torch.device:
@@ -316,8 +315,7 @@ def _shown_size(cfg: CfgNode, objective: Objective) -> CfgNode:
     return cfg
 
 
-_A = {"image": "an image", "video": "a video"}
-_CHANNELS = 3
+_A, _CHANNELS = {"image": "an image", "video": "a video"}, 3
 
 
 def load_model(

@@ -10,9 +10,10 @@ import logging
 import os
 import re
 import shutil
+import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -39,6 +40,14 @@ TIMEOUT = 60.0
 MAX_BYTES = 64 << 30
 """Largest file that is downloaded: a server that never stops sending must not fill the disk."""
 _BLOCK = 1 << 20
+_POLL = 0.2  # seconds
+
+Beat = Callable[[str], None]
+"""Receives what is done, as often as there is progress, for a watchdog; see `HangWatchdog.beat`."""
+
+
+def nobody(_: str) -> None:
+    """Listen to no `Beat`."""
 
 
 class _RedirectHandler(urllib.request.HTTPRedirectHandler):
@@ -77,8 +86,11 @@ def cached_path(url: str) -> Path:
     return Path(get_dir()) / "maskfeat" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}_{name}"
 
 
-def download(url: str) -> Path:
+def download(url: str, beat: Beat = nobody) -> Path:
     """Return the path of a URL's file, downloading it unless it is in the cache, or another process downloads it.
+
+    Args:
+        beat: receives a word at every block, and while another process downloads.
 
     Raises:
         UserError: it cannot be fetched, is larger than MAX_BYTES, or the cache cannot be written.
@@ -88,13 +100,13 @@ def download(url: str) -> Path:
         return path
     with naming(f"{url} could not be fetched to {path.parent} (below TORCH_HOME)"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(path.with_name(f".{path.name}.lock"), url):
+        with _one_at_a_time(path.with_name(f".{path.name}.lock"), url, beat):
             if not path.is_file():
-                _download(url, path)
+                _download(url, path, beat)
     return path
 
 
-def _download(url: str, path: Path) -> None:
+def _download(url: str, path: Path, beat: Beat) -> None:
     # Not named by the process: containers that share the folder may have equal numbers. Not by `tempfile` either, whose
     # files only their owner may read.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -110,6 +122,7 @@ def _download(url: str, path: Path) -> None:
                 if left < 0:
                     raise UserError(f"{url} is larger than {MAX_BYTES >> 30} GiB and is not fetched")
                 file.write(block)
+                beat(f"downloading {url}")
                 if progress is not None:
                     progress.step()
             if size not in (None, MAX_BYTES - left):
@@ -125,13 +138,13 @@ def _download(url: str, path: Path) -> None:
 
 
 @contextmanager
-def _one_at_a_time(lock: Path, url: str) -> Iterator[None]:
+def _one_at_a_time(lock: Path, url: str, beat: Beat) -> Iterator[None]:
     """Let one process at a time into the block, such as of the ranks of a run; others wait. The file `lock` is there
     meanwhile. Where the file system has no locks, all enter.
     """
     while True:
         with lock.open("ab") as file:
-            held = _lock(file, url)
+            held = _lock(file, url, beat)
             if held and not _is_at(file, lock):
                 continue  # another process had it, and took the file away
             try:
@@ -142,19 +155,22 @@ def _one_at_a_time(lock: Path, url: str) -> Iterator[None]:
             return
 
 
-def _lock(file: IO[bytes], url: str) -> bool:
+def _lock(file: IO[bytes], url: str, beat: Beat) -> bool:
     """Whether the file could be locked; it is until it is closed."""
-    if fcntl is None:
-        return False
-    try:
+    waits = False
+    while fcntl is not None:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except (BlockingIOError, PermissionError):
-            logger.info("another process downloads %s: waiting for it", url)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
+            if not waits:
+                logger.info("another process downloads %s: waiting for it", url)
+            waits = True
+            beat(f"waiting for another process that downloads {url}")
+            time.sleep(_POLL)
+        except OSError:
+            break
+    return False
 
 
 def _is_at(file: IO[bytes], path: Path) -> bool:
@@ -164,7 +180,7 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
         return False
 
 
-def fetch(url: str, size: int | None = None, digest: str = "") -> Path:
+def fetch(url: str, size: int | None = None, digest: str = "", beat: Beat = nobody) -> Path:
     """Return the path of a URL's file as `download`, after comparing it with what is known of it.
 
     When a file is first fetched, its size and SHA-256 are recorded in NAME.json beside it, and compared later.
@@ -172,11 +188,12 @@ def fetch(url: str, size: int | None = None, digest: str = "") -> Path:
     Args:
         size: in bytes, where it is known.
         digest: SHA-256 in hexadecimal, or its first digits, where they are known.
+        beat: see `download`.
 
     Raises:
         UserError: it cannot be fetched, or is another file than it should be.
     """
-    path = download(url)
+    path = download(url, beat)
     record = path.with_name(f"{path.name}.json")
     found = {"url": url, "size": path.stat().st_size, "sha256": sha256(path)}
     wrong = size not in (None, found["size"]) or not str(found["sha256"]).startswith(digest)

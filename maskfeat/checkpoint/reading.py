@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.hub import HASH_REGEX
 from torchvision.models import get_weight
 
-from maskfeat.checkpoint.download import download, fetch, is_url
+from maskfeat.checkpoint.download import Beat, download, fetch, is_url, nobody
 from maskfeat.checkpoint.limits import MAX_DEPTH, RefusedFile, check_file
 from maskfeat.config.yaml_io import Entry, parse_entries
 from maskfeat.errors import UserError
@@ -37,7 +37,7 @@ _KEYS = "see TRAIN.CHECKPOINT_FILE_PATH, or of a test TEST.CHECKPOINT_FILE_PATH"
 _TORCHVISION = re.compile(r"\w+_Weights\.\w+")
 
 
-def _torchvision_file(name: str) -> Path:
+def _torchvision_file(name: str, beat: Beat) -> Path:
     """Return the file of torchvision's weights `name`: of torchvision's cache, else fetched and checked by hash."""
     try:
         url = get_weight(name).url
@@ -48,7 +48,7 @@ def _torchvision_file(name: str) -> Path:
         return path
     expected = HASH_REGEX.search(path.name)
     try:
-        return fetch(url, digest=expected.group(1) if expected else "")
+        return fetch(url, digest=expected.group(1) if expected else "", beat=beat)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
@@ -58,10 +58,22 @@ def is_torchvision_name(given: str) -> bool:
     return _TORCHVISION.fullmatch(given) is not None
 
 
-def _local_file(given: str) -> Path:
+def prefetch(given: str | Path, beat: Beat) -> None:
+    """Fetch a checkpoint into the cache where it is an address or a name of torchvision's weights.
+
+    Args:
+        beat: see `download`.
+
+    Raises:
+        UserError: it cannot be fetched.
+    """
+    _fetched(str(given), beat)
+
+
+def _fetched(given: str, beat: Beat = nobody) -> Path | None:
     if is_torchvision_name(given) and not Path(given).exists():
-        return _torchvision_file(given)
-    return download(given) if is_url(given) else Path(local_path(given))
+        return _torchvision_file(given, beat)
+    return download(given, beat) if is_url(given) else None
 
 
 def _load(path: Path) -> Any:
@@ -141,7 +153,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: if the file is missing or damaged, holds other objects, or exceeds the limits in `limits`.
     """
     given = str(path)
-    local = _local_file(given)
+    local = _fetched(given) or Path(local_path(given))
     try:
         content = _load(local)
     except NotReadable as error:

@@ -10,6 +10,7 @@ import torch
 from yacs.config import CfgNode
 
 from maskfeat.build import build_objective
+from maskfeat.checkpoint.download import Beat, nobody
 from maskfeat.checkpoint.files import (
     AVERAGE,
     SHARDED,
@@ -20,7 +21,7 @@ from maskfeat.checkpoint.files import (
     open_checkpoint,
     read_verified_checkpoint,
 )
-from maskfeat.checkpoint.reading import model_state, trained_classes, trained_model
+from maskfeat.checkpoint.reading import model_state, prefetch, trained_classes, trained_model
 from maskfeat.checkpoint.sharded import load_training
 from maskfeat.checkpoint.weights import LoadReport, Misfit, clean_names
 from maskfeat.data.datasets.classes import check_same_classes
@@ -235,13 +236,16 @@ class CheckpointSource:
         return Position(position.epochs, step)
 
 
-def find_source(cfg: CfgNode) -> CheckpointSource:
+def find_source(cfg: CfgNode, beat: Beat = nobody) -> CheckpointSource:
     """Return the checkpoint that a training begins with, the same on every rank, and log how the config changed since.
 
     A checkpoint of this very run in OUTPUT_DIR comes first (TRAIN.AUTO_RESUME), then TRAIN.CHECKPOINT_FILE_PATH:
     weights alone with TRAIN.CHECKPOINT_EPOCH_RESET, with TRAIN.CHECKPOINT_AVERAGE (their average) or where another
     objective wrote it, everything otherwise. Fine-tuning without such a file starts from the newest pre-training
     checkpoint in OUTPUT_DIR, as in PySlowFast.
+
+    Args:
+        beat: of the watchdog, while weights are downloaded.
 
     Raises:
         UserError: it cannot be used with this config.
@@ -259,6 +263,7 @@ def find_source(cfg: CfgNode) -> CheckpointSource:
         if objective_spec(cfg).classifies:
             logger.info("no TRAIN.CHECKPOINT_FILE_PATH is given: training starts from random weights")
         return CheckpointSource()
+    prefetch(given, beat)
     content = read_verified_checkpoint(given)
     averaged = cfg.TRAIN.CHECKPOINT_AVERAGE
     if averaged and AVERAGE not in content:
@@ -295,15 +300,20 @@ def _pretrained(cfg: CfgNode) -> Path | None:
     return found
 
 
-def find_tested(cfg: CfgNode) -> tuple[str, dict[str, Any]]:
+def find_tested(cfg: CfgNode, beat: Beat = nobody) -> tuple[str, dict[str, Any]]:
     """Return path and content of what is tested: TEST.CHECKPOINT_FILE_PATH, else the last checkpoint of OUTPUT_DIR,
     else TRAIN.CHECKPOINT_FILE_PATH.
+
+    Args:
+        beat: of the watchdog, while weights are downloaded.
 
     Raises:
         UserError: there is none, it cannot be read, or those of this run are all damaged or of another model.
     """
+    prefetch(cfg.TEST.CHECKPOINT_FILE_PATH, beat)
     found = given_or_latest_checkpoint(cfg.TEST.CHECKPOINT_FILE_PATH, cfg.OUTPUT_DIR, cfg.TASK, cfg.MODEL.MODEL_NAME)
     if found is None and cfg.TRAIN.CHECKPOINT_FILE_PATH:
+        prefetch(cfg.TRAIN.CHECKPOINT_FILE_PATH, beat)
         found = cfg.TRAIN.CHECKPOINT_FILE_PATH, read_verified_checkpoint(cfg.TRAIN.CHECKPOINT_FILE_PATH)
         logger.warning(
             "OUTPUT_DIR %s has no checkpoint of this run: TRAIN.CHECKPOINT_FILE_PATH %s is tested",

@@ -142,7 +142,7 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
     """
     with Session(cfg, world) as session:
         session.start(init_method)
-        tested = None if cfg.TRAIN.ENABLE else find_tested(cfg)
+        tested = None if cfg.TRAIN.ENABLE else find_tested(cfg, session.watchdog.beat)
         # The test set is looked for before training, not after it.
         test_loaders = _test_loaders(cfg, session, tested) if cfg.TEST.ENABLE else {}
         objectives: dict[str, Objective] = {}
@@ -166,7 +166,7 @@ def work(world: World, init_method: str, cfg: CfgNode, command_line: CommandLine
         session.testing = True
         if cfg.TEST.ENABLE:
             if cfg.TRAIN.ENABLE and cfg.TEST.CHECKPOINT_FILE_PATH:
-                tested = find_tested(cfg)
+                tested = find_tested(cfg, session.watchdog.beat)
                 test_loaders = _test_loaders(cfg, session, tested, test_loaders)
             if tested is not None:
                 objectives = load_for_testing(cfg, session.device, *tested)

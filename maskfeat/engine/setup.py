@@ -57,7 +57,8 @@ def prepare_training(cfg: CfgNode, command_line: CommandLine, session: Session) 
         Preempted: the run was asked to stop during a validation that is repeated.
     """
     world, device = session.world, session.device
-    source = find_source(cfg)  # first: what changed since a checkpoint was written explains what comes then
+    # First: what changed since a checkpoint was written explains what comes then.
+    source = find_source(cfg, session.watchdog.beat)
     seed_everything(cfg.RNG_SEED)
     objective = build_objective(cfg)
     if any(isinstance(module, _BatchNorm) for module in objective.modules()):

@@ -23,7 +23,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from maskfeat.checkpoint import download
-from maskfeat.checkpoint.reading import read_checkpoint, trained_model
+from maskfeat.checkpoint.reading import prefetch, read_checkpoint, trained_model
 from maskfeat.errors import UserError
 from tests.reliability import malice
 from tests.small import REPO
@@ -282,8 +282,10 @@ def test_progress_of_a_download(
     server: Callable[..., str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("maskfeat.progress._LOG_SECONDS", 0.0)
+    beats: list[str] = []
     with caplog.at_level("INFO", "maskfeat"):
-        download.download(server("/a.pyth", bytes(5 << 19), Content_Length=str(5 << 19)))
+        prefetch(server("/a.pyth", bytes(5 << 19), Content_Length=str(5 << 19)), beats.append)
+    assert len(beats) == 3 and all(word.startswith("downloading http") for word in beats), "a watchdog hears of it"
     name = download.cached_path(server("/a.pyth")).name
     assert [f"{n} of 3 MiB of {name}" in caplog.text for n in (1, 2, 3)] == [True] * 3
     assert "MiB" not in caplog.text.split("3 of 3")[1].split("\n", 1)[1]
