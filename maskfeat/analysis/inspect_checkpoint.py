@@ -110,11 +110,11 @@ def describe(found: Recognised) -> str:
     """Return the network in words: objective, backbone, blocks, width, input and number of parameters."""
     with torch.device("meta"):
         objective = build_recognised(found)
-    backbone = objective.backbone
-    side = found.cfg.DATA.TEST_CROP_SIZE if objective.classifies and backbone_spec(found.cfg).any_size else None
-    size = backbone.clip_size if side is None else (*backbone.clip_size[:-2], side, side)
+    backbone, spec, size = objective.backbone, objective_spec(found.cfg), list(objective.backbone.clip_size)
+    if spec.classifies and backbone_spec(found.cfg).any_size:  # as it is shown in tests
+        size[-2:] = [found.cfg.DATA.TEST_CROP_SIZE] * 2
     shown = " x ".join(map(str, size))
-    title = objective_spec(found.cfg).title or objective_spec(found.cfg).name
+    title = spec.title or spec.name
     heads = f", {found.cfg.MVIT.NUM_HEADS} attention heads in the first" if hasattr(backbone, "blocks") else ""
     count = sum(parameter.numel() for parameter in objective.parameters())
     return (

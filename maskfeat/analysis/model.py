@@ -39,7 +39,7 @@ from maskfeat.errors import UserError, about
 from maskfeat.models.base import Backbone, Tokens
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.maskfeat import MaskFeat
-from maskfeat.registry import backbone_spec
+from maskfeat.registry import backbone_spec, objective_spec
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Model(nn.Module):
         super().__init__()
         self.trained = trained
         self.objective, self.source, self.kind, self.report = objective, source, kind, report
-        self.cfg = _shown_size(cfg, objective)
+        self.cfg = _shown_size(cfg, objective.backbone)
         self.classes = None if classes is None else list(classes)
         self.precision = precision
         self.media = "image" if len(objective.backbone.clip_size) == 2 else "video"
@@ -303,10 +303,10 @@ class Model(nn.Module):
         return self.classes[number] if self.classes and number < len(self.classes) else str(number)
 
 
-def _shown_size(cfg: CfgNode, objective: Objective) -> CfgNode:
+def _shown_size(cfg: CfgNode, backbone: Backbone) -> CfgNode:
     """Return the config with the one size that the network takes; that of a pre-training may name another for tests."""
-    side = objective.backbone.clip_size[-1]
-    if (objective.classifies and backbone_spec(cfg).any_size) or side == cfg.DATA.TEST_CROP_SIZE:
+    side = backbone.clip_size[-1]
+    if (objective_spec(cfg).classifies and backbone_spec(cfg).any_size) or side == cfg.DATA.TEST_CROP_SIZE:
         return cfg
     cfg = cfg.clone()
     cfg.defrost()

@@ -396,7 +396,7 @@ def test_published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert model.source == "torchvision_resnet50_v2" and model.cfg.DATA.TEST_SHORT_SIDE == 232
     assert model.class_name(1) == "goldfish"
 
-    def offline(url: str) -> Path:
+    def offline(url: str, _: object) -> Path:
         raise UserError(f"{url} could not be fetched: no network")
 
     monkeypatch.undo()
