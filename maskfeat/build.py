@@ -25,7 +25,7 @@ from maskfeat.objectives.base import Objective
 from maskfeat.optim.optimizers import make_optimizer
 from maskfeat.optim.param_groups import parameter_groups
 from maskfeat.optim.schedule import lr_at_epoch
-from maskfeat.registry import backbone_spec, dataset_spec, objective_spec
+from maskfeat.registry import backbone_spec, dataset_spec, objective_spec, tests_at_any_size
 
 SPLITS = ("train", "val", "test")
 
@@ -134,9 +134,7 @@ def build_loader(
 
 def _check_size(cfg: CfgNode) -> None:
     """Raise UserError where a model is evaluated at another size than it is built for."""
-    # A classifier of ResNet features takes any size; transformers have positions for one, MFM a disc.
-    fixed = not (objective_spec(cfg).classifies and backbone_spec(cfg).any_size)
-    if fixed and cfg.DATA.TEST_CROP_SIZE != cfg.DATA.TRAIN_CROP_SIZE:
+    if not tests_at_any_size(cfg) and cfg.DATA.TEST_CROP_SIZE != cfg.DATA.TRAIN_CROP_SIZE:
         raise UserError(
             f"DATA.TEST_CROP_SIZE is {cfg.DATA.TEST_CROP_SIZE} and DATA.TRAIN_CROP_SIZE {cfg.DATA.TRAIN_CROP_SIZE}: "
             "this model is built for one size, set both to it"

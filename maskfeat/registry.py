@@ -349,6 +349,13 @@ def backbone_spec(cfg: CfgNode) -> BackboneSpec:
     return load(cfg.PLUGINS).backbones[cfg.MODEL.ARCH]
 
 
+def tests_at_any_size(cfg: CfgNode) -> bool:
+    """Return whether tests may show another size than training: a classifier of ResNet features takes any, transformers
+    have positions for one, and MFM a disc.
+    """
+    return objective_spec(cfg).classifies and backbone_spec(cfg).any_size
+
+
 def dataset_spec(cfg: CfgNode, section: str) -> DatasetSpec:
     """Return the spec of TRAIN.DATASET or TEST.DATASET."""
     return load(cfg.PLUGINS).datasets[cfg[section].DATASET.lower()]

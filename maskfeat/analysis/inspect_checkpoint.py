@@ -34,7 +34,7 @@ from maskfeat.engine.changes import find_changes
 from maskfeat.engine.resume import fit_weights
 from maskfeat.errors import UserError, about
 from maskfeat.objectives.base import Objective
-from maskfeat.registry import backbone_spec, lookup, objective_spec
+from maskfeat.registry import backbone_spec, lookup, objective_spec, tests_at_any_size
 from maskfeat.text import some
 
 _PLACES = ("NUM_GPUS", "NUM_SHARDS", "SHARD_ID", "DIST_BACKEND")
@@ -111,7 +111,7 @@ def describe(found: Recognised) -> str:
     with torch.device("meta"):
         objective = build_recognised(found)
     backbone, spec, size = objective.backbone, objective_spec(found.cfg), list(objective.backbone.clip_size)
-    if spec.classifies and backbone_spec(found.cfg).any_size:  # as it is shown in tests
+    if tests_at_any_size(found.cfg):  # as it is shown in tests
         size[-2:] = [found.cfg.DATA.TEST_CROP_SIZE] * 2
     shown = " x ".join(map(str, size))
     title = spec.title or spec.name

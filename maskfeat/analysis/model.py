@@ -39,7 +39,7 @@ from maskfeat.errors import UserError, about
 from maskfeat.models.base import Backbone, Tokens
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.maskfeat import MaskFeat
-from maskfeat.registry import backbone_spec, objective_spec
+from maskfeat.registry import tests_at_any_size
 
 logger = logging.getLogger(__name__)
 
@@ -306,7 +306,7 @@ class Model(nn.Module):
 def _shown_size(cfg: CfgNode, backbone: Backbone) -> CfgNode:
     """Return the config with the one size that the network takes; that of a pre-training may name another for tests."""
     side = backbone.clip_size[-1]
-    if (objective_spec(cfg).classifies and backbone_spec(cfg).any_size) or side == cfg.DATA.TEST_CROP_SIZE:
+    if tests_at_any_size(cfg) or side == cfg.DATA.TEST_CROP_SIZE:
         return cfg
     cfg = cfg.clone()
     cfg.defrost()

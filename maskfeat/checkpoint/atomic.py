@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,3 +46,15 @@ def fsync_dir(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def replace_folder(draft: Path, folder: Path) -> None:
+    """Give a complete folder its name, in place of an earlier one, and flush both to disk."""
+    fsync_dir(draft)
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(draft, folder)
+    fsync_dir(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -54,7 +54,11 @@ class Position:
 def checkpoint_path(output_dir: str | Path, task: str, position: Position, suffix: str = WHOLE) -> Path:
     """Return the path of the checkpoint at `position`; `suffix` is WHOLE for a file and SHARDED for a folder."""
     within = f"_step_{position.step:06d}" if position.step else ""
-    name = f"checkpoint_epoch_{position.epochs:05d}{within}{suffix}"
+    return named_by_task(output_dir, task, f"checkpoint_epoch_{position.epochs:05d}{within}{suffix}")
+
+
+def named_by_task(output_dir: str | Path, task: str, name: str) -> Path:
+    """Return the path of a file of a task among its checkpoints."""
     return Path(output_dir) / "checkpoints" / (f"{task}_{name}" if task else name)
 
 
@@ -101,8 +105,26 @@ def checksum_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def _temporary_path(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
+    """Return where a file is written before it gets its name."""
     return path.with_name(f".{path.name}.partial")
+
+
+def publish(draft: Path, digest: str, path: Path) -> None:
+    """Give a complete file its name, and a checksum: between the two renames there is none, never that of another file.
+
+    Args:
+        digest: its SHA-256 in hexadecimal.
+
+    Raises:
+        OSError: the disk is full or fails; `temporary_path` of the checksum may be left behind.
+    """
+    checksum = checksum_path(path)
+    write_and_fsync(temporary_path(checksum), f"{digest}  {path.name}\n".encode())
+    checksum.unlink(missing_ok=True)
+    os.replace(draft, path)
+    os.replace(temporary_path(checksum), checksum)
+    fsync_dir(path.parent)
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -114,21 +136,16 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         UserFileError: if the disk is full or fails; the message names the file, and no partial file is left behind.
     """
-    partial, checksum = _temporary_path(path), checksum_path(path)
-    partial_checksum = _temporary_path(checksum)
+    partial = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             hashed = _HashingWriter(file)
             torch.save(dict(content), hashed)  # type: ignore[arg-type]
             fsync_file(file)
-        write_and_fsync(partial_checksum, f"{hashed.digest.hexdigest()}  {path.name}\n".encode())
-        checksum.unlink(missing_ok=True)
-        os.replace(partial, path)
-        os.replace(partial_checksum, checksum)
-        fsync_dir(path.parent)
+        publish(partial, hashed.digest.hexdigest(), path)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
-        for leftover in (partial, partial_checksum):
+        for leftover in (partial, temporary_path(checksum_path(path))):
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error

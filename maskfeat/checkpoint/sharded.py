@@ -7,7 +7,6 @@ their positions in `.metadata`, everything else in `plain.json`, and the SHA-256
 """
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from maskfeat.checkpoint.atomic import fsync_dir, sha256, write_and_fsync
+from maskfeat.checkpoint.atomic import replace_folder, sha256, write_and_fsync
 from maskfeat.checkpoint.sharded_files import METADATA, PLAIN, SUMS, Reader, TensorMetadata, sums_of, tensors_of, verify
 from maskfeat.checkpoint.weights import ReleasedModule, list_problems
 from maskfeat.distributed.collectives import broadcast_buffers
@@ -188,14 +187,7 @@ def _finish(writing: "Future[Any]", partial: Path, folder: Path, plain: str, ran
             return
         lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         write_and_fsync(partial / SUMS, lines.encode())
-        fsync_dir(partial)
-        old = folder.with_name(f".{folder.name}.old")
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-        os.rename(partial, folder)
-        fsync_dir(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(partial, folder)
 
     try:
         writing.result()

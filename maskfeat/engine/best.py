@@ -11,8 +11,8 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from maskfeat.checkpoint.atomic import fsync_dir, fsync_file, sha256, write_and_fsync
-from maskfeat.checkpoint.files import SHARDED, WHOLE, checksum_path
+from maskfeat.checkpoint.atomic import fsync_file, replace_folder, sha256
+from maskfeat.checkpoint.files import SHARDED, WHOLE, checksum_path, named_by_task, publish, temporary_path
 from maskfeat.file_io import replace_text
 from maskfeat.report.run_log import direction
 
@@ -33,9 +33,8 @@ class BestCheckpoint:
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        name = f"{cfg.TASK}_best" if cfg.TASK else "best"
-        self._stem = Path(cfg.OUTPUT_DIR) / "checkpoints" / name
-        self._record = self._stem.with_name(f"{name}.json")
+        self._stem = named_by_task(cfg.OUTPUT_DIR, cfg.TASK, "best")
+        self._record = self.path(".json")
 
     def path(self, suffix: str) -> Path:
         """Return where it is kept; `suffix` as of the checkpoint."""
@@ -100,19 +99,13 @@ def _link(source: Path, target: Path) -> None:
 
 def _link_file(checkpoint: Path, kept: Path) -> None:
     """Give a checkpoint, and its checksum, a second name, in place of what has it."""
-    partial, sums = (kept.with_name(f".{path.name}.partial") for path in (kept, checksum_path(kept)))
+    partial, sums = temporary_path(kept), temporary_path(checksum_path(kept))
     try:
-        for path in (partial, sums):
-            path.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         _link(checkpoint, partial)
         beside = checksum_path(checkpoint)
         digest = beside.read_text(encoding="ascii").partition(" ")[0] if beside.exists() else sha256(checkpoint)
-        write_and_fsync(sums, f"{digest}  {kept.name}\n".encode())
-        # As `save_checkpoint`: between the two there is no checksum, and never that of another file.
-        checksum_path(kept).unlink(missing_ok=True)
-        os.replace(partial, kept)
-        os.replace(sums, checksum_path(kept))
-        fsync_dir(kept.parent)
+        publish(partial, digest, kept)
     finally:
         for path in (partial, sums):
             path.unlink(missing_ok=True)
@@ -120,18 +113,12 @@ def _link_file(checkpoint: Path, kept: Path) -> None:
 
 def _link_folder(checkpoint: Path, kept: Path) -> None:
     """Give the files of a sharded checkpoint a second name, in a folder in place of `kept`."""
-    partial, old = (kept.with_name(f".{kept.name}.{end}") for end in ("partial", "old"))
-    for path in (partial, old):
-        shutil.rmtree(path, ignore_errors=True)
+    partial = temporary_path(kept)
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         for path in checkpoint.iterdir():
             _link(path, partial / path.name)
-        fsync_dir(partial)
-        if kept.exists():
-            os.rename(kept, old)
-        os.rename(partial, kept)
-        fsync_dir(kept.parent)
+        replace_folder(partial, kept)
     finally:
-        for path in (partial, old):
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)

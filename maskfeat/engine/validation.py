@@ -7,6 +7,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
+from maskfeat.checkpoint.files import named_by_task
 from maskfeat.data.loader import BatchLoader
 from maskfeat.distributed.collectives import broadcast_buffers, run_on_main
 from maskfeat.distributed.fsdp import gather_into
@@ -20,8 +21,7 @@ from maskfeat.objectives.base import Objective
 
 def validation_record(cfg: CfgNode) -> Path:
     """Return the file beside the checkpoints that holds the last validation of a run: epochs done, and values."""
-    name = f"{cfg.TASK}_validation.json" if cfg.TASK else "validation.json"
-    return Path(cfg.OUTPUT_DIR) / "checkpoints" / name
+    return named_by_task(cfg.OUTPUT_DIR, cfg.TASK, "validation.json")
 
 
 def validation_epochs(cfg: CfgNode, classifies: bool) -> list[int]:

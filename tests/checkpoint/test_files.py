@@ -188,7 +188,7 @@ def test_weights_of_torchvision_are_compared_with_their_hash(
     weights = Namespace(url=f"https://example.org/resnet18-{digest}.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(reading, "get_weight", lambda name: weights)
-    monkeypatch.setattr(download, "_download", lambda url, path: path.write_bytes(out.getvalue()))
+    monkeypatch.setattr(download, "_download", lambda url, path, beat: path.write_bytes(out.getvalue()))
     if right:
         assert len(model_state(read_checkpoint("ResNet18_Weights.IMAGENET1K_V1"))["conv1.weight"]) == 3
         return

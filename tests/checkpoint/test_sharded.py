@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from maskfeat.checkpoint import atomic
 from maskfeat.checkpoint import sharded as sharded_checkpoint
 from maskfeat.checkpoint.sharded import full_tensors, load_sharded, read_sharded_plain, save_sharded, verify
 from maskfeat.checkpoint.sharded_files import METADATA, PLAIN, SUMS
@@ -93,9 +94,13 @@ def test_failed_write_keeps_what_was_there(folder: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("write_and_fsync", "fsync_dir", "sha256"):
+    for module, name in (
+        (sharded_checkpoint, "write_and_fsync"),
+        (atomic, "fsync_dir"),
+        (sharded_checkpoint, "sha256"),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(sharded_checkpoint, name, full)
+            patch.setattr(module, name, full)
             with pytest.raises(OSError, match=r"checkpoint_epoch_00004\.dcp: .*No space left"):
                 save_sharded(folder, tensors(), {"epoch": 9}).wait()
         verify(folder)
