@@ -83,6 +83,19 @@ def make_parent(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
+def is_cut_short(path: Path) -> bool:
+    """Whether a file does not end with a line end, as where its writer was killed, or the disk was full.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file as `replace_bytes` does, in UTF-8."""
     replace_bytes(path, text.encode("utf-8"))

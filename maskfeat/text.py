@@ -17,6 +17,11 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
+def printable(text: str) -> str:
+    """Return a text that UTF-8 can hold: bytes of a file's name that are none are written as \\udce9."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def duration(seconds: float) -> str:
     """Format seconds as h:mm:ss, with days where there are any."""
     return str(timedelta(seconds=int(seconds)))

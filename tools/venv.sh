@@ -6,7 +6,10 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
   echo "maskfeat needs Python 3.10 or later, and $python is $("$python" --version 2>&1): set PYTHON=python3.x" >&2
   exit 1
 fi
-[ -x "$venv/bin/python" ] || { echo "== making $venv"; "$python" -m venv "$venv"; }
+if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then # none, or one that was made in part
+  echo "== making $venv"
+  "$python" -m venv "$venv"
+fi
 extras=${MASKFEAT_EXTRAS:-dev}
 sum=$(cat setup.py pyproject.toml | cksum)
 case "$(cat "$venv/.maskfeat-installed" 2>/dev/null || true)" in

@@ -27,7 +27,7 @@ class Line:
 
     Attributes:
         name: in the legend; "" leaves the line out of it.
-        runs: the points of each run; runs of one line have the same x.
+        runs: the points of each run; their mean is drawn at every x that all of them have.
         level: whether it is only a level to compare with, drawn dashed.
     """
 
@@ -105,7 +105,9 @@ def _draw_line(axes: Axes, line: Line, colour: str) -> None:
     if len(line.runs) > 1 and not line.level:
         for run in line.runs:
             axes.plot(*np.transpose(run), color=colour, linewidth=0.8, alpha=0.4)
-    mean = np.mean([run[: min(map(len, line.runs))] for run in line.runs], axis=0)
+    tables = [dict(run) for run in line.runs]
+    shared = [x for x in tables[0] if all(x in table for table in tables)]
+    mean = np.array([(x, np.mean([table[x] for table in tables])) for x in shared]).reshape(-1, 2)
     style, width = ("--", 1.2) if line.level else ("-", 2.2)
     # matplotlib takes a label that begins with _ as none.
     axes.plot(*mean.T, color=colour, label=line.name or "_unnamed", linestyle=style, linewidth=width)

@@ -187,8 +187,9 @@ def _draw_validation(args: argparse.Namespace) -> Path:
     number = 4 if args.num is None else args.num
     if number < 1:
         raise UserError(f"--num must be at least 1; given {number}")
+    # What Pillow writes is known once its extensions were asked for.
     form = Image.registered_extensions().get(Path(args.output).suffix.lower()) if args.output else "PNG"
-    if form not in Image.SAVE:
+    if args.output and form not in Image.SAVE:
         raise UserError(f"--output must end with .png, or as another picture that Pillow writes; given {args.output}")
     found = drawing(load_config(args.cfg, args.opts), number)
     output = Path(args.output or found.name)

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from maskfeat.file_io import is_cut_short
+
 logger = logging.getLogger(__name__)
 
 ESCAPED = "backslashreplace"
@@ -72,10 +74,8 @@ class LogFile(_Patient, logging.FileHandler):
     def __init__(self, path: Path) -> None:
         logging.FileHandler.__init__(self, path, encoding="utf-8", errors=ESCAPED)
         self.what = str(path)
-        with suppress(OSError), path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)  # fails where the file is empty
-            # Where its run was killed, or the disk was full, the next line is one of its own.
-            if file.read() != b"\n" and self.stream is not None:
+        with suppress(OSError):
+            if is_cut_short(path) and self.stream is not None:
                 self.stream.write("\n")
 
 

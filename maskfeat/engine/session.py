@@ -23,7 +23,7 @@ from maskfeat.distributed.world import World, choose_device
 from maskfeat.engine.agreement import check_same_config
 from maskfeat.engine.metrics_log import MetricsLog, logged_to_file, setup_logging
 from maskfeat.engine.oom import explain_oom
-from maskfeat.engine.owner import owned
+from maskfeat.engine.owner import owned, owner_of
 from maskfeat.engine.parallelize import choose_kernels
 from maskfeat.engine.provenance import machine, revision
 from maskfeat.engine.trackers import TENSORBOARD, About, Trackers
@@ -107,8 +107,10 @@ class Session:
             if cfg.TENSORBOARD.ENABLE or TENSORBOARD in cfg.LOG.TRACKERS
             else None
         )
-        asked = world.is_main and cfg.LOG.TRACKERS  # whose packages the other ranks need not import
-        trackers = Trackers(cfg.LOG.TRACKERS, About(output, cfg.TASK, flat(cfg))) if asked else None
+        trackers = None
+        if world.is_main and cfg.LOG.TRACKERS:  # whose packages the other ranks need not import
+            beside = not cfg.TRAIN.ENABLE and bool(owner_of(output))
+            trackers = Trackers(cfg.LOG.TRACKERS, About(output, cfg.TASK, flat(cfg), beside))
         self.metrics_log = MetricsLog(world, folder, trackers)
         self._signals.callback(self.metrics_log.close)
 

@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from maskfeat.errors import UserError
-from maskfeat.file_io import replace_text
+from maskfeat.file_io import is_cut_short, replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +47,18 @@ class About:
         folder: OUTPUT_DIR.
         task: TASK, which may share the folder with others.
         config: by full key.
+        beside: whether it is a test of a training that goes on in another process.
     """
 
     folder: Path
     task: str
     config: Mapping[str, object]
+    beside: bool = False
 
     @property
     def title(self) -> str:
         """What people call the run."""
-        return " ".join(filter(None, (self.folder.resolve().name, self.task)))
+        return " ".join(filter(None, (self.folder.resolve().name, self.task, "test" * self.beside)))
 
     def path(self, name: str) -> Path:
         """A file in OUTPUT_DIR, of this TASK alone."""
@@ -73,9 +75,11 @@ class Sink:
 
     Attributes:
         identity: of the run in the tracker.
+        shared: whether two processes may write to one run; else a test has one of its own beside a training.
     """
 
     identity: str
+    shared = False
 
     def __init__(self, about: About, identity: str) -> None:
         raise NotImplementedError
@@ -93,11 +97,15 @@ class Sink:
 class _Csv(Sink):
     """OUTPUT_DIR/[TASK_]metrics.csv, one value a line."""
 
+    shared = True
+
     def __init__(self, about: About, identity: str) -> None:
         path = about.path("metrics.csv")
         goes_on = bool(identity) and path.exists()
         self._file = path.open("a" if goes_on else "w", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file, lineterminator="\n")
+        if goes_on and is_cut_short(path):
+            self._file.write("\n")
         if not goes_on:
             self._writer.writerow(["kind", "step", "name", "value"])
         self.identity = path.name
@@ -330,11 +338,14 @@ class Trackers:
 
 
 def _sink(name: str, about: About, resume: bool) -> Sink:
+    kind = SINKS[name][0]
+    if about.beside and not kind.shared:  # its end would be that of the training there
+        return kind(about, "")
     path, known = about.path(f"{FOLDER}/{name}"), ""
     if resume:
         with suppress(OSError):
             known = path.read_text(encoding="utf-8", errors="replace").strip()
-    sink = SINKS[name][0](about, known)
+    sink = kind(about, known)
     path.parent.mkdir(exist_ok=True)
     replace_text(path, f"{sink.identity}\n")
     return sink

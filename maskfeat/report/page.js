@@ -11,6 +11,17 @@
   const colour = (index) => `var(--c${index % 10})`;
   const dash = (index) => DASHES[Math.floor(index / 10) % DASHES.length];
 
+  // What tells the runs apart: their names without the folders that all of them begin and end with.
+  const labels = (() => {
+    const parts = runs.map((run) => run.name.split("/"));
+    const alike = (at) => parts.every((part) => part.length > 1 && part.at(at) === parts[0].at(at));
+    while (alike(0)) parts.forEach((part) => part.shift());
+    while (alike(-1)) parts.forEach((part) => part.pop());
+    const names = parts.map((part) => part.join("/"));
+    const short = names.map((name) => (name.length > 32 ? `\u2026${name.slice(-31)}` : name));
+    return new Set(short).size === names.length ? short : names;
+  })();
+
   const make = (name, attributes, parent) => {
     const element = document.createElementNS(SVG, name);
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
@@ -206,7 +217,7 @@
         key.textContent = "\u25cf ";
         key.style.color = colour(s.index);
         const spread = s.low && s.low[i] !== null ? ` (${number(s.low[i])} to ${number(s.high[i])} of ${s.curves.of})` : "";
-        const name = runs.length > 1 ? `${runs[s.index].name.slice(-24)} ` : "";
+        const name = runs.length > 1 ? `${labels[s.index]} ` : "";
         item.append(key, `${name}${s.kind} ${number(s.y[i])}${spread} at ${number(s.x[i])}`);
         this.readout.append(item);
       }
@@ -236,6 +247,7 @@
         const [from, to] = [start, place(event)].map(this.back).sort((a, b) => a - b);
         const far = start !== null && Math.abs(place(event) - start) > 8;
         start = null;
+        this.dragged.setAttribute("width", 0);
         if (far) zoom(Math.max(from, this.low), Math.min(to, this.high));
       });
       svg.addEventListener("pointercancel", () => {

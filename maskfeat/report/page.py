@@ -15,6 +15,7 @@ from PIL import Image
 
 from maskfeat.report.run_log import Curves
 from maskfeat.report.runs import Run, metric_names, summary
+from maskfeat.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def write_page(runs: Sequence[Run]) -> str:
     # Inside a script only "</" and "<!--" could end it or change how it is read.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     script = (_HERE / "page.js").read_text()
-    return (
+    return printable(
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"{head}</head>\n<body><main>\n{body}\n</main>\n"

@@ -30,7 +30,11 @@ _MODEL = re.compile(r"\w+, [\d.]+ M parameters, on \d+ x .*")
 _ENDED = re.compile(r"(stopped on [^;]+); (?:the same command|TRAIN\.AUTO_RESUME).*", re.S)
 _WEIGHTS = re.compile(r"(?:averaged )?weights from .*", re.S)
 _RESUMED = "resumed from "
-_ERROR = "error: "
+_GOES_ON = ("NOT SAVED", "NOT KEPT: ", "NOT FINITE in validation: ", "CHECKPOINT PASSED OVER: ", "GOING BACK to ")
+"""Begin the texts of errors after which a run goes on."""
+_ENDS = ("error: ", "HANG: ")
+_BUG = "a bug, of this program"
+"""Begin the texts of those that end it."""
 _NOT_FINITE = ("nan", "inf", "-inf")
 _MOST_TEXTS = 1000
 """Different warnings that are kept; more are counted as one."""
@@ -111,6 +115,7 @@ class RunLog:
         weights: the report of the last loading of weights.
         warnings: how often each was written.
         damaged: lines that cannot be read.
+        begins: whether nothing is trained since the last start, which resumed from nothing either.
     """
 
     train: Curves = field(default_factory=Curves)
@@ -129,23 +134,27 @@ class RunLog:
     weights: str = ""
     warnings: Counter[str] = field(default_factory=Counter)
     damaged: int = 0
+    begins: bool = False
 
     def note(self, text: str) -> None:
         """Take in a line, or several that belong together, that is no entry."""
         if match := _MODEL.fullmatch(text):
             self.model = match[0]
         elif text.startswith(_RESUMED):
-            self.resumes += 1
+            self.resumes, self.begins = self.resumes + 1, False
         elif match := _ENDED.fullmatch(text):
             self.ending = match[1]
         elif _WEIGHTS.fullmatch(text):
             self.weights = text
-        elif text.startswith(WARNING):
+        elif text.startswith((WARNING, *_GOES_ON)):
             warning = text.removeprefix(WARNING)
             known = warning in self.warnings or len(self.warnings) < _MOST_TEXTS
             self.warnings[warning if known else _OTHER_WARNINGS] += 1
-        elif text.startswith(_ERROR):
+        elif text.startswith(_ENDS):
             self.ending = text
+        elif text.startswith(_BUG):
+            lines = text.splitlines()
+            self.ending = " ".join(dict.fromkeys([lines[0], lines[-1]]))  # the traceback is in the log
 
     def take(self, entry: Mapping[str, Any]) -> None:
         """Take in an entry.
@@ -162,6 +171,11 @@ class RunLog:
         epoch, self.max_epoch = _fraction(entry["epoch"])
         self.ending = ""
         values, train = numbers(entry), self.train
+        if self.begins:  # anew, in the folder of an earlier training
+            for curves in (train, self.validation):
+                curves.cut(0.0)
+            self.tests.clear()
+            self.begins = False
         if kind == TRAIN:
             step, steps = _fraction(entry["iter"])
             place = epoch - 1 + step / steps
@@ -233,7 +247,7 @@ def read_log(path: Path) -> dict[str, RunLog]:
     """Read a log.
 
     Returns:
-        what it says of each TASK that wrote into it, in the order of their first lines; "" where none is said.
+        what it says of each TASK that wrote into it, in the order of their last starts; "" where none is said.
 
     Raises:
         UserFileError: it cannot be read.
@@ -245,9 +259,10 @@ def read_log(path: Path) -> dict[str, RunLog]:
     for when, text in _records(path):
         spent = clock.since_last(when)
         if start := _STARTED.fullmatch(text):
-            run = runs.setdefault(start[4] or "", RunLog())
+            task = start[4] or ""
+            run = runs[task] = runs.pop(task, RunLog())
             run.revision, run.torch, run.machine, run.ending = start[1], start[2], start[3], ""
-            run.starts += 1
+            run.starts, run.begins = run.starts + 1, True
         elif _MODEL.fullmatch(text) is None:  # before these two the run may have been stopped for any time
             run.seconds += spent
         run.begun = run.begun or when

@@ -14,7 +14,7 @@ from pathlib import Path
 from maskfeat.config.yaml_io import read_entries
 from maskfeat.errors import UserError, UserFileError, naming
 from maskfeat.report.run_log import LOG, Curves, RunLog, direction, numbers, read_log
-from maskfeat.text import duration
+from maskfeat.text import duration, printable
 
 CONFIG, BAD_SAMPLES, PICTURES = "config.yaml", "bad_samples.jsonl", "pictures"
 _OVERRIDE = "# override: "
@@ -56,19 +56,21 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     Raises:
         UserFileError: a folder has no log that can be read.
     """
-    runs = []
-    for given in dict.fromkeys(map(Path, folders)):
-        folder = given.parent if given.name == LOG else given
+    runs: list[Run] = []
+    places: dict[Path, Path] = {}
+    for given in map(Path, folders):
+        places.setdefault(given.parent if given.name == LOG else given, given)
+    for folder, given in places.items():
         if not (folder / LOG).is_file():
             raise UserFileError(f"{folder} is not the OUTPUT_DIR of a run: it has no {LOG}")
         logs = read_log(folder / LOG)
         for number, (task, log) in enumerate(logs.items(), 1):
             name = f"{given} [{task or 'no TASK'}]" if len(logs) > 1 else str(given)
-            runs.append(_read_run(name, folder, task, log, is_last=number == len(logs)))
+            runs.append(_read_run(name, folder, task, log, is_last=number == len(logs), alone=len(logs) == 1))
     return runs
 
 
-def _read_run(name: str, folder: Path, task: str, log: RunLog, is_last: bool) -> Run:
+def _read_run(name: str, folder: Path, task: str, log: RunLog, is_last: bool, alone: bool) -> Run:
     problems, config, overrides = [], {}, {}
     if is_last:  # its files are those of the last TASK
         try:
@@ -80,7 +82,7 @@ def _read_run(name: str, folder: Path, task: str, log: RunLog, is_last: bool) ->
     if log.damaged:
         problems.append(f"{log.damaged} lines of {LOG} are damaged and left out")
     bad = _lines(folder / BAD_SAMPLES) if is_last else None
-    return Run(name, folder, log, config, overrides, _pictures(folder / PICTURES, task), bad, problems)
+    return Run(name, folder, log, config, overrides, _pictures(folder / PICTURES, task, alone), bad, problems)
 
 
 def _shown(value: object) -> str:
@@ -107,9 +109,10 @@ def _lines(path: Path) -> int | None:
         return None
 
 
-def _pictures(folder: Path, task: str) -> list[Path]:
-    """Return the first and the last picture of this TASK, or of all where none is said."""
-    named = re.compile(rf"{re.escape(task) + '_' if task else '(?:.*_)?'}epoch_(\d+)\.png")
+def _pictures(folder: Path, task: str, alone: bool) -> list[Path]:
+    """Return the first and the last picture of this TASK; of all, where none is said and no other wrote (`alone`)."""
+    prefix = f"{re.escape(task)}_" if task else "(?:.*_)?" if alone else ""
+    named = re.compile(rf"{prefix}epoch_(\d+)\.png")
     found = []
     with suppress(OSError):
         found = sorted((int(m[1]), path) for path in folder.iterdir() if (m := named.fullmatch(path.name)))
@@ -222,4 +225,4 @@ def summary_csv(runs: Sequence[Run]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", *rows])
     writer.writerows([run.name, *(values[number] for values in rows.values())] for number, run in enumerate(runs))
-    return text.getvalue()
+    return printable(text.getvalue())

@@ -56,6 +56,13 @@ def test_a_mean_ends_with_the_shortest_run() -> None:
     assert axes.get_xlim() == (0, 10)
 
 
+def test_a_mean_is_of_what_stands_above_one_another() -> None:
+    """Of a published run one point an epoch is left, of another one all."""
+    all_of_it, published = [(x / 3, float(x)) for x in range(1, 13)], [(float(x), 0.0) for x in range(1, 5)]
+    (axes,) = axes_of(Chart("", "x", [Line("", [all_of_it, published])]))
+    assert points(axes.lines[-1]) == [(1, 1.5), (2, 3), (3, 4.5), (4, 6)]
+
+
 def test_levels_are_dashed_and_have_no_runs_beside_them() -> None:
     (axes,) = axes_of(Chart("", "x", [flat("solid", 0.0), flat("level", 1.0, 3.0, level=True)]))
     solid, level = axes.lines

@@ -74,6 +74,21 @@ def test_overrides_change_the_recipe_that_a_file_is_drawn_by(tmp_path: Path, cap
     assert "overrides change the recipe of --cfg, and none is given: MASK.HOG_BINS 3" in caplog.text
 
 
+def test_a_picture_needs_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process, too, in which Pillow has written nothing before and knows no form yet."""
+
+    class Picture:
+        def save(self, path: Path, form: str) -> None:
+            path.write_text(form)
+
+    monkeypatch.setattr(Drawing, "name", "drawn.png")
+    monkeypatch.setattr(Drawing, "figure", lambda self, title: Picture())
+    monkeypatch.setattr(visualize, "drawing", lambda cfg, number: Drawing([], "x.pyth"))
+    monkeypatch.setattr(Image, "SAVE", {})
+    monkeypatch.chdir(tmp_path)
+    assert main(["--cfg", VIT, *VIT_PT]) == 0 and (tmp_path / "drawn.png").read_text() == "PNG"
+
+
 @pytest.mark.parametrize("name", ["picture", "picture.xyz", "picture.mp4", "folder.png/picture"])
 def test_a_picture_of_no_kind_is_refused_before_any_work(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -29,6 +29,7 @@ from maskfeat.demos.synthetic import make_clips
 from maskfeat.engine.metrics_log import read_json_stats
 from maskfeat.engine.rng import seed_everything
 from maskfeat.errors import UserError
+from maskfeat.report.run_log import started
 from tests.small import RECIPES
 
 TOY = ["SOLVER.MAX_EPOCH", "2", "SOLVER.WARMUP_EPOCHS", "0", "TRAIN.EVAL_PERIOD", "1", "TRAIN.CHECKPOINT_PERIOD", "1",
@@ -161,6 +162,8 @@ def test_published_seeds_are_added_to(suite: Path, tmp_path: Path, capsys: pytes
     seeds[1].rename(moved[1])
     assert main(add) == 0
     assert record.read_bytes() == kept and not any(seed.exists() for seed in seeds)
+    assert main([*add, "--seeds", "1"]) == 0
+    assert record.read_bytes() == kept, "a seed that was published stays"
     # What was published with other settings, or is damaged, is refused.
     capsys.readouterr()
     assert main([*add, "SOLVER.BASE_LR", "1e-4"]) == 2
@@ -331,6 +334,7 @@ def test_a_spread_tells_its_figures() -> None:
     assert Spread([2.0]).shown(sign="+") == "+2.0"
     assert (spread - Spread([0.0, 2.0, 4.0])).values == [1.0, 0.0, 2.0]
     assert gain(Spread([1.0, 2.0, 3.0])) == "+2.0 ± 1.0 (+3.5 standard errors)"
+    assert gain(Spread([-1.0, -1.0])) == "-1.0 ± 0.0" and gain(Spread([0.0, 0.0])) == "+0.0 ± 0.0"
 
 
 def test_a_table() -> None:
@@ -406,6 +410,24 @@ def test_folders_may_have_a_dollar_in_their_paths(tmp_path: Path) -> None:
     plain = Runs(SUITES["shapes"], "gpu", tmp_path / "runs", tmp_path / "data")
     other = plain.folder(0, method.name) / "last.pyth"
     assert asked == plain.portable([*plain.fine_tuning(method, 0, "run", labels, other, ()), str(other)])
+
+
+def test_only_whole_paths_are_made_portable() -> None:
+    runs = Runs(SUITES["shapes"], "gpu", Path("runs"), Path("."))
+    asked = ["a.yaml", "DATA.PATH_TO_DATA_DIR", "train", "X", ".", "./few", "runs/shapes_gpu/seed0", "runs/shapes_gpus"]
+    assert runs.portable(asked)[4:] == ["DATA", "DATA/few", "RUNS/seed0", "runs/shapes_gpus"]
+    assert runs.portable(asked)[:3] == asked[:3]
+
+
+def test_a_run_says_itself_where_it_was_made(tmp_path: Path) -> None:
+    runs = Runs(SUITES["shapes"], "gpu", tmp_path, tmp_path)
+    folder = runs.folder(0, "maskfeat")
+    folder.mkdir(parents=True)
+    line = started("commit 12ab+", "2.11.0", "its_name (Some (R) CPU, 9 cores)", "pt")
+    (folder / "stdout.log").write_text(f"[11/01 10:00:00] {line}\n")
+    (folder / "done.json").write_text("{}")
+    report = Report(runs, "gpu", [0], tmp_path, "command")
+    assert report.made_on == {"0": "Some (R) CPU, 9 cores; torch 2.11.0; commit 12ab+"}
 
 
 def test_the_published_augmentation_of_clips() -> None:

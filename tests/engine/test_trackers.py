@@ -111,6 +111,19 @@ def test_tasks_that_share_a_folder_are_runs_of_their_own(tmp_path: Path, fake: t
     assert lengths == [3, 2] and (tmp_path / "metrics.csv").exists()
 
 
+def test_a_test_beside_a_training_ends_another_run_than_that_of_the_training(tmp_path: Path, fake: type[Fake]) -> None:
+    """What was cut short by a kill is a line of its own."""
+    for beside in (False, True, False):
+        found = Trackers(["wandb", "csv"], About(tmp_path, "pt", CONFIG, beside))
+        found.write("test_final", {"top1": 50.0}, 0)
+        found.close()
+        with (tmp_path / "pt_metrics.csv").open("a") as file:
+            file.write("test_fi")
+    assert [made.identity for made in fake.made] == ["run 0", "run 1", "run 0"]
+    assert [len(row) for row in rows(tmp_path)] == [4, 4, 1, 4, 1, 4, 1]
+    assert About(tmp_path, "pt", CONFIG, True).title == f"{tmp_path.name} pt test"
+
+
 @pytest.mark.parametrize("broken", [("init",), ("log",), ("picture",), ("close",), ("init", "log", "close")])
 def test_one_that_fails_is_said_once_and_stops_nothing(
     broken: tuple[str, ...],

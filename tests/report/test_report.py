@@ -4,6 +4,7 @@ import csv
 import html.parser
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 
 from maskfeat.report.command import main, write_report
 from maskfeat.report.page import BUCKETS, write_page
+from maskfeat.report.run_log import RunLog
 from maskfeat.report.runs import read_runs, summary, summary_csv
 from tests.report.runs import Log, whole, write_run
 
@@ -86,6 +88,13 @@ def test_several_runs_show_where_they_differ(tmp_path: Path) -> None:
         ("error: no space", "error: no space"),
         ("stopped on Ctrl-C; the same command resumes from here (exit code 130)", "stopped on Ctrl-C"),
         ("something", "goes on, or was killed: 0.50 of 4 epochs"),
+        ("NOT SAVED, training continues: no space", "goes on, or was killed: 0.50 of 4 epochs"),
+        ("HANG: no progress for 9 s", "HANG: no progress for 9 s"),
+        (
+            "a bug, of this program or of a module in PLUGINS, on rank 0:\nTraceback (most recent call last):\n  File\n"
+            "ZeroDivisionError: by 0",
+            "a bug, of this program or of a module in PLUGINS, on rank 0: ZeroDivisionError: by 0",
+        ),
     ],
 )
 def test_what_ended_it(ending: str, state: str, tmp_path: Path) -> None:
@@ -99,6 +108,7 @@ def test_the_page_holds_curves_pictures_weights_and_warnings(tmp_path: Path) -> 
     log = whole()
     log.say("weights from pt.pyth\n  loaded    3")
     log.say("warning: beware")
+    log.say("NOT SAVED, training continues: no space left")
     folder = write_run(tmp_path / "a", log, "TASK: ''\n")
     (folder / "pictures").mkdir()
     for epoch in (1, 5, 20):
@@ -113,6 +123,22 @@ def test_the_page_holds_curves_pictures_weights_and_warnings(tmp_path: Path) -> 
     assert [image["alt"][-15:] for image in images] == ["epoch_00001.png", "epoch_00020.png"]
     assert all(image["width"] == "1200" for image in images)
     assert "weights from pt.pyth\n  loaded    3" in found.text and "beware" in found.text
+    assert "NOT SAVED, training continues: no space left" in found.text
+
+
+def test_no_error_of_a_run_is_left_out() -> None:
+    """Each text that is logged as an error, where rank 0 writes it into the log, is one that the report knows."""
+    package = REPO / "maskfeat"
+    files = [*(package / "checkpoint").glob("*.py"), package / "distributed" / "hang_watchdog.py"]
+    files += [package / "engine" / name for name in ("evaluate.py", "saver.py", "session.py")]
+    said = []
+    for file in files:
+        said += re.findall(r'logger\.error\(\s*f?"([^"]*)"', file.read_text())
+    assert len(said) >= 11
+    for text in said:
+        log = RunLog()
+        log.note("HANG: no progress for 9 s" if text == "%s" else text)  # the watchdog's report
+        assert log.ending or log.warnings, text
 
 
 def test_nothing_is_loaded(tmp_path: Path) -> None:
@@ -224,7 +250,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     first, second = (write_run(tmp_path / name, whole()) for name in ("a", "b"))
     monkeypatch.chdir(tmp_path)
     assert main(["a"]) == 0 and (first / "report.html").exists()
-    assert main(["a", str(second / "stdout.log"), "a", "--csv", "-"]) == 0 and (tmp_path / "report.html").exists()
+    assert (
+        main(["a", str(second / "stdout.log"), "a", "a/stdout.log", "--csv", "-"]) == 0
+        and (tmp_path / "report.html").exists()
+    )
     names = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["run", "a", str(second / "stdout.log")], "and a run is there once, however often it is given"
     assert main(["a", "--output", "new/x.html", "--csv", "newer/x.csv"]) == 0
@@ -247,6 +276,29 @@ def test_bad_input(
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     assert f"error: {said}" in caplog.text
+
+
+def test_files_are_those_of_the_task_that_wrote_last(tmp_path: Path) -> None:
+    log = Log()
+    for task in ("pt", "ft", "pt"):
+        log.start(task)
+        log.say("resumed from checkpoints/x.pyth, after epoch 1")
+        log.train(1, 10, 10, 1.0)
+    folder = write_run(tmp_path / "a", log, "TASK: pt\n", [("TASK", "pt")])
+    (folder / "pictures").mkdir()
+    for name in ("pt_epoch_00001.png", "epoch_00001.png"):
+        (folder / "pictures" / name).touch()
+    runs = {run.name.removeprefix(str(folder)): run for run in read_runs([folder])}
+    assert list(runs) == [" [ft]", " [pt]"]
+    assert runs[" [pt]"].config == {"TASK": "pt"} and runs[" [pt]"].overrides and runs[" [pt]"].bad_samples == 0
+    assert not runs[" [ft]"].config and not runs[" [ft]"].overrides and runs[" [ft]"].bad_samples is None
+    assert [path.name for path in runs[" [pt]"].pictures] == ["pt_epoch_00001.png"] and not runs[" [ft]"].pictures
+
+
+def test_a_name_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / os.fsdecode(b"caf\xe9"), whole())
+    assert main([str(folder), "--csv", "-"]) == 0 and "caf\\udce9,complete" in capsys.readouterr().out
+    assert "caf\\udce9 - maskfeat report" in (folder / "report.html").read_text()
 
 
 def test_the_script(tmp_path: Path) -> None:

@@ -76,9 +76,29 @@ def test_tasks_in_one_folder(tmp_path: Path) -> None:
     log = Log()
     for task, loss in (("pt", 1.0), ("ft, b", 2.0), ("pt", 3.0)):
         log.start(task)
+        if loss == 3:
+            log.say("resumed from out/checkpoints/checkpoint_epoch_00000_step_000010.pyth, after epoch 0, step 10")
         log.train(1, 10 if loss < 3 else 20, 20, loss)
     found = read_log(write_run(tmp_path, log) / "stdout.log")
     assert {name: list(run.train.values["loss"]) for name, run in found.items()} == {"pt": [1.0, 3.0], "ft, b": [2.0]}
+    assert list(found) == ["ft, b", "pt"], "the last one that wrote is the last"
+
+
+def test_a_training_that_begins_anew(tmp_path: Path) -> None:
+    """Of an earlier one in the folder nothing is left, neither points before its first line nor what it was tested."""
+    log = Log()
+    log.start()
+    for step in (2, 4, 10):
+        log.train(1, step, 10, 9.0)
+    log.validate(1, loss=9.0)
+    log.stats("test_final", {"views": "1x1", "top1": 9.0})
+    log.start(pause=1000)
+    earlier = read(tmp_path / "tested", log)
+    assert len(earlier.train.step) == 3 and earlier.tests, "a test of what was trained is no new training"
+    log.train(1, 8, 10, 1.0)
+    found = read(tmp_path / "anew", log)
+    assert list(found.train.values["loss"]) == [1.0] and list(found.train.step) == [8]
+    assert not found.validation.step and not found.tests
 
 
 def test_values_that_are_not_finite_or_come_later(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from maskfeat.analysis.checks.reading import Facts
 from maskfeat.data.bad_samples import UnreadableSample
 from maskfeat.data.image_reader import read_image
 from maskfeat.data.video.decoder import decode_frames
+from maskfeat.text import printable
 
 _BINS = 10
 _SHOWN = 200
@@ -124,7 +125,7 @@ def as_page(
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{text(found.place)}</title>",
         f"<meta name=viewport content='width=device-width'><style>{_STYLE}</style>",
-        f"<h1>{len(found.samples)} {found.noun}s of <code>{text(_printable(found.place))}</code></h1>",
+        f"<h1>{len(found.samples)} {found.noun}s of <code>{text(printable(found.place))}</code></h1>",
         *(f"<p>{text(line)}" for line in lines),
         "<h2>Splits</h2><table><tr><th>split<th>samples<th>classes<th>fewest<th>median<th>most<th>left out",
     ]
@@ -138,7 +139,7 @@ def as_page(
         parts.append(f"<details{' open' if kind in HARMFUL else ''}><summary>{number} {kind}: {text(what)}</summary>")
         parts += _pictures(of_kind, found.noun)
         items = (
-            f"<li>{text(_printable(f.where))} {text(f.split)} {text(_printable(f.detail))}" for f in of_kind[:_SHOWN]
+            f"<li>{text(printable(f.where))} {text(f.split)} {text(printable(f.detail))}" for f in of_kind[:_SHOWN]
         )
         parts += ["<ul>", *items, "</ul></details>"]
     parts.append("" if faults else "<p>Nothing is wrong.")
@@ -153,18 +154,13 @@ def as_page(
     return "\n".join([*parts, "</div>"])
 
 
-def _printable(name: str) -> str:
-    """Return a name whose bytes that are no UTF-8 are shown as \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 def _pictures(faults: Sequence[Fault], noun: str) -> list[str]:
     if faults[0].kind in _WITHOUT_PICTURE:
         return []
     shown = [(fault, _thumbnail(fault.where, noun)) for fault in faults[:_PICTURES]]
     return [
-        f"<figure><img src='data:image/jpeg;base64,{data}' alt=''><figcaption>{html.escape(_printable(fault.where))} "
-        f"{html.escape(_printable(fault.detail))}</figcaption></figure>"
+        f"<figure><img src='data:image/jpeg;base64,{data}' alt=''><figcaption>{html.escape(printable(fault.where))} "
+        f"{html.escape(printable(fault.detail))}</figcaption></figure>"
         for fault, data in shown
         if data
     ]

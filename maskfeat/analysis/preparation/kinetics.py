@@ -30,6 +30,8 @@ TARS = (".tar", ".tar.gz", ".tgz")
 DONE = ".unpacked"
 """Ending of an empty file that says that an archive was unpacked to its end."""
 _CLIP = re.compile(r"(.+)_(\d{6})_(\d{6})")
+_REPLACEMENT = "replacement"
+"""Begins the name of the folder of what is published in place of corrupted videos."""
 _LARGEST = 2 << 30
 """Bytes of one video in an archive, at most."""
 _BLOCK = 1 << 20
@@ -173,11 +175,14 @@ def _places(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _choose(split: str, clip: str, places: dict[str, list[str]]) -> str | None:
-    """Return the video of a clip; of several, one that lies in a folder of its split."""
+    """Return the video of a clip; of several, one that replaces a corrupted one, else one in a folder of its split."""
     named = _CLIP.fullmatch(clip)
     candidates = places.get(clip) or places.get(named[1] if named else clip, [])
-    in_split = [name for name in candidates if set(Path(name.lower()).parts) & set(SPLITS[split])]
-    return next(iter([*in_split, *candidates]), None)
+    folders = [Path(name.lower()).parts[:-1] for name in candidates]
+    replaced = [any(part.startswith(_REPLACEMENT) for part in parts) for parts in folders]
+    in_split = [bool(set(parts) & set(SPLITS[split])) for parts in folders]
+    ranked = sorted(zip(replaced, in_split, candidates, strict=True), key=lambda row: row[:2], reverse=True)
+    return ranked[0][2] if ranked else None
 
 
 def from_annotations(root: Path, folder: Path, official_test: bool) -> Listing:

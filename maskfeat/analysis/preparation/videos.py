@@ -5,6 +5,7 @@ import csv
 import logging
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from maskfeat.data.datasets.lists import listed
 from maskfeat.data.names import VIDEOS
 from maskfeat.distributed.world import available_cores
 from maskfeat.errors import UserError, naming
-from maskfeat.file_io import replace_text
-from maskfeat.text import count, some
+from maskfeat.file_io import replace_text, unexpanded_path
+from maskfeat.text import count, printable, some
 
 logger = logging.getLogger(__name__)
 
@@ -164,12 +165,9 @@ def _say(listing: Listing, bad: dict[str, str], root: Path, output: Path) -> Non
         logger.info(said)
     for name, cause in list(bad.items())[:5]:
         logger.info("unreadable: %s: %s", _escaped(name), cause)
-    logger.info(
-        "use them with DATA.PATH_TO_DATA_DIR %s DATA.PATH_PREFIX %s MODEL.NUM_CLASSES %d",
-        output,
-        root,
-        len(listing.classes),
-    )
+    paths = [unexpanded_path(str(path)) for path in (output, root)]
+    opts = ["DATA.PATH_TO_DATA_DIR", paths[0], "DATA.PATH_PREFIX", paths[1]]
+    logger.info("use them with %s", shlex.join([*opts, "MODEL.NUM_CLASSES", str(len(listing.classes))]))
 
 
 def can_be_listed(path: str) -> bool:
@@ -179,7 +177,7 @@ def can_be_listed(path: str) -> bool:
 
 def _escaped(text: str) -> str:
     """Return a text in one line of UTF-8: other bytes of the name of a file are written as \\udce9."""
-    return text.replace("\n", "\\n").replace("\r", "\\r").encode("utf-8", "backslashreplace").decode()
+    return printable(text.replace("\n", "\\n").replace("\r", "\\r"))
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:

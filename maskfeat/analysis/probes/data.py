@@ -9,6 +9,7 @@ import numpy as np
 
 from maskfeat.analysis.inputs import Inputs, find_inputs
 from maskfeat.analysis.probes.split import few_of_each
+from maskfeat.data.datasets.layouts import holds_lists
 from maskfeat.errors import UserError
 from maskfeat.text import count, some
 
@@ -69,7 +70,10 @@ def _split(data: str, name: str, media: str, prefix: str) -> Inputs:
     root = Path(data)
     if not root.is_dir():
         raise UserError(f"there is no folder --data {data}: it must hold {TRAIN}/ and {VAL}/, or lists of that name")
-    place = next((path for path in (root / name, root / f"{name}.csv") if path.exists()), None)
+    places = [root / name, root / f"{name}.csv"]
+    if holds_lists(data, media):  # as a training of a classifier would read them
+        places.reverse()
+    place = next((path for path in places if path.exists()), None)
     if place is None:
         raise UserError(f"--data {data} has neither {name}/ nor {name}.csv")
     found = find_inputs(place, media, prefix)

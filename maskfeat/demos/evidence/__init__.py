@@ -151,7 +151,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             return 0
         for seed in range(0 if args.so_far else args.seeds):
             run_seed(runs, seed, controls=seed < runs.budget.control_seeds)
-        seeds = [seed for seed in range(args.seeds) if runs.names(seed)]
+        asked = {*range(args.seeds), *map(int, published)}  # with --add, seeds that were published stay
+        seeds = [seed for seed in sorted(asked) if runs.names(seed)]
         if not seeds:
             raise UserError(f"--so-far: no run of {runs.root} is finished")
         command = shlex.join([*program("evidence", "evidence.py"), *given])

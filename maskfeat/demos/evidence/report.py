@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
-
 from maskfeat.analysis.curves import Chart, Line, Point, chart_figure
 from maskfeat.analysis.probes.command import GIVEN, RANDOM
 from maskfeat.analysis.references import MEAN, MODEL, PLACE, RIDGE, ZERO, share
@@ -21,7 +19,6 @@ from maskfeat.config import load_config
 from maskfeat.demos.evidence.record import record_file, write_record
 from maskfeat.demos.evidence.runs import TUNING, Runs, scratch, tuning_run
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, GRAY, Labels, Method
-from maskfeat.engine.provenance import machine, revision
 from maskfeat.errors import naming
 from maskfeat.file_io import replace_text, unexpanded_path
 
@@ -167,11 +164,12 @@ class Report:
         return "\n\n".join(part for part in parts if part)
 
     def _place(self, seed: int, made_on: Mapping[str, str]) -> str:
-        """Return where the runs of a seed were made."""
-        published = {self.runs.known(seed, name) is not None for name in self.runs.names(seed)}
-        places = [made_on[str(seed)]] if True in published else []
-        if False in published:
-            places.append(f"{machine()}; torch {torch.__version__}; {revision()}")
+        """Return where, and by which revision, the runs of a seed were made."""
+        names = self.runs.names(seed)
+        places = [made_on[str(seed)]] if any(self.runs.known(seed, name) is not None for name in names) else []
+        for name in names:
+            if self.runs.known(seed, name) is None:
+                places += self.runs.made_on(seed, name)
         return ", and ".join(dict.fromkeys(places))
 
     def _setting(self) -> str:
@@ -376,5 +374,7 @@ def gain(spread: Spread) -> str:
     """Format a gain, with its size in standard errors where there are several seeds."""
     if len(spread.values) == 1:
         return spread.shown(sign="+")
-    errors = spread.mean / spread.error if spread.error else math.inf
-    return f"{spread.shown(sign='+')} ({errors:+.1f} standard errors)"
+    shown = spread.shown(sign="+")
+    if spread.error < 1e-9:  # the same in every seed
+        return shown
+    return f"{shown} ({spread.mean / spread.error:+.1f} standard errors)"

@@ -72,6 +72,15 @@ def test_annotations(annotated: Path, film: Path, caplog: pytest.LogCaptureFixtu
     assert (annotated / "out" / "videos" / "a_b_000004_000014.mp4").is_file()
 
 
+def test_what_replaces_a_corrupted_video_goes_first(annotated: Path, film: Path) -> None:
+    replaced = "replacement/replacement_for_corrupted_k400/a_b_000004_000014.mp4"
+    names = ["train/-3B32lodo2M_000059_000069.mp4", "val/__val_000100_000110.mp4", replaced]
+    lay_out(annotated / "videos", film, *names)
+    (annotated / "videos" / "train" / "a_b_000004_000014.mp4").write_bytes(b"corrupted")
+    assert run(annotated, "--annotations", str(annotated / "annotations")) == 0
+    assert listed(annotated, "train") == [(names[0], 0), (replaced, 1)]
+
+
 def archive(path: Path, film: Path, *names: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz") as tar:

@@ -349,6 +349,18 @@ def test_folders_beside_a_list(tmp_path: Path) -> None:
         find_splits(str(tmp_path), "image")
 
 
+def test_lists_of_videos_go_before_folders(tmp_path: Path) -> None:
+    """As in training: the folders may be parts of an archive. Images are of folders, where there are any."""
+    files = [f"{split}/part_{part}/{n}.mp4" for split in ("train", "val") for part in "01" for n in "ab"]
+    tree(tmp_path, *files, *(name.replace("mp4", "png") for name in files))
+    for split in ("train", "val"):
+        names = [name for name in files if name.startswith(split)]
+        (tmp_path / f"{split}.csv").write_text("".join(f"{name} {n % 2}\n" for n, name in enumerate(names)))
+    videos, images = find_splits(str(tmp_path), "video"), find_splits(str(tmp_path), "image")
+    assert videos.classes == ["0", "1"] and videos.val.numbers.tolist() == [0, 1, 0, 1]
+    assert images.classes == ["part_0", "part_1"] and images.val.numbers.tolist() == [0, 0, 1, 1]
+
+
 def test_classes_are_numbered_by_the_training_samples(tmp_path: Path) -> None:
     """An empty folder takes no number, and val may lack a class."""
     files = ["train/b/1.png", "train/c/1.png", "train/d/1.png", "train/d/2.png", "val/c/1.png", "val/d/1.png"]
