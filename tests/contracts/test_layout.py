@@ -62,6 +62,7 @@ ALLOWED = {
         "objectives",
         "build",
         "engine",
+        "report",
         "analysis",
     },
     **{name: set() for name in GROUND | ANYWHERE},

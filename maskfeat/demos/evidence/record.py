@@ -4,6 +4,7 @@ With it, seeds can be run on several machines or days, and every figure of the r
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 from maskfeat.demos.evidence.runs import Published, Runs
 from maskfeat.errors import UserFileError, naming
 from maskfeat.file_io import replace_text
+from maskfeat.report.run_log import LOG, read_log
 
 _CURVES = {"train_iter": ("epoch", "iter", "loss"), "val_epoch": ("epoch", "loss", "top1")}
 _TESTS = ("test_final",)
+_HOST = re.compile(r"\S+ \((.+)\)")
+"""What a log says of a machine: its name, which is not published, and what it is."""
 
 
 def record_file(docs: Path, name: str) -> Path:
@@ -41,6 +45,17 @@ def read_record(path: Path) -> tuple[Published, dict[str, str]]:
         ) from error
 
 
+def where_made(runs: Runs, seed: int, name: str) -> list[str]:
+    """Return on which machine and by which revision a run was made; empty where it has no log, as a probe."""
+    log = runs.folder(seed, name) / LOG
+    found = read_log(log).values() if log.is_file() else ()
+    return [
+        "; ".join([_HOST.sub(r"\1", run.machine), run.torch.replace("PyTorch", "torch"), run.revision])
+        for run in found
+        if run.revision
+    ]
+
+
 def write_record(path: Path, runs: Runs, made_on: dict[str, str]) -> None:
     """Write a record of all finished runs of the seeds of `made_on`, which says where each seed was made."""
     found = {
@@ -63,7 +78,7 @@ def _of_run(runs: Runs, seed: int, name: str) -> dict[str, Any]:
     known = runs.known(seed, name)
     if known is not None:
         return known
-    log = runs.folder(seed, name) / "stdout.log"
+    log = runs.folder(seed, name) / LOG
     stats: dict[str, Any] = {}
     if log.is_file():
         stats = {

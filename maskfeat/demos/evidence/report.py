@@ -16,7 +16,7 @@ from maskfeat.analysis.probes.command import GIVEN, RANDOM
 from maskfeat.analysis.references import MEAN, MODEL, PLACE, RIDGE, ZERO, share
 from maskfeat.analysis.visualize import drawing
 from maskfeat.config import load_config
-from maskfeat.demos.evidence.record import record_file, write_record
+from maskfeat.demos.evidence.record import record_file, where_made, write_record
 from maskfeat.demos.evidence.runs import TUNING, Runs, scratch, tuning_run
 from maskfeat.demos.evidence.suites import CONFIGS, CONTROLS, GRAY, Labels, Method
 from maskfeat.errors import naming
@@ -169,7 +169,7 @@ class Report:
         places = [made_on[str(seed)]] if any(self.runs.known(seed, name) is not None for name in names) else []
         for name in names:
             if self.runs.known(seed, name) is None:
-                places += self.runs.made_on(seed, name)
+                places += where_made(self.runs, seed, name)
         return ", and ".join(dict.fromkeys(places))
 
     def _setting(self) -> str:

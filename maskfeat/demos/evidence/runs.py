@@ -7,7 +7,6 @@ its result, so that another budget or recipe in the same folder is refused.
 import json
 import logging
 import os
-import re
 import shlex
 import tempfile
 import time
@@ -37,7 +36,6 @@ from maskfeat.engine.rng import seed_everything
 from maskfeat.engine.run import main as run_net
 from maskfeat.errors import UserError, UserFileError
 from maskfeat.file_io import unexpanded_path
-from maskfeat.report.run_log import LOG, read_log
 
 logger = logging.getLogger("maskfeat.evidence")
 
@@ -46,8 +44,6 @@ ASKED = "asked.json"
 DONE = "done.json"
 """File written when a run is finished: wall-clock and CPU seconds, and what was measured."""
 SCRATCH, TUNING = "scratch", "_tuning_"
-_HOST = re.compile(r"\S+ \((.+)\)")
-"""What a log says of a machine: its name, which is not published, and what it is."""
 
 Published = dict[str, dict[str, dict[str, Any]]]
 """What `maskfeat.demos.evidence.record` keeps of a run, by seed (as text) and by its name."""
@@ -149,16 +145,6 @@ class Runs:
             return text if within is None else f"{within[1]}{text.removeprefix(within[0])}"
 
         return [shown(text) for text in asked]
-
-    def made_on(self, seed: int, name: str) -> list[str]:
-        """Return on which machine and by which revision a run was made; empty where it has no log, as a probe."""
-        log = self.folder(seed, name) / LOG
-        found = read_log(log).values() if log.is_file() else ()
-        return [
-            "; ".join([_HOST.sub(r"\1", run.machine), run.torch.replace("PyTorch", "torch"), run.revision])
-            for run in found
-            if run.revision
-        ]
 
     def asked(self, seed: int, name: str) -> list[str]:
         """Return recipe and overrides of a run that has started, as `portable`."""
