@@ -169,10 +169,12 @@ def test_the_share_of_low_frequencies_is_that_of_its_key() -> None:
     assert 0.75 < removed < 0.85, "the disc is removed from the other four fifths"
 
 
-def without_decay(recipe: Recipe, *more: str) -> set[str]:
+def without_decay(recipe: Recipe, *more: str, frozen: str = "") -> set[str]:
     path, opts = recipe
     cfg = load_config(path, [*opts, *more])
     objective = build_objective(cfg)
+    for name, parameter in objective.named_parameters():
+        parameter.requires_grad_(not frozen or frozen not in name)
     names = {id(parameter): name for name, parameter in objective.named_parameters()}
     groups = build_optimizer(cfg, objective).param_groups
     return {names[id(p)].removeprefix("backbone.") for g in groups if not g["weight_decay"] for p in g["params"]}
@@ -182,6 +184,7 @@ def test_positions_and_class_tokens_have_no_weight_decay_where_the_key_says_so()
     """The recipes of MFM's ViT have it; those of MaskFeat do not."""
     vit = (MFM_RECIPES / "in1k_VIT_B_MFM_PT.yaml", [*VIT_PT[:-2], "MFM.RADIUS", "6"])
     assert {"pos_embed", "cls_token"} <= without_decay(vit)
+    assert "cls_token" in (found := without_decay(vit, frozen="pos_embed")) and "pos_embed" not in found
     assert not {"pos_embed", "cls_token"} & without_decay(vit, "MVIT.ZERO_DECAY_POS_CLS", "False")
     positions = ["MVIT.USE_ABS_POS", "True", "MVIT.SEP_POS_EMBED", "True", "MVIT.ZERO_DECAY_POS_CLS", "True"]
     found = without_decay(CLIPS_FT, *positions)

@@ -81,7 +81,7 @@ def hub_words(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         said = json.loads(words.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(said, dict) or not isinstance(said.get("cfg"), str):
         return None

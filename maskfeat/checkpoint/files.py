@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +175,10 @@ def verify_checkpoint(path: Path) -> None:
             broken = archive.testzip()
         if broken is not None:
             raise UserError(f"{path} is damaged: {broken} in it fails its CRC-32 check")
-    except (OSError, UnicodeDecodeError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except UserError:
+        raise
+    # What zipfile raises on damaged files; RuntimeError also for what takes itself for encrypted.
+    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
@@ -237,7 +241,7 @@ def _delete(path: Path) -> None:
 
 def read_verified_checkpoint(given: str | Path) -> dict[str, Any]:
     """Load a checkpoint with `open_checkpoint` after verifying it, if it has a checksum beside it."""
-    if checksum_path(Path(given)).exists():
+    if Path(given).name and checksum_path(Path(given)).exists():  # "/" and "." have no name
         verify_checkpoint(Path(given))
     return open_checkpoint(given)
 

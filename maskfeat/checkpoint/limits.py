@@ -8,6 +8,7 @@ read the archive's directory and the opcodes of its pickles, and construct nothi
 
 import io
 import pickletools
+import struct
 import zipfile
 import zlib
 from typing import Any, BinaryIO, NamedTuple
@@ -16,12 +17,14 @@ from maskfeat.errors import UserError
 
 MAX_PICKLE = 16 << 20
 """Bytes of a pickle. It holds names and shapes; the numbers are stored outside of it."""
-MAX_OPCODES = 1_000_000
 MAX_VALUES = 1_000_000
-"""Values in a pickle, counted each time they are referenced."""
+"""Values in a pickle, counted each time they are referenced, and its opcodes."""
 MAX_DEPTH = 64
 
-_UPDATES = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")  # opcodes that change their first operand in place
+# The records that end a zip archive: of 64 bits, where that one is, and of 16 and 32 bits.
+_END_64, _LOCATOR, _END = (struct.Struct(form) for form in ("<4sQ2H2L4Q", "<4sLQL", "<4s4H2LH"))
+# Opcodes that change their first operand in place.
+_UPDATES = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 _LEGACY_PICKLES = 5  # magic number, protocol, system, object, storage keys
 
 
@@ -78,6 +81,7 @@ def check_file(file: BinaryIO) -> int:
 
 def _check_archive(file: BinaryIO, size: int) -> None:
     """Check the directory of a zip archive of `size` bytes, and the pickles in it."""
+    _check_end(file, size)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = [member.filename.lower() for member in members]  # PyTorch's reader ignores case
@@ -97,28 +101,79 @@ def _check_archive(file: BinaryIO, size: int) -> None:
             _check_pickle(io.BytesIO(archive.read(member)))
 
 
-def _check_pickle(stream: BinaryIO) -> None:
-    """Check one pickle and leave the stream behind it: how many values, how deeply nested, and what is encoded."""
+def _check_end(file: BinaryIO, size: int) -> None:
+    """Check that an archive ends with its directory, and that all its records say so.
+
+    Readers look for the directory in different ways. Where they would find different ones, what Python's reader shows
+    to these checks is not what PyTorch's reads.
+    """
+    length = min(size, _END_64.size + _LOCATOR.size + _END.size)
+    file.seek(size - length)
+    tail = file.read(length)
+    file.seek(0)
+    start = length - _END.size
+    if start < 0 or tail[start : start + 4] != b"PK\5\6":
+        raise ValueError("its archive has no directory at its end")
+    *_, directory, offset, comment = _END.unpack_from(tail, start)
+    end, start = size - _END.size, start - _LOCATOR.size
+    if start >= 0 and tail[start : start + 4] == b"PK\6\7":
+        _, _, place, _ = _LOCATOR.unpack_from(tail, start)
+        end, start = end - _LOCATOR.size - _END_64.size, start - _END_64.size
+        if place != end or start < 0 or tail[start : start + 4] != b"PK\6\6":
+            raise RefusedFile("its archive names another place of its directory than its end")
+        *_, wide, far = _END_64.unpack_from(tail, start)
+        if directory not in (wide, 0xFFFFFFFF) or offset not in (far, 0xFFFFFFFF):
+            raise RefusedFile("its archive names two places of its directory")
+        directory, offset = wide, far
+    if offset + directory != end or comment:
+        raise RefusedFile("its archive does not end with its directory: there are bytes before or behind it")
+
+
+def check_pickle(content: bytes) -> None:
+    """Check a pickle of any length, which may hold the more values the longer it is.
+
+    Raises:
+        RefusedFile: it is damaged, or exceeds a limit.
+    """
+    try:
+        _check_pickle(io.BytesIO(content), max(MAX_VALUES, len(content)))
+    except RefusedFile:
+        raise
+    except (ValueError, LookupError, OverflowError, MemoryError) as error:
+        raise RefusedFile(f"its pickle is damaged ({str(error)[:120]})") from error
+
+
+def _check_pickle(stream: BinaryIO, most: int = MAX_VALUES) -> None:
+    """Check one pickle and leave the stream behind it: how many values, how deeply nested, and what is encoded.
+
+    Args:
+        most: values, and opcodes.
+    """
     stack: list[_Value] = []
     marks: list[int] = []
     memo: dict[Any, _Value] = {}
     for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
         name = opcode.name
-        if count >= MAX_OPCODES:
-            raise RefusedFile(f"its pickle has more than {MAX_OPCODES} opcodes")
+        if count >= most:
+            raise RefusedFile(f"its pickle has more than {most} opcodes")
         if name == "MARK":
             marks.append(len(stack))
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[arg] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = len(memo) if name == "MEMOIZE" else int(arg or 0)
+            if place > most:  # an unpickler makes room for all before it
+                raise RefusedFile(f"its pickle names its value {place}, and may have {most}")
+            memo[place] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[arg])
+        elif name == "DUP":
+            stack.append(stack[-1])
         elif not opcode.stack_before:
             if opcode.stack_after:
                 stack.append(_Value(text=arg) if isinstance(arg, str) else _PLAIN)
         else:
             operands = _pop(stack, marks, opcode)
             if opcode.stack_after:
-                stack.append(_combine(name, operands))
+                stack.append(_combine(name, operands, most))
 
 
 def _pop(stack: list[_Value], marks: list[int], opcode: pickletools.OpcodeInfo) -> list[_Value]:
@@ -135,8 +190,8 @@ def _pop(stack: list[_Value], marks: list[int], opcode: pickletools.OpcodeInfo) 
     return popped
 
 
-def _combine(name: str, operands: list[_Value]) -> _Value:
-    """Return what an opcode makes of its operands."""
+def _combine(name: str, operands: list[_Value], most: int) -> _Value:
+    """Return what an opcode makes of its operands, of `most` values at most."""
     if name == "REDUCE" and operands[0].text == "_codecs encode" and operands[1].text not in ("latin1", "latin-1"):
         raise RefusedFile("it encodes a string as something other than latin1")
     parts = operands[1:] if name in _UPDATES else operands
@@ -146,6 +201,9 @@ def _combine(name: str, operands: list[_Value]) -> _Value:
     size = 1 + sum(value.size for value in operands)
     if depth > MAX_DEPTH:
         raise RefusedFile(f"its values are nested more than {MAX_DEPTH} deep")
-    if size > MAX_VALUES:
-        raise RefusedFile(f"it has more than {MAX_VALUES} values")
-    return _Value(depth, size, operands[-1].text if name == "TUPLE2" else None)
+    if size > most:
+        raise RefusedFile(f"it has more than {most} values")
+    text = operands[-1].text if name == "TUPLE2" else None
+    if name == "STACK_GLOBAL":
+        text = f"{operands[0].text} {operands[1].text}"
+    return _Value(depth, size, text)

@@ -161,7 +161,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise UserError(f"there is no checkpoint at {given}: {_KEYS}") from error
         raise UserError(f"{given} is not a readable checkpoint: {error}") from error
     except (pickle.UnpicklingError, RefusedFile) as error:
-        raise UserError(f"{given} is not loaded: {_cause(error)}") from error
+        again = f" (it was kept as {local}: delete that to fetch it again)" if is_url(given) else ""
+        raise UserError(f"{given} is not loaded: {_cause(error)}{again}") from error
     # What PyTorch's reader raises on damaged files.
     except (
         ArithmeticError,

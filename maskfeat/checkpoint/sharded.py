@@ -216,7 +216,10 @@ def read_sharded_plain(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     verify(folder, [PLAIN])
-    content = json.loads((folder / PLAIN).read_text(encoding="utf-8"))
+    try:
+        content = json.loads((folder / PLAIN).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder / PLAIN} is no JSON, and is not loaded: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{folder / PLAIN} holds a {type(content).__name__}, expected an object")
     return content

@@ -4,6 +4,7 @@ PyTorch's own reader unpickles `.metadata` without restrictions. Here an unpickl
 it. Tensors are read by `torch.load(weights_only=True)`, and only from files that are listed in `SHA256SUMS`.
 """
 
+import io
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from maskfeat.checkpoint.atomic import sha256
+from maskfeat.checkpoint.limits import check_pickle
 from maskfeat.errors import UserError
 
 SUMS, METADATA, PLAIN = "SHA256SUMS", ".metadata", "plain.json"
@@ -98,9 +100,10 @@ def tensors_of(folder: Path) -> TensorMetadata:
 def _metadata(folder: Path) -> Metadata:
     path = folder / METADATA
     verify(folder, [METADATA])
+    content = path.read_bytes()
     try:
-        with open(path, "rb") as file:
-            metadata = _Unpickler(file).load()
+        check_pickle(content)
+        metadata = _Unpickler(io.BytesIO(content)).load()
     # What an unpickler raises on a malicious file.
     except (
         pickle.UnpicklingError,

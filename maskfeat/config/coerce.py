@@ -1,5 +1,6 @@
 """Convert a value to the type of its key, as yacs does, but never with a loss of information."""
 
+import itertools
 import math
 import re
 from ast import literal_eval
@@ -125,11 +126,20 @@ def _list(value: object, item: str) -> list[object]:
     if value is None or value == "":
         return []
     if item == "str" and isinstance(value, str):  # head.*  or  [head.*, norm.*]  as typed on a command line
-        inner = value.strip().strip("[]()")
-        value = [part.strip().strip("'\"") for part in inner.split(",") if part.strip()]
+        value = [part.strip().strip("'\"") for part in _unwrapped(value.strip()).split(",") if part.strip()]
     if not isinstance(value, list):
         raise _Mismatch("")
     return [_convert(v if item == "str" else decode(v), item) for v in value]
+
+
+def _unwrapped(text: str) -> str:
+    """Return a text without brackets around all of it, such as [head.*, norm.*]; those in *.rel_pos_[hw] stay."""
+    while text[:1] in ("[", "("):
+        depths = list(itertools.accumulate((mark in "[(") - (mark in ")]") for mark in text))
+        if 0 in depths[:-1]:
+            break
+        text = text[1 : -1 if depths[-1] == 0 else None].strip()
+    return text
 
 
 def _bool(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,7 +44,14 @@ class Job:
         if done >= self.restarts:
             logger.warning("stopped by a signal, and not queued again after %d restarts", done)
             return
-        subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=False)
+        command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+        try:
+            done_so = subprocess.run(command, check=False).returncode == 0
+        except OSError as error:  # in a container that lacks Slurm's programs
+            logger.error("%s: %s", command[0], error.strerror)
+            done_so = False
+        if not done_so:
+            logger.error("the job could not be queued again: `%s` where Slurm is, and it resumes", shlex.join(command))
 
     def checkpoint(self) -> Any:
         """Return what submitit runs when it requeues the job itself."""

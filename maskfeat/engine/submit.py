@@ -56,14 +56,26 @@ def agree_on_gpus(args: argparse.Namespace, gpus: int = GPUS) -> None:
     """Set --gpus as the override NUM_GPUS says, and the override as --gpus says, where only one of them is given.
 
     Raises:
-        UserError: an override is none.
+        UserError: an override is none, or asks for more GPUs than --gpus.
     """
     given = override_entries(args.opts).get("NUM_GPUS")
+    told = str(given.value) if given else ""
     if args.gpus is None:
-        told = str(given.value) if given else ""
         args.gpus = int(told) if told.isdecimal() else gpus
+    elif told.isdecimal():
+        check_gpus(args.gpus, int(told))
     if given is None:
         args.opts = [*args.opts, "NUM_GPUS", str(args.gpus)]
+
+
+def check_gpus(asked: int, needed: int) -> None:
+    """Check that --gpus are as many as NUM_GPUS needs of each machine; with 0, processes are on the CPU.
+
+    Raises:
+        UserError: they are fewer.
+    """
+    if 0 < asked < needed:
+        raise UserError(f"--gpus {asked} of each machine are too few for NUM_GPUS {needed}: leave out one of them")
 
 
 @contextmanager

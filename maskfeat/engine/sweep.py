@@ -26,9 +26,9 @@ from maskfeat.distributed.processes import signal_handler
 from maskfeat.distributed.slurm import Job
 from maskfeat.engine.log_handlers import screen_handler
 from maskfeat.engine.run import main as run_net
-from maskfeat.engine.submit import add_slurm_options, agree_on_gpus, slurm_errors, slurm_executor
+from maskfeat.engine.submit import add_slurm_options, agree_on_gpus, check_gpus, slurm_errors, slurm_executor
 from maskfeat.errors import UserError, naming
-from maskfeat.file_io import replace_text
+from maskfeat.file_io import expand_path, replace_text, unexpanded_path
 from maskfeat.progress import LiveLine, close_lines
 from maskfeat.report.command import REPORT
 from maskfeat.report.page import write_page
@@ -174,7 +174,13 @@ def _run(cfg: str, fixed: Sequence[str], point: dict[str, str]) -> Run:
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     folder = Path(config.OUTPUT_DIR) / name
-    return Run(name, folder, ["--cfg", cfg, *opts, f"OUTPUT_DIR={folder}"], config.NUM_GPUS, config.DIST_BACKEND)
+    return Run(
+        name,
+        folder,
+        ["--cfg", cfg, *opts, f"OUTPUT_DIR={unexpanded_path(str(folder))}"],
+        config.NUM_GPUS,
+        config.DIST_BACKEND,
+    )
 
 
 def run_one(argv: Sequence[str]) -> int:
@@ -186,7 +192,7 @@ def run_one(argv: Sequence[str]) -> int:
 
 
 def _note_done(argv: Sequence[str]) -> None:
-    path = Path(argv[-1].partition("=")[2]) / DONE
+    path = Path(expand_path(argv[-1].partition("=")[2])) / DONE
     with naming(f"{path} cannot be written"):
         replace_text(path, json.dumps(list(argv)) + "\n")
 
@@ -349,9 +355,14 @@ def _sweep(args: argparse.Namespace) -> int:
         value = getattr(args, option)
         if value is not None and value < 1:
             raise UserError(f"--{option} is {value}: give 1 or more")
+    gpus = args.gpus
     if args.submit:
         agree_on_gpus(args, _GPUS)
     runs = plan(args.cfg, args.opts, args.random, args.seed)
+    if args.submit:  # the jobs of an array are alike, and NUM_GPUS may vary
+        needed = max(run.gpus for run in runs)
+        args.gpus = needed if gpus is None else gpus
+        check_gpus(args.gpus, needed)
     if args.print:
         for run in runs:
             sys.stdout.write(f"maskfeat train {shlex.join(run.argv)}\n")

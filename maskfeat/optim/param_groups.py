@@ -36,9 +36,10 @@ def parameter_groups(
     Raises:
         ValueError: a name of `no_decay_names` does not exist.
     """
-    named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    everything = list(named)
+    named = [(name, parameter) for name, parameter in everything if parameter.requires_grad]
     exempt = set(no_decay_names)
-    unknown = exempt - {name for name, _ in named}
+    unknown = exempt - {name for name, _ in everything}
     if unknown:
         raise ValueError(f"no weight decay was asked for parameters that do not exist: {sorted(unknown)}")
     groups: OrderedDict[tuple[int, bool], dict[str, Any]] = OrderedDict()

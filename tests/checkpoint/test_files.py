@@ -1,5 +1,6 @@
 """Checkpoint files: names, atomic writes, refusal of what is damaged or could run."""
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -234,6 +235,12 @@ def test_damaged_and_missing(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "list.pyth")
 
 
+@pytest.mark.parametrize("path", [".", "/", ".."])
+def test_folders_are_no_checkpoints(path: str) -> None:
+    with pytest.raises(UserError, match="is not a readable checkpoint"):
+        read_verified_checkpoint(path)
+
+
 def test_where_parameters_lie() -> None:
     state = OrderedDict(a=torch.zeros(1))
     for content in ({"model_state": state}, {"model": state}, {"state_dict": state}, state):
@@ -259,6 +266,19 @@ def test_without_its_checksum(tmp_path: Path) -> None:
     assert torch.equal(read_checkpoint(path)["model_state"]["a"], torch.arange(5.0)) is False, "PyTorch sees nothing"
     with pytest.raises(ValueError, match="damaged"):
         verify_checkpoint(path)
+
+
+def test_any_bit_of_a_directory_is_damage_without_its_checksum(tmp_path: Path) -> None:
+    """Whatever it makes of the file: an encrypted one, a compressed one, or one of another length."""
+    path = checkpoint_path(tmp_path, "", Position(1))
+    save_checkpoint(path, {"model_state": {}})
+    path.with_name(f"{path.name}.sha256").unlink()
+    content = path.read_bytes()
+    for bit in range(8 * content.index(b"PK\1\2"), 8 * len(content)):
+        flip_bit(path, bit)
+        with contextlib.suppress(UserError):
+            verify_checkpoint(path)
+        path.write_bytes(content)
 
 
 def test_damaged_ones_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

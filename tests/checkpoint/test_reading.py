@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 import threading
@@ -91,7 +93,7 @@ def test_tensors_alone(tmp_path: Path) -> None:
         ("deflated", "is not loaded: its archive unpacks to [0-9]+ bytes and has [0-9]+"),
         ("member_twice_but_for_case", "is not loaded: two members of its archive have the same name"),
         ("two_names", "is not loaded: it is damaged"),
-        ("two_archives", "is not a readable checkpoint"),
+        ("two_archives", "is not loaded: its archive does not end with its directory"),
         ("deep_key", "is not loaded: its values are nested more than 64 deep"),
         ("laughs_as_key", "is not loaded: it has more than 1000000 values"),
         ("hex_of_hex", "is not loaded: it encodes a string as something other than latin1"),
@@ -155,6 +157,68 @@ def test_repacked_without_compression_is_read(tmp_path: Path) -> None:
         for info in old.infolist():
             new.writestr(zipfile.ZipInfo(info.filename), old.read(info))
     assert torch.equal(read_checkpoint(tmp_path / "b.pyth")["a"], torch.arange(4.0))
+
+
+def parts(pickled: bytes) -> tuple[bytes, bytes]:
+    """Return the members of an archive, and its directory."""
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
+        for name, content in (("data.pkl", pickled), ("version", b"3\n"), ("byteorder", b"little")):
+            archive.writestr(zipfile.ZipInfo(f"a/{name}"), content)
+    content = written.getvalue()
+    size, place = struct.unpack("<2L", content[-10:-2])
+    return content[:place], content[place : place + size]
+
+
+def two_directories(shown: bytes, read: bytes, wide: bool) -> bytes:
+    """Return an archive of which Python's reader sees one pickle, PyTorch's another one; `wide`: by 64-bit records."""
+    (members, directory), (others, plain) = parts(read), parts(shown)
+    start = len(members) + len(directory)
+    first = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 3, 3, len(directory), len(members)) if wide else b""
+    # Python takes the places of members relative to the start of the archive that it believes to see.
+    before = 0 if wide else start + len(others) - len(members)
+    moved = bytearray(plain)
+    for place in [hit.start() for hit in re.finditer(b"PK\1\2", plain)]:
+        (offset,) = struct.unpack_from("<L", plain, place + 42)
+        struct.pack_into("<L", moved, place + 42, start + len(first) + offset - before)
+    content = members + directory + first + others + bytes(moved)
+    if not wide:
+        return content + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 3, 3, len(directory), len(members), 0)
+    at = start + len(first) + len(others)
+    content += struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, 3, 3, len(moved), at)
+    content += struct.pack("<4sLQL", b"PK\6\7", 0, start, 1)
+    return content + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 3, 3, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+
+
+@pytest.mark.parametrize(
+    ("wide", "cause"), [(False, "does not end with its directory"), (True, "another place of its directory")]
+)
+def test_an_archive_that_shows_readers_different_files(wide: bool, cause: str, tmp_path: Path) -> None:
+    shown, read = (b"\x80\x02}X\x01\x00\x00\x00" + key + b"K\x01s." for key in (b"a", b"b"))
+    path = tmp_path / "two.pyth"
+    path.write_bytes(two_directories(shown, read, wide))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("a/data.pkl") == shown
+    assert torch.load(path, weights_only=True) == {"b": 1}, "PyTorch reads what the checks have not seen"
+    with pytest.raises(ValueError, match=cause):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda content: content + b"\0", "it is damaged .* no directory at its end"),
+        (lambda content: content[:-50], "it is damaged .*, or an incomplete copy or download: fetch it again"),
+        (lambda content: content[:20], "it is damaged"),
+        (lambda content: b"PK\3\4" + content, "its archive names another place"),
+    ],
+    ids=["behind", "cut", "begun", "before"],
+)
+def test_bytes_around_an_archive(change: Callable[[bytes], bytes], cause: str, tmp_path: Path) -> None:
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "a.pyth")
+    (tmp_path / "b.pyth").write_bytes(change((tmp_path / "a.pyth").read_bytes()))
+    with pytest.raises(ValueError, match=rf"b\.pyth is not loaded: {cause}"):
+        read_checkpoint(tmp_path / "b.pyth")
 
 
 # --- addresses ---
@@ -336,6 +400,10 @@ def test_downloads_are_not_trusted(tmp_path: Path, server: Callable[..., str]) -
     run = malice.called("os system", f"touch {tmp_path / 'ran'}")
     with pytest.raises(ValueError, match="it holds a pickled object of type os.system"):
         read_checkpoint(server("/bad.pyth", malice.archive(malice.nested(run))))
+    page = server("/login.pyth", b"<html>log in first")
+    kept = re.escape(str(download.cached_path(page)))
+    with pytest.raises(ValueError, match=rf"was not written by torch.save \(it was kept as {kept}: delete that to"):
+        read_checkpoint(page)
     assert not (tmp_path / "ran").exists()
 
 

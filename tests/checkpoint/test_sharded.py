@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,32 @@ def test_other_pickles_run_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(ValueError, match="not loaded"):
             full_tensors(folder)
     assert not (folder.parent / "gadget_ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 200_000, b"\xff", b"[]"])
+def test_plain_values_that_are_none(folder: Path, content: bytes) -> None:
+    change(folder, PLAIN, content)
+    with pytest.raises(UserError, match=PLAIN):
+        read_sharded_plain(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"\x80\x04})" + b"".join(b"\x94h%c\x86" % n for n in range(40)) + b"K\x01s.", "nested|values"),
+        (b"\x80\x04})" + b"\x85" * 1_000_000 + b"K\x01s.", "nested more than 64 deep"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "names its value 2147483647"),
+        (b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"x.", "damaged"),
+        (b"\x80\x04}" + b"0" * 5 + b".", "damaged"),
+    ],
+    ids=["exponential", "deep", "memo", "bytearray", "empty stack"],
+)
+def test_pickles_that_would_never_end(folder: Path, content: bytes, cause: str) -> None:
+    change(folder, METADATA, content)
+    began = time.process_time()
+    with pytest.raises(ValueError, match=f"not loaded: .*({cause})"):
+        full_tensors(folder)
+    assert time.process_time() - began < 10
 
 
 def test_a_gadget_among_the_tensors_runs_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,22 @@ def test_coercion_of_yaml(key, given, resolved, tmp_path):
         assert same(value_of(cfg, key), resolved), text
 
 
+@pytest.mark.parametrize(
+    ("given", "patterns"),
+    [
+        ("*.rel_pos_[hw]", ["*.rel_pos_[hw]"]),
+        ("[ab].w, blocks.1[0-1]", ["[ab].w", "blocks.1[0-1]"]),
+        ("([*.rel_pos_[hw], 'head.*'])", ["*.rel_pos_[hw]", "head.*"]),
+        ("(head.*,)", ["head.*"]),
+    ],
+)
+def test_brackets_of_patterns_stay(given, patterns, tmp_path):
+    """Those around the list go. In a YAML such a text has to be quoted."""
+    key = "TRAIN.CHECKPOINT_ALLOW"
+    assert value_of(load_config(VIT_FT, [key, given]), key) == patterns
+    assert value_of(load_text(tmp_path, yaml.safe_dump({key: given})), key) == patterns
+
+
 @pytest.mark.parametrize(("key", "given"), REFUSED)
 def test_refused_values(key, given, tmp_path):
     with pytest.raises(ValueError, match=f"command line: {key} must be .*; given"):

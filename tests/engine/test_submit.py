@@ -1,5 +1,6 @@
 """`maskfeat submit`: what is asked of Slurm, and that the job finds its program in a fresh interpreter."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from maskfeat import cli
+from maskfeat.distributed.slurm import Job
 from tests.small import REPO
 
 submitit = pytest.importorskip("submitit")
@@ -68,6 +70,30 @@ def test_gpus_are_those_of_the_run(
 ) -> None:
     submitted(["--logs", str(tmp_path), "--cfg", "x", *arguments], monkeypatch, capsys)
     assert Executor.made.get("gpus_per_node") == asked
+
+
+def test_fewer_gpus_than_the_run_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["submit", "--logs", str(tmp_path), "--cfg", "x", "--gpus", "2", "NUM_GPUS", "4"])
+    assert "--gpus 2 of each machine are too few for NUM_GPUS 4: leave out one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [None, "exit 1", "exit 0"])
+def test_a_job_that_cannot_be_queued_again_still_ends_with_75(
+    script: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a container there may be no scontrol."""
+    if script is not None:
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "scontrol").chmod(0o755)
+    for name, value in (("PATH", str(tmp_path)), ("SLURM_PROCID", "0"), ("SLURM_JOB_ID", "12")):
+        monkeypatch.setenv(name, value)
+    ended: list[int] = []
+    monkeypatch.setattr("maskfeat.distributed.slurm.exit_now", ended.append)
+    monkeypatch.setattr(logging.getLogger("maskfeat"), "propagate", True)
+    Job(lambda argv: 75, str(tmp_path), [], 3)()
+    assert ended == [75]
+    assert ("could not be queued again: `scontrol requeue 12`" in caplog.text) == (script != "exit 0")
 
 
 def test_what_slurm_refuses_is_one_line(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from maskfeat import cli
+from maskfeat.config import load_config
 from maskfeat.engine import sweep
 from maskfeat.engine.sweep import grid, main, plan, split_values
 from maskfeat.errors import UserError
@@ -107,6 +108,17 @@ def test_commands_can_be_printed(tmp_path: Path, capsys: pytest.CaptureFixture[s
         f"maskfeat train --cfg {RECIPE} OUTPUT_DIR '{folder}' SOLVER.BASE_LR=1e-4 'OUTPUT_DIR={folder}/BASE_LR=1e-4'"
     )
     assert len(lines) == 2 and not folder.exists()
+
+
+def test_a_dollar_in_the_folder_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing that the environment might name when the run reads it again."""
+    monkeypatch.setenv("a", "elsewhere")
+    (run, _) = sweep.plan(RECIPE, [RATES, "OUTPUT_DIR", f"{tmp_path}/$$a"], None, 0)
+    assert run.folder == tmp_path / "$a" / "BASE_LR=1e-4"
+    assert str(run.folder) == load_config(RECIPE, run.argv[2:]).OUTPUT_DIR
+    run.folder.mkdir(parents=True)
+    monkeypatch.setattr(sweep, "run_net", lambda argv: 0)
+    assert sweep.run_one(run.argv) == 0 and run.is_done
 
 
 # ---------------------------------------------------------------------------------------------- on this machine
@@ -281,6 +293,9 @@ def test_an_array_of_slurm(
         job.main(job.argv)
     assert main(command) == 0
     assert len(made["jobs"]) == 5, "the first one is done"
+    command = [*program, "--submit", "NUM_GPUS=1,2"]
+    assert main(command) == 0 and made["gpus_per_node"] == 2
+    assert main([*command, "--gpus", "1"]) == 2 and "--gpus 1 of each machine are too few" in capsys.readouterr().out
 
 
 @pytest.mark.slow
