@@ -84,7 +84,7 @@ _TRAINED = Part(
     CORRECTNESS,
     40,
     all_of({"features": trained.features, "extracted": trained.extracted, "exports": trained.exports}),
-    covers=("analysis/inputs.py:input_loader", "analysis/model.py:chosen_device"),
+    covers=("analysis/command.py:load", "analysis/inputs.py:input_loader", "analysis/model.py:chosen_device"),
 )
 _RESUMED = Part(
     "killed and resumed",

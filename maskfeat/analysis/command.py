@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from maskfeat.analysis.model import Model, load_model
@@ -103,8 +104,11 @@ def refuse_input(output: Path, inputs: Iterable[str]) -> None:
 
 
 def load(args: argparse.Namespace) -> Model:
-    """Return the network that the options name."""
-    return load_model(args.checkpoint, args.cfg, args.device, averaged=args.averaged, precision=args.precision)
+    """Return the network that the options name; its GPU is the current one of this process from now on."""
+    model = load_model(args.checkpoint, args.cfg, args.device, averaged=args.averaged, precision=args.precision)
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # where Triton's kernels are launched
+    return model
 
 
 def exit_code(work: Callable[[], int], level: int = logging.INFO, goes_on: bool = False) -> int:

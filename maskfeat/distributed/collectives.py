@@ -162,6 +162,7 @@ class FlagExchange:
         return before[1].tolist()
 
 
+@torch.no_grad()
 def broadcast_from_main(value: Tensor) -> None:
     """Overwrite `value` with that of rank 0, in place.
 
@@ -169,7 +170,10 @@ def broadcast_from_main(value: Tensor) -> None:
         value: Tensor of any shape, of the same shape and dtype on every rank, on the device of the process.
     """
     if dist.is_initialized():
-        dist.broadcast(value, src=0)
+        whole = value.contiguous()  # NCCL takes no others
+        dist.broadcast(whole, src=0)
+        if whole is not value:
+            value.copy_(whole)
 
 
 def broadcast_buffers(module: nn.Module) -> None:

@@ -142,8 +142,12 @@ def _exit_code(exited: Sequence[BaseProcess], received: Sequence[int], readers: 
     if not failed:
         return max(codes)
     traces = {index: _traceback(readers[index]) for index in failed}
-    # A process that was killed comes before those that lost their connection to it, whichever exited first.
-    first = min(failed, key=lambda index: (codes[index] > 0, bool(_CONNECTION_LOST.search(traces[index]))))
+    # A process that was killed comes before those that lost their connection to it, whichever exited first. NCCL aborts
+    # those that wait for one that failed.
+    first = min(
+        failed,
+        key=lambda i: (codes[i] > 0 or codes[i] == -signal.SIGABRT, bool(_CONNECTION_LOST.search(traces[i]))),
+    )
     _log_failure(exited[first], traces[first])
     return codes[first] if codes[first] > 0 else 128 - codes[first]
 

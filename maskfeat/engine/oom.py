@@ -12,7 +12,7 @@ from maskfeat.engine.batch_arithmetic import StepSize, step_size
 from maskfeat.registry import backbone_spec
 
 _QUOTED = 400  # characters of the original message
-_DEVICE = re.compile(r"out of memory|ALLOC_FAILED", re.I)
+_DEVICE = re.compile(r"out of memory|ALLOC(ATION)?_FAILED", re.I)
 _HERE = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory|bad_alloc|\bMemoryError\b")
 _SHARED = re.compile(r"bus error|shared memory|unable to mmap", re.I)
 _KILLED = re.compile(r"DataLoader worker .*killed by signal: Killed")

@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -82,6 +85,13 @@ def apply_compile(objective: Objective, device: torch.device) -> None:
             f"TRAIN.COMPILE is True, but this machine has no compiler ({', '.join(filter(None, wanted))}): "
             "install one, or set TRAIN.COMPILE False"
         )
+    if device.type != "cpu" and not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        raise UserError(
+            "TRAIN.COMPILE is True, and Triton, which compiles for GPUs, needs the headers of Python (Python.h, in a "
+            "package such as python3-dev): install them, or set TRAIN.COMPILE False"
+        )
+    # Blocks that are recomputed would draw from generators of their own, which no seed of a step reaches.
+    torch._functorch.config.graphsafe_rng_functionalization = False
     blocks = objective.backbone.repeated_blocks()
     # Blocks may differ (strides, drop path), and between training and evaluation: PyTorch gives up after 8 variants.
     dynamo = torch._dynamo.config

@@ -14,7 +14,6 @@ H, W) tokens along each axis, N' tokens after pooling, G heads, C channels per h
 import math
 import os
 from collections.abc import Sequence
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +26,9 @@ from maskfeat.models.base import conv_grid
 from maskfeat.models.layers import full_precision, is_reference
 
 Triple = tuple[int, int, int]
+
+_ASKED = os.environ.get("MASKFEAT_TRITON") == "1"
+"""Whether Triton kernels are used on CUDA."""
 
 _convolution_backward = torch.ops.aten.convolution_backward
 
@@ -142,14 +144,13 @@ class _PoolTokens(torch.autograd.Function):
         return torch.cat([grad[:, :prefix], grad_input], dim=1), None, None, None, grad_weight
 
 
-@cache
 def _triton_kernels() -> ModuleType | None:
-    """Return the module of the Triton kernels if MASKFEAT_TRITON is 1, otherwise None.
+    """Return the module of the Triton kernels if MASKFEAT_TRITON is 1, otherwise None. Blocks are compiled with it.
 
     Raises:
         UserError: if they are asked for and Triton is not installed.
     """
-    if os.environ.get("MASKFEAT_TRITON") != "1":
+    if not _ASKED:
         return None
     try:
         from maskfeat.models import pooling_triton

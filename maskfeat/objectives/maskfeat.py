@@ -32,8 +32,8 @@ class _SobelBuffers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         kernel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
-        self.register_buffer("weight_x", kernel.expand(3, 1, 3, 3).clone())
-        self.register_buffer("weight_y", kernel.T.expand(3, 1, 3, 3).clone())
+        self.register_buffer("weight_x", kernel.expand(3, 1, 3, 3).contiguous())
+        self.register_buffer("weight_y", kernel.T.expand(3, 1, 3, 3).contiguous())
 
 
 class _PredictionHead(nn.Module):

@@ -83,7 +83,7 @@ class MFM(Objective):
         )
         low = disc(height, width, radius)
         self._width = width if height % 2 == width % 2 == 0 else 0
-        self.register_buffer("_low", half_of(low) if self._width else low, persistent=False)
+        self.register_buffer("_low", (half_of(low) if self._width else low).contiguous(), persistent=False)
         for name, value in (("_luma", LUMA), ("_mean", mean), ("_std", std)):
             self.register_buffer(name, torch.tensor(value).reshape(1, 3, 1, 1), persistent=False)
 

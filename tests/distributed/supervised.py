@@ -9,6 +9,7 @@ They write their process ids and their progress to FOLDER, one file each. SECOND
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -82,6 +83,17 @@ def both_fail(index: int, folder: Path) -> int:
         raise RuntimeError("Connection closed by peer [127.0.0.1]:29500")
     time.sleep(0.2)
     raise ValueError("the cause")
+
+
+def one_fails_and_one_is_aborted(index: int, folder: Path) -> int:
+    """As NCCL does with those that wait for one that has failed."""
+    enter(index, folder)
+    if index == 1:
+        raise KeyError("no such key")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGABRT)
+    return 0
 
 
 def one_is_killed(index: int, folder: Path) -> int:

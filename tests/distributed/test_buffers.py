@@ -6,17 +6,19 @@ import pytest
 import torch
 
 from maskfeat.batch import Batch
+from maskfeat.build import build_objective
 from maskfeat.config import load_config
 from maskfeat.distributed.collectives import (
     all_gather_object,
     broadcast_buffers,
+    broadcast_from_main,
     destroy_process_group,
     init_process_group,
 )
 from maskfeat.distributed.launch import launch
 from maskfeat.distributed.world import World
 from maskfeat.engine.trainer import build_trainer
-from tests.small import MFM_PT, MFM_RECIPES
+from tests.small import MFM_PT, MFM_RECIPES, RECIPES
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -43,6 +45,28 @@ def _train(world: World, exchange: bool) -> tuple[dict[str, torch.Tensor], list[
         broadcast_buffers(trainer.objective)
     state = {name: value.clone() for name, value in trainer.objective.state_dict().items()}
     return state, same
+
+
+@pytest.mark.parametrize("place", sorted(path.name for path in [*RECIPES.glob("*.yaml"), *MFM_RECIPES.glob("*.yaml")]))
+def test_tensors_are_as_nccl_takes_them(place: str) -> None:
+    """Contiguous: gloo takes others, too, so that no run on the CPU would tell."""
+    folder = RECIPES if (RECIPES / place).exists() else MFM_RECIPES
+    with torch.device("meta"):
+        objective = build_objective(load_config(folder / place))
+    tensors = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
+    assert not [name for name, value in tensors.items() if not value.is_contiguous()]
+
+
+def test_a_tensor_of_a_plugin_may_lie_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broadcast(value: torch.Tensor, src: int) -> None:
+        assert src == 0 and value.is_contiguous(), "NCCL: Tensors must be contiguous"
+        value.fill_(3.0)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    for value in (torch.zeros(4, 3).T, torch.zeros(3, 4), torch.nn.Parameter(torch.zeros(2, 2).T)):
+        broadcast_from_main(value)
+        assert (value == 3).all()
 
 
 def job(world: World, init_method: str, folder: str) -> int:

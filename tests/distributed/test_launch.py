@@ -440,13 +440,14 @@ def supervised(tmp_path: Path) -> Iterator[Callable[..., Program]]:
         ("one_fails", 1, ["rank 1 (process {1}) failed:\nTraceback", "in one_fails", "KeyError: 'no such key'"]),
         ("one_is_hit_again", 1, ["rank 1 (process {1}) failed:\nTraceback", "KeyError: 'no such key'"]),
         ("both_fail", 1, ["rank 1 (process {1}) failed:\nTraceback", "ValueError: the cause"]),
+        ("one_fails_and_one_is_aborted", 1, ["rank 1 (process {1}) failed:\nTraceback", "KeyError: 'no such key'"]),
         ("one_is_killed", 137, ["rank 1 (process {1}) was killed by SIGKILL, from outside; running out of memory"]),
         ("one_is_terminated", 143, ["rank 1 (process {1}) was killed by SIGTERM\n"]),
     ],
 )
 def test_how_they_end(job: str, code: int, says: list[str], supervised: Callable[..., Program]) -> None:
     # Seconds that the others have: a busy machine needs them where both end by themselves, and nobody elsewhere.
-    program = supervised(job, "60" if job == "both_fail" else "0.1")
+    program = supervised(job, "60" if job in ("both_fail", "one_fails_and_one_is_aborted") else "0.1")
     pids = program.ranks()
     ended, said = program.end()
     assert ended == code, said

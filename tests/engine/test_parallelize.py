@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,17 @@ def test_compilation_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None
     objective = build_objective(load_config(*PRETRAINING["vit"]))
     with pytest.raises(ValueError, match=r"TRAIN.COMPILE False"):
         apply_compile(objective, torch.device("cpu"))
+
+
+def test_compilation_for_a_gpu_needs_the_headers_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskfeat.engine.parallelize.shutil.which", lambda name: name)
+    monkeypatch.setattr("maskfeat.engine.parallelize.sysconfig.get_path", lambda name: str(tmp_path))
+    objective = build_objective(load_config(*PRETRAINING["vit"]))
+    with pytest.raises(ValueError, match=r"Python.h, .* python3-dev\): install them, or set TRAIN.COMPILE False"):
+        apply_compile(objective, torch.device("cuda"))
+    (tmp_path / "Python.h").touch()
+    apply_compile(objective, torch.device("cuda"))
+    assert not torch._functorch.config.graphsafe_rng_functionalization, "draws of recomputed blocks follow the seed"
 
 
 def on_device(name: str, device: str) -> tuple[Objective, Batch]:

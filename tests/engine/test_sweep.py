@@ -16,7 +16,8 @@ import pytest
 from maskfeat import cli
 from maskfeat.config import load_config
 from maskfeat.engine import sweep
-from maskfeat.engine.sweep import grid, main, plan, split_values
+from maskfeat.engine.sweep import main
+from maskfeat.engine.sweep_plan import grid, plan, split_values
 from maskfeat.errors import UserError
 from tests.small import REPO, VIT_PT, images
 
@@ -113,7 +114,7 @@ def test_commands_can_be_printed(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_dollar_in_the_folder_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing that the environment might name when the run reads it again."""
     monkeypatch.setenv("a", "elsewhere")
-    (run, _) = sweep.plan(RECIPE, [RATES, "OUTPUT_DIR", f"{tmp_path}/$$a"], None, 0)
+    (run, _) = plan(RECIPE, [RATES, "OUTPUT_DIR", f"{tmp_path}/$$a"], None, 0)
     assert run.folder == tmp_path / "$a" / "BASE_LR=1e-4"
     assert str(run.folder) == load_config(RECIPE, run.argv[2:]).OUTPUT_DIR
     run.folder.mkdir(parents=True)

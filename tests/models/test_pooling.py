@@ -1,8 +1,9 @@
 """Pooling of tokens, in both forms, against PyTorch's own convolution and its gradients."""
 
+import importlib.util
 import math
 import sys
-from collections.abc import Iterator
+import warnings
 
 import pytest
 import torch
@@ -97,14 +98,6 @@ def test_another_form_is_refused() -> None:
         conv_pool(torch.zeros(1, 4, 8), 0, (2, 2), (1, 1), torch.zeros(8, 1, 3, 3), impl="slow")
 
 
-@pytest.fixture
-def _kernels_not_cached() -> Iterator[None]:
-    pooling._triton_kernels.cache_clear()
-    yield
-    pooling._triton_kernels.cache_clear()
-
-
-@pytest.mark.usefixtures("_kernels_not_cached")
 @pytest.mark.parametrize("setting", [None, "0", "1"])
 def test_kernels_have_to_be_asked_for(setting: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
@@ -112,12 +105,30 @@ def test_kernels_have_to_be_asked_for(setting: str | None, monkeypatch: pytest.M
         monkeypatch.delenv("MASKFEAT_TRITON", raising=False)
     else:
         monkeypatch.setenv("MASKFEAT_TRITON", setting)
-    assert (pooling._triton_kernels() is not None) == (setting == "1")
+    spec = importlib.util.find_spec("maskfeat.models.pooling")
+    assert spec is not None and spec.loader is not None
+    anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(anew)
+    assert (anew._triton_kernels() is not None) == (setting == "1")
 
 
-@pytest.mark.usefixtures("_kernels_not_cached")
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_chooses_the_kernels_is_compiled_without_a_word(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA it is within what is compiled; here it is asked for, too, and the convolutions are used."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(pooling, "_ASKED", asked)
+    monkeypatch.setattr(pooling, "_kernels_for", lambda x, weight: None if pooling._triton_kernels() else None)
+    tokens, weight = torch.randn(2, 17, 8), torch.randn(4, 1, 3, 3)
+    pool = torch.compile(conv_pool, backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pooled = pool(tokens, 1, (4, 4), (2, 2), weight)
+    torch.testing.assert_close(pooled, conv_pool(tokens, 1, (4, 4), (2, 2), weight))
+
+
 def test_kernels_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASKFEAT_TRITON", "1")
+    monkeypatch.setattr(pooling, "_ASKED", True)
     monkeypatch.delattr(models, "pooling_triton", raising=False)
     monkeypatch.setitem(sys.modules, "maskfeat.models.pooling_triton", None)  # makes the import fail
     with pytest.raises(ValueError, match="MASKFEAT_TRITON is 1, but the Triton kernels cannot be imported"):

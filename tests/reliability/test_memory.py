@@ -50,7 +50,12 @@ def advice(error: BaseException, recipe: str = PT, *opts: object) -> str:
 def test_each_kind_is_told_apart() -> None:
     cfg = load_config(PT)
     full = {
-        "the memory of the device is full": (torch.OutOfMemoryError(CUDA), RuntimeError("CUDA error: out of memory")),
+        "the memory of the device is full": (
+            torch.OutOfMemoryError(CUDA),
+            RuntimeError("CUDA error: out of memory"),
+            RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),  # cuDNN 8; then 9
+            RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        ),
         "this machine (or the limit": (RuntimeError(CPU), MemoryError(), OSError(12, "Cannot allocate memory")),
         "a data worker was killed": (
             RuntimeError(KILLED),
