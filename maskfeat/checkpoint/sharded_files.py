@@ -23,6 +23,8 @@ SUMS, METADATA, PLAIN = "SHA256SUMS", ".metadata", "plain.json"
 
 TensorMetadata = dict[str, TensorStorageMetadata]
 
+_OF_THE_SYSTEM = re.compile(r"\.nfs[0-9a-f]+|\.DS_Store|\._.*|@eaDir")
+"""Files that file servers and desktops put beside others; none of them is read."""
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9_.-]+)")
 
 
@@ -34,7 +36,8 @@ def verify(folder: str | Path, names: Iterable[str] | None = None) -> None:
     """
     folder = Path(folder)
     sums = sums_of(folder)
-    unlisted = sorted({path.name for path in folder.iterdir()} - {*sums, SUMS})
+    there = {path.name for path in folder.iterdir() if not _OF_THE_SYSTEM.fullmatch(path.name)}
+    unlisted = sorted(there - {*sums, SUMS})
     if unlisted:
         raise UserError(f"{folder / unlisted[0]} is not listed in {SUMS}: one of the two is damaged")
     for name in sums if names is None else names:

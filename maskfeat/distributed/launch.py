@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from maskfeat.distributed.supervise import run_processes
-from maskfeat.distributed.world import World, available_cores
+from maskfeat.distributed.world import World, available_cores, slurm_shows_one_each
 from maskfeat.errors import UserError
 
 # Step ids from here on are not numbered steps but the batch script, an interactive shell or a pending step.
@@ -222,6 +222,10 @@ def check_devices(num_gpus: int, backend: str) -> None:
         UserError: It has fewer.
     """
     available = torch.cuda.device_count()
+    launched = read_launch_environment()
+    here = 1 if launched is None else launched.world.local_size
+    if available == 1 and here == num_gpus and slurm_shows_one_each():
+        return
     if num_gpus <= available or (available == 0 and num_gpus > 1 and backend == "gloo"):
         return
     hint = " to run on the CPU" if available == 0 else ""

@@ -1,6 +1,7 @@
 """Rank, world size and device of a process."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +39,16 @@ def choose_device(num_gpus: int, local_rank: int) -> torch.device:
         local_rank: Rank among the processes of this machine.
 
     Returns:
-        The GPU with the number of the local rank; the CPU if `num_gpus` is 0 or there is no GPU.
+        The GPU with the number of the local rank, or the only one where Slurm shows each task one of its own; the CPU
+        if `num_gpus` is 0 or there is no GPU.
 
     Raises:
         UserError: This machine has GPUs, but fewer than processes.
     """
     if num_gpus == 0 or torch.cuda.device_count() == 0:
         return torch.device("cpu")
+    if torch.cuda.device_count() == 1 and slurm_shows_one_each():
+        local_rank = 0
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"process {local_rank} of this machine has no GPU of its own: start at most "
@@ -52,6 +56,13 @@ def choose_device(num_gpus: int, local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def slurm_shows_one_each(env: Mapping[str, str] = os.environ) -> bool:
+    """Return whether a task that sees one GPU has it for itself: --gpus-per-task=1 or --gpu-bind of srun."""
+    per_task = env.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # "1", or with its kind "a100:1"
+    on_node = env.get("SLURM_GPUS_ON_NODE", "")
+    return "SLURM_STEP_ID" in env and (per_task == "1" or (on_node.isdecimal() and int(on_node) > 1))
 
 
 def available_cores() -> int:

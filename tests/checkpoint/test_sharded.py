@@ -226,6 +226,17 @@ def test_other_pickles_run_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert not (folder.parent / "gadget_ran").exists()
 
 
+def test_what_file_servers_and_desktops_leave_is_no_damage(folder: Path) -> None:
+    for name in (".nfs00000000deadbeef00000001", ".DS_Store", "._model"):
+        (folder / name).touch()
+    (folder / "@eaDir").mkdir()
+    verify(folder)
+    assert full_tensors(folder)
+    (folder / "more.distcp").touch()
+    with pytest.raises(UserError, match=r"more\.distcp is not listed"):
+        verify(folder)
+
+
 @pytest.mark.parametrize("content", [b"{", b"[" * 200_000, b"\xff", b"[]"])
 def test_plain_values_that_are_none(folder: Path, content: bytes) -> None:
     change(folder, PLAIN, content)

@@ -16,7 +16,7 @@ from maskfeat.config import load_config
 from maskfeat.distributed import launch as launching
 from maskfeat.distributed.launch import LaunchEnvironment, first_host, launch, read_launch_environment
 from maskfeat.distributed.preemption import INTERRUPTED, PREEMPTED, StopRequest
-from maskfeat.distributed.world import World
+from maskfeat.distributed.world import World, choose_device
 from maskfeat.errors import UserError
 from tests.reliability.harness import wait_until
 from tests.reliability.runs import START, processes, start
@@ -347,6 +347,37 @@ def test_launch_as_one_that_was_started(
     assert spy.told == (started.world, "tcp://x:1", "data")
     with pytest.raises(ValueError, match="NUM_SHARDS is 1"):
         spy.launch(processes=here)
+
+
+@pytest.mark.parametrize(
+    ("said", "own"),
+    [
+        ({"SLURM_GPUS_PER_TASK": "1"}, True),
+        ({"SLURM_GPUS_PER_TASK": "a100:1"}, True),
+        ({"SLURM_GPUS_ON_NODE": "2"}, True),
+        ({"SLURM_GPUS_ON_NODE": "1"}, False),
+        ({}, False),
+    ],
+)
+def test_tasks_that_see_one_gpu_each(said: dict[str, str], own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Slurm does not say that it is a task's own, one GPU is too few for two processes."""
+    set_env(monkeypatch, {**TASK, **said})
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    if own:
+        launching.check_devices(2, "nccl")
+        assert [choose_device(2, rank) for rank in (0, 1)] == [torch.device("cuda", 0)] * 2 and chosen == [0, 0]
+        with pytest.raises(ValueError, match="shows 1 CUDA device"):
+            launching.check_devices(3, "nccl")
+        set_env(monkeypatch, {**TASK_PER_NODE, **said})
+        with pytest.raises(ValueError, match="shows 1 CUDA device"):
+            launching.check_devices(2, "nccl")
+        return
+    with pytest.raises(ValueError, match="shows 1 CUDA device"):
+        launching.check_devices(2, "nccl")
+    with pytest.raises(ValueError, match="process 1 of this machine has no GPU of its own"):
+        choose_device(2, 1)
 
 
 def test_launch_as_a_task_that_spawns(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
