@@ -106,6 +106,26 @@ def in_turn(sides: Mapping[str, Run], repeats: int, device: torch.device) -> dic
     return {name: Seconds(min(s.cpu for s in runs), min(s.wall for s in runs)) for name, runs in found.items()}
 
 
+def busy_seconds(run: Run, device: torch.device) -> float:
+    """Seconds in which kernels of a run keep the device busy, waits for their launches left out; on the CPU processor
+    time."""
+    if device.type != "cuda":
+        return timed(run, device).cpu
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        synchronise(device)
+    return sum(seconds for _, _, seconds in kernels_of(profiled))
+
+
+def kernels_of(profiled: profile) -> list[tuple[str, int, float]]:
+    """(name, calls, seconds) of each kernel on the device."""
+    return [
+        (event.key, event.count, event.self_device_time_total / 1e6)
+        for event in profiled.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    ]
+
+
 def peak_mib(run: Run, device: torch.device) -> float:
     """The most memory that tensors took during a run, above what was there before it, in MiB.
 

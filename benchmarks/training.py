@@ -78,17 +78,25 @@ class Pace(NamedTuple):
 
 
 def steady(step: Callable[[], object], device: torch.device, steps: int, limit: float = math.inf) -> Pace:
-    """Time steps, after as many as it takes to warm up.
+    """Time steps, after as many as it takes to warm up: a tenth of `steps`, or a quarter of `limit`.
 
     Args:
         steps: at most so many are timed.
-        limit: seconds after which no further ones are begun, once there are `FEWEST`.
+        limit: seconds after which no further ones are begun, once there are `FEWEST`, or five of slow ones.
     """
-    for _ in range(max(steps // 10, 2)):
+    for _ in range(2):
         step()
     synchronise(device)
+    began = time.perf_counter()
+    step()
+    synchronise(device)
+    one = max(time.perf_counter() - began, 1e-9)
+    for _ in range(min(steps // 10 - 3, int(min(limit / 4 / one, steps)))):
+        step()
+    synchronise(device)
+    fewest = min(FEWEST, max(5, int(min(limit / one, FEWEST))))
     made, began = 0, time.perf_counter()
-    while made < steps and (made < FEWEST or time.perf_counter() - began < limit):
+    while made < steps and (made < fewest or time.perf_counter() - began < limit):
         step()
         made += 1
     synchronise(device)

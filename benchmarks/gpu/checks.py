@@ -49,6 +49,11 @@ def all_of(checks: Mapping[str, Check]) -> Check:
                 traceback.print_exc()
                 first = (str(error).strip().splitlines() or [""])[0]
                 wrong.append(f"{name}: {type(error).__name__}: {first}")
+                if "CUDA error" in str(error):  # nothing that follows in this process can be right
+                    left = list(checks)[list(checks).index(name) + 1 :]
+                    context.not_run += [f"{other}: after a CUDA error" for other in left]
+                    context.note()
+                    break
             context.note()
         if wrong:
             raise Failed("; ".join(wrong))

@@ -38,6 +38,7 @@ from tests.golden.golden import final_norm, follow, golden_batch, load_golden, r
 # and a few gradients on the edge between two HOG bins fall on its other side: ten times as much is allowed here.
 LOSS, STEPS_NORM, FINAL_NORM = 1e-4, 1e-3, 1e-5
 _ENOUGH = 25.0  # seconds to draw the weights of a large model and to run it
+WORST_NORM = 1e-2  # of the gradient of one parameter, relative to it or to a hundredth of the whole
 LOSS_BF16 = 0.02  # as the CPU's test of bf16
 GRADIENT = {"off": 1e-3, "bf16": 0.15}  # distance of the whole gradient, of its length
 GRADIENT_RESNET = {"off": 3e-2, "bf16": math.inf}
@@ -99,6 +100,7 @@ def full_size_goldens(context: Context) -> Figures:
         context.note(full_size_goldens=found)
         expect(f"the loss of {name}", loss, LOSS)
         expect(f"the gradient norm of {name}", relative(mine, total), STEPS_NORM)
+        expect(f"the norm of a parameter's gradient of {name}", away, WORST_NORM)
         del objective, batch, out
     return found
 
@@ -204,6 +206,8 @@ def against_cpu(name: str) -> Check:
             expect(f"the loss in {precision}", found[precision]["loss"], limit)
             expect(f"the gradient in {precision}", away, model.gradient[precision])
             expect(f"the gradient norm in {precision}", found[precision]["grad_norm"], GRADIENT_NORM[precision])
+            if precision == "off":
+                expect(f"the norm of the gradient of {worst}", shown[worst], 10 * model.gradient["off"])
         return found
 
     return check

@@ -13,7 +13,7 @@ from torch.torch_version import TorchVersion
 from yacs.config import CfgNode
 
 from benchmarks.cases import CONFIGS, MVIT_L, MVIT_S, VIT_B, random_batch
-from benchmarks.compute import HOG_TOLERANCE, pictures_for_check, uncertain_cells
+from benchmarks.compute import pictures_for_check, uncertain_cells
 from benchmarks.gpu.checks import MFM_PT, MVIT_PT, VIT_PT, Check, exact, expect, relative, small_config
 from benchmarks.gpu.parts import Context, Failed, Figures
 from maskfeat.build import build_backbone
@@ -23,6 +23,11 @@ from maskfeat.engine.trainer import build_trainer
 from maskfeat.models import pooling
 from maskfeat.objectives.hog import hog
 from tests.golden.golden import REPO
+
+_HOG_TOLERANCE = 5e-6
+"""Devices add in other orders; eight numbers of a cell, added in another one on a CPU, are up to 1.1e-6 apart. A
+gradient in another bin is 1e-2."""
+_COMPILES = 15.0  # seconds that kernels of one shape may take to compile
 
 
 def hog_bins(context: Context) -> Figures:
@@ -36,16 +41,16 @@ def hog_bins(context: Context) -> Figures:
     for name, picture in pictures_for_check(like, cfg).items():
         mine, expected = hog(picture.clip.to(context.device)).cpu(), hog(picture.clip)
         apart = (mine - expected).abs()
-        beyond = int((apart > HOG_TOLERANCE).sum())
+        beyond = int((apart > _HOG_TOLERANCE).sum())
         if not picture.exact:
             apart[uncertain_cells(picture.clip, 9, 8)] = 0.0
         found[name] = {"apart": apart.max().item(), "on ties": beyond, "of": apart.numel()}
-        expect(f"HOG of {name}", found[name]["apart"], HOG_TOLERANCE)
+        expect(f"HOG of {name}", found[name]["apart"], _HOG_TOLERANCE)
     golden = np.load(REPO / "tests" / "golden" / "hog.npz")
     for name in ("noise", "smooth", "edge"):
         mine = hog(torch.from_numpy(golden[name]).to(context.device)).cpu()
         found[f"golden {name}"] = expect(
-            f"HOG of golden {name}", (mine - torch.from_numpy(golden[f"{name}_hog"])).abs().max().item(), HOG_TOLERANCE
+            f"HOG of golden {name}", (mine - torch.from_numpy(golden[f"{name}_hog"])).abs().max().item(), _HOG_TOLERANCE
         )
     return found
 
@@ -87,7 +92,8 @@ TOY_POOLINGS = (
 
 
 def triton_pooling(dtype: torch.dtype) -> Check:
-    """Triton's pooling, forward and backward, against convolutions in float64, at each shape of MViTv2-S and L.
+    """Triton's pooling, forward and backward, against convolutions in float64: in bfloat16 at each shape of MViTv2-S,
+    then L, as time allows; in float32 at one of each kernel and stride.
 
     On the CPU the kernels run in Triton's interpreter, where PyTorch allows it.
     """
@@ -103,14 +109,18 @@ def triton_pooling(dtype: torch.dtype) -> Check:
         if not context.toy:
             recipes = (load_config(CONFIGS / path, []) for path in (MVIT_S, MVIT_L))
             shapes = list(dict.fromkeys(shape for cfg in recipes for shape in pooling_shapes(cfg)))
+            if dtype == torch.float32:
+                shapes = list({(shape.kernel, shape.stride): shape for shape in shapes[::-1]}.values())
         found: Figures = {}
         for shape in shapes:
-            found[str(shape)] = _pool(shape, dtype, kernels, context)
+            if found and context.left() < _COMPILES:
+                context.not_run.append(f"Triton's pooling of {shape} in {dtype}: no time left")
+                continue
+            found[str(shape)] = errors = _pool(shape, dtype, kernels, context)
             context.note(**{str(dtype).removeprefix("torch."): found})
-        for name, errors in found.items():
-            expect(f"the output of {name}", errors["output"], 1.0)
-            expect(f"the input's gradient of {name}", errors["input gradient"], 1.0)
-            expect(f"the weight's gradient of {name}", errors["weight gradient"], 1e-5)
+            expect(f"the output of {shape}", errors["output"], 1.0)
+            expect(f"the input's gradient of {shape}", errors["input gradient"], 1.0)
+            expect(f"the weight's gradient of {shape}", errors["weight gradient"], 1e-5)
         return found
 
     return check
@@ -176,7 +186,7 @@ def compiled(context: Context) -> Figures:
     for recipe, precision in ((VIT_PT, "off"), (VIT_PT, "bf16"), (MVIT_PT, "off"), (MFM_PT, "bf16")):
         if context.toy and (recipe, precision) != (VIT_PT, "off"):
             continue
-        losses: dict[str, list[float]] = {}
+        seen: dict[str, dict[str, list[float]]] = {}
         for compile_it in ("False", "True"):
             torch.compiler.reset()
             opts = ("TRAIN.COMPILE", compile_it, "TRAIN.MIXED_PRECISION", {"off": "False"}.get(precision, precision))
@@ -185,13 +195,19 @@ def compiled(context: Context) -> Figures:
             trainer = build_trainer(cfg, context.device)
             trainer.model.train()
             batch = random_batch(cfg, context.device)
-            losses[compile_it] = []
+            seen[compile_it] = {"loss": [], "grad_norm": []}
             for _ in range(2 if context.toy else 3):
                 trainer.begin_step(1000)
                 with exact():
                     trainer.train_step(batch)
-                losses[compile_it].append(trainer.metrics.read()["loss"])
+                values = trainer.metrics.read()
+                for key, kept in seen[compile_it].items():
+                    kept.append(values[key])
         name = f"{Path(recipe[0]).stem} {precision}"
-        found[name] = max(relative(a, b) for a, b in zip(losses["True"], losses["False"], strict=True))
-        expect(f"the loss of {name}, compiled,", found[name], 1e-4 if precision == "off" else 0.02)
+        found[name] = {
+            key: max(relative(a, b) for a, b in zip(seen["True"][key], seen["False"][key], strict=True))
+            for key in ("loss", "grad_norm")
+        }
+        for key, limit in (("loss", 1e-4), ("grad_norm", 1e-3)):
+            expect(f"the {key} of {name}, compiled,", found[name][key], limit if precision == "off" else 0.02)
     return found

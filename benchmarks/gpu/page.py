@@ -23,7 +23,8 @@ python tools/gpu_check.py --output gpu --only learning
 
 - **What it needs**: a CUDA device, Python 3.10 or later, PyTorch 2.11 or later with torchvision, and timm. It uses no
   network: JPEG and H.264 files are made on the spot. Other packages that the machine lacks are installed from a folder
-  of wheels; `pip download` fills it on a machine with network: `--wheels wheels`.
+  of wheels, `--wheels wheels`, which a machine with network fills: `pip download --only-binary=:all: -d wheels
+  --python-version 3.12 av yacs iopath`, and others.
 - **What it checks** (correctness): golden values in float32 and bf16, GPU against CPU, pooling kernels, HOG bins,
   compilation, layouts, steps without waiting for the device, resuming to the bit, processes, loss scaling, memory.
 - **What it measures** (speed): the recipes in bf16, compiled, on files and on random input, beside the plain form of

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "gpu_check.py"
 _READY = "ready"
+_PATIENCE = 90.0  # seconds to import everything and to try CUDA in a fork
 
 
 class Process(Protocol):
@@ -58,7 +59,10 @@ class Fork:
     def __init__(self, server: "subprocess.Popen[str]") -> None:
         assert server.stdout is not None
         self._answers = server.stdout
-        self.pid = int(self._answers.readline())
+        line = self._answers.readline()
+        if not line:
+            raise BrokenPipeError("the process that forks is gone")
+        self.pid = int(line)
         self._code: int | None = None
 
     def poll(self) -> int | None:
@@ -96,12 +100,17 @@ class Server:
             )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._commands = self._process.stdin
-        self.usable = self._process.stdout.readline().strip() == _READY
+        answers = select.select([self._process.stdout], [], [], _PATIENCE)[0]  # CUDA may hang in the trial fork
+        self.usable = bool(answers) and self._process.stdout.readline().strip() == _READY
         if not self.usable:
             logger.info("forked processes cannot be used here (%s): each part imports everything anew", log)
 
     def start(self, arguments: Sequence[str], log: Path) -> Process:
-        """Run the program in a fork."""
+        """Run the program in a fork.
+
+        Raises:
+            BrokenPipeError: this process is gone.
+        """
         self._commands.write(json.dumps([list(arguments), str(log)]) + "\n")
         self._commands.flush()
         return Fork(self._process)

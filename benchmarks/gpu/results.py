@@ -75,8 +75,9 @@ class Results:
         self.write()
 
     def is_done(self, part: Part) -> bool:
-        """Whether a part has passed."""
-        return self.parts.get(part.name, {}).get("status") == PASSED
+        """Whether a part has passed, and left nothing out for want of time."""
+        found = self.parts.get(part.name, {})
+        return found.get("status") == PASSED and not any(str(one).endswith(NO_TIME) for one in found.get("not_run", ()))
 
     def set(self, part: Part, status: str, **more: Any) -> None:
         """Replace what is known of a part."""

@@ -86,7 +86,11 @@ class Runner:
             interpreted = {} if self.device.type == "cuda" else {"TRITON_INTERPRET": "1"}
             return start(arguments, log, {**part.environment, **interpreted})
         server = self._server
-        return server.start(arguments, log) if server is not None and server.usable else start(arguments, log, {})
+        if server is not None and server.usable:
+            with suppress(BrokenPipeError):
+                return server.start(arguments, log)
+            server.usable = False
+        return start(arguments, log, {})
 
     def _run(self, part: Part, limit: float, cut: bool) -> None:
         """Run one part; `cut`: it gets less than its own limit."""

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,7 +31,7 @@ from benchmarks.cases import (
 from benchmarks.compute import maskfeat_objective
 from benchmarks.gpu.parts import SPEED, Context, Figures, Part
 from benchmarks.gpu.speed_kernels import layouts, pooling_against_compile
-from benchmarks.measure import synchronise
+from benchmarks.measure import kernels_of, synchronise
 from benchmarks.reference_step import reference_optimizer, reference_step
 from benchmarks.training import PEAK, RECIPES, Steps, Training, cfg_name, endless, measure_recipe, steady
 from maskfeat.batch import Batch
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 MEASURED_PEAK = 790e12  # multiplications and additions a second of an H200 in bf16 that a large product reaches
 _LISTED = 1024  # clips of an epoch
+_LINKED = 8192  # images of a class in an epoch: a worker takes whole batches, and there are two classes
 SMALL = {
     VIT_B: small.VIT_PT, VIT_L: small.VIT_PT, MVIT_S: small.MVIT_PT, MVIT_L: small.MVIT_PT, RESNET_50: small.MFM_PT,
 }  # fmt: skip
@@ -70,9 +72,20 @@ def options_for(context: Context, path: str) -> Options:
 
 
 def images(context: Context) -> Path:
-    """JPEG files in the size of ImageNet's, shared by the parts: the folder."""
-    size, number = ((48, 64), 16) if context.toy else (IMAGE_SIZE, 256)
-    return make_images(context.data / "speed_images", SHAPES[:2], number, val_per_class=1, size=size)
+    """JPEG files in the size of ImageNet's, shared by the parts: the folder, where each has many names."""
+    size, number, names = ((48, 64), 16, 32) if context.toy else (IMAGE_SIZE, 64, _LINKED)
+    made = make_images(context.data / "speed_images", SHAPES[:2], number, val_per_class=1, size=size)
+    root = context.data / "speed_images_linked"
+    if not root.exists():
+        draft = context.folder / "linked"
+        shutil.copytree(made / "val", draft / "val", copy_function=os.link)
+        for folder in sorted((made / "train").iterdir()):
+            (draft / "train" / folder.name).mkdir(parents=True)
+            files = sorted(folder.iterdir())
+            for n in range(names):
+                os.link(files[n % len(files)], draft / "train" / folder.name / f"{n:05d}.jpg")
+        draft.rename(root)
+    return root
 
 
 def clips(context: Context) -> Path:
@@ -279,14 +292,9 @@ def _furthest_from_peak(context: Context) -> tuple[str, int]:
 
 def _kernels(profiled: profile, cuda: bool) -> list[tuple[str, int, float]]:
     """(name, calls, seconds) of each kernel, or on the CPU of each operator without those that it calls."""
-    events = profiled.key_averages()
-    if not cuda:
-        return [(event.key, event.count, event.self_cpu_time_total / 1e6) for event in events]
-    return [
-        (event.key, event.count, event.self_device_time_total / 1e6)
-        for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
-    ]
+    if cuda:
+        return kernels_of(profiled)
+    return [(event.key, event.count, event.self_cpu_time_total / 1e6) for event in profiled.key_averages()]
 
 
 RECIPE_PARTS = {
@@ -303,11 +311,11 @@ _RECIPES = [
     for name, path in RECIPE_PARTS.items()
 ]
 
+FIRST: tuple[Part, ...] = tuple(_RECIPES[:3])
 PARTS: tuple[Part, ...] = (
-    *_RECIPES[:3],
     Part("pooling against compile", SPEED, 90, pooling_against_compile, environment={"MASKFEAT_TRITON": "1"}),
     *_RECIPES[3:],
     Part("trace of the slowest recipe", SPEED, 60, slowest_recipe),
     Part("reading", SPEED, 60, reading),
 )
-"""Most valuable first."""
+"""Most valuable first, after those of `FIRST`."""

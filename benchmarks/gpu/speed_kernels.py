@@ -14,7 +14,7 @@ from benchmarks.cases import CONFIGS, MVIT_L, MVIT_S, RESNET_50
 from benchmarks.gpu.checks import MFM_PT, small_config
 from benchmarks.gpu.kernels import TOY_POOLINGS, Pooling, pooling_shapes
 from benchmarks.gpu.parts import Context, Figures
-from benchmarks.measure import Run, in_turn
+from benchmarks.measure import Run, busy_seconds, in_turn
 from maskfeat.build import build_backbone
 from maskfeat.config import load_config
 from maskfeat.engine.parallelize import autocast
@@ -22,7 +22,7 @@ from maskfeat.models import pooling
 
 WITHIN = 1.05  # where compiled code takes at most so many times as long, it replaces the Triton kernels
 _CLIPS = 8
-_CALLS = 20  # between two looks at the clock: a launch takes about as long as a small kernel
+_CALLS = 20  # of which the mean counts
 _LONGEST = 10.0  # seconds for one shape, compilation included
 
 Form = Callable[[Tensor, Tensor], Tensor]
@@ -96,7 +96,10 @@ def _row(shape: Pooling, context: Context, has_kernels: bool) -> Figures:
 
 
 def _seconds(form: Form, x: Tensor, weight: Tensor, context: Context) -> dict[str, float]:
-    """Seconds of a forward pass, and of a backward pass (both passes less the forward one)."""
+    """Seconds that kernels of a forward pass take, and of a backward pass (both passes less the forward one).
+
+    Not by the clock: of small shapes that would be the time of Python, which compiled blocks do not spend.
+    """
     calls = 1 if context.toy else _CALLS
     with autocast(context.device, "bf16"):
         grad = torch.ones_like(form(x, weight))
@@ -111,8 +114,10 @@ def _seconds(form: Form, x: Tensor, weight: Tensor, context: Context) -> dict[st
                 torch.autograd.grad(form(x, weight), [x, weight], grad)
 
         sides: dict[str, Run] = {"forward": forward, "both": both}
-        wall = {name: seconds.wall / calls for name, seconds in in_turn(sides, 5, context.device).items()}
-    return {"forward": wall["forward"], "backward": wall["both"] - wall["forward"]}
+        for run in sides.values():
+            run()
+        busy = {name: min(busy_seconds(run, context.device) for _ in range(3)) / calls for name, run in sides.items()}
+    return {"forward": busy["forward"], "backward": max(busy["both"] - busy["forward"], 0.0)}
 
 
 def layouts(context: Context) -> Figures:

@@ -3,4 +3,4 @@
 from benchmarks.gpu import correctness, learning, speed
 from benchmarks.gpu.parts import Part
 
-PARTS: tuple[Part, ...] = (*correctness.PARTS, *speed.PARTS, *learning.PARTS)
+PARTS: tuple[Part, ...] = (*correctness.PARTS, *speed.FIRST, *correctness.LAST, *speed.PARTS, *learning.PARTS)
