@@ -1,6 +1,5 @@
 """Checkpoint files: names, atomic writes, refusal of what is damaged or could run."""
 
-import contextlib
 import errno
 import hashlib
 import io
@@ -268,17 +267,25 @@ def test_without_its_checksum(tmp_path: Path) -> None:
         verify_checkpoint(path)
 
 
-def test_any_bit_of_a_directory_is_damage_without_its_checksum(tmp_path: Path) -> None:
-    """Whatever it makes of the file: an encrypted one, a compressed one, or one of another length."""
+def test_bits_of_a_directory_are_damage_without_its_checksum(tmp_path: Path) -> None:
+    """Whatever they make of the file: an encrypted one, a compressed one, or one of another length. Of its marks and
+    names every bit is; dates and the like may be anything."""
     path = checkpoint_path(tmp_path, "", Position(1))
     save_checkpoint(path, {"model_state": {}})
     path.with_name(f"{path.name}.sha256").unlink()
     content = path.read_bytes()
-    for bit in range(8 * content.index(b"PK\1\2"), 8 * len(content)):
+    start, found = content.index(b"PK\1\2"), set()
+    for bit in range(8 * start, 8 * len(content)):
         flip_bit(path, bit)
-        with contextlib.suppress(UserError):
+        try:
             verify_checkpoint(path)
+        except UserError as error:
+            assert f"{path} is damaged: " in str(error)
+            found.add(bit // 8)
         path.write_bytes(content)
+    for needed in (b"PK\1\2", b"PK\5\6", b"/data.pkl", b"/version"):
+        at = content.index(needed, start)
+        assert set(range(at, at + len(needed))) <= found, needed
 
 
 def test_damaged_ones_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -59,7 +59,7 @@ def many(kind: str, source: Path, target: Path, number: int) -> tuple[list[str],
 
 def places(number: int) -> list[int]:
     """1 % of the places: the last one, two beside one another, and others."""
-    chosen = [number - 1, 31, 32, *range(57, number, 101)]
+    chosen = [31, 32, number - 1, *range(57, number, 101)]
     return sorted(chosen[: number // 100])
 
 
@@ -89,13 +89,12 @@ def check(
     opts = [*opts, "TRAIN.BATCH_SIZE", "20", "DATA.MAX_BAD_FRACTION", "0.01"]
     whole = rows(opts, recipe, folder / "whole", epochs)
     assert {index for index, *_ in whole} == set(range(number)) and not (folder / "whole").exists()
-    damaged = places(number)
-    for turn, place in enumerate(damaged):
-        content = files[place].read_bytes()
-        ways = list(OWN.values())
-        files[place].write_bytes(ways[turn % len(ways)](content) if damage is None else damage[turn % len(damage)])
-    compared = 0
+    damaged, compared, turn = places(number), 0, 0
+    contents, ways = {place: files[place].read_bytes() for place in damaged}, list(OWN.values())
     for workers in WORKERS:
+        for place, content in contents.items():  # in other ways each time
+            files[place].write_bytes(ways[turn % len(ways)](content) if damage is None else damage[turn % len(damage)])
+            turn += 1
         output = folder / f"out_{workers}"
         caplog.clear()
         with caplog.at_level(logging.WARNING, "maskfeat"):

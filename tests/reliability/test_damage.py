@@ -161,7 +161,7 @@ def test_a_failing_disk(error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         call = ("", "", "", "fsync1", "fsync2", "fsync3", "replace1", "replace2")[trial % 8]
         with monkeypatch.context() as patch:
             disk = Failing(patch, error, None if call else rng.randrange(length + 90), call)
-            target = (path, checkpoint_path(tmp_path, "", Position(3)))[trial % 2]
+            target = (path, checkpoint_path(tmp_path, "", Position(3)))[(trial + trial // 8) % 2]
             with pytest.raises(OSError, match=f"could not write the checkpoint {target}.*{os.strerror(error)}"):
                 save_checkpoint(target, content(3))
         where[disk.failed] = where.get(disk.failed, 0) + 1

@@ -37,7 +37,7 @@ def undisturbed(forks: Forks, image_data: Path, tmp_path_factory: pytest.TempPat
 @pytest.mark.slow
 def test_killed_at_any_moment(undisturbed: Undisturbed, forks: Forks, image_data: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
-    trials, equal, during_saves, again = size(20, 200), 0, 0, 0
+    trials, equal, during_saves, again = size(12, 200), 0, 0, 0
     for trial in range(trials):
         task = ("pt", "ft")[trial % 2]
         expected, seconds = undisturbed[task]

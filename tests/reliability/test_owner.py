@@ -118,16 +118,20 @@ def test_one_that_is_about_to_end_is_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_machine_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its lock is waited for as long as a file server may keep it."""
+    """Its lock is waited for as long as a file server may keep it; that of a process here is gone with it."""
     monkeypatch.setattr(owner, "WAIT", 0.0)
     monkeypatch.setattr(owner, "WAIT_FOR_A_MACHINE", 0.5)
     with another_run(tmp_path):
         (tmp_path / LOCK).write_text("")
-        for text, gone in (("node7, process 4, since 2026-01-01 00:00:00\n", True), ("\xff\0", True), ("", True)):
+        since = "process 4, since 2026-01-01 00:00:00\n"
+        here = f"{socket.gethostname()}, {since}"
+        for text, gone in ((f"node7, {since}", True), ("\xff\0", True), ("", True), (here, False)):
             os.truncate(tmp_path / LOCK, 0)
             (tmp_path / LOCK).write_text(text, encoding="latin-1")
+            began = time.monotonic()
             with pytest.raises(UserFileError, match="in use by another run") as raised, owned(tmp_path):
                 pass
+            assert (time.monotonic() - began >= 0.5) == gone
             assert (f"If that machine is gone, delete {tmp_path / LOCK}" in str(raised.value)) == gone
 
 
