@@ -131,7 +131,10 @@ def _write_twin(library: str) -> Callable[[Job, Path], Written]:
         if isinstance(found, Different):
             logger.warning("%s has no network that computes the same: %s", library, found.why)
             return _write_safetensors(job, path)
-        write_weights(path, found.state, load=found.how.format(path=job.name))
+        # `load_model` reads all names but those of torchvision's ViT.
+        unread = library == "torchvision" and not isinstance(job.model.backbone, ResNet)
+        words = {} if unread else own_words(job.model)
+        write_weights(path, found.state, load=found.how.format(path=job.name), **words)
         network = found.load(path)
         # Other libraries write the attention of a ViT in another way; a ResNet is the same code.
         tolerance = 1e-6 if isinstance(job.model.backbone, ResNet) else 1e-5

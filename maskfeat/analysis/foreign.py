@@ -187,6 +187,10 @@ def _vit(shapes: Shapes, content: Mapping[str, Any]) -> Guess:
         recipe = "mfm/in1k_VIT_B_MFM_FT"
     if kind == CLASSIFIER and "head.projection.weight" in shapes:
         notes.append("no shape shows whether the class token or the mean of tokens is classified: the mean is assumed")
+    elif kind == CLASSIFIER and "cls_token" in shapes and not shapes.have("fc_norm."):
+        notes.append(
+            "no shape shows whether the class token or the mean of tokens is classified: the class token is assumed"
+        )
     return Guess(recipe, keys, kind, writer, notes)
 
 

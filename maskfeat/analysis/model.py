@@ -52,10 +52,12 @@ class Prediction(NamedTuple):
     Attributes:
         path: of the input; "input 0" and so on for one that is not a file.
         classes: (name, probability), best first.
+        numbers: of these classes.
     """
 
     path: str
     classes: list[tuple[str, float]]
+    numbers: list[int]
 
 
 class Model(nn.Module):
@@ -116,6 +118,11 @@ class Model(nn.Module):
         return next(self.parameters()).device
 
     @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 of a network that does not classify."""
+        return int(self.objective.num_classes) if self.kind == CLASSIFIER else 0
+
+    @property
     def mean_pooling(self) -> bool:
         """Whether the network classifies the mean of its tokens: its final norm is then of that mean, not of tokens."""
         return bool(getattr(self.objective, "mean_pooling", False))
@@ -166,12 +173,15 @@ class Model(nn.Module):
                 what = upright_rgb(what)
             except (OSError, ValueError) as error:
                 raise UserError(f"a Pillow image cannot be read as {_A[self.media]}: {error}") from error
+        if isinstance(what, Tensor):
+            what = what.detach().cpu()
         frames = np.asarray(what)
         axes = 3 if self.media == "image" else 4
         if frames.dtype != np.uint8 or frames.ndim != axes or frames.shape[-1] != 3 or not frames.size:
             raise UserError(
                 f"{self.source} takes {_A[self.media]}: a path{', a Pillow image' if axes == 3 else ''} or uint8 of "
-                f"shape ({'T, ' if axes == 4 else ''}H, W, 3); given {frames.dtype} of shape {frames.shape}"
+                f"shape ({'T, ' if axes == 4 else ''}H, W, 3); given "
+                f"{type(what).__name__ if frames.dtype == object else f'{frames.dtype} of shape {frames.shape}'}"
             )
         if axes == 3:
             return dataset.transform(Image.fromarray(frames))
@@ -179,7 +189,22 @@ class Model(nn.Module):
         return dataset.transform(frames[wanted], None)
 
     def _batched(self, x: Tensor) -> Tensor:
-        """Return inputs on the device of the network, as float32 with a batch axis."""
+        """Return inputs on the device of the network, as float32 with a batch axis.
+
+        Raises:
+            UserError: they are something else, or the network is not in evaluation mode or has other numbers.
+        """
+        if self.objective.training or any(part.training for part in self.objective.children()):
+            raise UserError(
+                "the network is in training mode, in which its outputs are random or change it: call eval() of the "
+                "model before, and train() of its objective after"
+            )
+        dtype = next(self.parameters()).dtype
+        if dtype != torch.float32:
+            raise UserError(
+                f"the parameters are {dtype}: leave them float32 (`model.float()`), and load the model with "
+                'precision="fp16" or "bf16" to compute in that'
+            )
         axes = len(self.backbone.clip_size) + 2
         known = isinstance(x, Tensor) and x.is_floating_point() and x.dim() in (axes - 1, axes)
         if not known or x.shape[1 - axes] != _CHANNELS:
@@ -262,6 +287,39 @@ class Model(nn.Module):
         return self.features(x)
 
     @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the scores of the classes before softmax, or sigmoid (DATA.MULTI_LABEL): (B, K) float32.
+
+        Args:
+            x: as in `tokens`.
+
+        Raises:
+            UserError: the network does not classify.
+        """
+        clip, objective = self._classified(x)
+        with autocast(self.device, self.precision):
+            return objective.logits(clip).float()
+
+    @torch.no_grad()
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Return the probabilities of the classes: (B, K) float32, see `logits`."""
+        clip, objective = self._classified(x)
+        with autocast(self.device, self.precision):
+            return objective.predict(Batch(clip=clip)).float()
+
+    def _classified(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Return inputs for a classifier, and the classifier."""
+        self._check_classifier()
+        return self._batched(x), self.objective
+
+    def _check_classifier(self) -> None:
+        if self.kind != CLASSIFIER:
+            raise UserError(
+                f"{self.source} does not classify (it is a {self.kind} file): fine-tune it first, or give a "
+                "fine-tuned file"
+            )
+
+    @torch.no_grad()
     def predict(self, inputs: Any, top: int = 5, batch_size: int = 16) -> list[Prediction]:
         """Return the classes of inputs, of a video by its central clip.
 
@@ -273,11 +331,7 @@ class Model(nn.Module):
         Raises:
             UserError: the network does not classify.
         """
-        if self.kind != CLASSIFIER:
-            raise UserError(
-                f"{self.source} does not classify (it is a {self.kind} file): fine-tune it first, or give a "
-                "fine-tuned file"
-            )
+        self._check_classifier()
         for name, value in (("top", top), ("batch_size", batch_size)):
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1; given {value!r}")
@@ -290,13 +344,17 @@ class Model(nn.Module):
 
     def _predict(self, given: list[Any], first: int, count: int, top: int) -> Iterator[Prediction]:
         part = given[first : first + count]
-        with autocast(self.device, self.precision):
-            scores = self.objective.predict(Batch(clip=self.transform(part).to(self.device)))
-        best = scores.float().cpu().topk(min(top, scores.shape[1]), dim=1)
+        scores = self.probabilities(self.transform(part)).cpu()
+        best = scores.topk(min(top, scores.shape[1]), dim=1)
         for row, what in enumerate(part):
             path = os.fspath(what) if isinstance(what, str | os.PathLike) else f"input {first + row}"
-            pairs = zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)
-            yield Prediction(path, [(self.class_name(number), score) for number, score in pairs])
+            yield self.prediction(path, best.indices[row], best.values[row])
+
+    def prediction(self, path: str, numbers: Tensor, scores: Tensor) -> Prediction:
+        """Return classes by their numbers (k,) and probabilities (k,) as a prediction."""
+        found: list[int] = numbers.tolist()
+        pairs = zip(found, scores.tolist(), strict=True)
+        return Prediction(path, [(self.class_name(number), score) for number, score in pairs], found)
 
     def class_name(self, number: int) -> str:
         """Return the name of a class, its number where names are not known."""

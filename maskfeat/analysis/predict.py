@@ -60,12 +60,11 @@ def predictions(
                 if index not in unreadable:
                     check_finite(total, inputs.paths[index], "the scores", model.precision)
                     best = (total / number).topk(min(top, len(total)))
-                    names = map(model.class_name, best.indices.tolist())
-                    yield Prediction(inputs.paths[index], list(zip(names, best.values.tolist(), strict=True)))
+                    yield model.prediction(inputs.paths[index], best.indices, best.values)
 
 
 def _write_table(found: Iterator[Prediction], file: TextIO) -> None:
-    for path, classes in found:
+    for path, classes, _ in found:
         file.write(f"{path}\n")
         file.writelines(f"  {100 * score:6.2f} %  {name}\n" for name, score in classes)
 
@@ -73,13 +72,13 @@ def _write_table(found: Iterator[Prediction], file: TextIO) -> None:
 def _write_csv(found: Iterator[Prediction], file: TextIO) -> None:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("path", "rank", "class", "score"))
-    for path, classes in found:
+    for path, classes, _ in found:
         writer.writerows((path, rank, name, f"{score:.6f}") for rank, (name, score) in enumerate(classes, start=1))
 
 
 def _write_json(found: Iterator[Prediction], file: TextIO) -> None:
     start = "["
-    for path, classes in found:
+    for path, classes, _ in found:
         pairs = [{"class": name, "score": round(score, 6)} for name, score in classes]
         file.write(f"{start}\n {json.dumps({'path': path, 'classes': pairs})}")
         start = ","

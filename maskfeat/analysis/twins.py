@@ -3,6 +3,7 @@
 Shape legend: B samples, D token width, N tokens (the class token, if there is one, comes first), K classes.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,9 +107,34 @@ def _vit_arguments(model: Model, vit: ViT, classifies: bool) -> tuple[str, dict[
     return f"vit_{name}_patch16_224", {key: value for key, value in own.items() if value != usual[key]}
 
 
+def _shown(model: Model) -> dict[str, Any]:
+    """Return what timm's data config says of a network: what it is shown."""
+    data = model.cfg.DATA
+    size = model.clip_size[-1]
+    short_side = data.TEST_SHORT_SIDE or int(1 / data.IN_VAL_CROP_RATIO * size)
+    share = size / short_side
+    while math.floor(size / share) < short_side:  # as timm computes the short side again
+        share = math.nextafter(share, 0)
+    said = {
+        "input_size": (3, *model.clip_size),
+        "mean": tuple(data.MEAN),
+        "std": tuple(data.STD),
+        "crop_pct": share,
+        "interpolation": data.TEST_INTERPOLATION,
+    }
+    return {"pretrained_cfg_overlay": said}
+
+
+def _written(value: object) -> str:
+    """Return a value as Python, without braces, in which a path is put later."""
+    if isinstance(value, dict):
+        return f"dict({', '.join(f'{key}={one!r}' for key, one in value.items())})"
+    return repr(value)
+
+
 def _created(name: str, arguments: dict[str, Any]) -> tuple[Callable[[Path], nn.Module], str]:
     """Return what makes a network of timm of a file, and how that is written."""
-    text = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    text = "".join(f", {key}={_written(value)}" for key, value in arguments.items())
     return (
         lambda path: timm.create_model(name, checkpoint_path=str(path), **arguments).eval(),
         f'timm.create_model("{name}", checkpoint_path="{{path}}"{text})',
@@ -126,7 +152,8 @@ def _timm_vit(model: Model, vit: ViT, classifies: bool) -> Twin:
         tokens = network.forward_features(x)
         return [tokens, network.forward_head(tokens)]
 
-    load, how = _created(*_vit_arguments(model, vit, classifies))
+    name, arguments = _vit_arguments(model, vit, classifies)
+    load, how = _created(name, arguments | _shown(model))
     return Twin(state, load, outputs, how)
 
 
@@ -246,7 +273,7 @@ def twin(model: Model, library: str) -> Twin | Different:
             return _torchvision_resnet(model, backbone, classifies)
         depth = _depth(backbone)
         if depth in _TORCHVISION_DEPTHS:
-            created = _created(f"resnet{depth}", {"num_classes": model.objective.num_classes})
+            created = _created(f"resnet{depth}", {"num_classes": model.objective.num_classes, **_shown(model)})
             return _resnet_twin(model, backbone, classifies, *created)
         return Different(f"a ResNet-{depth} is not among timm's")
     if isinstance(backbone, MViT):

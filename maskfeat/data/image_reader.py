@@ -79,7 +79,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, Image.Imag
 
 def _no_range(image: Image.Image) -> str:
     """Return why the values of an image cannot be scaled to those of a picture; "" = they can."""
-    signed = image.mode == "F" or (image.format == "TIFF" and image.mode == "I")
+    signed = image.mode == "F" or (image.mode == "I" and image.format in ("TIFF", None))  # None: made of an array
     return "its samples have 32 bits or a sign, and no known range" if signed else ""
 
 

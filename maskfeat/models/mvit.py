@@ -304,6 +304,10 @@ class MViT(nn.Module):
         table = (self.pos_embed_temporal[:, :, None] + self.pos_embed_spatial[:, None]).flatten(1, 2)
         return torch.cat([self.pos_embed_class, table], dim=1) if self.cls_token is not None else table
 
+    def forward(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
+        """Return `forward_tokens(clip, hidden)`."""
+        return self.forward_tokens(clip, hidden)
+
     def forward_tokens(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
         """Compute the tokens of a clip.
 

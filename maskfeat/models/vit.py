@@ -77,6 +77,10 @@ class ViT(nn.Module):
         )
         self.init_layer = init_transformer(self, list(self.blocks), init, {"pos_embed": self.grid})
 
+    def forward(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
+        """Return `forward_tokens(clip, hidden)`."""
+        return self.forward_tokens(clip, hidden)
+
     def forward_tokens(self, clip: Tensor, hidden: Tensor | None = None) -> Tokens:
         """Compute the tokens of an image.
 

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torchvision
 import yaml
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
@@ -125,6 +127,34 @@ def test_timm_computes_the_same(case: str, tmp_path: Path) -> None:
             tokens = network.forward_features(x)
             found = [tokens if tokens.dim() == 3 else tokens.flatten(2).transpose(1, 2), network(x)]
         assert far(expected(model, what, x), found) <= 1e-5 >= worst
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8))
+        shown = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+        assert far([model.transform(image)], [shown(image)]) < 1e-5, "and is shown the same"
+
+
+@pytest.mark.parametrize(
+    ("case", "library"),
+    [
+        ("ViT", "timm"),
+        ("ViT of a class token", "timm"),
+        ("MaskFeat ViT", "timm"),
+        pytest.param("ResNet-18", "timm", marks=SLOW),
+        pytest.param("ResNet-10", "torchvision", marks=SLOW),
+    ],
+)
+@torch.no_grad()
+def test_what_was_written_for_others_is_read_again(case: str, library: str, tmp_path: Path) -> None:
+    """With its size, mean and classes, and the number of heads that no shape shows."""
+    opts = ["MVIT.NUM_HEADS", "3", "MVIT.EMBED_DIM", "48"] if "ViT" in case else []
+    model = small(case, *opts, "DATA.MEAN", "[0.1, 0.2, 0.3]")
+    x = pictures(model)
+    for what in parts(model):
+        path = tmp_path / f"{what}.safetensors"
+        export(model, library, path, what)
+        again = load_model(path, device="cpu")
+        assert again.kind == what and far(expected(model, what, x), expected(again, what, x)) == 0
+        assert again.cfg.DATA.MEAN == [0.1, 0.2, 0.3] and again.clip_size == model.clip_size
+        assert again.classes == (model.classes if what == "classifier" else None)
 
 
 @pytest.mark.slow

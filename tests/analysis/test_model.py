@@ -1,5 +1,7 @@
 """`maskfeat.load_model`: inputs, tokens, features, blocks and predictions."""
 
+import copy
+import io
 import json
 import os
 import subprocess
@@ -98,6 +100,10 @@ def test_predictions(vit: Model, tmp_path: Path) -> None:
     order = scores.argsort(descending=True).tolist()
     assert found.path == str(path) and [name for name, _ in found.classes] == [CLASSES_4[i] for i in order[:2]]
     assert [score for _, score in found.classes] == pytest.approx(scores[order[:2]].tolist())
+    assert found.numbers == order[:2]
+    x = vit.transform([path])
+    assert vit.num_classes == 4 and torch.equal(vit.probabilities(x)[0], scores)
+    assert torch.equal(vit.logits(x[0]).softmax(dim=1)[0], scores) and not vit.logits(x).requires_grad
     many = vit.predict([picture(i) for i in range(3)], batch_size=2, top=99)
     assert [one.path for one in many] == ["input 0", "input 1", "input 2"]
     assert all(len(one.classes) == 4 and sum(s for _, s in one.classes) == pytest.approx(1) for one in many)
@@ -142,6 +148,33 @@ def test_tensors_that_it_cannot_take(vit: Model, given: Any, said: str) -> None:
             method(given)
 
 
+def test_outputs_that_training_or_other_numbers_would_change_are_refused(vit: Model) -> None:
+    """A network in training mode drops paths at random, and a batch norm would learn from what it is shown."""
+    own = copy.deepcopy(vit)
+    x = own.transform([picture(0)])
+    before = own.features(x)
+    for start in (own.objective.train, own.backbone.train):
+        start()
+        for use in (own.features, own.logits, lambda x: own.blocks(x, [0]), lambda x: own.predict(picture(0))):
+            with pytest.raises(UserError, match=r"the network is in training mode, .* call eval\(\)"):
+                use(x)
+        assert torch.equal(own.eval().features(x), before)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        with pytest.raises(UserError, match=f"the parameters are {dtype}: .* precision="):
+            copy.deepcopy(vit).to(dtype).features(x)
+
+
+def test_a_backbone_is_a_module_that_others_call(vit: Model) -> None:
+    x = vit.transform([picture(0)])
+    assert torch.equal(vit.backbone(x).x, vit.backbone.forward_tokens(x).x)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("what", [None, {1}, iter([]), b"bytes", io.BytesIO(b"x")])
+def test_what_is_no_input_is_named(what: Any, vit: Model) -> None:
+    with pytest.raises(UserError, match=f"given (a )?({type(what).__name__}|\\|S5)"):
+        vit.transform(what)
+
+
 def test_a_pillow_image_is_read_as_its_file_is(vit: Model, tmp_path: Path) -> None:
     """Sixteen bits are scaled, an orientation is heeded, and what has no range is refused."""
     grey, turned, wide = tmp_path / "grey.png", tmp_path / "turned.jpg", tmp_path / "wide.tif"
@@ -153,6 +186,8 @@ def test_a_pillow_image_is_read_as_its_file_is(vit: Model, tmp_path: Path) -> No
         with Image.open(path) as image:
             assert torch.equal(vit.transform(image), vit.transform(path)), path.name
     Image.fromarray(picture(2)[..., 0].astype(np.float32)).save(wide)
+    with pytest.raises(UserError, match="no known range"):
+        vit.transform(Image.fromarray(np.full((40, 40), 200, np.int32)))
     with Image.open(wide) as image, pytest.raises(UserError, match="no known range"):
         vit.transform(image)
     with pytest.raises(UserError, match="Pillow image cannot be read"):

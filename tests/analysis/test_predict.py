@@ -43,13 +43,13 @@ def test_all_formats_say_what_the_model_does(
     assert run(checkpoint, folder, "--top", 2, "--format", "json", "--output", tmp_path / "a.json") == 0
     found = json.loads((tmp_path / "a.json").read_text())
     assert [entry["path"] for entry in found] == paths
-    for entry, (_, classes) in zip(found, expected, strict=True):
+    for entry, (_, classes, _) in zip(found, expected, strict=True):
         assert [one["class"] for one in entry["classes"]] == [name for name, _ in classes]
         assert [one["score"] for one in entry["classes"]] == pytest.approx([score for _, score in classes], abs=1e-5)
     assert run(checkpoint, folder, "--top", 2, "--format", "csv", "--output", tmp_path / "a.csv") == 0
     rows = list(csv.DictReader((tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()))
     assert [(row["path"], row["rank"], row["class"]) for row in rows] == [
-        (path, str(rank), name) for path, classes in expected for rank, (name, _) in enumerate(classes, start=1)
+        (path, str(rank), name) for path, classes, _ in expected for rank, (name, _) in enumerate(classes, start=1)
     ]
     capsys.readouterr()
     assert run(checkpoint, folder, "--top", 2) == 0
