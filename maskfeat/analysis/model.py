@@ -11,9 +11,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
@@ -22,24 +20,17 @@ from maskfeat.analysis.foreign import CLASSIFIER
 from maskfeat.analysis.hooks import captured
 from maskfeat.analysis.said import class_names, training
 from maskfeat.analysis.source import read_source
-from maskfeat.batch import Batch, SampleKey
+from maskfeat.analysis.transform import Transform, shown_size
+from maskfeat.batch import Batch
 from maskfeat.checkpoint.files import AVERAGE
 from maskfeat.checkpoint.weights import LoadReport
 from maskfeat.config import load_config
-from maskfeat.data.collate import collate
-from maskfeat.data.datasets.base import DatasetRequest
-from maskfeat.data.datasets.imagenet import build_image_folder
-from maskfeat.data.datasets.kinetics import build_video_clips
-from maskfeat.data.image_reader import upright_rgb
-from maskfeat.data.sample import Sample
-from maskfeat.data.video.temporal_sampling import frame_indices
 from maskfeat.engine.parallelize import PRECISIONS, autocast
 from maskfeat.engine.resume import load_to_evaluate
 from maskfeat.errors import UserError, about
 from maskfeat.models.base import Backbone, Tokens
 from maskfeat.objectives.base import Objective
 from maskfeat.objectives.maskfeat import MaskFeat
-from maskfeat.registry import tests_at_any_size
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +67,7 @@ class Model(nn.Module):
 
     Attributes:
         media: "image" or "video": what the network takes.
+        transform: turns inputs into what the network is shown; see `Transform.__call__`.
     """
 
     def __init__(
@@ -92,10 +84,11 @@ class Model(nn.Module):
         super().__init__()
         self.trained = trained
         self.objective, self.source, self.kind, self.report = objective, source, kind, report
-        self.cfg = _shown_size(cfg, objective.backbone)
+        self.cfg = shown_size(cfg, objective.backbone)
         self.classes = None if classes is None else list(classes)
         self.precision = precision
         self.media = "image" if len(objective.backbone.clip_size) == 2 else "video"
+        self.transform = Transform(self.cfg, self.media, source)
         self.eval()
 
     def train(self, mode: bool = True) -> "Model":
@@ -137,56 +130,6 @@ class Model(nn.Module):
             return self.objective.pred_head.transforms[0]
         norm = getattr(self.objective, "norm", None)
         return norm if isinstance(norm, nn.Module) else nn.Identity()
-
-    def transform(self, what: Any) -> Tensor:
-        """Return what the network is shown of an input in evaluation: the central view, resized, cropped, normalised.
-
-        Args:
-            what: the path of an image or a video; a Pillow image; an array or tensor (H, W, 3) uint8 of an image, or
-                (T, H, W, 3) uint8 of a clip, whose frames are taken evenly spread over all T; or a list of these.
-
-        Returns:
-            (3, [T,] H, W) float32 on the CPU; of a list (B, 3, [T,] H, W).
-
-        Raises:
-            UserError: a file cannot be read, or an input is of another medium than `media`.
-        """
-        if isinstance(what, list | tuple):
-            if not what:
-                raise UserError("no inputs were given: the list is empty")
-            build = build_image_folder if self.media == "image" else build_video_clips
-            paths = [(os.fspath(one) if isinstance(one, str | os.PathLike) else "", 0) for one in what]
-            dataset = build(self.cfg, DatasetRequest("val", augmented=False), paths)
-            samples = [[self._sample(dataset, index, one)] for index, one in enumerate(what)]
-            return collate(samples).to_batch(torch.device("cpu")).clip
-        return self.transform([what])[0]
-
-    def _sample(self, dataset: Any, index: int, what: Any) -> Sample:
-        """Return an input as the data set, which has its path if it has one, shows it."""
-        if isinstance(what, str | os.PathLike):
-            (sample,) = dataset[SampleKey(0, index)]
-            if sample.bad:
-                raise UserError(f"{what} cannot be read as {_A[self.media]}: {sample.bad[0].cause}")
-            return sample
-        if isinstance(what, Image.Image):
-            try:
-                what = upright_rgb(what)
-            except (OSError, ValueError) as error:
-                raise UserError(f"a Pillow image cannot be read as {_A[self.media]}: {error}") from error
-        if isinstance(what, Tensor):
-            what = what.detach().cpu()
-        frames = np.asarray(what)
-        axes = 3 if self.media == "image" else 4
-        if frames.dtype != np.uint8 or frames.ndim != axes or frames.shape[-1] != 3 or not frames.size:
-            raise UserError(
-                f"{self.source} takes {_A[self.media]}: a path{', a Pillow image' if axes == 3 else ''} or uint8 of "
-                f"shape ({'T, ' if axes == 4 else ''}H, W, 3); given "
-                f"{type(what).__name__ if frames.dtype == object else f'{frames.dtype} of shape {frames.shape}'}"
-            )
-        if axes == 3:
-            return dataset.transform(Image.fromarray(frames))
-        wanted = frame_indices(0, len(frames) - 1, self.cfg.DATA.NUM_FRAMES, len(frames))
-        return dataset.transform(frames[wanted], None)
 
     def _batched(self, x: Tensor) -> Tensor:
         """Return inputs on the device of the network, as float32 with a batch axis.
@@ -361,19 +304,7 @@ class Model(nn.Module):
         return self.classes[number] if self.classes and number < len(self.classes) else str(number)
 
 
-def _shown_size(cfg: CfgNode, backbone: Backbone) -> CfgNode:
-    """Return the config with the one size that the network takes; that of a pre-training may name another for tests."""
-    side = backbone.clip_size[-1]
-    if tests_at_any_size(cfg) or side == cfg.DATA.TEST_CROP_SIZE:
-        return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DATA.TEST_CROP_SIZE = side
-    cfg.freeze()
-    return cfg
-
-
-_A, _CHANNELS = {"image": "an image", "video": "a video"}, 3
+_CHANNELS = 3
 
 
 def load_model(

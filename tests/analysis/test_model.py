@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -162,6 +163,12 @@ def test_outputs_that_training_or_other_numbers_would_change_are_refused(vit: Mo
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         with pytest.raises(UserError, match=f"the parameters are {dtype}: .* precision="):
             copy.deepcopy(vit).to(dtype).features(x)
+
+
+def test_data_workers_take_no_weights_along(vit: Model) -> None:
+    packed = pickle.dumps(vit.transform)
+    assert len(packed) < 50_000 < len(pickle.dumps(vit)), "with the config, and without the network"
+    assert torch.equal(pickle.loads(packed)(picture(0)), vit.transform(picture(0)))
 
 
 def test_a_backbone_is_a_module_that_others_call(vit: Model) -> None:
