@@ -235,6 +235,7 @@ def test_other_settings_are_not_mixed_in(suite: Path, capsys: pytest.CaptureFixt
     kept = done.read_bytes()
     done.unlink()
     assert main([*command(suite), "SOLVER.BASE_LR", "1e-4"]) == 2
+    assert "was made with other settings" in capsys.readouterr().out
     done.write_bytes(kept)
 
 

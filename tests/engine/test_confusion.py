@@ -103,7 +103,7 @@ def test_files_with_and_without_matplotlib(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_a_run_names_the_classes_of_a_list(clip_data: Path, tmp_path: Path) -> None:
+def test_a_run_names_the_classes_of_a_list(clip_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From classes.txt into the checkpoint, and from there into the results of a test without that file."""
     data = tmp_path / "data"
     data.mkdir()
@@ -125,4 +125,6 @@ def test_a_run_names_the_classes_of_a_list(clip_data: Path, tmp_path: Path) -> N
     results = json.loads((tmp_path / "test" / "test_results_2x1.json").read_text())
     assert np.mean([float(line["top1"]) for line in lines]) == pytest.approx(results["top1"], abs=0.01)
     (data / "classes.txt").write_text("left\nright\n")
-    assert main(["--cfg", recipe, *tested]) == 2
+    capsys.readouterr()
+    assert main(["--cfg", recipe, *tested, "OUTPUT_DIR", str(tmp_path / "test")]) == 2
+    assert "classes.txt" in capsys.readouterr().out

@@ -300,7 +300,9 @@ def test_an_array_of_slurm(
 
 
 @pytest.mark.slow
-def test_gpus_are_shared_out(program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_shared_out(
+    program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7,8,9")
     monkeypatch.setattr("maskfeat.distributed.launch.torch.cuda.device_count", lambda: 5)
     text = PROGRAM.replace("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES") + "time.sleep(1)\n"
@@ -311,3 +313,4 @@ def test_gpus_are_shared_out(program: list[str], tmp_path: Path, monkeypatch: py
     found = {path.read_text().strip() for path in (tmp_path / "out").glob("*/starts")}
     assert found == {"4,5", "7,8"}
     assert main([*program, "NUM_GPUS", "2", "--local", "3", "SOLVER.MAX_EPOCH", "7"]) == 2
+    assert "--local 3 with NUM_GPUS 2 needs 6: NUM_GPUS is 6, but this machine shows 5" in capsys.readouterr().out

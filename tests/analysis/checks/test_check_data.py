@@ -116,7 +116,7 @@ def test_clean_lists_of_videos(tmp_path: Path) -> None:
     opts = [*MVIT_FT, "DATA.PATH_TO_DATA_DIR", root, "DATA.PATH_PREFIX", root, "MODEL.NUM_CLASSES", "7"]
     code, result = check(tmp_path / "out", "--cfg", CLIPS_FT, *opts, "--fix", str(tmp_path / "clean"))
     assert code == 1 and any("labels of train go up to 8" in fault["where"] for fault in result["faults"])
-    assert result["speed"]["core"] > 0 if "speed" in result else True
+    assert result["speed"]["core"] > 0
     lines = (tmp_path / "clean" / "train.csv").read_text().splitlines()
     assert len(lines) == len(set(lines)) == 26 and not any(name in str(lines) for name in ("gone", "high", "cut"))
     clean = [*MVIT_FT, *at(tmp_path / "clean"), "DATA.PATH_PREFIX", "", "MODEL.NUM_CLASSES", "5"]
@@ -219,7 +219,7 @@ def test_published_totals(image_data: Path) -> None:
             ["--cfg", PT, "--prefix", "x", "DATA.PATH_TO_DATA_DIR", "{}/empty"],
             "--prefix is 'x', .* give DATA.PATH_PREFIX",
         ),
-        (["{}/empty", "--output", "{}/x.jpg/out"], "cannot be written|neither"),
+        (["{}/empty", "--output", "{}/x.jpg/out"], "cannot be written"),
     ],
 )
 def test_bad_input(words: list[str], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

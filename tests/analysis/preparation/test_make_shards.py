@@ -188,7 +188,9 @@ def test_a_file_without_an_ending_is_named(tmp_path: Path, caplog: pytest.LogCap
     assert "photo has no ending of an image or a video" in caplog.text and "rename it" in caplog.text
 
 
-def test_what_is_read_back_is_compared(image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_read_back_is_compared(
+    image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     real = shards._add
 
     def damaged(archive: object, name: str, content: bytes) -> None:
@@ -196,6 +198,7 @@ def test_what_is_read_back_is_compared(image_data: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(shards, "_add", damaged)
     assert main([str(image_data), str(tmp_path / "packed"), "--workers", "0"]) == 2
+    assert "is not what is read back" in caplog.text
     assert not contents(tmp_path / "packed")
 
 
@@ -221,6 +224,7 @@ def test_other_bad_input(clip_data: Path, tmp_path: Path, caplog: pytest.LogCapt
     assert main([str(clip_data), str(tmp_path / "packed"), "--workers", "0", *options]) == 2
     assert "--side is for images: maskfeat prepare-kinetics" in caplog.text
     assert main([str(tmp_path / "nowhere"), str(tmp_path / "packed")]) == 2
+    assert str(tmp_path / "nowhere") in caplog.text
     assert main([str(clip_data), str(clip_data)]) == 2
     assert f"OUTPUT {clip_data} is SOURCE: give another folder" in caplog.text
     (tmp_path / "list.csv").write_text("gone.jpg,0\n")

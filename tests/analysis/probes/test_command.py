@@ -398,7 +398,9 @@ def test_bad_input_is_one_line(
 
 
 @pytest.mark.parametrize("more", [["--kind", "svm"], ["--seed", "-1"], ["--few", "0"], ["--views", "0"]])
-def test_options_that_do_not_exist(network: Path, coloured: Path, more: list[str]) -> None:
+def test_options_that_do_not_exist(
+    network: Path, coloured: Path, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command(network, coloured, "--kind", "knn"), *more])
-    assert ended.value.code == 2
+    assert ended.value.code == 2 and f"error: argument {more[0]}" in capsys.readouterr().err
