@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "maskfeat" / "__init__.py").read_text(), re.M)
 # What single commands need, in packages that training does without.
 EXTRAS = {
-    "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5.4"],
+    "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.6.0"],
     "plots": ["matplotlib>=3.8.4"],
     "imagenet": ["scipy>=1.13"],
     "parquet": ["pyarrow>=17.0"],

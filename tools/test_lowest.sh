@@ -47,5 +47,5 @@ OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive "$venv/bin/python" -m pytest -q --dura
   tests/data/video/test_scaling.py \
   tests/golden/test_hog.py tests/reliability/test_versions.py tests/engine/test_flops.py \
   tests/analysis/test_curves.py tests/analysis/probes/test_linear.py tests/analysis/test_architecture.py \
-  tests/engine/test_memory.py tests/engine/test_confusion.py \
+  tests/engine/test_memory.py tests/engine/test_confusion.py tests/analysis/test_export.py::test_onnx \
   "tests/engine/test_run.py::test_pretrain_finetune_test_in_one_folder" "tests/engine/test_run.py::test_clips_multi_view"
