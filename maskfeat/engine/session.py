@@ -74,7 +74,7 @@ class Session:
         self.stop, self.exit_code, self.has_results = StopRequest(), 0, False
         self.testing = not cfg.TRAIN.ENABLE
         self._store: Store | None = None
-        self._signals, self._closing = ExitStack(), ExitStack()
+        self._connections, self._closing = ExitStack(), ExitStack()
 
     def start(self, init_method: str = "") -> None:
         """Set up logging, listen for signals, join the process group and start the hang watchdog.
@@ -91,7 +91,9 @@ class Session:
                 self._closing.enter_context(logged_to_file(cfg.OUTPUT_DIR))
             where = f"{platform.node()} ({machine()})"
             logger.info(started(revision(), torch.__version__, where, cfg.TASK))
-        self._signals.enter_context(self.stop.listening(world.is_main))
+        # To the end of all: srun and others end the rest of a run once one of its processes has left, and whoever has
+        # saved and is about to leave keeps its own exit code.
+        self._closing.enter_context(self.stop.listening(world.is_main))
         self.device = choose_device(cfg.NUM_GPUS, world.local_rank)
         choose_kernels(cfg.TRAIN.TF32, cfg.TRAIN.CUDNN_BENCHMARK)
         # Collectives time out after the watchdog does, whose report says more than their error.
@@ -112,7 +114,7 @@ class Session:
             beside = not cfg.TRAIN.ENABLE and bool(owner_of(output))
             trackers = Trackers(cfg.LOG.TRACKERS, About(output, cfg.TASK, flat(cfg), beside))
         self.metrics_log = MetricsLog(world, folder, trackers)
-        self._signals.callback(self.metrics_log.close)
+        self._connections.callback(self.metrics_log.close)
 
     def __enter__(self) -> "Session":
         return self
@@ -121,8 +123,8 @@ class Session:
         close_lines()
         with self._closing:
             if error is None or isinstance(error, Preempted):
-                self._signals.callback(destroy_process_group)
-            self._signals.close()
+                self._connections.callback(destroy_process_group)
+            self._connections.close()
             code = None
             if isinstance(error, Preempted):
                 code = self._preempted(str(error))

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,20 @@ def test_how_a_stop_is_reported(
     with caplog.at_level("INFO"), Session(load_config(RECIPE, opts), World()) as session:
         raise Preempted(reason)
     assert session.exit_code == code and then in caplog.text
+
+
+def test_who_is_leaving_keeps_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun ends the other processes of a run once one has left, with SIGTERM: also one that still writes the report,
+    by whose exit code the job is queued again."""
+    heard: list[object] = []
+    monkeypatch.setattr(Session, "_report", lambda session: heard.append(signal.getsignal(signal.SIGTERM)))
+    before = signal.getsignal(signal.SIGTERM)
+    with Session(load_config(RECIPE, ["OUTPUT_DIR", str(tmp_path)]), World()) as session:
+        session.start()
+        session.has_results = True
+        raise Preempted("SIGTERM")
+    assert session.exit_code == 75 and heard[0] not in (before, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.slow
