@@ -15,9 +15,8 @@ import torch
 from maskfeat.analysis.command import add_options, check_finite, count_option, exit_code, load, refuse_input
 from maskfeat.analysis.inputs import Inputs, find_inputs, input_loader, split_views
 from maskfeat.analysis.model import Model, Prediction
-from maskfeat.batch import BadSample, Batch
+from maskfeat.batch import BadSample
 from maskfeat.data.datasets.classes import read_class_names
-from maskfeat.engine.parallelize import autocast
 from maskfeat.errors import UserError, naming
 from maskfeat.file_io import draft_of, make_parent
 from maskfeat.progress import Progress
@@ -50,8 +49,7 @@ def predictions(
     progress = Progress(f"{model.media}s", len(inputs))
     total = torch.zeros(())
     for batch in input_loader(model, inputs, views, batch_size, workers, as_test=as_test):
-        with autocast(model.device, model.precision):
-            scores = model.objective.predict(Batch(clip=batch.clip)).float().cpu()
+        scores = model.probabilities(batch.clip).cpu()
         unreadable.update({sample.index: sample for sample in batch.unreadable})
         for index, view, row in zip(batch.index.tolist(), batch.view.tolist(), scores, strict=True):
             total = row if view == 0 else total + row

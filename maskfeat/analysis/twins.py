@@ -19,6 +19,7 @@ from maskfeat.analysis.foreign import CLASSIFIER
 from maskfeat.analysis.hooks import captured
 from maskfeat.analysis.hub import final_norm
 from maskfeat.analysis.model import Model
+from maskfeat.data.datasets.imagenet import tested_short_side
 from maskfeat.models.mvit import MViT
 from maskfeat.models.resnet import STAGES, ResNet
 from maskfeat.models.vit import ViT
@@ -109,9 +110,8 @@ def _vit_arguments(model: Model, vit: ViT, classifies: bool) -> tuple[str, dict[
 
 def _shown(model: Model) -> dict[str, Any]:
     """Return what timm's data config says of a network: what it is shown."""
-    data = model.cfg.DATA
-    size = model.clip_size[-1]
-    short_side = data.TEST_SHORT_SIDE or int(1 / data.IN_VAL_CROP_RATIO * size)
+    data, short_side = model.cfg.DATA, tested_short_side(model.cfg)
+    size = data.TEST_CROP_SIZE
     share = size / short_side
     while math.floor(size / share) < short_side:  # as timm computes the short side again
         share = math.nextafter(share, 0)

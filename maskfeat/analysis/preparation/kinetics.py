@@ -178,11 +178,13 @@ def _choose(split: str, clip: str, places: dict[str, list[str]]) -> str | None:
     """Return the video of a clip; of several, one that replaces a corrupted one, else one in a folder of its split."""
     named = _CLIP.fullmatch(clip)
     candidates = places.get(clip) or places.get(named[1] if named else clip, [])
-    folders = [Path(name.lower()).parts[:-1] for name in candidates]
-    replaced = [any(part.startswith(_REPLACEMENT) for part in parts) for parts in folders]
-    in_split = [bool(set(parts) & set(SPLITS[split])) for parts in folders]
-    ranked = sorted(zip(replaced, in_split, candidates, strict=True), key=lambda row: row[:2], reverse=True)
-    return ranked[0][2] if ranked else None
+
+    def rank(name: str) -> tuple[bool, bool]:
+        """Whether a video is a replacement, and whether it lies in a folder of the split."""
+        folders = Path(name.lower()).parts[:-1]
+        return any(one.startswith(_REPLACEMENT) for one in folders), bool({*folders} & {*SPLITS[split]})
+
+    return max(candidates, key=rank, default=None)
 
 
 def from_annotations(root: Path, folder: Path, official_test: bool) -> Listing:

@@ -60,6 +60,12 @@ class ImageFolder(FileSamples):
             return self.transform(image, rng)
 
 
+def tested_short_side(cfg: CfgNode) -> int:
+    """Return the short side that images of validation and test are resized to before they are cropped, in pixels."""
+    data = cfg.DATA
+    return int(data.TEST_SHORT_SIDE or 1 / data.IN_VAL_CROP_RATIO * data.TEST_CROP_SIZE)
+
+
 def build_image_folder(
     cfg: CfgNode, request: DatasetRequest, samples: Sequence[tuple[str, int | LabelSet]]
 ) -> ImageFolder:
@@ -77,7 +83,7 @@ def build_image_folder(
             data.TEST_CROP_SIZE,
             data.MEAN,
             data.STD,
-            short_side=data.TEST_SHORT_SIDE or int(1 / data.IN_VAL_CROP_RATIO * data.TEST_CROP_SIZE),
+            short_side=tested_short_side(cfg),
             interpolation=data.TEST_INTERPOLATION,
         )
     return ImageFolder(
