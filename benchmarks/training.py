@@ -94,7 +94,7 @@ def steady(step: Callable[[], object], device: torch.device, steps: int, limit: 
     for _ in range(min(steps // 10 - 3, int(min(limit / 4 / one, steps)))):
         step()
     synchronise(device)
-    fewest = min(FEWEST, max(5, int(min(limit / one, FEWEST))))
+    fewest = max(5, int(min(limit / one, FEWEST)))
     made, began = 0, time.perf_counter()
     while made < steps and (made < fewest or time.perf_counter() - began < limit):
         step()

@@ -6,7 +6,8 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
   echo "maskfeat needs Python 3.10 or later, and $python is $("$python" --version 2>&1): set PYTHON=python3.x" >&2
   exit 1
 fi
-if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then # none, or one that was made in part
+# None, or one that was made in part: what is installed was made whole, and pip takes a second to answer.
+if [ ! -f "$venv/.maskfeat-installed" ] && ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
   echo "== making $venv"
   "$python" -m venv "$venv"
 fi
